@@ -1,0 +1,31 @@
+"""duca_compile: a compiler for the denoising loop of Diffusion Transformers."""
+
+from duca_compile.api import OptimizedModel, optimize
+from duca_compile.errors import (
+    BackendError,
+    CaptureError,
+    DucaError,
+    InternalError,
+    PolicyError,
+    StructureError,
+    UsageError,
+)
+from duca_compile.policies import FORA, DuCa, Policy, Selection, Uncached, published
+
+__all__ = [
+    "FORA",
+    "BackendError",
+    "CaptureError",
+    "DuCa",
+    "DucaError",
+    "InternalError",
+    "OptimizedModel",
+    "Policy",
+    "PolicyError",
+    "Selection",
+    "StructureError",
+    "Uncached",
+    "UsageError",
+    "optimize",
+    "published",
+]

@@ -1,0 +1,44 @@
+"""FLOPs of each node, at two per multiply-add; elementwise work counts as none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from duca_compile.graph import op_name
+
+_PRODUCTS = {
+    "addmm", "baddbmm", "bilinear", "bmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
+    "conv_transpose3d", "convolution", "einsum", "linear", "matmul", "mm", "scaled_dot_product_attention",
+}  # fmt: skip
+
+
+def node_flops(graph: fx.Graph) -> dict[str, int]:
+    """FLOPs of every node by name, counted by torch's own counter on meta tensors of the captured shapes."""
+    known: dict[str, int] = {}
+    found: dict[str, int] = {}
+    for node in graph.nodes:
+        if op_name(node) not in _PRODUCTS:
+            found[node.name] = 0
+            continue
+        args, kwargs = tree_map_only(fx.Node, _as_meta, (node.args, node.kwargs))
+        key = f"{node.target}{tree_map_only(torch.Tensor, lambda t: (t.shape, t.dtype), (args, kwargs))}"
+        if key not in known:
+            known[key] = _count(node.target, args, kwargs)
+        found[node.name] = known[key]
+    return found
+
+
+def _as_meta(node: fx.Node) -> torch.Tensor:
+    value = node.meta["val"]
+    return torch.empty(value.shape, dtype=value.dtype, device="meta")
+
+
+def _count(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        target(*args, **kwargs)
+    return int(counter.get_total_flops())

@@ -1,0 +1,168 @@
+"""Finds the residual stream and its branches: adds of a value and something computed from that value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from duca_compile.analysis.tokens import Axes, Mixing, follow_tokens
+from duca_compile.analysis.variance import ancestors, descendants
+from duca_compile.errors import StructureError
+from duca_compile.graph import Branch, Variance, module_path, op_name, source_line, value_shape
+
+_PASSTHROUGH = {"to", "_to_copy", "clone", "contiguous", "dropout", "alias", "detach", "clamp"}
+
+
+@dataclass(frozen=True)
+class _Residual:
+    """One candidate: ``add`` = ``stream`` + ``result``, and the nodes between them."""
+
+    add: fx.Node
+    stream: fx.Node
+    result: fx.Node
+    body: frozenset[fx.Node]
+    flops: int
+
+
+def find_branches(
+    graph: fx.Graph, variance: dict[str, Variance], flops: dict[str, int]
+) -> tuple[tuple[Branch, ...], str]:
+    """The branches of the main stream in order, and the name of the stream's last value.
+
+    The main stream is the chain of residual adds with the most FLOPs in its branches.
+
+    Raises:
+        StructureError: there is no residual add whose branch does any work.
+    """
+    candidates = [r for node in graph.nodes if (r := _residual(node, variance, flops)) is not None]
+    chains = _chains(_without_long_skips(candidates))
+    if not chains:
+        raise StructureError(
+            "no residual branch found: no add joins a latent-dependent value with something computed from it by "
+            "matrix products. There is nothing to cache in this model; run it as it is."
+        )
+    main = max(chains, key=lambda chain: sum(r.flops for r in chain))
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    branches: list[Branch] = []
+    for index, residual in enumerate(main):
+        path = module_path(residual.add)
+        same_block = bool(branches) and branches[-1].path == path
+        block = branches[-1].block + (not same_block) if branches else 0
+        branches.append(_branch(index, block, residual, variance, order))
+    return tuple(branches), main[-1].add.name
+
+
+def _residual(node: fx.Node, variance: dict[str, Variance], flops: dict[str, int]) -> _Residual | None:
+    if op_name(node) != "add" or variance[node.name] is not Variance.LATENT or len(node.all_input_nodes) != 2:
+        return None
+    for stream, result in (node.all_input_nodes, node.all_input_nodes[::-1]):
+        if value_shape(stream) != value_shape(node) or value_shape(result) != value_shape(node):
+            return None
+        above = ancestors(result)
+        if stream not in above:
+            continue
+        body = frozenset(descendants(stream) & above | {result})
+        work = sum(flops[n.name] for n in body)
+        return _Residual(node, stream, result, body, work) if work else None
+    return None
+
+
+def _origin(node: fx.Node) -> fx.Node:
+    """The value a stream operand really is, behind casts and copies."""
+    while op_name(node) in _PASSTHROUGH:
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _without_long_skips(candidates: list[_Residual]) -> list[_Residual]:
+    """Drops adds that join the stream's start to its end, and then residuals inside another's branch."""
+    starts: dict[fx.Node, list[_Residual]] = {}
+    for each in candidates:
+        starts.setdefault(_origin(each.stream), []).append(each)
+    short = [
+        each
+        for each in candidates
+        if not any(
+            inner is not each and inner.add in each.body and _origin(inner.stream) is _origin(each.stream)
+            for inner in starts[_origin(each.stream)]
+        )
+    ]
+    return [each for each in short if not any(each.add in other.body for other in short)]
+
+
+def _chains(candidates: list[_Residual]) -> list[list[_Residual]]:
+    chains: list[list[_Residual]] = []
+    ends: dict[fx.Node, list[_Residual]] = {}
+    for each in candidates:
+        chain = ends.pop(_origin(each.stream), None)
+        if chain is None:
+            chain = []
+            chains.append(chain)
+        chain.append(each)
+        ends[each.add] = chain
+    return chains
+
+
+def _branch(
+    index: int, block: int, residual: _Residual, variance: dict[str, Variance], order: dict[fx.Node, int]
+) -> Branch:
+    core, gated = _behind_gate(residual, variance)
+    inside = sorted(residual.body & (ancestors(core) | {core}), key=order.__getitem__)
+    attention = [n for n in inside if op_name(n) == "scaled_dot_product_attention"]
+    axes: Axes | None = None
+    reason: str | None = None
+    try:
+        axes = follow_tokens(residual.stream, inside, core)
+    except Mixing as mixing:
+        reason = f"{mixing} at {source_line(mixing.node) or module_path(mixing.node)}"
+    value = core.meta["val"]
+    shape = tuple(value.shape)
+    return Branch(
+        index=index,
+        block=block,
+        path=module_path(residual.add),
+        source=source_line(residual.add),
+        kind=_kind(attention, axes, inside),
+        stream=residual.stream.name,
+        core=core.name,
+        add=residual.add.name,
+        gated=gated,
+        body=frozenset(n.name for n in inside),
+        shape=shape,
+        dtype=value.dtype,
+        flops=residual.flops,
+        attention=attention[0].name if attention else None,
+        token_axes=axes,
+        mixing_reason=reason,
+    )
+
+
+def _behind_gate(residual: _Residual, variance: dict[str, Variance]) -> tuple[fx.Node, bool]:
+    """Peels multiplications by values that do not depend on the latent: what the literature caches is before them."""
+    node, gated = residual.result, False
+    while True:
+        if op_name(node) in _PASSTHROUGH:
+            inner = [n for n in node.all_input_nodes if n in residual.body]
+        elif op_name(node) == "mul":
+            inner = [n for n in node.all_input_nodes if variance[n.name] is Variance.LATENT]
+            if len(node.all_input_nodes) != 2 or len(inner) != 1:
+                return node, gated
+        else:
+            return node, gated
+        if len(inner) != 1 or value_shape(inner[0]) != value_shape(node) or len(inner[0].users) != 1:
+            return node, gated
+        gated = gated or op_name(node) == "mul"
+        node = inner[0]
+
+
+def _kind(attention: list[fx.Node], axes: Axes | None, inside: list[fx.Node]) -> str:
+    if not attention:
+        return "mlp" if axes is not None else "mixing"
+    if axes is not None:
+        return "cross_attention"
+    query, key = attention[0].all_input_nodes[:2]
+    if key not in inside:
+        return "cross_attention"
+    wide = sum(op_name(n) in ("gelu", "silu", "relu") for n in inside)
+    return "attention+mlp" if wide else "self_attention"

@@ -1,0 +1,106 @@
+"""Which input is the latent, which the timestep, and how often each value of the loop changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import fx
+
+from duca_compile.errors import StructureError, UsageError
+from duca_compile.graph import Variance, op_name, value_shape
+
+_PERIODIC = {"sin", "cos"}
+
+
+def timestep_input(graph: fx.Graph, names: tuple[str, ...], requested: str | None = None) -> str:
+    """The placeholder that carries the timestep.
+
+    It is the input of at most one element per batch row that reaches a sinusoidal embedding; where several do
+    (a guidance scale, say), one that is called ``t...`` or ``...time...`` wins, else the first.
+
+    Raises:
+        UsageError: ``requested`` is not a tensor input.
+        StructureError: no input looks like a timestep; the message lists the candidates.
+    """
+    if requested is not None:
+        if requested not in names:
+            raise UsageError(f"timestep={requested!r} is not a tensor argument of this call; it has {list(names)}")
+        return requested
+    placeholders = [n for n in graph.nodes if n.op == "placeholder" and n.name in names]
+    small = [n for n in placeholders if len(value_shape(n) or (0, 0)) <= 1]
+    periodic = [n for n in small if _reaches(n, _PERIODIC)]
+    candidates = periodic or [n for n in small if _sounds_like_time(n.name)]
+    named = [n for n in candidates if _sounds_like_time(n.name)]
+    if not candidates:
+        raise StructureError(
+            f"no timestep among the tensor inputs {list(names)}: none of one element per row is embedded by sin/cos. "
+            "Name it: optimize(model, timestep='argument')."
+        )
+    return str((named or candidates)[0].name)
+
+
+def latent_input(graph: fx.Graph, names: tuple[str, ...], timestep: str) -> str:
+    """The placeholder that carries the latent: shaped like the output, else the largest input."""
+    placeholders = [n for n in graph.nodes if n.op == "placeholder" and n.name in names and n.name != timestep]
+    if not placeholders:
+        raise StructureError(f"no latent among the tensor inputs {list(names)}: the timestep is the only one.")
+    result = next(iter(_output_nodes(graph)), None)
+    shape = value_shape(result) if result is not None else None
+
+    def likeness(node: fx.Node) -> tuple[int, int]:
+        own = value_shape(node) or ()
+        same = sum(a == b for a, b in zip(own, shape, strict=True)) if shape and len(own) == len(shape) else 0
+        size = 1
+        for extent in own:
+            size *= extent
+        return same, size
+
+    return str(max(placeholders, key=likeness).name)
+
+
+def variances(graph: fx.Graph, latent: str, timestep: str) -> dict[str, Variance]:
+    """Variance of every node by name. Random operators count as latent-dependent, so they are never hoisted."""
+    found: dict[str, Variance] = {}
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            own = {latent: Variance.LATENT, timestep: Variance.TIMESTEP}.get(node.name, Variance.INVARIANT)
+        else:
+            own = Variance.LATENT if _is_random(node) else Variance.INVARIANT
+        found[node.name] = max([own, *(found[n.name] for n in node.all_input_nodes)])
+    return found
+
+
+def descendants(node: fx.Node) -> set[fx.Node]:
+    return _closure(node, lambda n: n.users)
+
+
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    return _closure(node, lambda n: n.all_input_nodes)
+
+
+def _closure(node: fx.Node, follow: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    seen: set[fx.Node] = set()
+    stack: list[fx.Node] = [node]
+    while stack:
+        for other in follow(stack.pop()):
+            if other not in seen:
+                seen.add(other)
+                stack.append(other)
+    return seen
+
+
+def _reaches(node: fx.Node, ops: set[str]) -> bool:
+    return any(op_name(n) in ops for n in descendants(node))
+
+
+def _sounds_like_time(name: str) -> bool:
+    return name.startswith("t") or "time" in name or "sigma" in name
+
+
+def _output_nodes(graph: fx.Graph) -> Iterable[fx.Node]:
+    return graph.output_node().all_input_nodes
+
+
+def _is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())

@@ -1,0 +1,147 @@
+"""nn.Module + one example call -> CapturedGraph, by torch.export and nothing model-specific."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path
+
+from duca_compile.errors import CaptureError, UsageError
+from duca_compile.graph import CapturedGraph, OutputLayout
+
+_TORCH_ROOT = str(Path(torch.__file__).parent)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call, bound to the forward's signature and flattened."""
+
+    arguments: dict[str, Any]
+    tensors: tuple[Tensor, ...]
+    key: Hashable
+
+    @staticmethod
+    def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """Raises UsageError where the arguments do not fit the signature, with Python's own reason."""
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise UsageError(f"the call does not fit the model's forward{signature}: {error}") from error
+        arguments: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            kind = signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_KEYWORD:
+                arguments.update(value)
+            elif kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
+                raise UsageError(f"forward takes {name!r} by position only; give it a name to optimize this model")
+            else:
+                arguments[name] = value
+        leaves, spec = tree_flatten(arguments)
+        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+        return Call(arguments, tensors, _key(leaves, spec))
+
+
+def _key(leaves: list[Any], spec: TreeSpec) -> Hashable:
+    def of(leaf: Any) -> Hashable:
+        if isinstance(leaf, Tensor):
+            return (leaf.shape, leaf.dtype, leaf.device)
+        return (type(leaf), leaf if isinstance(leaf, Hashable) else repr(leaf))
+
+    return (spec, tuple(of(leaf) for leaf in leaves))
+
+
+def tensor_names(call: Call) -> tuple[str, ...]:
+    """The argument path of each tensor leaf, such as ``hidden_states`` or ``extra['size']``."""
+    found = tree_flatten_with_path(call.arguments)[0]
+    return tuple(keystr(path[:1])[2:-2] + keystr(path[1:]) for path, leaf in found if isinstance(leaf, Tensor))
+
+
+def capture(model: nn.Module, call: Call) -> CapturedGraph:
+    """Traces one call of ``model`` into a graph of ATen operators.
+
+    The graph's get_attr nodes name the model's own parameters and buffers.
+
+    Raises:
+        CaptureError: the forward cannot be traced (data-dependent control flow, side effects); names the line.
+    """
+    try:
+        with torch.no_grad():
+            program = torch.export.export(model, (), call.arguments, strict=False)
+            if any(_mutates(node) for node in program.graph.nodes):
+                program = program.run_decompositions({})  # an empty table functionalizes and keeps operators whole
+    except Exception as error:
+        raise CaptureError(_explain_failure(model, error)) from error
+    return _lower(model, program)
+
+
+def _mutates(node: fx.Node) -> bool:
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def _explain_failure(model: nn.Module, error: Exception) -> str:
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_TORCH_ROOT)]
+    ours = str(Path(__file__).parent)
+    frames = [f for f in frames if not f.filename.startswith((ours, "<"))]
+    where = f' at {frames[-1].filename}:{frames[-1].lineno} ("{frames[-1].line}")' if frames else ""
+    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return (
+        f"torch.export cannot capture {type(model).__name__}{where}: {reason}. "
+        "Forward must not branch on tensor values or leave torch (.item(), .numpy()); "
+        "rewrite that line, or compute its value before the loop and pass it as an argument."
+    )
+
+
+def _lower(model: nn.Module, program: torch.export.ExportedProgram) -> CapturedGraph:
+    """Turns lifted weights back into get_attr nodes on the model's live tensors."""
+    signature = program.graph_signature
+    live = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    specs = {spec.arg.name: spec for spec in signature.input_specs}
+    graph, mapping = fx.Graph(), dict[fx.Node, Any]()
+    attributes: dict[str, Tensor] = {}
+    inputs: list[str] = []
+    for node in program.graph.nodes:
+        if node.op != "placeholder":
+            if node.op != "output":
+                mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+            continue
+        spec = specs[node.name]
+        if spec.kind is InputKind.USER_INPUT:
+            if isinstance(spec.arg, ConstantArgument):
+                mapping[node] = spec.arg.value
+                continue
+            mapping[node] = graph.node_copy(node)
+            inputs.append(mapping[node].name)
+            continue
+        target = str(spec.target)
+        value = live[target] if target in live else program.constants[target]
+        attributes[target] = value
+        mapping[node] = graph.get_attr(target)
+        mapping[node].meta = dict(node.meta)
+    leaves = _outputs(program)
+    constants = {i: leaf.value for i, leaf in enumerate(leaves) if isinstance(leaf, ConstantArgument)}
+    produced = {node.name: node for node in program.graph.nodes}
+    results = tuple(mapping[produced[leaf.name]] for leaf in leaves if isinstance(leaf, TensorArgument))
+    graph.output(results)
+    graph.lint()
+    return CapturedGraph(graph, attributes, tuple(inputs), OutputLayout(program.call_spec.out_spec, constants))
+
+
+def _outputs(program: torch.export.ExportedProgram) -> list[Any]:
+    for spec in program.graph_signature.output_specs:
+        if spec.kind is not OutputKind.USER_OUTPUT:
+            raise CaptureError(
+                f"forward changes {spec.target!r} ({spec.kind.name}); a variant must have no side effects. "
+                "Return the new value instead of storing it on the module."
+            )
+        if not isinstance(spec.arg, TensorArgument | ConstantArgument):
+            raise CaptureError(f"forward returns {spec.arg}, which is neither a tensor nor a constant.")
+    return [spec.arg for spec in program.graph_signature.output_specs]

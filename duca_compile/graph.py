@@ -1,0 +1,204 @@
+"""The few types that capture, analyses, passes and the runtime speak in.
+
+Nodes are referred to by name: every graph is a copy of the captured one, and copies keep the names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import TreeSpec, tree_unflatten
+
+STREAM_END = "stream_end"
+
+
+class Variance(IntEnum):
+    """How often a value changes in a denoising loop; a node is as variable as its most variable input."""
+
+    INVARIANT = 0
+    TIMESTEP = 1
+    LATENT = 2
+
+
+class Action(Enum):
+    """What a variant does with one branch."""
+
+    COMPUTE = "compute"
+    PARTIAL = "partial"
+    REUSE = "reuse"
+
+
+@dataclass(frozen=True)
+class OutputLayout:
+    """How the flat tensors a graph returns become the model's own output object."""
+
+    spec: TreeSpec
+    constants: Mapping[int, Any]  # leaf position -> value, for leaves that are not tensors
+
+    def rebuild(self, tensors: tuple[Tensor, ...]) -> Any:
+        if not self.constants:
+            return tree_unflatten(tensors, self.spec)
+        rest = iter(tensors)
+        leaves = [self.constants[i] if i in self.constants else next(rest) for i in range(self.spec.num_leaves)]
+        return tree_unflatten(leaves, self.spec)
+
+
+@dataclass(frozen=True)
+class CapturedGraph:
+    """One forward pass: placeholders are the call's tensors, get_attr nodes the model's live weights."""
+
+    graph: fx.Graph
+    attributes: Mapping[str, Tensor]  # get_attr target -> the source model's own tensor, never a copy
+    inputs: tuple[str, ...]  # placeholder names, one for each tensor leaf of the call
+    output: OutputLayout
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One residual branch ``stream + gate * core``; ``core`` is what the caches hold.
+
+    ``shape`` is (batch, tokens, channels); ``flops`` counts the body at two per multiply-add.
+    """
+
+    index: int
+    block: int
+    path: str
+    source: str
+    kind: str  # "self_attention", "cross_attention", "attention+mlp", "mlp" or "mixing"
+    stream: str
+    core: str
+    add: str
+    gated: bool
+    body: frozenset[str]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    flops: int
+    attention: str | None  # the scaled_dot_product_attention node, where there is one
+    token_axes: Mapping[str, int] | None  # body node -> its token axis; None where tokens mix
+    mixing_reason: str | None
+
+    @property
+    def slot(self) -> str:
+        return f"branch_{self.index}"
+
+    @property
+    def score_slot(self) -> str:
+        return f"score_{self.index}"
+
+    @property
+    def tokens(self) -> int:
+        return self.shape[1]
+
+    @property
+    def cache_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Facts:
+    """All that the analyses know of one captured graph."""
+
+    latent: str
+    timestep: str
+    variance: Mapping[str, Variance]
+    branches: tuple[Branch, ...]
+    stream_end: str
+    flops: Mapping[str, int]
+    notes: tuple[str, ...]  # what was not understood, and why
+
+    @property
+    def blocks(self) -> int:
+        return self.branches[-1].block + 1
+
+    def score_source(self, branch: Branch) -> Branch | None:
+        """The self-attention whose token scores choose the tokens of ``branch``: the nearest one before it."""
+        earlier = [b for b in self.branches[: branch.index + 1] if b.attention and "self" in b.kind]
+        same_length = [b for b in earlier if b.tokens == branch.tokens]
+        return same_length[-1] if same_length else None
+
+
+@dataclass(frozen=True)
+class VariantSpec:
+    """What to do with each branch, and whether the end of the stream comes from the cache instead."""
+
+    actions: tuple[Action, ...]
+    skip: bool = False
+    scores: str | None = None  # "v_norm" or "attention": emitted for computed self-attentions
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A rewritten graph as a module: flat tensors in by name, flat tensors out by name."""
+
+    spec: VariantSpec
+    module: fx.GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    dynamic_inputs: tuple[str, ...]  # token index inputs: their second dimension changes from step to step
+    flops_fixed: int
+    flops_per_token: Mapping[int, float]  # branch index -> FLOPs for one recomputed token position, all batch rows
+
+    def flops(self, tokens: Mapping[int, int]) -> float:
+        """FLOPs of one call that recomputes ``tokens[branch]`` positions of each partial branch."""
+        return self.flops_fixed + sum(each * tokens[index] for index, each in self.flops_per_token.items())
+
+
+VariantFunction = Callable[..., tuple[Tensor, ...]]
+
+
+def tokens_input(index: int) -> str:
+    """Name of the (batch, k) int64 input that says which tokens of branch ``index`` to recompute."""
+    return f"tokens_{index}"
+
+
+def cache_input(slot: str) -> str:
+    """Name of the placeholder that carries the cached value of ``slot``."""
+    return f"cache_{slot}"
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """A copy with the same node names; get_attr nodes go on naming the same live weights."""
+    copy = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        mapping[node] = copy.node_copy(node, lambda n: mapping[n])
+        if mapping[node].name != node.name:
+            mapping[node].name = node.name
+    return copy
+
+
+def value_shape(node: fx.Node) -> tuple[int, ...] | None:
+    """The shape of the tensor a node yields, or None where it yields something else."""
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def op_name(node: fx.Node) -> str:
+    """The operator without namespace and overload: ``linear``, ``add``, ``getitem``."""
+    if node.op != "call_function":
+        return node.op
+    if isinstance(node.target, torch._ops.OpOverload):
+        return str(node.target.overloadpacket.__name__)
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module that the node was traced in; "" for the model itself."""
+    stack = node.meta.get("nn_module_stack") or {}
+    entries = list(stack.values())
+    return str(entries[-1][0]) if entries else ""
+
+
+def source_line(node: fx.Node) -> str:
+    """``file:line`` of the Python statement the node came from, or "" where the trace does not say."""
+    lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
+    files = [line for line in lines if line.startswith('File "')]
+    if not files:
+        return ""
+    path, number = files[-1].split('"')[1], files[-1].split("line ")[1].split(",")[0]
+    return f"{path}:{number}"

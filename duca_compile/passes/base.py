@@ -1,0 +1,79 @@
+"""What a pass is, and the draft that passes rewrite."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import ClassVar, Generic, TypeVar
+
+import torch
+from torch import fx
+
+from duca_compile.errors import InternalError
+from duca_compile.graph import Action, Branch, Facts, VariantSpec
+
+
+@dataclass
+class Draft:
+    """A working copy of a graph; ``properties`` holds what the passes so far have ensured."""
+
+    graph: fx.Graph
+    properties: set[str] = field(default_factory=set, kw_only=True)
+
+
+@dataclass
+class VariantDraft(Draft):
+    """A draft on its way to becoming a variant; ``results`` names what the graph returns, in order."""
+
+    facts: Facts
+    spec: VariantSpec
+    results: list[str]
+
+    def __post_init__(self) -> None:
+        self._nodes: dict[str, fx.Node] = {n.name: n for n in self.graph.nodes}
+
+    def node(self, name: str) -> fx.Node:
+        try:
+            return self._nodes[name]
+        except KeyError:
+            raise InternalError(f"node {name!r} is gone from the graph") from None
+
+    def branches(self, action: Action) -> list[Branch]:
+        return [b for b, a in zip(self.facts.branches, self.spec.actions, strict=True) if a is action]
+
+    def add_input(self, name: str, value: torch.Tensor) -> fx.Node:
+        """A new placeholder; ``value`` (fake or meta) says its shape and dtype."""
+        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder(name)
+        node.meta["val"] = value
+        return node
+
+    def add_result(self, name: str, node: fx.Node) -> None:
+        output = self.graph.output_node()
+        (results,) = output.args
+        assert isinstance(results, tuple)
+        output.args = ((*results, node),)
+        self.results.append(name)
+
+
+D = TypeVar("D", bound=Draft, contravariant=True)
+
+
+class Pass(ABC, Generic[D]):
+    """One rewrite. Its dataclass fields are its options; ``apply`` says truthfully whether it changed anything."""
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+    ensures: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def apply(self, draft: D) -> bool:
+        """Rewrites ``draft`` in place; True where it changed."""
+
+
+class ExactPass(Pass[D]):
+    """A rewrite that keeps every result bit for bit."""
+
+
+class CachingPass(Pass[VariantDraft]):
+    """A rewrite that replaces values by cached ones: results are those of an earlier step."""

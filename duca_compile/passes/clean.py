@@ -1,0 +1,42 @@
+"""Removes what the trace left behind: checks, eval-mode dropout, casts to the same type."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from duca_compile.graph import op_name
+from duca_compile.passes.base import Draft, ExactPass
+
+_CHECKS = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async"}
+
+
+@dataclass(frozen=True)
+class Clean(ExactPass[Draft]):
+    ensures = frozenset({"clean"})
+
+    def apply(self, draft: Draft) -> bool:
+        changed = False
+        for node in list(draft.graph.nodes):
+            if op_name(node) in _CHECKS:
+                draft.graph.erase_node(node)
+            elif _is_identity(node):
+                node.replace_all_uses_with(node.all_input_nodes[0])
+                draft.graph.erase_node(node)
+            else:
+                continue
+            changed = True
+        return changed
+
+
+def _is_identity(node: fx.Node) -> bool:
+    name = op_name(node)
+    if name in ("dropout", "feature_dropout", "alpha_dropout"):
+        return not node.args[2]
+    if name == "alias":
+        return True
+    if name != "to" or len(node.args) > 2 or node.kwargs:
+        return False
+    before, after = node.all_input_nodes[0].meta["val"], node.meta["val"]
+    return bool(before.dtype == after.dtype and before.device == after.device)

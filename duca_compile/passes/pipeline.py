@@ -1,0 +1,101 @@
+"""The order of the passes, with lint and property checks between them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from torch import fx
+
+from duca_compile.errors import InternalError
+from duca_compile.graph import Action, CapturedGraph, Facts, Variant, VariantSpec, copy_graph, tokens_input
+from duca_compile.passes.base import D, Draft, Pass, VariantDraft
+from duca_compile.passes.clean import Clean
+from duca_compile.passes.dead_code import RemoveDeadCode
+from duca_compile.passes.deduplicate import Deduplicate
+from duca_compile.passes.emit import EmitCaches
+from duca_compile.passes.hoist import HoistInvariants, invariant_graph
+from duca_compile.passes.partial import RecomputeTokens
+from duca_compile.passes.reuse import ReuseBranches
+from duca_compile.passes.scores import EmitScores
+from duca_compile.passes.skip import SkipBlocks
+
+PREPARE: tuple[Pass[Draft], ...] = (Clean(), Deduplicate(), RemoveDeadCode())
+# Results are emitted before values are replaced, so that a replacement also reaches what is returned. Partial
+# branches come first of the replacements: their bodies are copied from the nodes that reuse leaves dead.
+REWRITE: tuple[Pass[VariantDraft], ...] = (
+    HoistInvariants(),
+    EmitCaches(),
+    EmitScores(),
+    RecomputeTokens(),
+    ReuseBranches(),
+    SkipBlocks(),
+    RemoveDeadCode(),
+)
+
+
+def run_passes(draft: D, passes: Sequence[Pass[D]]) -> D:  # type: ignore[misc]
+    """Applies ``passes`` in order.
+
+    Raises:
+        InternalError: a pass lacks what it requires, or leaves a malformed graph.
+    """
+    for each in passes:
+        missing = each.requires - draft.properties
+        if missing:
+            raise InternalError(f"{type(each).__name__} needs {sorted(missing)}, which no earlier pass ensures")
+        each.apply(draft)
+        try:
+            draft.graph.lint()
+        except RuntimeError as error:
+            raise InternalError(f"{type(each).__name__} left a malformed graph: {error}") from error
+        draft.properties |= each.ensures
+    return draft
+
+
+def prepare(captured: CapturedGraph) -> CapturedGraph:
+    """The captured graph without trace residue and repeated expressions: what the analyses read."""
+    draft = Draft(copy_graph(captured.graph))
+    run_passes(draft, PREPARE)
+    return CapturedGraph(draft.graph, captured.attributes, captured.inputs, captured.output)
+
+
+def build_variant(captured: CapturedGraph, facts: Facts, spec: VariantSpec) -> Variant:
+    """Rewrites a copy of the prepared graph as ``spec`` says; its weights are the source model's own."""
+    results = [f"output_{i}" for i in range(len(captured.graph.output_node().all_input_nodes))]
+    draft = run_passes(VariantDraft(copy_graph(captured.graph), facts, spec, results), REWRITE)
+    fixed, per_token = _variant_flops(draft.graph, facts)
+    inputs = tuple(n.name for n in draft.graph.nodes if n.op == "placeholder")
+    partial = {tokens_input(b.index) for b, a in zip(facts.branches, spec.actions, strict=True) if a is Action.PARTIAL}
+    return Variant(
+        spec=spec,
+        module=to_module(captured, draft.graph),
+        inputs=inputs,
+        outputs=tuple(draft.results),
+        dynamic_inputs=tuple(name for name in inputs if name in partial),
+        flops_fixed=fixed,
+        flops_per_token=per_token,
+    )
+
+
+def build_prologue(captured: CapturedGraph, facts: Facts) -> fx.GraphModule:
+    """The module that computes the hoisted values once per request."""
+    draft = Draft(invariant_graph(captured.graph, facts))
+    return to_module(captured, run_passes(draft, (RemoveDeadCode(),)).graph)
+
+
+def to_module(captured: CapturedGraph, graph: fx.Graph) -> fx.GraphModule:
+    """A module over ``graph`` that shares every weight with the source model."""
+    used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
+    return fx.GraphModule({name: captured.attributes[name] for name in used}, graph)
+
+
+def _variant_flops(graph: fx.Graph, facts: Facts) -> tuple[int, dict[int, float]]:
+    fixed, per_token = 0, defaultdict[int, float](float)
+    for node in graph.nodes:
+        if "tokens_of" in node.meta:
+            index, origin = node.meta["tokens_of"]
+            per_token[index] += facts.flops[origin] / facts.branches[index].tokens
+        else:
+            fixed += facts.flops.get(node.name, 0)
+    return fixed, dict(per_token)

@@ -1,0 +1,18 @@
+"""Replaces branch outputs by their cached values; the gates are computed afresh (FORA, arXiv 2407.01425)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from duca_compile.graph import Action, cache_input
+from duca_compile.passes.base import CachingPass, VariantDraft
+
+
+@dataclass(frozen=True)
+class ReuseBranches(CachingPass):
+    def apply(self, draft: VariantDraft) -> bool:
+        reused = draft.branches(Action.REUSE)
+        for branch in reused:
+            core = draft.node(branch.core)
+            core.replace_all_uses_with(draft.add_input(cache_input(branch.slot), core.meta["val"]))
+        return bool(reused)

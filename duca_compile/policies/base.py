@@ -1,0 +1,94 @@
+"""What a policy is: a sequence of steps, and how many tokens a partial step recomputes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+SelectionKind = Literal["v_norm", "attention", "random"]
+
+
+class StepKind(Enum):
+    """What one denoising step does with the model's blocks."""
+
+    FULL = "full"
+    PARTIAL = "partial"  # attention from the cache, MLPs on a few tokens (DuCa's conservative step)
+    REUSE = "reuse"  # every branch from the cache, gates fresh
+    SKIP = "skip"  # the end of the stream from the cache (DuCa's aggressive step)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a schedule.
+
+    Attributes:
+        kind: what the blocks do.
+        interval: the steps between full ones that are in force; weighs how stale a token is.
+        ratio: share of tokens to recompute in a partial step, before per-block and per-kind factors.
+        leading_full: blocks at the front that run in full regardless of ``kind`` (the released ToCa and DuCa code
+            changes its mind after the first block of some full steps).
+    """
+
+    kind: StepKind
+    interval: int = 1
+    ratio: float = 0.0
+    leading_full: int = 0
+
+
+@dataclass(frozen=True)
+class TokenQuery:
+    """A branch that asks how many of its tokens to recompute: its block, the model's depth, and its kind."""
+
+    block: int
+    blocks: int
+    kind: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How a partial step chooses its tokens.
+
+    Attributes:
+        kind: "v_norm" (small value norms first), "attention" (most attended first) or "random".
+        staleness: weight of the steps since a token was last computed, over the interval (ToCa's s3, lambda 3).
+        patch_bonus: the best token of each patch has its score multiplied by 1 + this (ToCa's s4, lambda 4).
+        patch: side of those patches in tokens.
+        seed: of the random selection; one draw serves every row of the batch, so both CFG halves agree.
+    """
+
+    kind: SelectionKind
+    staleness: float = 0.0
+    patch_bonus: float = 0.0
+    patch: int = 2
+    seed: int = 0
+
+
+class Policy(ABC):
+    """A caching method. Policies are immutable; one object may serve any number of models."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """A short name for tables."""
+
+    @property
+    def selection(self) -> Selection | None:
+        """How partial steps choose tokens; None where there are none."""
+        return None
+
+    @abstractmethod
+    def steps(self, total: int | None) -> Iterator[Step]:
+        """The steps of one request in order: ``total`` of them, or without end where ``total`` is None.
+
+        Raises:
+            PolicyError: this policy needs to know the number of steps.
+        """
+
+    def fresh_tokens(self, step: Step, query: TokenQuery) -> int:
+        """How many tokens of a branch to recompute in a partial step; 0 reuses the branch."""
+        del step, query
+        return 0

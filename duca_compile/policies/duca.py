@@ -1,0 +1,81 @@
+"""DuCa, dual feature caching (arXiv 2412.18911): aggressive and conservative steps between full ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from duca_compile.errors import PolicyError
+from duca_compile.policies.base import Policy, Selection, SelectionKind, Step, StepKind, TokenQuery
+from duca_compile.policies.schedule import Interval, Linear, Moment
+
+
+@dataclass(frozen=True)
+class DuCa(Policy):
+    """After each full step, partial and skip steps alternate until the interval ends.
+
+    Attributes:
+        interval: steps from one full step to the next; an int, or an ``Interval`` that varies along the loop.
+        fresh_ratio: share of MLP tokens that a partial step recomputes, in [0, 1], before the factors below.
+        selection: how those tokens are chosen; a name, or a ``Selection`` with weights and a seed.
+        first: which of the two comes right after a full step when ``interval`` counts up.
+        step_factor: multiplies the ratio; a line over the schedule's progress.
+        block_factor: multiplies the ratio; a line from the first block (0) to the last (1).
+        kind_factor: multiplies the ratio by branch kind ("mlp", "cross_attention"); kinds not named are reused.
+        latched: one type per step, decided before it. False is the released code: where a full step changes the
+            interval so that it no longer counts as full, only its first block runs in full.
+
+    Raises:
+        PolicyError: impossible numbers.
+    """
+
+    interval: int | Interval = 5
+    fresh_ratio: float = 0.1
+    selection: SelectionKind | Selection = "v_norm"  # type: ignore[assignment]
+    first: Literal["partial", "skip"] = "partial"
+    step_factor: Linear = Linear(1.0)
+    block_factor: Linear = Linear(1.0)
+    kind_factor: Mapping[str, float] = field(default_factory=lambda: {"mlp": 1.0})
+    latched: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.interval, int):
+            object.__setattr__(self, "interval", Interval(self.interval))
+        if isinstance(self.selection, str):
+            if self.selection not in get_args(SelectionKind):
+                raise PolicyError(f"selection={self.selection!r} is unknown; choose one of {get_args(SelectionKind)}")
+            object.__setattr__(self, "selection", Selection(self.selection))
+        if not 0 <= self.fresh_ratio <= 1:
+            raise PolicyError(f"fresh_ratio={self.fresh_ratio} is impossible: it is a share of tokens, from 0 to 1")
+        if self.first not in ("partial", "skip"):
+            raise PolicyError(f"first={self.first!r} is unknown; choose 'partial' or 'skip'")
+
+    @property
+    def name(self) -> str:
+        return f"DuCa (N={self._interval.length})"
+
+    @property
+    def _interval(self) -> Interval:
+        assert isinstance(self.interval, Interval)
+        return self.interval
+
+    def steps(self, total: int | None) -> Iterator[Step]:
+        for moment in self._interval.moments(total):
+            residue = moment.residue if self.latched else moment.late_residue
+            kind = self._kind(residue)
+            leading = int(moment.residue == 0 and kind is not StepKind.FULL)
+            yield Step(kind, moment.interval, self._ratio(moment), leading)
+
+    def _kind(self, residue: int) -> StepKind:
+        if residue == 0:
+            return StepKind.FULL
+        return StepKind.PARTIAL if (residue % 2 == 1) == (self.first == "partial") else StepKind.SKIP
+
+    def _ratio(self, moment: Moment) -> float:
+        return self.fresh_ratio * max(0.0, self.step_factor(moment.progress))
+
+    def fresh_tokens(self, step: Step, query: TokenQuery) -> int:
+        depth = query.block / max(1, query.blocks - 1)
+        ratio = step.ratio * self.block_factor(depth) * self.kind_factor.get(query.kind, 0.0)
+        return int(min(1.0, max(0.0, ratio)) * query.tokens)

@@ -1,0 +1,32 @@
+"""FORA (arXiv 2407.01425): full steps at a fixed interval, reuse of every branch in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from duca_compile.policies.base import Policy, Step, StepKind
+from duca_compile.policies.schedule import Interval
+
+
+@dataclass(frozen=True)
+class FORA(Policy):
+    """Attributes: ``interval``, the steps from one full step to the next; an int, or an ``Interval``."""
+
+    interval: int | Interval = 3
+
+    def __post_init__(self) -> None:
+        self._interval  # noqa: B018 - rejects impossible numbers now
+
+    @property
+    def name(self) -> str:
+        return f"FORA (N={self._interval.length})"
+
+    @property
+    def _interval(self) -> Interval:
+        return Interval(self.interval) if isinstance(self.interval, int) else self.interval
+
+    def steps(self, total: int | None) -> Iterator[Step]:
+        for moment in self._interval.moments(total):
+            kind = StepKind.FULL if moment.residue == 0 else StepKind.REUSE
+            yield Step(kind, moment.interval)

@@ -1,0 +1,86 @@
+"""When full steps happen: constant intervals, and the intervals of the released code that vary along the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from duca_compile.errors import PolicyError
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``start + slope * x`` for x in [0, 1]."""
+
+    start: float
+    slope: float = 0.0
+
+    def __call__(self, x: float) -> float:
+        return self.start + self.slope * x
+
+
+@dataclass(frozen=True)
+class Moment:
+    """One step as the schedule sees it.
+
+    ``residue`` is the position within the interval that held before the step, 0 at a full step; ``late_residue`` is
+    the same under the interval that a full step has just set. ``progress`` is the released code's step over total.
+    """
+
+    residue: int
+    late_residue: int
+    interval: int
+    progress: float
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Full steps every ``length`` steps.
+
+    Attributes:
+        length: N, the nominal interval.
+        factor: where set, each full step sets the interval to round(N / factor(progress)); ToCa and DuCa on DiT.
+        forced: (from, to, interval): at progress in [from, to) the interval is this one instead.
+        descending: steps count down to 0, and progress falls from 1 to 0, as in the released DiT code; the pattern is
+            then anchored at the last step. Otherwise they count up from 0.
+    """
+
+    length: int
+    factor: Linear | None = None
+    forced: tuple[float, float, int] | None = None
+    descending: bool = False
+
+    def __post_init__(self) -> None:
+        if self.length < 1:
+            raise PolicyError(f"interval={self.length} is impossible: it must be at least 1 (1 computes every step)")
+
+    @property
+    def needs_total(self) -> bool:
+        return self.descending or self.factor is not None or self.forced is not None
+
+    def moments(self, total: int | None) -> Iterator[Moment]:
+        """The moments of ``total`` steps, or of endless ones.
+
+        Raises:
+            PolicyError: the pattern depends on the number of steps and ``total`` is None.
+        """
+        if total is None and self.needs_total:
+            raise PolicyError(
+                "this schedule depends on the number of steps; pass optimize(..., num_inference_steps=50) "
+                "(the number your scheduler runs)"
+            )
+        interval, index = self.length, 0
+        while total is None or index < total:
+            ordinal = total - 1 - index if self.descending and total is not None else index
+            progress = ordinal / total if total is not None else 0.0
+            residue = 0 if index == 0 else ordinal % interval
+            if residue == 0:
+                interval = self._interval_at(progress)
+            late = 0 if index == 0 else ordinal % interval
+            yield Moment(residue, late, interval, progress)
+            index += 1
+
+    def _interval_at(self, progress: float) -> int:
+        if self.forced is not None and self.forced[0] <= progress < self.forced[1]:
+            return self.forced[2]
+        return self.length if self.factor is None else max(1, round(self.length / self.factor(progress)))

@@ -1,0 +1,260 @@
+"""Runs one variant per call and keeps the caches between calls."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from duca_compile.errors import PolicyError
+from duca_compile.graph import (
+    Action,
+    Branch,
+    Facts,
+    Variant,
+    VariantFunction,
+    VariantSpec,
+    cache_input,
+    tokens_input,
+)
+from duca_compile.policies.base import Policy, Step, StepKind, TokenQuery
+from duca_compile.runtime.clock import StepClock
+from duca_compile.runtime.selection import TokenSelector
+
+log = logging.getLogger("duca_compile")
+
+
+@dataclass
+class CacheState:
+    """What one pass of one request carries from step to step; dropped when the next request starts."""
+
+    caches: dict[str, Tensor] = field(default_factory=dict)  # placeholder name -> value
+    hoisted: dict[str, Tensor] = field(default_factory=dict)
+    hoisted_from: tuple[Tensor, ...] = ()
+    hoisted_versions: tuple[int, ...] = ()
+    selector: TokenSelector | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.caches.values())
+
+
+@dataclass(frozen=True)
+class Executed:
+    """One call as it ran: for reports and tests."""
+
+    step: int
+    pass_index: int
+    kind: StepKind
+    flops: float
+    seconds: float  # of host time; on an accelerator work may still be queued
+
+
+@dataclass(frozen=True)
+class Program:
+    """A variant and what runs it, with the names that tie it to the state."""
+
+    variant: Variant
+    run: VariantFunction
+    stores: tuple[str | None, ...]  # per output beyond the model's own: the cache it goes to, None for scores
+    selected: tuple[Branch, ...]
+
+
+class Dispatcher:
+    """Chooses, runs and accounts for one variant per call of one captured shape.
+
+    ``build`` makes the program of a spec and is called once per spec; ``prologue`` computes the loop-invariant
+    values, named ``hoisted``, from the call's invariant inputs.
+    """
+
+    def __init__(
+        self,
+        facts: Facts,
+        inputs: tuple[str, ...],
+        policy: Policy,
+        total: int | None,
+        build: Callable[[VariantSpec], tuple[Variant, VariantFunction]],
+        prologue: tuple[tuple[str, ...], tuple[str, ...], VariantFunction],
+    ) -> None:
+        self.facts = facts
+        self.policy = policy
+        self.history: list[Executed] = []
+        self._inputs = inputs
+        self._total = total
+        self._build = build
+        self._prologue_inputs, self._hoisted, self._prologue = prologue
+        self._programs: dict[VariantSpec, Program] = {}
+        self._selectable = [b for b in facts.branches if b.token_axes is not None]
+        self._position = {b.index: i for i, b in enumerate(self._selectable)}
+        self._check_selection()
+        self._clock = StepClock(total)
+        self._warned = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets every cache; the next call starts a request."""
+        self._clock.reset()
+        self._states: dict[int, CacheState] = {}
+        self._steps: list[Step] = []
+        self._coming: Iterator[Step] = iter(())
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that the caches of the running request hold."""
+        return sum(state.bytes for state in self._states.values())
+
+    def __call__(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        started = time.perf_counter()
+        call = dict(zip(self._inputs, tensors, strict=True))
+        tick = self._clock.tick(call[self.facts.timestep])
+        if tick.new_request:
+            self._states.clear()
+            self.history.clear()
+            self._steps.clear()
+            self._coming = self.policy.steps(self._total)
+        state = self._states.setdefault(tick.pass_index, CacheState())
+        step = self._step_at(tick.step)
+        self._hoist(state, call)
+        program, counts = self._plan(step, state)
+        outputs = self._run(program, counts, step, state, call)
+        flops = program.variant.flops(counts)
+        self.history.append(Executed(tick.step, tick.pass_index, step.kind, flops, time.perf_counter() - started))
+        return outputs
+
+    def _step_at(self, index: int) -> Step:
+        while len(self._steps) <= index:
+            step = next(self._coming, None)
+            if step is None:
+                if not self._warned:
+                    self._warned = True
+                    log.warning(
+                        "step %d is more than the %s planned steps; it and later ones are computed in full. Pass "
+                        "optimize(..., num_inference_steps=N) with the number your scheduler runs.",
+                        index + 1,
+                        self._total,
+                    )
+                step = Step(StepKind.FULL)
+            self._steps.append(step)
+        return self._steps[index]
+
+    def _hoist(self, state: CacheState, call: Mapping[str, Tensor]) -> None:
+        """Computes loop-invariant values at the start of a request and when their inputs changed."""
+        if not self._hoisted:
+            return
+        sources = tuple(call[name] for name in self._prologue_inputs)
+        versions = tuple(-1 if t.is_inference() else t._version for t in sources)
+        same = len(sources) == len(state.hoisted_from) and all(
+            a is b for a, b in zip(sources, state.hoisted_from, strict=True)
+        )
+        if state.hoisted and same and versions == state.hoisted_versions and -1 not in versions:
+            return
+        state.hoisted = dict(zip(self._hoisted, self._prologue(*sources), strict=True))
+        state.hoisted_from, state.hoisted_versions = sources, versions
+
+    def _plan(self, step: Step, state: CacheState) -> tuple[Program, dict[int, int]]:
+        spec, counts = self.spec_of(step)
+        program = self._program(spec)
+        missing = [n for n in program.variant.inputs if n.startswith("cache_") and n not in state.caches]
+        if missing:  # a pass that joined in mid-request has nothing to reuse yet
+            spec, counts = self.spec_of(Step(StepKind.FULL))
+            program = self._program(spec)
+        return program, counts
+
+    def spec_of(self, step: Step) -> tuple[VariantSpec, dict[int, int]]:
+        """The variant that ``step`` needs, and the number of tokens each partial branch recomputes."""
+        actions: list[Action] = []
+        counts: dict[int, int] = {}
+        for branch in self.facts.branches:
+            action = _ACTIONS[step.kind]
+            if branch.block < step.leading_full:
+                action = Action.COMPUTE
+            elif step.kind is StepKind.PARTIAL:
+                action = self._partial_action(step, branch, counts)
+            actions.append(action)
+        scores = self._scores if Action.COMPUTE in actions else None
+        return VariantSpec(tuple(actions), step.kind is StepKind.SKIP, scores), counts
+
+    def _partial_action(self, step: Step, branch: Branch, counts: dict[int, int]) -> Action:
+        if branch.kind == "mixing":  # not understood, so computed in full
+            return Action.COMPUTE
+        if branch.token_axes is None:
+            return Action.REUSE
+        query = TokenQuery(branch.block, self.facts.blocks, branch.kind, branch.tokens)
+        count = self.policy.fresh_tokens(step, query)
+        if count <= 0:
+            return Action.REUSE
+        counts[branch.index] = count
+        return Action.PARTIAL
+
+    @property
+    def _scores(self) -> str | None:
+        selection = self.policy.selection
+        return None if selection is None or selection.kind == "random" else selection.kind
+
+    def _check_selection(self) -> None:
+        if self._scores is None:
+            return
+        for branch in self._selectable:
+            if branch.kind == "mlp" and self.facts.score_source(branch) is None:
+                raise PolicyError(
+                    f"selection={self._scores!r} needs a self-attention over the same {branch.tokens} tokens before "
+                    f"{branch.path or 'the branch'} ({branch.source}); use selection='random'"
+                )
+
+    def _program(self, spec: VariantSpec) -> Program:
+        if spec not in self._programs:
+            variant, run = self._build(spec)
+            extra = [name for name in variant.outputs if not name.startswith("output_")]
+            stores = tuple(None if name.startswith("score_") else cache_input(name) for name in extra)
+            partial = tuple(
+                b for b, a in zip(self.facts.branches, spec.actions, strict=True) if a is Action.PARTIAL
+            )
+            self._programs[spec] = Program(variant, run, stores, partial)
+        return self._programs[spec]
+
+    def _run(
+        self, program: Program, counts: dict[int, int], step: Step, state: CacheState, call: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        variant = program.variant
+        values = call | state.hoisted | state.caches
+        if program.selected:
+            assert state.selector is not None
+            positions = [self._position[b.index] for b in program.selected]
+            chosen = state.selector.select(positions, [counts[b.index] for b in program.selected], step.interval)
+            for branch, index in zip(program.selected, chosen, strict=True):
+                values[tokens_input(branch.index)] = index
+        results = program.run(*[values[name] for name in variant.inputs])
+        own = len(results) - len(program.stores)
+        for place, value in zip(program.stores, results[own:], strict=True):
+            if place is not None:
+                state.caches[place] = value
+        if Action.COMPUTE in variant.spec.actions:
+            self._refresh(variant, dict(zip(variant.outputs, results, strict=True)), state)
+        return results[:own]
+
+    def _refresh(self, variant: Variant, results: Mapping[str, Tensor], state: CacheState) -> None:
+        """Hands the scores of computed branches to the selector, and marks their tokens fresh."""
+        selection = self.policy.selection
+        if selection is None or not self._selectable:
+            return
+        first = self._selectable[0]
+        if state.selector is None:
+            device = next(iter(results.values())).device
+            batch, tokens = first.shape[:2]
+            state.selector = TokenSelector(selection, len(self._selectable), batch, tokens, device)
+        computed = [b for b in self._selectable if variant.spec.actions[b.index] is Action.COMPUTE]
+        sources = {b.index: self.facts.score_source(b) for b in computed}
+        state.selector.refresh(
+            {self._position[i]: results.get(source.score_slot) if source else None for i, source in sources.items()}
+        )
+
+
+_ACTIONS = {
+    StepKind.FULL: Action.COMPUTE,
+    StepKind.PARTIAL: Action.PARTIAL,
+    StepKind.REUSE: Action.REUSE,
+    StepKind.SKIP: Action.REUSE,
+}
