@@ -161,8 +161,7 @@ def _kind(attention: list[fx.Node], axes: Axes | None, inside: list[fx.Node]) ->
         return "mlp" if axes is not None else "mixing"
     if axes is not None:
         return "cross_attention"
-    query, key = attention[0].all_input_nodes[:2]
-    if key not in inside:
+    if attention[0].all_input_nodes[1] not in inside:
         return "cross_attention"
     wide = sum(op_name(n) in ("gelu", "silu", "relu") for n in inside)
     return "attention+mlp" if wide else "self_attention"

@@ -165,7 +165,7 @@ def _permute(node: fx.Node, axes: Axes) -> int:
     source, axis = _first(node, axes)
     dims = node.args[1]
     assert isinstance(dims, list | tuple)
-    return [int(d) % _rank(source) for d in dims].index(axis)  # type: ignore[arg-type]
+    return [int(d) % _rank(source) for d in dims].index(axis)
 
 
 def _unsqueeze(node: fx.Node, axes: Axes) -> int:
@@ -211,7 +211,7 @@ def _attention(node: fx.Node, axes: Axes) -> int:
 
 
 _Rule = Callable[[fx.Node, Axes], int]
-_RULES: dict[str, _Rule] = {
+_SPECIAL: dict[str, _Rule] = {
     "linear": _linear,
     "matmul": _linear,
     "layer_norm": _norm,
@@ -226,11 +226,12 @@ _RULES: dict[str, _Rule] = {
     "mean": _reduce,
     "sum": _reduce,
     "var": _reduce,
-    "linalg_vector_norm": lambda node, axes: _reduce(node, axes),
+    "linalg_vector_norm": _reduce,
     "transpose": _transpose,
     "permute": _permute,
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,
     "getitem": _item,
     "scaled_dot_product_attention": _attention,
-} | dict.fromkeys(RESHAPES, _reshape)
+}
+_RULES: dict[str, _Rule] = {**_SPECIAL, **dict.fromkeys(RESHAPES, _reshape)}

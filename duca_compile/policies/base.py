@@ -26,7 +26,7 @@ class Step:
 
     Attributes:
         kind: what the blocks do.
-        interval: the steps between full ones that are in force; weighs how stale a token is.
+        interval: the nominal steps from one full step to the next; weighs how stale a token is.
         ratio: share of tokens to recompute in a partial step, before per-block and per-kind factors.
         leading_full: blocks at the front that run in full regardless of ``kind`` (the released ToCa and DuCa code
             changes its mind after the first block of some full steps).

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from duca_compile.errors import PolicyError
 from duca_compile.policies.base import Policy, Selection, SelectionKind, Step, StepKind, TokenQuery
-from duca_compile.policies.schedule import Interval, Linear, Moment
+from duca_compile.policies.schedule import UNIT, Interval, Linear, Moment
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ class DuCa(Policy):
     fresh_ratio: float = 0.1
     selection: SelectionKind | Selection = "v_norm"  # type: ignore[assignment]
     first: Literal["partial", "skip"] = "partial"
-    step_factor: Linear = Linear(1.0)
-    block_factor: Linear = Linear(1.0)
+    step_factor: Linear = UNIT
+    block_factor: Linear = UNIT
     kind_factor: Mapping[str, float] = field(default_factory=lambda: {"mlp": 1.0})
     latched: bool = True
 
@@ -65,7 +65,7 @@ class DuCa(Policy):
             residue = moment.residue if self.latched else moment.late_residue
             kind = self._kind(residue)
             leading = int(moment.residue == 0 and kind is not StepKind.FULL)
-            yield Step(kind, moment.interval, self._ratio(moment), leading)
+            yield Step(kind, self._interval.length, self._ratio(moment), leading)
 
     def _kind(self, residue: int) -> StepKind:
         if residue == 0:

@@ -29,4 +29,4 @@ class FORA(Policy):
     def steps(self, total: int | None) -> Iterator[Step]:
         for moment in self._interval.moments(total):
             kind = StepKind.FULL if moment.residue == 0 else StepKind.REUSE
-            yield Step(kind, moment.interval)
+            yield Step(kind, self._interval.length)

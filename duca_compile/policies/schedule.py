@@ -19,6 +19,9 @@ class Linear:
         return self.start + self.slope * x
 
 
+UNIT = Linear(1.0)
+
+
 @dataclass(frozen=True)
 class Moment:
     """One step as the schedule sees it.
@@ -29,7 +32,6 @@ class Moment:
 
     residue: int
     late_residue: int
-    interval: int
     progress: float
 
 
@@ -77,7 +79,7 @@ class Interval:
             if residue == 0:
                 interval = self._interval_at(progress)
             late = 0 if index == 0 else ordinal % interval
-            yield Moment(residue, late, interval, progress)
+            yield Moment(residue, late, progress)
             index += 1
 
     def _interval_at(self, progress: float) -> int:

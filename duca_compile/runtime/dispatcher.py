@@ -209,9 +209,7 @@ class Dispatcher:
             variant, run = self._build(spec)
             extra = [name for name in variant.outputs if not name.startswith("output_")]
             stores = tuple(None if name.startswith("score_") else cache_input(name) for name in extra)
-            partial = tuple(
-                b for b, a in zip(self.facts.branches, spec.actions, strict=True) if a is Action.PARTIAL
-            )
+            partial = tuple(b for b, a in zip(self.facts.branches, spec.actions, strict=True) if a is Action.PARTIAL)
             self._programs[spec] = Program(variant, run, stores, partial)
         return self._programs[spec]
 

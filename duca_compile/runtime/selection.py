@@ -65,7 +65,9 @@ class TokenSelector:
         """Multiplies the highest score of each patch by 1 + patch_bonus."""
         patch = self._selection.patch
         side = isqrt(score.shape[-1])
-        grid = score.unflatten(-1, (side // patch, patch, side // patch, patch)).transpose(-3, -2).flatten(-2)
-        best = functional.one_hot(grid.argmax(-1), patch * patch)
-        boosted = grid * (1 + self._selection.patch_bonus * best)
-        return boosted.unflatten(-1, (patch, patch)).transpose(-3, -2).flatten(-4)
+        branches, batch, tokens = score.shape
+        cells = (branches, batch, side // patch, side // patch)
+        grid = score.reshape(branches, batch, side // patch, patch, side // patch, patch).transpose(3, 4)
+        best = functional.one_hot(grid.reshape(*cells, patch * patch).argmax(-1), patch * patch)
+        boosted = grid * (1 + self._selection.patch_bonus * best.view(*cells, patch, patch))
+        return boosted.transpose(3, 4).reshape(branches, batch, tokens)
