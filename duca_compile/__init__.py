@@ -10,6 +10,7 @@ from duca_compile.errors import (
     StructureError,
     UsageError,
 )
+from duca_compile.explain import Explanation, explain
 from duca_compile.policies import FORA, DuCa, Policy, Selection, Uncached, published
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "CaptureError",
     "DuCa",
     "DucaError",
+    "Explanation",
     "InternalError",
     "OptimizedModel",
     "Policy",
@@ -26,6 +28,7 @@ __all__ = [
     "StructureError",
     "Uncached",
     "UsageError",
+    "explain",
     "optimize",
     "published",
 ]

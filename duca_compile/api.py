@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -14,13 +13,14 @@ from torch import nn
 
 from duca_compile.analysis import analyze
 from duca_compile.backends import Backend, dynamic_positions, make_backend
-from duca_compile.capture import Call, capture
+from duca_compile.capture import Call, capture, signature_of
 from duca_compile.errors import PolicyError, UsageError
 from duca_compile.graph import CapturedGraph, Facts, Variant, VariantFunction, VariantSpec
 from duca_compile.passes.hoist import frontier, hoisted_input
 from duca_compile.passes.pipeline import build_prologue, build_variant, prepare
 from duca_compile.policies import FORA, DuCa, Policy, Uncached
-from duca_compile.runtime.dispatcher import Dispatcher, Executed
+from duca_compile.runtime.dispatcher import Dispatcher, Executed, Prologue
+from duca_compile.verify import verified
 
 log = logging.getLogger("duca_compile")
 
@@ -30,21 +30,33 @@ POLICIES: dict[str, type[Policy]] = {"duca": DuCa, "fora": FORA, "uncached": Unc
 
 
 class Compiled:
-    """One captured shape: its graph, its facts, and the dispatcher that runs its variants."""
+    """One captured call: its graph, its facts, and the dispatcher that runs its variants."""
 
     def __init__(
         self, captured: CapturedGraph, facts: Facts, policy: Policy, total: int | None, backend: Backend
     ) -> None:
         self.captured, self.facts, self._backend = captured, facts, backend
-        hoisted = tuple(hoisted_input(n.name) for n in frontier(captured.graph, facts))
-        prologue = build_prologue(captured, facts)
-        needed = tuple(n.name for n in prologue.graph.nodes if n.op == "placeholder")
-        entry = (needed, hoisted, prologue.forward)
-        self.dispatcher = Dispatcher(facts, captured.inputs, policy, total, self._build, entry)
+        self.dispatcher = Dispatcher(facts, captured.inputs, policy, total, self._build, _prologue(captured, facts))
 
     def _build(self, spec: VariantSpec) -> tuple[Variant, VariantFunction]:
         variant = build_variant(self.captured, self.facts, spec)
         return variant, self._backend.compile(variant.module, dynamic_positions(variant))
+
+
+def _prologue(captured: CapturedGraph, facts: Facts) -> Prologue:
+    module = build_prologue(captured, facts)
+    inputs = tuple(n.name for n in module.graph.nodes if n.op == "placeholder")
+    outputs = tuple(hoisted_input(n.name) for n in frontier(captured.graph, facts))
+    return Prologue(inputs, outputs, module.forward)
+
+
+def analyze_call(model: nn.Module, call: Call, timestep: str | None) -> tuple[CapturedGraph, Facts]:
+    """Captures one call of ``model`` and finds its structure; the token analysis is checked on the call's values."""
+    captured = prepare(capture(model, call))
+    facts = analyze(captured, timestep)
+    values = dict(zip(captured.inputs, call.tensors, strict=True))
+    with torch.no_grad():
+        return captured, verified(captured, facts, values | _prologue(captured, facts).compute(values))
 
 
 class OptimizedModel(nn.Module):
@@ -59,9 +71,9 @@ class OptimizedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.__dict__.update({name: model.__dict__[name] for name in ("_parameters", "_buffers", "_modules")})
-        own = {"source": model, "policy": policy, "_backend": backend, "_total": total, "_timestep": timestep}
+        own = {"source": model, "policy": policy, "_backend": backend, "_total": total, "timestep_name": timestep}
         self.__dict__.update(own)
-        self.__dict__["_signature"] = inspect.signature(model.forward)
+        self.__dict__["_signature"] = signature_of(model)
         self.__dict__["_compiled"] = OrderedDict[Hashable, Compiled]()
         self.training = model.training
         forward = functools.partial(self._call)
@@ -70,27 +82,37 @@ class OptimizedModel(nn.Module):
         self.__dict__["forward"] = forward
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["source"], name)
+        source = self.__dict__.get("source")
+        if source is None:
+            raise AttributeError(name)
+        return getattr(source, name)
+
+    def train(self, mode: bool = True) -> OptimizedModel:
+        self.source.train(mode)
+        self.training = mode
+        return self
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        if self.source.training or self.training:
-            raise UsageError(
-                f"{type(self.source).__name__} is in training mode; caching changes gradients and dropout differs from "
-                "call to call. Call .eval() first."
-            )
+        check_model(self.source)
         call = Call.bind(self._signature, args, kwargs)
-        compiled = self._compiled.get(call.key) or self._capture(call)
+        key = (call.key, self._weights_key())
+        compiled = self._compiled.get(key) or self._capture(call, key)
         with torch.no_grad():
             return compiled.captured.output.rebuild(compiled.dispatcher(call.tensors))
 
-    def _capture(self, call: Call) -> Compiled:
+    def _weights_key(self) -> Hashable:
+        first = next(self.source.parameters(), None)
+        return None if first is None else (first.dtype, first.device)
+
+    def _capture(self, call: Call, key: Hashable) -> Compiled:
         if self._compiled:
             log.info("new shapes, types or options in the call: capturing %s anew", type(self.source).__name__)
-        compiled = compile_call(self.source, call, self.policy, self._backend, self._total, self._timestep)
+        captured, facts = analyze_call(self.source, call, self.timestep_name)
+        compiled = Compiled(captured, facts, self.policy, self._total, self._backend)
         while len(self._compiled) >= MAX_CAPTURES:
             self._compiled.popitem(last=False)
             log.info("dropping the oldest of %d captured shapes", MAX_CAPTURES)
-        self._compiled[call.key] = compiled
+        self._compiled[key] = compiled
         return compiled
 
     def reset(self) -> None:
@@ -109,12 +131,12 @@ class OptimizedModel(nn.Module):
         return tuple(each for c in self._compiled.values() for each in c.dispatcher.history)
 
 
-def compile_call(
-    model: nn.Module, call: Call, policy: Policy, backend: Backend, total: int | None, timestep: str | None
-) -> Compiled:
-    """Captures and analyses one call of ``model``; variants are built when a step first needs them."""
-    captured = prepare(capture(model, call))
-    return Compiled(captured, analyze(captured, timestep), policy, total, backend)
+def check_model(model: nn.Module) -> None:
+    """Raises UsageError for anything but an nn.Module in eval mode."""
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"expected an nn.Module, not {type(model).__name__}; of a pipeline, pass its transformer")
+    if model.training:
+        raise UsageError(f"{type(model).__name__} is in training mode, where dropout is on; call .eval() first")
 
 
 def resolve_policy(policy: str | Policy) -> Policy:
@@ -157,14 +179,11 @@ def optimize(
         UsageError: ``model`` is not an nn.Module or is in training mode, or the backend is unknown.
         PolicyError: an unknown policy, or one that cannot plan without ``num_inference_steps``.
     """
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"optimize() takes an nn.Module, not {type(model).__name__}; for a pipeline, its transformer")
+    check_model(model)
     if isinstance(model, OptimizedModel):
         raise UsageError("this model is optimized already; optimize its .source with the other policy")
     if num_inference_steps is not None and num_inference_steps < 1:
         raise PolicyError(f"num_inference_steps={num_inference_steps} is impossible: it must be at least 1")
     chosen = resolve_policy(policy)
     next(chosen.steps(num_inference_steps))  # a policy that cannot plan says so now, not at the first call
-    if model.training:
-        raise UsageError(f"{type(model).__name__} is in training mode; call .eval() first")
     return OptimizedModel(model, chosen, make_backend(backend, strict), num_inference_steps, timestep)

@@ -58,6 +58,10 @@ def _key(leaves: list[Any], spec: TreeSpec) -> Hashable:
     return (spec, tuple(of(leaf) for leaf in leaves))
 
 
+def signature_of(model: nn.Module) -> inspect.Signature:
+    return inspect.signature(model.forward)
+
+
 def tensor_names(call: Call) -> tuple[str, ...]:
     """The argument path of each tensor leaf, such as ``hidden_states`` or ``extra['size']``."""
     found = tree_flatten_with_path(call.arguments)[0]

@@ -29,7 +29,7 @@ class Mixing(Exception):  # noqa: N818 - a verdict, not a failure
     """Tokens mix at ``node``."""
 
     def __init__(self, node: fx.Node, why: str) -> None:
-        super().__init__(f"{op_name(node)} ({node.name}): {why}")
+        super().__init__(f"{op_name(node)}: {why}")
         self.node = node
 
 

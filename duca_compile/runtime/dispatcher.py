@@ -6,10 +6,10 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from operator import is_
 
 from torch import Tensor
 
-from duca_compile.errors import PolicyError
 from duca_compile.graph import (
     Action,
     Branch,
@@ -20,8 +20,9 @@ from duca_compile.graph import (
     cache_input,
     tokens_input,
 )
-from duca_compile.policies.base import Policy, Step, StepKind, TokenQuery
+from duca_compile.policies.base import Policy, Step, StepKind
 from duca_compile.runtime.clock import StepClock
+from duca_compile.runtime.planning import check_selection, plan_step
 from duca_compile.runtime.selection import TokenSelector
 
 log = logging.getLogger("duca_compile")
@@ -63,11 +64,22 @@ class Program:
     selected: tuple[Branch, ...]
 
 
+@dataclass(frozen=True)
+class Prologue:
+    """Computes the loop-invariant values from the call's invariant inputs, once per request."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    run: VariantFunction
+
+    def compute(self, call: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return dict(zip(self.outputs, self.run(*[call[name] for name in self.inputs]), strict=True))
+
+
 class Dispatcher:
     """Chooses, runs and accounts for one variant per call of one captured shape.
 
-    ``build`` makes the program of a spec and is called once per spec; ``prologue`` computes the loop-invariant
-    values, named ``hoisted``, from the call's invariant inputs.
+    ``build`` makes the program of a spec and is called once per spec.
     """
 
     def __init__(
@@ -77,7 +89,7 @@ class Dispatcher:
         policy: Policy,
         total: int | None,
         build: Callable[[VariantSpec], tuple[Variant, VariantFunction]],
-        prologue: tuple[tuple[str, ...], tuple[str, ...], VariantFunction],
+        prologue: Prologue,
     ) -> None:
         self.facts = facts
         self.policy = policy
@@ -85,11 +97,11 @@ class Dispatcher:
         self._inputs = inputs
         self._total = total
         self._build = build
-        self._prologue_inputs, self._hoisted, self._prologue = prologue
+        self._prologue = prologue
         self._programs: dict[VariantSpec, Program] = {}
         self._selectable = [b for b in facts.branches if b.token_axes is not None]
         self._position = {b.index: i for i, b in enumerate(self._selectable)}
-        self._check_selection()
+        check_selection(facts, policy)
         self._clock = StepClock(total)
         self._warned = False
         self.reset()
@@ -142,67 +154,22 @@ class Dispatcher:
 
     def _hoist(self, state: CacheState, call: Mapping[str, Tensor]) -> None:
         """Computes loop-invariant values at the start of a request and when their inputs changed."""
-        if not self._hoisted:
-            return
-        sources = tuple(call[name] for name in self._prologue_inputs)
+        sources = tuple(call[name] for name in self._prologue.inputs)
         versions = tuple(-1 if t.is_inference() else t._version for t in sources)
-        same = len(sources) == len(state.hoisted_from) and all(
-            a is b for a, b in zip(sources, state.hoisted_from, strict=True)
-        )
+        same = len(sources) == len(state.hoisted_from) and all(map(is_, sources, state.hoisted_from))
         if state.hoisted and same and versions == state.hoisted_versions and -1 not in versions:
             return
-        state.hoisted = dict(zip(self._hoisted, self._prologue(*sources), strict=True))
+        state.hoisted = self._prologue.compute(call)
         state.hoisted_from, state.hoisted_versions = sources, versions
 
     def _plan(self, step: Step, state: CacheState) -> tuple[Program, dict[int, int]]:
-        spec, counts = self.spec_of(step)
+        spec, counts = plan_step(self.facts, self.policy, step)
         program = self._program(spec)
         missing = [n for n in program.variant.inputs if n.startswith("cache_") and n not in state.caches]
         if missing:  # a pass that joined in mid-request has nothing to reuse yet
-            spec, counts = self.spec_of(Step(StepKind.FULL))
+            spec, counts = plan_step(self.facts, self.policy, Step(StepKind.FULL))
             program = self._program(spec)
         return program, counts
-
-    def spec_of(self, step: Step) -> tuple[VariantSpec, dict[int, int]]:
-        """The variant that ``step`` needs, and the number of tokens each partial branch recomputes."""
-        actions: list[Action] = []
-        counts: dict[int, int] = {}
-        for branch in self.facts.branches:
-            action = _ACTIONS[step.kind]
-            if branch.block < step.leading_full:
-                action = Action.COMPUTE
-            elif step.kind is StepKind.PARTIAL:
-                action = self._partial_action(step, branch, counts)
-            actions.append(action)
-        scores = self._scores if Action.COMPUTE in actions else None
-        return VariantSpec(tuple(actions), step.kind is StepKind.SKIP, scores), counts
-
-    def _partial_action(self, step: Step, branch: Branch, counts: dict[int, int]) -> Action:
-        if branch.kind == "mixing":  # not understood, so computed in full
-            return Action.COMPUTE
-        if branch.token_axes is None:
-            return Action.REUSE
-        query = TokenQuery(branch.block, self.facts.blocks, branch.kind, branch.tokens)
-        count = self.policy.fresh_tokens(step, query)
-        if count <= 0:
-            return Action.REUSE
-        counts[branch.index] = count
-        return Action.PARTIAL
-
-    @property
-    def _scores(self) -> str | None:
-        selection = self.policy.selection
-        return None if selection is None or selection.kind == "random" else selection.kind
-
-    def _check_selection(self) -> None:
-        if self._scores is None:
-            return
-        for branch in self._selectable:
-            if branch.kind == "mlp" and self.facts.score_source(branch) is None:
-                raise PolicyError(
-                    f"selection={self._scores!r} needs a self-attention over the same {branch.tokens} tokens before "
-                    f"{branch.path or 'the branch'} ({branch.source}); use selection='random'"
-                )
 
     def _program(self, spec: VariantSpec) -> Program:
         if spec not in self._programs:
@@ -248,11 +215,3 @@ class Dispatcher:
         state.selector.refresh(
             {self._position[i]: results.get(source.score_slot) if source else None for i, source in sources.items()}
         )
-
-
-_ACTIONS = {
-    StepKind.FULL: Action.COMPUTE,
-    StepKind.PARTIAL: Action.PARTIAL,
-    StepKind.REUSE: Action.REUSE,
-    StepKind.SKIP: Action.REUSE,
-}

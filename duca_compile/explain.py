@@ -1,0 +1,205 @@
+"""What the compiler found in a model, and what a policy would do with it."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from duca_compile.api import OptimizedModel, analyze_call, check_model, resolve_policy
+from duca_compile.capture import Call, signature_of
+from duca_compile.graph import Branch, CapturedGraph, Facts, Variance
+from duca_compile.passes.hoist import frontier
+from duca_compile.passes.pipeline import build_variant
+from duca_compile.policies import Policy, Step, StepKind
+from duca_compile.runtime.planning import check_selection, plan_step
+
+KIND_STYLES = {StepKind.FULL: "red", StepKind.PARTIAL: "yellow", StepKind.REUSE: "cyan", StepKind.SKIP: "green"}
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """One step of a schedule: its kind, its FLOPs, and the mean share of tokens its partial branches recompute."""
+
+    index: int
+    kind: StepKind
+    flops: float
+    fresh_share: float
+
+
+@dataclass(frozen=True)
+class ScheduleReport:
+    """What a policy would run over one request."""
+
+    policy: str
+    steps: tuple[PlannedStep, ...]
+    uncached_flops: float  # of one step
+
+    @property
+    def full_steps(self) -> int:
+        return sum(step.kind is StepKind.FULL for step in self.steps)
+
+    @property
+    def ideal_speedup(self) -> float:
+        """FLOPs of the uncached loop over FLOPs of this one: what wall-clock time can reach at best."""
+        return len(self.steps) * self.uncached_flops / sum(step.flops for step in self.steps)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        line = Text(f"{self.policy}, {len(self.steps)} steps: ")
+        for step in self.steps:
+            line.append(step.kind.value[0].upper(), style=KIND_STYLES[step.kind])
+        yield line
+        table = Table("kind", "steps", "FLOPs of a full step", "tokens recomputed")
+        for kind in StepKind:
+            chosen = [step for step in self.steps if step.kind is kind]
+            if chosen:
+                mean = sum(step.flops for step in chosen) / len(chosen) / self.uncached_flops
+                fresh = sum(step.fresh_share for step in chosen) / len(chosen)
+                tokens = f"{fresh:.1%} of each MLP" if kind is StepKind.PARTIAL else ""
+                table.add_row(Text(kind.value, style=KIND_STYLES[kind]), str(len(chosen)), f"{mean:.2%}", tokens)
+        yield table
+        yield f"ideal speed-up {self.ideal_speedup:.2f}x (by FLOPs; elementwise work counts as none)"
+
+    def __str__(self) -> str:
+        return _rendered(self)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What the compiler found in one model for one call."""
+
+    model: str
+    captured: CapturedGraph
+    facts: Facts
+    policy: Policy | None  # that of the optimized model that was explained
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        return self.facts.branches
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of one uncached step, at two per multiply-add."""
+        return sum(self.facts.flops.values())
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that all branch caches and the cached end of the stream hold."""
+        end = next(n for n in self.captured.graph.nodes if n.name == self.facts.stream_end).meta["val"]
+        return sum(b.cache_bytes for b in self.branches) + int(end.numel() * end.dtype.itemsize)
+
+    @property
+    def hoisted(self) -> tuple[str, ...]:
+        """The loop-invariant values that are computed once per request, by graph node."""
+        return tuple(n.name for n in frontier(self.captured.graph, self.facts))
+
+    @property
+    def not_understood(self) -> tuple[str, ...]:
+        """Branches that partial steps compute in full, with source line and reason."""
+        return self.facts.notes
+
+    def share(self, variance: Variance) -> float:
+        """The share of a step's FLOPs in values of this variance."""
+        return sum(f for name, f in self.facts.flops.items() if self.facts.variance[name] is variance) / self.flops
+
+    def schedule(self, policy: str | Policy | None = None, num_inference_steps: int = 50) -> ScheduleReport:
+        """The steps that ``policy`` would run, with their FLOPs.
+
+        Raises:
+            PolicyError: an unknown policy, or one that this model cannot serve.
+        """
+        chosen = resolve_policy(policy if policy is not None else self.policy or "duca")
+        check_selection(self.facts, chosen)
+        variants: dict[Any, Any] = {}
+
+        def planned(index: int, step: Step) -> PlannedStep:
+            spec, counts = plan_step(self.facts, chosen, step)
+            if spec not in variants:
+                variants[spec] = build_variant(self.captured, self.facts, spec)
+            shares = [counts[i] / self.branches[i].tokens for i in counts]
+            fresh = sum(shares) / len(shares) if shares else 0.0
+            return PlannedStep(index, step.kind, variants[spec].flops(counts), fresh)
+
+        steps = tuple(planned(i, step) for i, step in enumerate(chosen.steps(num_inference_steps)))
+        return ScheduleReport(chosen.name, steps, self.flops)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        facts = self.facts
+        yield Text(f"{self.model}: {len(self.branches)} branches in {facts.blocks} blocks", style="bold")
+        first = self.branches[0]
+        yield f"latent: {facts.latent}; timestep: {facts.timestep}; stream: {_shape(first.shape)} {first.dtype}"
+        yield f"{self.flops / 1e9:.3f} GFLOPs per step; caches hold {_size(self.cache_bytes)}"
+        yield (
+            f"loop-invariant: {len(self.hoisted)} values hoisted, {self.share(Variance.INVARIANT):.2%} of FLOPs; "
+            f"timestep-only: {self.share(Variance.TIMESTEP):.2%}; latent-dependent: {self.share(Variance.LATENT):.2%}"
+        )
+        table = Table("blocks", "path", "kind", "gate", "FLOPs", "cache", "pointwise along tokens")
+        for group in _alike(self.branches):
+            branch, last = group[0], group[-1]
+            blocks = str(branch.block) if branch is last else f"{branch.block} to {last.block}"
+            path = branch.path if branch is last else f"{branch.path} to {last.path}"
+            flops = sum(b.flops for b in group) / self.flops
+            size = sum(b.cache_bytes for b in group)
+            cells = (path or "-", branch.kind, "yes" if branch.gated else "no", f"{flops:.2%}", _size(size))
+            table.add_row(blocks, *cells, "yes" if branch.token_axes is not None else f"no, {branch.mixing_reason}")
+        yield table
+        if self.not_understood:
+            yield Text("not understood, so computed in full in partial steps:", style="bold")
+            yield Group(*(f"  {note}" for note in self.not_understood))
+        else:
+            yield "nothing was left that is not understood"
+
+    def __str__(self) -> str:
+        return _rendered(self)
+
+
+def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
+    """What the compiler finds in ``model`` for one example call with ``args`` and ``kwargs``.
+
+    The model is captured and analysed, not changed; nothing is compiled. ``model`` may be an optimized one: its
+    policy is then the default of ``Explanation.schedule``.
+
+    Raises:
+        UsageError: not an nn.Module, training mode, or arguments that do not fit the forward.
+        CaptureError: the forward cannot be captured; names the source line.
+        StructureError: no residual stream, no timestep or no latent: there is nothing to cache.
+    """
+    policy = model.policy if isinstance(model, OptimizedModel) else None
+    timestep = model.timestep_name if isinstance(model, OptimizedModel) else None
+    source = model.source if isinstance(model, OptimizedModel) else model
+    check_model(source)
+    captured, facts = analyze_call(source, Call.bind(signature_of(source), args, kwargs), timestep)
+    return Explanation(type(source).__name__, captured, facts, policy)
+
+
+def _alike(branches: tuple[Branch, ...]) -> list[list[Branch]]:
+    """Branches that differ only in their block, one group for each run of consecutive blocks."""
+    groups: dict[Hashable, list[list[Branch]]] = {}
+    for b in branches:
+        key = (b.kind, b.gated, b.shape, b.flops, b.mixing_reason)
+        runs = groups.setdefault(key, [])
+        if runs and b.block - runs[-1][-1].block == 1:
+            runs[-1].append(b)
+        else:
+            runs.append([b])
+    return sorted((run for runs in groups.values() for run in runs), key=lambda run: run[0].index)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "(" + ", ".join(f"{n} {name}" for n, name in zip(shape, ("rows", "tokens", "channels"), strict=False)) + ")"
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.2f} MiB"
+
+
+def _rendered(report: Explanation | ScheduleReport) -> str:
+    console = Console(width=140, force_terminal=False)
+    with console.capture() as text:
+        console.print(report)
+    return text.get()

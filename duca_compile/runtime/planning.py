@@ -1,0 +1,56 @@
+"""From a policy's step to the variant it needs: which branch does what, and on how many tokens."""
+
+from __future__ import annotations
+
+from duca_compile.errors import PolicyError
+from duca_compile.graph import Action, Branch, Facts, VariantSpec
+from duca_compile.policies.base import Policy, Step, StepKind, TokenQuery
+
+_ACTIONS = {
+    StepKind.FULL: Action.COMPUTE,
+    StepKind.PARTIAL: Action.PARTIAL,
+    StepKind.REUSE: Action.REUSE,
+    StepKind.SKIP: Action.REUSE,
+}
+
+
+def plan_step(facts: Facts, policy: Policy, step: Step) -> tuple[VariantSpec, dict[int, int]]:
+    """The variant that ``step`` needs, and how many tokens each of its partial branches recomputes."""
+    counts: dict[int, int] = {}
+    actions = tuple(_action(facts, policy, step, branch, counts) for branch in facts.branches)
+    scores = score_kind(policy) if Action.COMPUTE in actions else None
+    return VariantSpec(actions, step.kind is StepKind.SKIP, scores), counts
+
+
+def _action(facts: Facts, policy: Policy, step: Step, branch: Branch, counts: dict[int, int]) -> Action:
+    if branch.block < step.leading_full:
+        return Action.COMPUTE
+    if step.kind is not StepKind.PARTIAL:
+        return _ACTIONS[step.kind]
+    if branch.kind == "mixing":  # not understood, so computed in full
+        return Action.COMPUTE
+    if branch.token_axes is None:
+        return Action.REUSE
+    count = policy.fresh_tokens(step, TokenQuery(branch.block, facts.blocks, branch.kind, branch.tokens))
+    if count <= 0:
+        return Action.REUSE
+    counts[branch.index] = count
+    return Action.PARTIAL
+
+
+def score_kind(policy: Policy) -> str | None:
+    """The token score that full steps must emit, or None where the selection needs none."""
+    selection = policy.selection
+    return None if selection is None or selection.kind == "random" else selection.kind
+
+
+def check_selection(facts: Facts, policy: Policy) -> None:
+    """Raises PolicyError where the policy's token scores cannot be had from this graph; names the branch."""
+    kind = score_kind(policy)
+    for branch in facts.branches:
+        if kind is not None and branch.token_axes is not None and facts.score_source(branch) is None:
+            raise PolicyError(
+                f"selection={kind!r} needs a self-attention (scaled_dot_product_attention) over the same "
+                f"{branch.tokens} tokens before {branch.path or 'the branch'} at {branch.source}; "
+                "use selection='random'"
+            )
