@@ -16,9 +16,13 @@ _PASSTHROUGH = {"to", "_to_copy", "clone", "contiguous", "dropout", "alias", "de
 
 @dataclass(frozen=True)
 class _Residual:
-    """One candidate: ``add`` = ``stream`` + ``result``, and the nodes between them."""
+    """One candidate: ``add`` = ``carried`` + ``result``, where the nodes of ``body`` compute result from ``stream``.
+
+    ``stream`` is ``carried``, or for parallel branches (x + f(x) + g(x)) the value before the branches added so far.
+    """
 
     add: fx.Node
+    carried: fx.Node
     stream: fx.Node
     result: fx.Node
     body: frozenset[fx.Node]
@@ -30,19 +34,23 @@ def find_branches(
 ) -> tuple[tuple[Branch, ...], str]:
     """The branches of the main stream in order, and the name of the stream's last value.
 
-    The main stream is the chain of residual adds with the most FLOPs in its branches.
+    The main stream is the chain of residual adds with the most FLOPs in its branches, and the chains of the same
+    shape before and after it, where a long skip or a projection lies between them.
 
     Raises:
         StructureError: there is no residual add whose branch does any work.
     """
-    candidates = [r for node in graph.nodes if (r := _residual(node, variance, flops)) is not None]
-    chains = _chains(_without_long_skips(candidates))
-    if not chains:
+    candidates: dict[fx.Node, _Residual] = {}
+    for node in graph.nodes:
+        residual = _residual(node, candidates, variance, flops)
+        if residual is not None:
+            candidates[node] = residual
+    main = _main_stream(_chains(_without_long_skips(list(candidates.values()))))
+    if not main:
         raise StructureError(
             "no residual branch found: no add joins a latent-dependent value with something computed from it by "
             "matrix products. There is nothing to cache in this model; run it as it is."
         )
-    main = max(chains, key=lambda chain: sum(r.flops for r in chain))
     order = {node: i for i, node in enumerate(graph.nodes)}
     branches: list[Branch] = []
     for index, residual in enumerate(main):
@@ -53,19 +61,34 @@ def find_branches(
     return tuple(branches), main[-1].add.name
 
 
-def _residual(node: fx.Node, variance: dict[str, Variance], flops: dict[str, int]) -> _Residual | None:
+def _residual(
+    node: fx.Node, found: dict[fx.Node, _Residual], variance: dict[str, Variance], flops: dict[str, int]
+) -> _Residual | None:
     if op_name(node) != "add" or variance[node.name] is not Variance.LATENT or len(node.all_input_nodes) != 2:
         return None
-    for stream, result in (node.all_input_nodes, node.all_input_nodes[::-1]):
-        if value_shape(stream) != value_shape(node) or value_shape(result) != value_shape(node):
+    if any(value_shape(operand) != value_shape(node) for operand in node.all_input_nodes):
+        return None
+    orders = [(a, b, ancestors(b)) for a, b in (node.all_input_nodes, node.all_input_nodes[::-1])]
+    sources = [(a, a, b, above) for a, b, above in orders if a in above]
+    if not sources:
+        earlier = [(a, _earlier_stream(a, above, found), b, above) for a, b, above in orders]
+        sources = [(a, stream, b, above) for a, stream, b, above in earlier if stream is not None]
+    if not sources:
+        return None
+    carried, stream, result, above = sources[0]
+    body = frozenset(descendants(stream) & above | {result})
+    work = sum(flops[n.name] for n in body)
+    return _Residual(node, carried, stream, result, body, work) if work else None
+
+
+def _earlier_stream(carried: fx.Node, above: set[fx.Node], found: dict[fx.Node, _Residual]) -> fx.Node | None:
+    """The nearest earlier value of the stream ``carried`` that is in ``above``."""
+    while carried not in above:
+        residual = found.get(_origin(carried))
+        if residual is None:
             return None
-        above = ancestors(result)
-        if stream not in above:
-            continue
-        body = frozenset(descendants(stream) & above | {result})
-        work = sum(flops[n.name] for n in body)
-        return _Residual(node, stream, result, body, work) if work else None
-    return None
+        carried = residual.carried
+    return carried
 
 
 def _origin(node: fx.Node) -> fx.Node:
@@ -95,7 +118,7 @@ def _chains(candidates: list[_Residual]) -> list[list[_Residual]]:
     chains: list[list[_Residual]] = []
     ends: dict[fx.Node, list[_Residual]] = {}
     for each in candidates:
-        chain = ends.pop(_origin(each.stream), None)
+        chain = ends.pop(_origin(each.carried), None)
         if chain is None:
             chain = []
             chains.append(chain)
@@ -104,12 +127,29 @@ def _chains(candidates: list[_Residual]) -> list[list[_Residual]]:
     return chains
 
 
+def _main_stream(chains: list[list[_Residual]]) -> list[_Residual]:
+    """The heaviest chain, extended by the chains before and after it in order; empty where there are none."""
+    if not chains:
+        return []
+    main = max(chains, key=lambda chain: sum(r.flops for r in chain))
+    place, shape = chains.index(main), value_shape(main[0].add)
+    alike = [value_shape(chain[0].add) == shape for chain in chains]
+    for index in range(place - 1, -1, -1):
+        if alike[index] and chains[index][-1].add in ancestors(main[0].stream):
+            main = [*chains[index], *main]
+    for index in range(place + 1, len(chains)):
+        if alike[index] and main[-1].add in ancestors(chains[index][0].stream):
+            main = [*main, *chains[index]]
+    return main
+
+
 def _branch(
     index: int, block: int, residual: _Residual, variance: dict[str, Variance], order: dict[fx.Node, int]
 ) -> Branch:
     core, gated = _behind_gate(residual, variance)
     inside = sorted(residual.body & (ancestors(core) | {core}), key=order.__getitem__)
     attention = [n for n in inside if op_name(n) == "scaled_dot_product_attention"]
+    scored = [n for n in attention if _scores_tokens(n, residual.stream)]
     axes: Axes | None = None
     reason: str | None = None
     try:
@@ -132,7 +172,7 @@ def _branch(
         shape=shape,
         dtype=value.dtype,
         flops=residual.flops,
-        attention=attention[0].name if attention else None,
+        attention=scored[0].name if scored else None,
         token_axes=axes,
         mixing_reason=reason,
     )
@@ -156,12 +196,19 @@ def _behind_gate(residual: _Residual, variance: dict[str, Variance]) -> tuple[fx
         node = inner[0]
 
 
+def _scores_tokens(attention: fx.Node, stream: fx.Node) -> bool:
+    """Whether its values are the stream's tokens, one for one, so that a score per value is one per token."""
+    value, tokens = attention.args[2], value_shape(stream) or ()
+    shape = (value_shape(value) if isinstance(value, fx.Node) else None) or ()
+    return len(shape) == 4 and len(tokens) == 3 and (shape[0], shape[2]) == tokens[:2]
+
+
 def _kind(attention: list[fx.Node], axes: Axes | None, inside: list[fx.Node]) -> str:
     if not attention:
         return "mlp" if axes is not None else "mixing"
     if axes is not None:
         return "cross_attention"
-    if attention[0].all_input_nodes[1] not in inside:
+    if attention[0].args[1] not in inside:
         return "cross_attention"
     wide = sum(op_name(n) in ("gelu", "silu", "relu") for n in inside)
     return "attention+mlp" if wide else "self_attention"

@@ -12,16 +12,17 @@ from math import prod
 
 from torch import fx
 
+from duca_compile.analysis.operators import argument
 from duca_compile.graph import op_name, value_shape
 
 BATCH_AXIS, TOKEN_AXIS = 0, 1
 
 RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten"}
-_ELEMENTWISE = {
+ELEMENTWISE = {
     "abs", "add", "addcmul", "alias", "clamp", "clamp_max", "clamp_min", "clone", "contiguous", "cos", "detach",
     "div", "dropout", "elu", "erf", "exp", "gelu", "hardswish", "leaky_relu", "lerp", "log", "masked_fill", "maximum",
     "minimum", "mish", "mul", "neg", "pow", "reciprocal", "relu", "rsqrt", "rsub", "sigmoid", "silu", "sin",
-    "softplus", "sqrt", "square", "sub", "tanh", "to", "type_as", "where", "_to_copy",
+    "softplus", "sqrt", "square", "sub", "tanh", "to", "where", "_to_copy",
 }  # fmt: skip
 
 
@@ -47,38 +48,32 @@ def follow_tokens(stream: fx.Node, body: list[fx.Node], core: fx.Node) -> Axes:
         raise Mixing(stream, f"the stream is not (batch, tokens, channels) but {shape}")
     axes: Axes = {stream.name: TOKEN_AXIS}
     for node in body:
-        axes[node.name] = _axis_of(node, axes, shape[TOKEN_AXIS])
+        axis = axes[node.name] = _axis_of(node, axes)
         own = value_shape(node)
         if own is not None and own[BATCH_AXIS] != shape[BATCH_AXIS]:
             raise Mixing(node, "the batch is not its first dimension")
+        if own is not None and own[axis] != shape[TOKEN_AXIS]:
+            raise Mixing(node, f"it has {own[axis]} entries where there are {shape[TOKEN_AXIS]} tokens")
     if axes[core.name] != TOKEN_AXIS:
         raise Mixing(core, "the branch does not end as (batch, tokens, channels)")
     return axes
 
 
-def _axis_of(node: fx.Node, axes: Axes, tokens: int) -> int:
+def _axis_of(node: fx.Node, axes: Axes) -> int:
     name = op_name(node)
-    if name in _ELEMENTWISE:
-        return _elementwise(node, axes, tokens)
-    rule = _RULES.get(name)
+    rule = _elementwise if name in ELEMENTWISE else _RULES.get(name)
     if rule is None:
         raise Mixing(node, "no rule says how this operator treats tokens")
     return rule(node, axes)
 
 
-def _elementwise(node: fx.Node, axes: Axes, tokens: int) -> int:
-    """Operands broadcast from the right; those off the stream may be per-token (gathered too) or broadcast."""
-    rank = len(value_shape(node) or ())
+def _elementwise(node: fx.Node, axes: Axes) -> int:
+    """Operands broadcast from the right; those off the stream may hold one value per token, which is gathered too."""
+    rank = _rank(node)
     places = {axes[n.name] + rank - _rank(n) for n in node.all_input_nodes if n.name in axes}
     if len(places) != 1:
         raise Mixing(node, "its operands hold tokens in different places")
-    (axis,) = places
-    for other in node.all_input_nodes:
-        if other.name not in axes and external_axis(other, rank, axis) is not None:
-            size = (value_shape(other) or ())[axis + _rank(other) - rank]
-            if size not in (1, tokens):
-                raise Mixing(node, f"an operand has {size} entries where there are {tokens} tokens")
-    return axis
+    return places.pop()
 
 
 def external_axis(other: fx.Node, rank: int, axis: int) -> int | None:
@@ -102,85 +97,88 @@ def _first(node: fx.Node, axes: Axes) -> tuple[fx.Node, int]:
     return source, axes[source.name]
 
 
-def _linear(node: fx.Node, axes: Axes) -> int:
+def _dims(node: fx.Node, argument_name: str, rank: int) -> list[int] | None:
+    """The dimensions given as an argument, counted from the front; None where it is left out."""
+    given = argument(node, argument_name)
+    if given is None:
+        return None
+    return [int(d) % rank for d in (given if isinstance(given, list | tuple) else [given])]
+
+
+def _product(node: fx.Node, axes: Axes) -> int:
     source, axis = _first(node, axes)
+    weight = node.args[1]
+    assert isinstance(weight, fx.Node)
     if axis == _rank(source) - 1:
         raise Mixing(node, "it sums over the tokens")
+    if _rank(weight) > 2 and (axis != _rank(source) - 2 or _rank(weight) > _rank(source)):
+        raise Mixing(node, "its second operand may differ by token")
     return axis
 
 
 def _norm(node: fx.Node, axes: Axes) -> int:
     source, axis = _first(node, axes)
-    normalized = node.args[1]
-    assert isinstance(normalized, list | tuple)
-    if axis >= _rank(source) - len(normalized):
+    if axis >= _rank(source) - len(argument(node, "normalized_shape")):
         raise Mixing(node, "it normalizes over the tokens")
     return axis
 
 
-def _along_dim(node: fx.Node, axes: Axes, position: int, default: int = 0) -> int:
+def _along_dim(node: fx.Node, axes: Axes) -> int:
     """Operators that act within one dimension given as an argument: it must not be the tokens'."""
     source, axis = _first(node, axes)
-    dim = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
-    assert isinstance(dim, int)
-    if dim % _rank(source) == axis:
+    if axis in (_dims(node, "dim", _rank(source)) or []):
         raise Mixing(node, "it acts along the tokens")
     return axis
 
 
 def _select(node: fx.Node, axes: Axes) -> int:
-    axis = _along_dim(node, axes, 1)
-    source, dim = _first(node, axes)[0], node.args[1]
-    assert isinstance(dim, int)
-    return axis - (dim % _rank(source) < axis)
+    axis = _along_dim(node, axes)
+    dims = _dims(node, "dim", _rank(_first(node, axes)[0])) or []
+    return axis - sum(d < axis for d in dims)
 
 
 def _slice(node: fx.Node, axes: Axes) -> int:
     source, axis = _first(node, axes)
-    if value_shape(source) == value_shape(node):
-        return axis
-    return _along_dim(node, axes, 1)
+    return axis if value_shape(source) == value_shape(node) else _along_dim(node, axes)
 
 
 def _reduce(node: fx.Node, axes: Axes) -> int:
     source, axis = _first(node, axes)
-    dims = node.args[1] if len(node.args) > 1 else None
-    keep = bool(node.args[2]) if len(node.args) > 2 else bool(node.kwargs.get("keepdim", False))
-    listed = [dims] if isinstance(dims, int) else dims
-    if not isinstance(listed, list | tuple):
+    dims = _dims(node, "dim", _rank(source))
+    if not dims:
         raise Mixing(node, "it reduces over every dimension")
-    reduced = {int(d) % _rank(source) for d in listed}  # type: ignore[arg-type]
-    if axis in reduced:
+    if axis in dims:
         raise Mixing(node, "it reduces over the tokens")
-    return axis if keep else axis - sum(d < axis for d in reduced)
-
-
-def _transpose(node: fx.Node, axes: Axes) -> int:
-    source, axis = _first(node, axes)
-    a, b = (int(d) % _rank(source) for d in node.args[1:3])  # type: ignore[arg-type]
-    return {a: b, b: a}.get(axis, axis)
+    return axis if argument(node, "keepdim") else axis - sum(d < axis for d in dims)
 
 
 def _permute(node: fx.Node, axes: Axes) -> int:
+    """Also transpose: where dimensions go. The batch stays first, or gathered operands would not line up with it."""
     source, axis = _first(node, axes)
-    dims = node.args[1]
-    assert isinstance(dims, list | tuple)
-    return [int(d) % _rank(source) for d in dims].index(axis)
+    order = list(range(_rank(source)))
+    if op_name(node) == "transpose":
+        (a,), (b,) = (_dims(node, name, len(order)) or [0] for name in ("dim0", "dim1"))
+        order[a], order[b] = b, a
+    else:
+        order = _dims(node, "dims", len(order)) or order
+    if order[BATCH_AXIS] != BATCH_AXIS:
+        raise Mixing(node, "the batch is not its first dimension")
+    return order.index(axis)
 
 
 def _unsqueeze(node: fx.Node, axes: Axes) -> int:
     axis = _first(node, axes)[1]
-    dim = node.args[1]
-    assert isinstance(dim, int)
-    return axis + (dim % _rank(node) <= axis)
+    (dim,) = _dims(node, "dim", _rank(node)) or [0]
+    return axis + (dim <= axis)
 
 
 def _squeeze(node: fx.Node, axes: Axes) -> int:
     source, axis = _first(node, axes)
-    dim = node.args[1] if len(node.args) > 1 else None
-    if not isinstance(dim, int):
-        raise Mixing(node, "it drops every dimension of size one")
-    return axis - (dim % _rank(source) < axis and _rank(node) < _rank(source))
+    dims = _dims(node, "dim", _rank(source))
+    if dims is None or axis in dims:
+        raise Mixing(node, "it may drop the tokens' dimension")
+    shape = value_shape(source) or ()
+    return axis - sum(d < axis and shape[d] == 1 for d in dims)
 
 
 def _reshape(node: fx.Node, axes: Axes) -> int:
@@ -194,16 +192,20 @@ def _reshape(node: fx.Node, axes: Axes) -> int:
     raise Mixing(node, f"the reshape {before} -> {after} merges or splits the tokens")
 
 
-def _item(node: fx.Node, axes: Axes) -> int:
+def _unary(node: fx.Node, axes: Axes) -> int:
     return _first(node, axes)[1]
 
 
 def _attention(node: fx.Node, axes: Axes) -> int:
     """Each query attends on its own, so cross-attention is pointwise along the queries."""
-    query, key, value = node.all_input_nodes[:3]
+    query, key, value = node.args[:3]
+    mask = argument(node, "attn_mask")
+    assert isinstance(query, fx.Node)
+    assert isinstance(key, fx.Node)
+    assert isinstance(value, fx.Node)
     if key.name in axes or value.name in axes:
         raise Mixing(node, "keys and values come from the stream, so every token sees every other")
-    if len(node.all_input_nodes) > 3 and (value_shape(node.all_input_nodes[3]) or (1, 1))[-2] != 1:
+    if argument(node, "is_causal") or (mask is not None and (value_shape(mask) or (1, 1))[-2] != 1):
         raise Mixing(node, "its mask differs by query")
     if axes[query.name] != _rank(query) - 2:
         raise Mixing(node, "the queries are not along the tokens")
@@ -212,14 +214,14 @@ def _attention(node: fx.Node, axes: Axes) -> int:
 
 _Rule = Callable[[fx.Node, Axes], int]
 _SPECIAL: dict[str, _Rule] = {
-    "linear": _linear,
-    "matmul": _linear,
+    "linear": _product,
+    "matmul": _product,
     "layer_norm": _norm,
     "rms_norm": _norm,
-    "softmax": lambda node, axes: _along_dim(node, axes, 1),
-    "chunk": lambda node, axes: _along_dim(node, axes, 2),
-    "split": lambda node, axes: _along_dim(node, axes, 2),
-    "split_with_sizes": lambda node, axes: _along_dim(node, axes, 2),
+    "softmax": _along_dim,
+    "chunk": _along_dim,
+    "split": _along_dim,
+    "split_with_sizes": _along_dim,
     "unbind": _select,
     "select": _select,
     "slice": _slice,
@@ -227,11 +229,12 @@ _SPECIAL: dict[str, _Rule] = {
     "sum": _reduce,
     "var": _reduce,
     "linalg_vector_norm": _reduce,
-    "transpose": _transpose,
+    "transpose": _permute,
     "permute": _permute,
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,
-    "getitem": _item,
+    "getitem": _unary,
+    "type_as": _unary,
     "scaled_dot_product_attention": _attention,
 }
 _RULES: dict[str, _Rule] = {**_SPECIAL, **dict.fromkeys(RESHAPES, _reshape)}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import prod
 
-import torch
 from torch import fx
 
+from duca_compile.analysis.operators import is_random
 from duca_compile.errors import StructureError, UsageError
 from duca_compile.graph import Variance, op_name, value_shape
 
@@ -28,7 +29,7 @@ def timestep_input(graph: fx.Graph, names: tuple[str, ...], requested: str | Non
             raise UsageError(f"timestep={requested!r} is not a tensor argument of this call; it has {list(names)}")
         return requested
     placeholders = [n for n in graph.nodes if n.op == "placeholder" and n.name in names]
-    small = [n for n in placeholders if len(value_shape(n) or (0, 0)) <= 1]
+    small = [n for n in placeholders if _is_per_row(n)]
     periodic = [n for n in small if _reaches(n, _PERIODIC)]
     candidates = periodic or [n for n in small if _sounds_like_time(n.name)]
     named = [n for n in candidates if _sounds_like_time(n.name)]
@@ -41,20 +42,25 @@ def timestep_input(graph: fx.Graph, names: tuple[str, ...], requested: str | Non
 
 
 def latent_input(graph: fx.Graph, names: tuple[str, ...], timestep: str) -> str:
-    """The placeholder that carries the latent: shaped like the output, else the largest input."""
+    """The placeholder that carries the latent: of a floating type, shaped like the output, else the largest.
+
+    Raises:
+        StructureError: no floating-point input but the timestep.
+    """
     placeholders = [n for n in graph.nodes if n.op == "placeholder" and n.name in names and n.name != timestep]
+    placeholders = [n for n in placeholders if n.meta["val"].is_floating_point()]
     if not placeholders:
-        raise StructureError(f"no latent among the tensor inputs {list(names)}: the timestep is the only one.")
+        raise StructureError(
+            f"no latent among the tensor inputs {list(names)}: besides the timestep {timestep!r} there is none of a "
+            "floating-point type."
+        )
     result = next(iter(_output_nodes(graph)), None)
     shape = value_shape(result) if result is not None else None
 
     def likeness(node: fx.Node) -> tuple[int, int]:
         own = value_shape(node) or ()
         same = sum(a == b for a, b in zip(own, shape, strict=True)) if shape and len(own) == len(shape) else 0
-        size = 1
-        for extent in own:
-            size *= extent
-        return same, size
+        return same, prod(own)
 
     return str(max(placeholders, key=likeness).name)
 
@@ -66,7 +72,7 @@ def variances(graph: fx.Graph, latent: str, timestep: str) -> dict[str, Variance
         if node.op == "placeholder":
             own = {latent: Variance.LATENT, timestep: Variance.TIMESTEP}.get(node.name, Variance.INVARIANT)
         else:
-            own = Variance.LATENT if _is_random(node) else Variance.INVARIANT
+            own = Variance.LATENT if is_random(node) else Variance.INVARIANT
         found[node.name] = max([own, *(found[n.name] for n in node.all_input_nodes)])
     return found
 
@@ -90,6 +96,12 @@ def _closure(node: fx.Node, follow: Callable[[fx.Node], Iterable[fx.Node]]) -> s
     return seen
 
 
+def _is_per_row(node: fx.Node) -> bool:
+    """At most one element per batch row: (), (batch,) or (batch, 1)."""
+    shape = value_shape(node)
+    return shape is not None and prod(shape[1:]) == 1
+
+
 def _reaches(node: fx.Node, ops: set[str]) -> bool:
     return any(op_name(n) in ops for n in descendants(node))
 
@@ -100,7 +112,3 @@ def _sounds_like_time(name: str) -> bool:
 
 def _output_nodes(graph: fx.Graph) -> Iterable[fx.Node]:
     return graph.output_node().all_input_nodes
-
-
-def _is_random(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())

@@ -6,9 +6,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
+from duca_compile.analysis.operators import is_random
 from duca_compile.passes.base import Draft, ExactPass
 
 
@@ -34,9 +34,7 @@ class Deduplicate(ExactPass[Draft]):
 
 
 def _key(node: fx.Node) -> Hashable | None:
-    if node.op not in ("call_function", "get_attr"):
-        return None
-    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+    if node.op not in ("call_function", "get_attr") or is_random(node):
         return None
     return (node.op, str(node.target), _freeze(node.args), _freeze(node.kwargs))
 

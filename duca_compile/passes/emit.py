@@ -15,9 +15,10 @@ class EmitCaches(ExactPass[VariantDraft]):
     ensures = frozenset({"caches_emitted"})
 
     def apply(self, draft: VariantDraft) -> bool:
-        before = len(draft.results)
-        for branch in draft.branches(Action.COMPUTE):
-            draft.add_result(branch.slot, draft.node(branch.core))
+        wanted = {branch.slot: branch.core for branch in draft.branches(Action.COMPUTE)}
         if not draft.spec.skip:
-            draft.add_result(STREAM_END, draft.node(draft.facts.stream_end))
-        return len(draft.results) != before
+            wanted[STREAM_END] = draft.facts.stream_end
+        new = {slot: name for slot, name in wanted.items() if slot not in draft.results}
+        for slot, name in new.items():
+            draft.add_result(slot, draft.node(name))
+        return bool(new)

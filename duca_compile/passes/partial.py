@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from duca_compile.analysis.tokens import RESHAPES, external_axis
+from duca_compile.analysis.tokens import ELEMENTWISE, RESHAPES, external_axis
 from duca_compile.errors import InternalError
 from duca_compile.graph import Action, Branch, cache_input, op_name, tokens_input, value_shape
 from duca_compile.passes.base import CachingPass, VariantDraft
@@ -24,7 +24,7 @@ class RecomputeTokens(CachingPass):
     """
 
     def apply(self, draft: VariantDraft) -> bool:
-        partial = draft.branches(Action.PARTIAL)
+        partial = [b for b in draft.branches(Action.PARTIAL) if draft.node(b.core).users]
         for branch in partial:
             _recompute(draft, branch)
         return bool(partial)
@@ -39,17 +39,21 @@ def _recompute(draft: VariantDraft, branch: Branch) -> None:
     cache = draft.add_input(cache_input(branch.slot), core.meta["val"])
     body = [n for n in graph.nodes if n.name in branch.body]
     copies: dict[fx.Node, fx.Node] = {}
+    gathered: dict[tuple[fx.Node, int, int], fx.Node] = {}
     with graph.inserting_before(core):
         stream = draft.node(branch.stream)
         copies[stream] = _gather(graph, stream, index, rank=3, axis=1)
         for node in body:
             axis = branch.token_axes[node.name]
             rank = len(value_shape(node) or ())
-            for other in node.all_input_nodes:
-                own = external_axis(other, rank, axis) if other not in copies and op_name(node) not in RESHAPES else None
-                if own is not None and (value_shape(other) or ())[own] == tokens and _broadcasts(node):
-                    copies[other] = _gather(graph, other, index, rank, axis)
-            copy = graph.node_copy(node, lambda n: copies.get(n, n))
+            operands = dict(copies)
+            for other in node.all_input_nodes if op_name(node) in ELEMENTWISE else ():
+                if other not in copies and external_axis(other, rank, axis) is not None:
+                    place = (other, rank, axis)
+                    if place not in gathered:
+                        gathered[place] = _gather(graph, other, index, rank, axis)
+                    operands[other] = gathered[place]
+            copy = _copy(graph, node, operands)
             copy.meta["tokens_of"] = (branch.index, node.name)
             if op_name(node) in RESHAPES:
                 shape = list(value_shape(node) or ())
@@ -64,9 +68,8 @@ def _recompute(draft: VariantDraft, branch: Branch) -> None:
     draft.add_result(branch.slot, updated)
 
 
-def _broadcasts(node: fx.Node) -> bool:
-    """Only elementwise operators read a second operand token by token; weights of a product never are."""
-    return op_name(node) not in ("linear", "matmul", "layer_norm", "rms_norm", "scaled_dot_product_attention")
+def _copy(graph: fx.Graph, node: fx.Node, operands: dict[fx.Node, fx.Node]) -> fx.Node:
+    return graph.node_copy(node, lambda n: operands.get(n, n))
 
 
 def _gather(graph: fx.Graph, value: fx.Node, index: fx.Node, rank: int, axis: int) -> fx.Node:

@@ -11,7 +11,7 @@ from duca_compile.passes.base import CachingPass, VariantDraft
 @dataclass(frozen=True)
 class ReuseBranches(CachingPass):
     def apply(self, draft: VariantDraft) -> bool:
-        reused = draft.branches(Action.REUSE)
+        reused = [b for b in draft.branches(Action.REUSE) if draft.node(b.core).users]
         for branch in reused:
             core = draft.node(branch.core)
             core.replace_all_uses_with(draft.add_input(cache_input(branch.slot), core.meta["val"]))

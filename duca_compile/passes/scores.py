@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from duca_compile.analysis.operators import argument
 from duca_compile.graph import Action, Branch, value_shape
 from duca_compile.passes.base import ExactPass, VariantDraft
 
@@ -29,21 +30,15 @@ class EmitScores(ExactPass[VariantDraft]):
         if build is None:
             return False
         wanted = {s.index for b in draft.facts.branches if b.kind == "mlp" and (s := draft.facts.score_source(b))}
-        scored = [b for b in draft.branches(Action.COMPUTE) if b.index in wanted]
+        scored = [b for b in draft.branches(Action.COMPUTE) if b.index in wanted and b.score_slot not in draft.results]
         for branch in scored:
             draft.add_result(branch.score_slot, build(draft, branch))
         return bool(scored)
 
 
-def scores_tokens(branch: Branch, attention: fx.Node) -> bool:
-    """Whether the attention's keys are the branch's tokens, one for one, so that a score per key is one per token."""
-    shape = value_shape(attention.all_input_nodes[1]) or ()
-    return len(shape) == 4 and shape[0] == branch.shape[0] and shape[2] == branch.tokens
-
-
 def _value_norm(draft: VariantDraft, branch: Branch) -> fx.Node:
     attention = draft.node(branch.attention or "")
-    value = attention.all_input_nodes[2]
+    value = attention.args[2]
     with draft.graph.inserting_before(draft.graph.output_node()):
         norm = _call(draft, aten.linalg_vector_norm.default, value, 2, [-1])
         return _call(draft, aten.sum.dim_IntList, _call(draft, aten.rsub.Scalar, norm, 1), [1])
@@ -52,13 +47,15 @@ def _value_norm(draft: VariantDraft, branch: Branch) -> fx.Node:
 def _attention_received(draft: VariantDraft, branch: Branch) -> fx.Node:
     attention = draft.node(branch.attention or "")
     query, key = attention.args[:2]
-    mask = attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")
-    width = (value_shape(attention.all_input_nodes[0]) or (1,))[-1]
-    scale = attention.kwargs.get("scale") or width**-0.5
+    assert isinstance(query, fx.Node)
+    mask = argument(attention, "attn_mask")
+    scale = argument(attention, "scale") or (value_shape(query) or (1,))[-1] ** -0.5
     with draft.graph.inserting_before(draft.graph.output_node()):
         logits = _call(draft, aten.matmul.default, query, _call(draft, aten.transpose.int, key, -2, -1))
         logits = _call(draft, aten.mul.Tensor, logits, scale)
-        if mask is not None:
+        if mask is not None and mask.meta["val"].dtype is torch.bool:
+            logits = _call(draft, aten.where.ScalarOther, mask, logits, float("-inf"))
+        elif mask is not None:
             logits = _call(draft, aten.add.Tensor, logits, mask)
         weights = _call(draft, aten.softmax.int, logits, -1)
         received = _call(draft, aten.sum.dim_IntList, weights, [2])

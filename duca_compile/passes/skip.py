@@ -11,8 +11,8 @@ from duca_compile.passes.base import CachingPass, VariantDraft
 @dataclass(frozen=True)
 class SkipBlocks(CachingPass):
     def apply(self, draft: VariantDraft) -> bool:
-        if not draft.spec.skip:
-            return False
         end = draft.node(draft.facts.stream_end)
+        if not draft.spec.skip or not end.users:
+            return False
         end.replace_all_uses_with(draft.add_input(cache_input(STREAM_END), end.meta["val"]))
         return True
