@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from train_demo import CLASS_NAMES, CLASSES, SIZE, load_split
+from train_demo import CLASS_NAMES, CLASSES, GUIDANCE, SIZE, load_split
 
 JUDGE_SEED = 1
 FLOOR_DRAWS = 10
@@ -167,7 +167,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--per-class", type=int, default=50)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--columns", type=int, default=10, help="samples per class in the grid")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0, help="of the starting noise and of the draws for the floor")

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 CLASS_NAMES = ("t-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 CLASSES = len(CLASS_NAMES)  # also the index of the null class of classifier-free guidance
 SIZE = 28
+GUIDANCE = 2.0  # recommended scale
 SCHEDULER = {
     "beta_schedule": "squaredcos_cap_v2",
     "prediction_type": "v_prediction",
@@ -94,7 +95,8 @@ def refine(coarse: dict[str, Tensor], model: DiTTransformer2DModel) -> None:
 
 def optimizers(model: nn.Module, stage: Stage) -> list[torch.optim.Optimizer]:
     """Muon for the attention and MLP matrices, AdamW for everything else."""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim == 2 and (".attn1." in name or ".ff." in name)
         (matrices if is_matrix else rest).append(parameter)
@@ -117,7 +119,7 @@ class Trainer:
         self.images, self.labels = load_split(data, "train")
         alphas = DDIMScheduler(**SCHEDULER).alphas_cumprod
         self.signal, self.noise = alphas.sqrt(), (1 - alphas).sqrt()
-        self.stage, self.seen, self.log = 0, 0, []
+        self.log: list[tuple[int, int, float]] = []  # stage, images seen, loss
         out.mkdir(parents=True, exist_ok=True)
         self._enter(0)
         if (out / "last.pt").exists():
@@ -180,7 +182,7 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.seen += stage.batch
         self._average(min(0.9995, 1 - 10 / (self.seen / stage.batch + 10)))
-        return loss.item()
+        return float(loss.item())
 
     @torch.no_grad()
     def _average(self, decay: float) -> None:
@@ -202,7 +204,7 @@ class Trainer:
                     progress.update(bar, completed=self.seen, loss=smooth)
                     if time.monotonic() - saved > 60 * save_every:
                         saved = time.monotonic()
-                        self.log.append([self.stage, self.seen, smooth])
+                        self.log.append((self.stage, self.seen, smooth))
                         print(f"stage {self.stage} seen {self.seen} loss {smooth:.4f}", flush=True)
                         self.save()
                 self.save()
@@ -212,12 +214,14 @@ class Trainer:
 
 
 def export(folder: Path, model: DiTTransformer2DModel, weights: dict[str, Tensor]) -> None:
-    """Writes what the package ships: fp16 safetensors, the model's config and the scheduler's."""
+    """Writes what the package ships: fp16 safetensors, the model's config, the scheduler's, and the class names."""
     half = {k: v.half().contiguous() for k, v in weights.items()}
     save_file(half, folder / "model.safetensors.tmp")
     os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
     model.save_config(folder)
-    (folder / "scheduler.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
+    demo = {"class_names": CLASS_NAMES, "null_class": CLASSES, "guidance_scale": GUIDANCE}
+    for name, content in (("scheduler.json", SCHEDULER), ("demo.json", demo)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def main() -> None:
