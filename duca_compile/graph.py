@@ -129,6 +129,7 @@ class VariantSpec:
     actions: tuple[Action, ...]
     skip: bool = False
     scores: str | None = None  # "v_norm" or "attention": emitted for computed self-attentions
+    emit: bool = True  # whether later steps will read caches
 
 
 @dataclass(frozen=True)

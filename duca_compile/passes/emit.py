@@ -15,6 +15,8 @@ class EmitCaches(ExactPass[VariantDraft]):
     ensures = frozenset({"caches_emitted"})
 
     def apply(self, draft: VariantDraft) -> bool:
+        if not draft.spec.emit:
+            return False
         wanted = {branch.slot: branch.core for branch in draft.branches(Action.COMPUTE)}
         if not draft.spec.skip:
             wanted[STREAM_END] = draft.facts.stream_end

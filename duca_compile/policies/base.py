@@ -6,7 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+from typing import Literal, get_args
+
+from duca_compile.errors import PolicyError
+from duca_compile.policies.checks import check_number, check_whole
 
 SelectionKind = Literal["v_norm", "attention", "random"]
 
@@ -58,6 +61,9 @@ class Selection:
         patch_bonus: the best token of each patch has its score multiplied by 1 + this (ToCa's s4, lambda 4).
         patch: side of those patches in tokens.
         seed: of the random selection; one draw serves every row of the batch, so both CFG halves agree.
+
+    Raises:
+        PolicyError: an unknown kind or impossible numbers.
     """
 
     kind: SelectionKind
@@ -65,6 +71,14 @@ class Selection:
     patch_bonus: float = 0.0
     patch: int = 2
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(SelectionKind):
+            raise PolicyError(f"selection={self.kind!r} is unknown; choose one of {get_args(SelectionKind)}")
+        check_number("staleness", self.staleness, least=0)
+        check_number("patch_bonus", self.patch_bonus, least=0)
+        check_whole("patch", self.patch, least=1)
+        check_whole("seed", self.seed, least=0)
 
 
 class Policy(ABC):
@@ -74,6 +88,11 @@ class Policy(ABC):
     @abstractmethod
     def name(self) -> str:
         """A short name for tables."""
+
+    @property
+    def caches(self) -> bool:
+        """Whether any step reads what an earlier one computed; where not, full steps keep nothing."""
+        return True
 
     @property
     def selection(self) -> Selection | None:

@@ -17,6 +17,10 @@ class Uncached(Policy):
     def name(self) -> str:
         return "uncached"
 
+    @property
+    def caches(self) -> bool:
+        return False
+
     def steps(self, total: int | None) -> Iterator[Step]:
         for _ in count() if total is None else range(total):
             yield Step(StepKind.FULL)

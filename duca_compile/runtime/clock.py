@@ -23,8 +23,8 @@ class StepClock:
 
     Calls that repeat a timestep are further passes of the same step (the unconditional pass of separate
     classifier-free guidance, the second stage of a solver). On the CPU the values are read. On an accelerator that
-    would wait for the device, so where ``total`` is known steps are told by the tensor's memory and requests by
-    counting; where it is not, the value is read once per call.
+    would wait for the device, so where ``total`` is known steps are told by the tensor's memory and how often it was
+    written, and requests by counting; where it is not, the value is read once per call.
     """
 
     def __init__(self, total: int | None) -> None:
@@ -37,6 +37,7 @@ class StepClock:
         self._direction: int | None = None
         self._last: tuple[float, ...] = ()
         self._last_tensor: Tensor | None = None  # held, so that its memory is not handed to the next timestep
+        self._last_version = 0
 
     def tick(self, timestep: Tensor) -> Tick:
         readable = timestep.device.type == "cpu" or self._total is None
@@ -52,20 +53,24 @@ class StepClock:
             return self._start(timestep, value)
         if value and self._direction is None:
             self._direction = 1 if value > self._last else -1
-        self._step, self._pass = self._step + 1, 0
-        self._last, self._last_tensor = value, timestep
-        return Tick(self._step, 0, False)
+        return self._enter(self._step + 1, timestep, value)
 
     def _start(self, timestep: Tensor, value: tuple[float, ...]) -> Tick:
-        self._step, self._pass, self._direction = 0, 0, None
-        self._last, self._last_tensor = value, timestep
-        return Tick(0, 0, True)
+        self._direction = None
+        return self._enter(0, timestep, value)
+
+    def _enter(self, step: int, timestep: Tensor, value: tuple[float, ...]) -> Tick:
+        self._step, self._pass = step, 0
+        self._last, self._last_tensor, self._last_version = value, timestep, _version(timestep)
+        return Tick(step, 0, step == 0)
 
     def _is_same(self, timestep: Tensor, value: tuple[float, ...]) -> bool:
         if value:
             return value == self._last
         last = self._last_tensor
-        return last is not None and last.data_ptr() == timestep.data_ptr()
+        if last is None or last.data_ptr() != timestep.data_ptr():
+            return False
+        return self._last_version == _version(timestep)
 
     def _turns_back(self, value: tuple[float, ...]) -> bool:
         complete = self._total is not None and self._step + 1 >= self._total
@@ -74,7 +79,11 @@ class StepClock:
         return (1 if value > self._last else -1) != self._direction
 
 
+def _version(timestep: Tensor) -> int:
+    """How often the tensor was written in place; inference tensors do not count."""
+    return 0 if timestep.is_inference() else timestep._version
+
+
 def _values(timestep: Tensor) -> tuple[float, ...]:
-    values = timestep.tolist()
-    flat = values if isinstance(values, list) else [values]
-    return tuple(flat) if len(set(map(str, flat))) > 1 else (float(flat[0]),)
+    flat = timestep.flatten().tolist()
+    return tuple(map(float, flat if len(set(flat)) > 1 else flat[:1]))

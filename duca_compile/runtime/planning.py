@@ -19,7 +19,7 @@ def plan_step(facts: Facts, policy: Policy, step: Step) -> tuple[VariantSpec, di
     counts: dict[int, int] = {}
     actions = tuple(_action(facts, policy, step, branch, counts) for branch in facts.branches)
     scores = score_kind(policy) if Action.COMPUTE in actions else None
-    return VariantSpec(actions, step.kind is StepKind.SKIP, scores), counts
+    return VariantSpec(actions, step.kind is StepKind.SKIP, scores, policy.caches), counts
 
 
 def _action(facts: Facts, policy: Policy, step: Step, branch: Branch, counts: dict[int, int]) -> Action:

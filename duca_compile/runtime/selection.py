@@ -36,7 +36,7 @@ class TokenSelector:
         for position, score in raw.items():
             if score is not None and self._selection.kind != "random":
                 if self._scores is None:
-                    self._scores = torch.empty(self._shape, device=self._device)
+                    self._scores = torch.zeros(self._shape, device=self._device)
                 self._scores[position] = functional.normalize(score.float(), dim=-1)
             self._staleness[position] = 0
 

@@ -1,0 +1,223 @@
+"""The embedded model's denoising loop with and without caching: pictures, schedule and numbers side by side."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from duca_compile.api import OptimizedModel, optimize
+from duca_compile.errors import UsageError
+from duca_compile.policies import FORA, DuCa, Policy, StepKind, Uncached
+
+COLORS = {
+    StepKind.FULL: "#c0392b",
+    StepKind.PARTIAL: "#f1c40f",
+    StepKind.REUSE: "#5dade2",
+    StepKind.SKIP: "#58b368",
+}
+
+
+# Called with a run's name and its number of steps when it starts; what it returns is called after each step.
+Watch = Callable[[str, int], Callable[[], None]]
+
+
+@dataclass(frozen=True)
+class DemoModel:
+    """The embedded Fashion-MNIST DiT with what its loop needs; weights in float32."""
+
+    transformer: Any  # a diffusers DiTTransformer2DModel
+    scheduler: dict[str, Any]  # keyword arguments of diffusers.DDIMScheduler
+    class_names: tuple[str, ...]
+    null_class: int
+    guidance_scale: float
+
+    @staticmethod
+    def load(device: str = "cpu") -> DemoModel:
+        from diffusers import DiTTransformer2DModel
+        from safetensors.torch import load_file
+
+        with resources.as_file(resources.files("duca_compile") / "data" / "demo") as folder:
+            info = json.loads((folder / "demo.json").read_text())
+            transformer = DiTTransformer2DModel.from_config(json.loads((folder / "config.json").read_text()))
+            transformer.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+            scheduler = json.loads((folder / "scheduler.json").read_text())
+        transformer.requires_grad_(False).eval().to(device)
+        names = tuple(info["class_names"])
+        return DemoModel(transformer, scheduler, names, info["null_class"], info["guidance_scale"])
+
+    def noise(self, seed: int) -> Tensor:
+        """One starting latent for each class, (classes, channels, height, width), the same on every device."""
+        config = self.transformer.config
+        shape = (len(self.class_names), config.in_channels, config.sample_size, config.sample_size)
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(shape, generator=generator).to(self.transformer.device)
+
+    def sample(self, transformer: nn.Module, steps: int, noise: Tensor, on_step: Callable[[], None]) -> Tensor:
+        """DDIM with classifier-free guidance, both halves in one batch; one image for each class, in [-1, 1]."""
+        from diffusers import DDIMScheduler
+
+        scheduler = DDIMScheduler(**self.scheduler)
+        scheduler.set_timesteps(steps)
+        labels = torch.arange(len(self.class_names), device=noise.device)
+        labels = torch.cat([labels, torch.full_like(labels, self.null_class)])
+        latent = noise
+        with torch.no_grad():
+            for t in scheduler.timesteps:
+                timestep = t.expand(len(labels)).to(noise.device)
+                output = transformer(torch.cat([latent, latent]), timestep=timestep, class_labels=labels).sample
+                conditional, unconditional = output.chunk(2)
+                guided = unconditional + self.guidance_scale * (conditional - unconditional)
+                latent = scheduler.step(guided, t, latent).prev_sample
+                on_step()
+        return latent.clamp(-1, 1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way of running the loop, as it was measured; ``seconds`` is without compilation."""
+
+    name: str
+    images: Tensor
+    kinds: tuple[StepKind, ...]
+    seconds: float
+    compile_seconds: float
+    flops: float
+    cache_bytes: int
+    step_seconds: dict[StepKind, float]  # median host time of a step of each kind
+
+    def psnr(self, reference: Run) -> float:
+        """Peak signal-to-noise ratio to the reference's images in dB; the peak is the pixel range of 2."""
+        error = (self.images - reference.images).square().mean().item()
+        return math.inf if error == 0 else 10 * math.log10(4 / error)
+
+
+def make_policy(name: str, interval: int | None) -> Policy:
+    if name == "duca":
+        return DuCa() if interval is None else DuCa(interval=interval)
+    if name == "fora":
+        return FORA() if interval is None else FORA(interval)
+    raise UsageError(f"policy={name!r} is unknown; choose 'duca' or 'fora'")
+
+
+def measure(demo: DemoModel, model: OptimizedModel, name: str, steps: int, seed: int, watch: Watch) -> Run:
+    """Runs the loop twice from the same noise: once to compile what the schedule needs, once for the clock."""
+    on_step = watch(name, 2 * steps)
+    noise = demo.noise(seed)
+    started = time.perf_counter()
+    demo.sample(model, steps, noise, on_step)
+    first = time.perf_counter() - started
+    model.reset()
+    started = time.perf_counter()
+    images = demo.sample(model, steps, noise, on_step)
+    _finish(noise.device)
+    seconds = time.perf_counter() - started
+    by_kind: dict[StepKind, list[float]] = defaultdict(list)
+    for executed in model.history:
+        by_kind[executed.kind].append(executed.seconds)
+    return Run(
+        name=name,
+        images=images,
+        kinds=tuple(executed.kind for executed in model.history),
+        seconds=seconds,
+        compile_seconds=max(0.0, first - seconds),
+        flops=sum(executed.flops for executed in model.history),
+        cache_bytes=model.cache_bytes,
+        step_seconds={kind: statistics.median(times) for kind, times in by_kind.items()},
+    )
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def compare(
+    demo: DemoModel,
+    policy: Policy,
+    backend: str,
+    steps: int,
+    seed: int,
+    watch: Watch = lambda name, total: lambda: None,
+) -> list[Run]:
+    """The loop uncached, with ``policy``, and with as many plain steps as the policy runs in full.
+
+    The last is the honest competitor: the same number of full evaluations without any cache.
+    """
+    plain = optimize(demo.transformer, Uncached(), backend)
+    cached = optimize(demo.transformer, policy, backend, steps)
+    full = sum(step.kind is StepKind.FULL for step in policy.steps(steps))
+
+    def run(model: OptimizedModel, name: str, count: int) -> Run:
+        return measure(demo, model, name, count, seed, watch)
+
+    return [
+        run(plain, f"uncached, {steps} steps", steps),
+        run(cached, f"{policy.name}, {steps} steps", steps),
+        run(plain, f"uncached, {full} steps", full),
+    ]
+
+
+def check_writable(path: Path) -> None:
+    """Raises UsageError now if a file at ``path`` could not be written when the work is done."""
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder; name a file, such as {path / 'demo.png'}")
+    if not path.parent.is_dir():
+        raise UsageError(f"cannot write {path}: there is no folder {path.parent}; create it first")
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}; choose another --out") from error
+
+
+def draw(runs: list[Run], class_names: tuple[str, ...], path: Path) -> None:
+    """A PNG with one row of pictures for each run and its schedule as a coloured timeline; whole or not at all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    columns = len(class_names)
+    figure = Figure(figsize=(1.15 * columns + 0.4, 1.75 * len(runs) + 0.7), dpi=120)
+    FigureCanvasAgg(figure)
+    grid = figure.add_gridspec(2 * len(runs), columns, height_ratios=[6, 1] * len(runs), hspace=0.35, wspace=0.05)
+    for row, run in enumerate(runs):
+        for column in range(columns):
+            axes = figure.add_subplot(grid[2 * row, column])
+            axes.imshow(run.images[column, 0].cpu(), cmap="gray", vmin=-1, vmax=1)
+            axes.set_axis_off()
+            if row == 0:
+                axes.set_title(class_names[column], fontsize=8)
+        line = figure.add_subplot(grid[2 * row + 1, :])
+        line.bar(range(len(run.kinds)), 1, width=1.0, color=[COLORS[k] for k in run.kinds], edgecolor="white")
+        line.set_xlim(-0.5, max(len(r.kinds) for r in runs) - 0.5)
+        line.set_axis_off()
+        line.set_title(
+            f"{run.name}: {run.seconds:.2f} s, {_decibels(run.psnr(runs[0]))}", fontsize=8, loc="left", pad=2
+        )
+    used = [kind for kind in StepKind if any(kind in run.kinds for run in runs)]
+    handles = [Patch(color=COLORS[kind], label=kind.value) for kind in used]
+    figure.legend(handles=handles, loc="lower center", ncol=len(used), fontsize=8, frameon=False)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".png")
+    os.close(handle)
+    try:
+        figure.savefig(temporary, format="png", bbox_inches="tight")
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _decibels(value: float) -> str:
+    return "the reference" if math.isinf(value) else f"{value:.1f} dB to it"

@@ -1,0 +1,247 @@
+"""optimize() as a user meets it: a drop-in for a diffusers transformer, over whole denoising loops."""
+
+import copy
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from torch import Tensor, nn
+
+import duca_compile
+from duca_compile import FORA, DuCa, OptimizedModel, Selection, Uncached
+
+LABELS = torch.tensor([1, 2, 10, 10])
+
+
+@pytest.fixture(scope="module")
+def model() -> DiTTransformer2DModel:
+    return build()
+
+
+def build(depth: int = 3) -> DiTTransformer2DModel:
+    torch.manual_seed(0)
+    return DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=3,
+        out_channels=3,
+        num_layers=depth,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+        norm_eps=1e-6,
+    ).eval()
+
+
+def latent(step: int, size: int = 8, batch: int = 4) -> Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(step))
+
+
+def loop(model: nn.Module, steps: int = 8, start: int = 990) -> list[Tensor]:
+    return [
+        model(latent(i), timestep=torch.full((4,), start - 10 * i), class_labels=LABELS).sample for i in range(steps)
+    ]
+
+
+def kinds(optimized: OptimizedModel) -> str:
+    return "".join(executed.kind.value[0] for executed in optimized.history)
+
+
+def same(left: list[Tensor], right: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@torch.no_grad()
+def test_uncached_and_interval_one_equal_the_model_bit_for_bit(model: nn.Module) -> None:
+    expected = loop(model)
+    for policy in (Uncached(), DuCa(interval=1), FORA(1)):
+        assert same(loop(duca_compile.optimize(model, policy, "eager")), expected)
+
+
+@torch.no_grad()
+def test_reuse_right_after_full_with_the_same_latent_changes_nothing(model: nn.Module) -> None:
+    optimized = duca_compile.optimize(model, FORA(2), "eager")
+    first = optimized(latent(0), timestep=torch.full((4,), 500), class_labels=LABELS).sample
+    # A new tensor of nearly the same time: the step is new, the gates and the caches are those of the first.
+    second = optimized(latent(0), timestep=torch.full((4,), 500.0 - 1e-9, dtype=torch.float64), class_labels=LABELS)
+    assert torch.equal(first, second.sample)
+
+
+@torch.no_grad()
+def test_duca_takes_full_partial_and_skip_steps_and_is_finite(model: nn.Module) -> None:
+    for first, expected in (("partial", "fpspfpsp"), ("skip", "fspsfsps")):
+        optimized = duca_compile.optimize(model, DuCa(interval=4, fresh_ratio=0.25, first=first), "eager")
+        outputs = loop(optimized)
+        assert kinds(optimized) == expected
+        assert all(torch.isfinite(output).all() for output in outputs)
+        uncached = loop(model)
+        changed = [not torch.equal(a, b) for a, b in zip(outputs, uncached, strict=True)]
+        assert changed == [kind != "f" for kind in expected]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("selection", ["v_norm", "attention", "random"])
+def test_fresh_ratio_one_recomputes_every_token(model: nn.Module, selection: str) -> None:
+    """With the attention input unchanged, a partial step of all tokens is a full one up to rounding."""
+    optimized = duca_compile.optimize(model, DuCa(interval=3, fresh_ratio=1.0, selection=selection), "eager")
+    time = torch.full((4,), 500)
+    optimized(latent(0), timestep=time, class_labels=LABELS)
+    partial = optimized(latent(0), timestep=time - 1, class_labels=LABELS).sample
+    reference = duca_compile.optimize(model, FORA(3), "eager")
+    reference(latent(0), timestep=time, class_labels=LABELS)
+    reused = reference(latent(0), timestep=time - 1, class_labels=LABELS).sample
+    exact = model(latent(0), timestep=time - 1, class_labels=LABELS).sample
+    assert (partial - exact).norm() < (reused - exact).norm()
+
+
+@torch.no_grad()
+def test_request_b_after_a_equals_b_alone(model: nn.Module) -> None:
+    optimized = duca_compile.optimize(model, DuCa(interval=4, selection="random"), "eager")
+    alone = loop(optimized)
+    optimized.reset()
+    loop(optimized, steps=3)  # abandoned in the middle; the timestep jumps back up
+    assert same(loop(optimized), alone)
+    loop(optimized, steps=5)
+    optimized.reset()
+    assert same(loop(optimized, start=600), loop(duca_compile.optimize(model, optimized.policy, "eager"), start=600))
+
+
+@torch.no_grad()
+def test_random_selection_depends_on_its_seed_alone(model: nn.Module) -> None:
+    def run(seed: int) -> list[Tensor]:
+        policy = DuCa(interval=4, fresh_ratio=0.3, selection=Selection("random", seed=seed))
+        return loop(duca_compile.optimize(model, policy, "eager"))
+
+    assert same(run(1), run(1))
+    assert not same(run(1), run(2))
+
+
+@torch.no_grad()
+def test_separate_guidance_passes_keep_separate_caches(model: nn.Module) -> None:
+    """Two calls at each timestep, conditional and unconditional, equal two loops of their own."""
+
+    def call(target: nn.Module, step: int, label: int) -> Tensor:
+        time = torch.full((4,), 990 - 10 * step)
+        return target(latent(step), timestep=time, class_labels=torch.full((4,), label)).sample
+
+    policy = DuCa(interval=4, selection="random")
+    both = duca_compile.optimize(model, policy, "eager")
+    pairs = [(call(both, i, 3), call(both, i, 10)) for i in range(8)]
+    for place, label in enumerate((3, 10)):
+        single = duca_compile.optimize(model, policy, "eager")
+        assert same([pair[place] for pair in pairs], [call(single, i, label) for i in range(8)])
+
+
+@torch.no_grad()
+def test_it_is_a_drop_in(model: DiTTransformer2DModel) -> None:
+    optimized = duca_compile.optimize(model, "duca", "eager")
+    assert isinstance(optimized, nn.Module)
+    assert optimized.config is model.config
+    assert optimized.dtype == model.dtype
+    assert optimized.device == model.device
+    assert list(optimized.state_dict()) == list(model.state_dict())
+    assert [n for n, _ in optimized.named_modules()][1:] == [n for n, _ in model.named_modules()][1:]
+    time = torch.tensor([5] * 4)
+    output = optimized(latent(0), timestep=time, class_labels=LABELS)
+    assert type(output) is type(model(latent(0), timestep=time, class_labels=LABELS))
+    as_tuple = optimized(latent(0), time, LABELS, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    assert torch.equal(as_tuple[0], output.sample)
+    assert list(optimized.state_dict()) == list(model.state_dict())
+
+
+@torch.no_grad()
+def test_the_source_is_neither_modified_nor_patched() -> None:
+    model = build()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    attributes, forward = set(vars(model)), type(model).forward
+    loop(duca_compile.optimize(model, "duca", "eager"))
+    assert set(vars(model)) == attributes
+    assert type(model).forward is forward
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@torch.no_grad()
+def test_weights_are_shared_with_the_source() -> None:
+    model = build()
+    optimized = duca_compile.optimize(model, Uncached(), "eager")
+    loop(optimized, steps=1)
+    torch.manual_seed(7)
+    other = {k: torch.randn_like(v) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+    optimized.load_state_dict(other)
+    assert same(loop(optimized), loop(model))
+    for weight in model.parameters():
+        weight.data.mul_(0.5)
+    optimized.reset()
+    assert same(loop(optimized), loop(model))
+
+
+@torch.no_grad()
+def test_another_dtype_shape_or_batch_captures_anew() -> None:
+    model = build()
+    optimized = duca_compile.optimize(model, Uncached(), "eager")
+    loop(optimized, steps=2)
+    time = torch.full((2,), 5)
+    pair = optimized(latent(0, batch=2), timestep=time, class_labels=LABELS[:2]).sample
+    assert torch.equal(pair, model(latent(0, batch=2), timestep=time, class_labels=LABELS[:2]).sample)
+    optimized.to(torch.float64)
+    assert next(model.parameters()).dtype == torch.float64
+    double = optimized(latent(0).double(), timestep=torch.full((4,), 5), class_labels=LABELS).sample
+    assert double.dtype == torch.float64
+    assert torch.equal(double, model(latent(0).double(), timestep=torch.full((4,), 5), class_labels=LABELS).sample)
+
+
+@torch.no_grad()
+def test_two_optimized_models_of_one_source_do_not_meddle(model: nn.Module) -> None:
+    policy = DuCa(interval=3, selection="random")
+    alone = loop(duca_compile.optimize(model, policy, "eager"))
+    left, right = (duca_compile.optimize(model, policy, "eager") for _ in range(2))
+    outputs = []
+    for i in range(8):
+        time = torch.full((4,), 990 - 10 * i)
+        outputs.append(left(latent(i), timestep=time, class_labels=LABELS).sample)
+        right(latent(i + 100), timestep=time, class_labels=LABELS.flip(0))
+    assert same(outputs, alone)
+
+
+@torch.no_grad()
+def test_changed_labels_within_a_request_are_seen(model: nn.Module) -> None:
+    """Loop-invariant values are recomputed when their inputs are other tensors, or were changed in place."""
+    optimized = duca_compile.optimize(model, Uncached(), "eager")
+    labels = LABELS.clone()
+    for step in range(3):
+        labels[0] = step
+        time = torch.full((4,), 990 - 10 * step)
+        expected = model(latent(step), timestep=time, class_labels=labels).sample
+        assert torch.equal(optimized(latent(step), timestep=time, class_labels=labels).sample, expected)
+
+
+@torch.no_grad()
+def test_caches_have_the_announced_size(model: nn.Module) -> None:
+    optimized = duca_compile.optimize(model, DuCa(interval=4), "eager")
+    assert optimized.cache_bytes == 0
+    loop(optimized)
+    time = torch.full((4,), 5)
+    assert (
+        optimized.cache_bytes
+        == duca_compile.explain(optimized, latent(0), timestep=time, class_labels=LABELS).cache_bytes
+    )
+    optimized.reset()
+    assert optimized.cache_bytes == 0
+
+
+def test_it_works_in_inference_mode(model: nn.Module) -> None:
+    optimized = duca_compile.optimize(model, DuCa(interval=3, selection="random"), "eager")
+    with torch.no_grad():
+        expected = loop(optimized)
+    optimized.reset()
+    with torch.inference_mode():
+        assert same(loop(optimized), expected)
+
+
+def test_deepcopy_of_the_source_is_independent(model: nn.Module) -> None:
+    twin = copy.deepcopy(model)
+    optimized = duca_compile.optimize(model, "duca", "eager")
+    loop(optimized, steps=2)
+    assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), model.parameters(), strict=True))
