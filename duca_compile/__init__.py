@@ -11,7 +11,7 @@ from duca_compile.errors import (
     UsageError,
 )
 from duca_compile.explain import Explanation, explain
-from duca_compile.policies import FORA, DuCa, Policy, Selection, Uncached, published
+from duca_compile.policies import FORA, DuCa, Interval, Linear, Policy, Selection, Uncached, published
 
 __all__ = [
     "FORA",
@@ -21,6 +21,8 @@ __all__ = [
     "DucaError",
     "Explanation",
     "InternalError",
+    "Interval",
+    "Linear",
     "OptimizedModel",
     "Policy",
     "PolicyError",

@@ -82,7 +82,7 @@ def capture(model: nn.Module, call: Call) -> CapturedGraph:
             if any(_mutates(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})  # an empty table functionalizes and keeps operators whole
     except Exception as error:
-        raise CaptureError(_explain_failure(model, error)) from error
+        raise CaptureError(_explain_failure(model, call, error)) from error
     return _lower(model, program)
 
 
@@ -91,17 +91,33 @@ def _mutates(node: fx.Node) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
-def _explain_failure(model: nn.Module, error: Exception) -> str:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_TORCH_ROOT)]
-    ours = str(Path(__file__).parent)
-    frames = [f for f in frames if not f.filename.startswith((ours, "<"))]
-    where = f' at {frames[-1].filename}:{frames[-1].lineno} ("{frames[-1].line}")' if frames else ""
-    reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _explain_failure(model: nn.Module, call: Call, error: Exception) -> str:
+    """Tells a model that rejects these arguments from one that runs but cannot be traced."""
+    name = type(model).__name__
+    try:
+        with torch.no_grad():
+            model(**call.arguments)
+    except Exception as own:
+        shapes = {n: tuple(t.shape) for n, t in zip(tensor_names(call), call.tensors, strict=True)}
+        return f"{name} itself fails on this call{_where(own)}: {_first_line(own)}. Its tensors: {shapes}."
     return (
-        f"torch.export cannot capture {type(model).__name__}{where}: {reason}. "
+        f"torch.export cannot capture {name}{_where(error)}: {_first_line(error)}. "
         "Forward must not branch on tensor values or leave torch (.item(), .numpy()); "
         "rewrite that line, or compute its value before the loop and pass it as an argument."
     )
+
+
+def _where(error: Exception) -> str:
+    """The innermost source line that is neither torch's nor ours."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_TORCH_ROOT)]
+    ours = str(Path(__file__).parent)
+    frames = [f for f in frames if not f.filename.startswith((ours, "<"))]
+    return f' at {frames[-1].filename}:{frames[-1].lineno} ("{frames[-1].line}")' if frames else ""
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
 
 
 def _lower(model: nn.Module, program: torch.export.ExportedProgram) -> CapturedGraph:
