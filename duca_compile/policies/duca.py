@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal
 
 from duca_compile.errors import PolicyError
 from duca_compile.policies.base import Policy, Selection, SelectionKind, Step, StepKind, TokenQuery
+from duca_compile.policies.checks import check_number
 from duca_compile.policies.schedule import UNIT, Interval, Linear, Moment
 
 
@@ -40,14 +41,13 @@ class DuCa(Policy):
     latched: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.interval, int):
+        if not isinstance(self.interval, Interval):
             object.__setattr__(self, "interval", Interval(self.interval))
-        if isinstance(self.selection, str):
-            if self.selection not in get_args(SelectionKind):
-                raise PolicyError(f"selection={self.selection!r} is unknown; choose one of {get_args(SelectionKind)}")
+        if not isinstance(self.selection, Selection):
             object.__setattr__(self, "selection", Selection(self.selection))
-        if not 0 <= self.fresh_ratio <= 1:
-            raise PolicyError(f"fresh_ratio={self.fresh_ratio} is impossible: it is a share of tokens, from 0 to 1")
+        check_number("fresh_ratio", self.fresh_ratio, least=0, most=1)
+        for kind, factor in self.kind_factor.items():
+            check_number(f"kind_factor[{kind!r}]", factor, least=0)
         if self.first not in ("partial", "skip"):
             raise PolicyError(f"first={self.first!r} is unknown; choose 'partial' or 'skip'")
 

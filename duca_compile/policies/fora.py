@@ -24,7 +24,7 @@ class FORA(Policy):
 
     @property
     def _interval(self) -> Interval:
-        return Interval(self.interval) if isinstance(self.interval, int) else self.interval
+        return self.interval if isinstance(self.interval, Interval) else Interval(self.interval)
 
     def steps(self, total: int | None) -> Iterator[Step]:
         for moment in self._interval.moments(total):

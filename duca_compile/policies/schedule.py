@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from duca_compile.errors import PolicyError
+from duca_compile.policies.checks import check_number, check_whole
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,10 @@ class Linear:
 
     start: float
     slope: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("start", self.start)
+        check_number("slope", self.slope)
 
     def __call__(self, x: float) -> float:
         return self.start + self.slope * x
@@ -53,8 +58,13 @@ class Interval:
     descending: bool = False
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise PolicyError(f"interval={self.length} is impossible: it must be at least 1 (1 computes every step)")
+        check_whole("interval", self.length, least=1)
+        if self.factor is not None and min(self.factor(0.0), self.factor(1.0)) <= 0:
+            raise PolicyError(f"factor={self.factor} is impossible: it divides the interval, so it must stay above 0")
+        if self.forced is not None:
+            check_number("forced[0]", self.forced[0], least=0, most=1)
+            check_number("forced[1]", self.forced[1], least=0, most=1)
+            check_whole("forced[2]", self.forced[2], least=1)
 
     @property
     def needs_total(self) -> bool:

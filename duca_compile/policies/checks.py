@@ -1,0 +1,27 @@
+"""One message for every impossible number: its name, its value and what it may be."""
+
+from __future__ import annotations
+
+from math import inf, isfinite
+from numbers import Integral, Real
+from typing import Any
+
+from duca_compile.errors import PolicyError
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Raises PolicyError where ``value`` is not a whole number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise PolicyError(f"{name}={value!r} is impossible: it must be a whole number of at least {least}")
+
+
+def check_number(name: str, value: Any, least: float = -inf, most: float = inf) -> None:
+    """Raises PolicyError where ``value`` is not a finite number from ``least`` to ``most``."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, Real)
+        or not isfinite(value)
+        or not least <= float(value) <= most
+    ):
+        limits = {-inf: "", 0: " of at least 0"}[least] if most == inf else f" from {least} to {most}"
+        raise PolicyError(f"{name}={value!r} is impossible: it must be a finite number{limits}")

@@ -1,0 +1,173 @@
+"""The residual stream and its branches, from the graph alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import models
+import pytest
+import torch
+from models import BATCH, TOKENS, WIDTH
+from torch import Tensor, nn
+from tracing import COMPUTE, REUSE, Runner, analysed, caches, module, node
+
+from duca_compile.errors import StructureError
+from duca_compile.graph import Facts, op_name
+
+SELF, MLP, CROSS = "self_attention", "mlp", "cross_attention"
+
+
+def facts_of(block: Callable[[], nn.Module] = models.Block, depth: int = 2, long_skip: str = "") -> Facts:
+    return analysed(models.build(block, depth, long_skip), **models.example())[1]
+
+
+@pytest.mark.parametrize(
+    ("block", "kinds", "gates"),
+    [
+        (models.Block, [SELF, MLP], [True, True]),
+        (lambda: models.Block(rotary=True), [SELF, MLP], [True, True]),
+        (lambda: models.Block(conv=True), [SELF, "mixing"], [True, True]),
+        (models.UngatedBlock, [SELF, MLP], [False, False]),
+        (models.CrossBlock, [SELF, CROSS, MLP], [True, False, True]),
+        (models.FusedBlock, ["attention+mlp"], [False]),
+        (models.ParallelBlock, [SELF, MLP], [False, False]),
+        (models.ScaledBlock, [SELF, MLP], [True, True]),
+        (models.NestedBlock, [SELF, MLP], [True, True]),
+    ],
+    ids=["adaLN-Zero", "rotary", "conv", "ungated", "cross", "fused", "parallel", "x + x * scale", "nested"],
+)
+def test_branches_of_each_structure(block: Callable[[], nn.Module], kinds: list[str], gates: list[bool]) -> None:
+    facts = facts_of(block, depth=3)
+    assert [b.kind for b in facts.branches] == kinds * 3
+    assert [b.gated for b in facts.branches] == gates * 3
+    assert [b.block for b in facts.branches] == [i for i in range(3) for _ in kinds]
+    assert [b.path for b in facts.branches] == [f"blocks.{i}" for i in range(3) for _ in kinds]
+    assert [b.index for b in facts.branches] == list(range(3 * len(kinds)))
+    assert facts.blocks == 3
+    assert {b.shape for b in facts.branches} == {(BATCH, TOKENS, WIDTH)}
+    assert facts.stream_end == facts.branches[-1].add
+    assert all("models.py:" in b.source for b in facts.branches)
+    assert bool(facts.notes) == ("mixing" in kinds)
+
+
+@pytest.mark.parametrize("block", [models.Block, models.UngatedBlock, models.CrossBlock])
+def test_the_core_is_the_value_before_the_gate(block: Callable[[], nn.Module]) -> None:
+    captured, facts = analysed(models.build(block), **models.example())
+    for branch in facts.branches:
+        core = node(captured.graph, branch.core)
+        assert op_name(core) == "linear", "the projection out of the attention or the MLP"
+        (user,) = core.users
+        assert op_name(user) == ("mul" if branch.gated else "add")
+        assert branch.core in branch.body
+        assert branch.stream not in branch.body
+        assert (user.name == branch.add) == (not branch.gated)
+
+
+def test_a_gate_that_depends_on_the_latent_stays_with_the_core() -> None:
+    def forward(self: nn.Module, x: Tensor, timestep: Tensor) -> Tensor:
+        x = x + timestep.sin()[:, None, None] * (x.sigmoid() * self.a(x))
+        return x + (0.5 * self.b(x)).clamp(-9, 9) * self.scale
+
+    model = module(forward, a=nn.Linear(8, 8), b=nn.Linear(8, 8), scale=nn.Parameter(torch.ones(8)))
+    captured, facts = analysed(model, x=torch.randn(2, 4, 8), timestep=torch.ones(2))
+    first, second = (node(captured.graph, b.core) for b in facts.branches)
+    assert [op_name(n) for n in first.all_input_nodes] == ["sigmoid", "linear"]
+    assert (op_name(second), second.args[1]) == ("mul", 0.5), "a constant factor is part of the branch"
+    assert [b.gated for b in facts.branches] == [True, True]
+
+
+@pytest.mark.parametrize("long_skip", ["end", "middle"])
+def test_a_long_skip_is_no_branch(long_skip: str) -> None:
+    facts = facts_of(depth=3, long_skip=long_skip)
+    assert [b.kind for b in facts.branches] == [SELF, MLP] * 3
+    assert facts.stream_end == facts.branches[-1].add
+
+
+def test_the_stream_goes_on_behind_a_projection() -> None:
+    """As behind the concatenated skip of a U-shaped transformer."""
+
+    class UShaped(models.DiT):
+        def __init__(self) -> None:
+            super().__init__(depth=3)
+            self.join = nn.Linear(2 * WIDTH, WIDTH)
+
+        def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+            condition = self.embed_t(models.embed(timestep, WIDTH))
+            start = self.blocks[0](self.embed_x(x), condition, text)
+            x = self.blocks[1](start, condition, text)
+            x = self.join(torch.cat([x, start], dim=-1))
+            return self.head(self.blocks[2](x, condition, text))
+
+    facts = analysed(UShaped().eval(), **models.example())[1]
+    assert [b.path for b in facts.branches] == [f"blocks.{i}" for i in (0, 0, 1, 1, 2, 2)]
+
+
+def test_parallel_branches_read_the_same_stream() -> None:
+    facts = facts_of(models.ParallelBlock, depth=1)
+    attention, mlp = facts.branches
+    assert attention.stream == mlp.stream
+    assert attention.add != mlp.add
+
+
+def test_the_main_stream_is_the_one_with_the_most_flops() -> None:
+    def forward(self: nn.Module, x: Tensor, timestep: Tensor) -> Tensor:
+        side = self.small(x)
+        side = side + self.light(side)
+        x = x * timestep.sin()[:, None, None]
+        x = x + self.heavy(x)
+        return torch.cat([x, side], -1)
+
+    children = {"small": nn.Linear(8, 4), "light": nn.Linear(4, 4), "heavy": nn.Linear(8, 8)}
+    facts = analysed(module(forward, **children), x=torch.randn(2, 4, 8), timestep=torch.ones(2))[1]
+    (branch,) = facts.branches
+    assert branch.shape == (2, 4, 8)
+    assert branch.flops == 2 * 2 * 4 * 8 * 8
+
+
+def test_an_attention_over_more_keys_than_tokens_gives_no_token_scores() -> None:
+    """Joint attention: the image attends to the image and the text."""
+
+    class Joint(models.UngatedBlock):
+        def forward(self, x: Tensor, condition: Tensor, text: Tensor) -> Tensor:
+            x = x + self.attention(x + condition[:, None], torch.cat([x, text], 1))
+            return x + self.mlp(x)
+
+    facts = facts_of(Joint)
+    assert [b.kind for b in facts.branches] == [SELF, MLP] * 2
+    assert [b.attention for b in facts.branches] == [None] * 4
+    assert facts.score_source(facts.branches[1]) is None
+
+
+def test_the_scores_of_an_mlp_come_from_the_self_attention_before_it() -> None:
+    facts = facts_of(models.CrossBlock)
+    sources = [facts.score_source(b) for b in facts.branches]
+    assert [s and s.index for s in sources] == [0, 0, 0, 3, 3, 3]
+
+
+def test_no_residual_is_an_error() -> None:
+    def forward(self: nn.Module, x: Tensor, timestep: Tensor) -> Tensor:
+        time = timestep.sin()[:, None, None]
+        return self.linear(x + x * time) + time
+
+    with pytest.raises(StructureError, match="no residual branch found"):
+        analysed(module(forward, linear=nn.Linear(8, 8)), x=torch.randn(2, 4, 8), timestep=torch.ones(2))
+
+
+STRUCTURES = [
+    models.Block, models.UngatedBlock, models.CrossBlock, models.FusedBlock, models.ParallelBlock, models.ScaledBlock,
+    models.NestedBlock, "middle", "end",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_every_structure_reuses_and_skips_to_the_same_numbers(structure: Callable[[], nn.Module] | str) -> None:
+    model = models.build(long_skip=structure) if isinstance(structure, str) else models.build(structure)
+    call = models.example()
+    run = Runner(model, **call)
+    full = run.run(run.variant(COMPUTE), call)
+    assert torch.equal(full["output_0"], model(**call))
+    cached = caches(full)
+    for skip in (False, True):
+        variant = run.variant(REUSE, skip=skip)
+        assert torch.equal(run.run(variant, call, **cached)["output_0"], full["output_0"])
+        assert variant.flops({}) < run.variant(COMPUTE).flops({}) / 4
