@@ -196,7 +196,7 @@ def draw(runs: list[Run], class_names: tuple[str, ...], path: Path) -> None:
     for row, run in enumerate(runs):
         for column in range(columns):
             axes = figure.add_subplot(grid[2 * row, column])
-            axes.imshow(run.images[column, 0].cpu(), cmap="gray", vmin=-1, vmax=1)
+            axes.imshow(run.images[column, 0].cpu().numpy(), cmap="gray", vmin=-1, vmax=1)
             axes.set_axis_off()
             if row == 0:
                 axes.set_title(class_names[column], fontsize=8)
