@@ -94,7 +94,7 @@ class OptimizedModel(nn.Module):
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         check_model(self.source)
-        call = Call.bind(self._signature, args, kwargs)
+        call = Call.bind(self._signature, args, kwargs, self.timestep_name)
         key = (call.key, self._weights_key())
         compiled = self._compiled.get(key) or self._capture(call, key)
         with torch.no_grad():

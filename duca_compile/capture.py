@@ -17,6 +17,7 @@ from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_wit
 from duca_compile.errors import CaptureError, UsageError
 from duca_compile.graph import CapturedGraph, OutputLayout
 
+_NUMBER_TIMESTEPS = ("timestep", "timesteps", "t", "time", "sigma")
 _TORCH_ROOT = str(Path(torch.__file__).parent)
 
 
@@ -29,8 +30,13 @@ class Call:
     key: Hashable
 
     @staticmethod
-    def bind(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Raises UsageError where the arguments do not fit the signature, with Python's own reason."""
+    def bind(
+        signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], timestep: str | None = None
+    ) -> Call:
+        """Binds one call; a timestep given as a number becomes a tensor, or every step would be another graph.
+
+        Raises UsageError where the arguments do not fit the signature, with Python's own reason.
+        """
         try:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
@@ -44,9 +50,18 @@ class Call:
                 raise UsageError(f"forward takes {name!r} by position only; give it a name to optimize this model")
             else:
                 arguments[name] = value
+        for name in _NUMBER_TIMESTEPS if timestep is None else (timestep,):
+            if isinstance(arguments.get(name), int | float):
+                arguments[name] = torch.tensor(arguments[name])
         leaves, spec = tree_flatten(arguments)
         tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-        return Call(arguments, tensors, _key(leaves, spec))
+        return Call(arguments, tensors, (_key(leaves, spec), _autocast(tensors)))
+
+
+def _autocast(tensors: tuple[Tensor, ...]) -> Hashable:
+    """Autocast changes what the same graph computes, so it is part of a call's identity."""
+    kinds = sorted({tensor.device.type for tensor in tensors})
+    return tuple(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds)
 
 
 def _key(leaves: list[Any], spec: TreeSpec) -> Hashable:

@@ -173,7 +173,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     timestep = model.timestep_name if isinstance(model, OptimizedModel) else None
     source = model.source if isinstance(model, OptimizedModel) else model
     check_model(source)
-    captured, facts = analyze_call(source, Call.bind(signature_of(source), args, kwargs), timestep)
+    captured, facts = analyze_call(source, Call.bind(signature_of(source), args, kwargs, timestep), timestep)
     return Explanation(type(source).__name__, captured, facts, policy)
 
 

@@ -240,6 +240,36 @@ def test_it_works_in_inference_mode(model: nn.Module) -> None:
         assert same(loop(optimized), expected)
 
 
+@torch.no_grad()
+def test_autocast_is_followed(model: nn.Module) -> None:
+    optimized = duca_compile.optimize(model, FORA(1), "eager")
+    plain = loop(optimized, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert same(loop(optimized, 1), loop(model, 1))
+    assert same(loop(optimized, 1), plain)
+
+
+class NumberTime(nn.Module):
+    """Takes its timestep as a tensor or as a number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def forward(self, x: Tensor, t: Tensor | float) -> Tensor:
+        gate = torch.sin(torch.as_tensor(t, dtype=torch.float32))
+        return x + gate * self.mlp(x)
+
+
+@torch.no_grad()
+def test_a_timestep_given_as_a_number_is_one_graph_for_all_steps() -> None:
+    model = NumberTime().eval()
+    optimized = duca_compile.optimize(model, DuCa(interval=3, selection="random"), "eager")
+    outputs = [optimized(torch.ones(1, 4, 8), 0.9 - 0.1 * step) for step in range(6)]
+    assert kinds(optimized) == "fpsfps"
+    assert torch.equal(outputs[3], model(torch.ones(1, 4, 8), 0.9 - 0.1 * 3))
+
+
 def test_deepcopy_of_the_source_is_independent(model: nn.Module) -> None:
     twin = copy.deepcopy(model)
     optimized = duca_compile.optimize(model, "duca", "eager")
