@@ -28,7 +28,7 @@ CASES: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...], tupl
     "masked attention": (lambda q, k: F.scaled_dot_product_attention(q, k, k, attn_mask=q[..., :1].expand(B, H, N, M)),
                          (B, H, N, C), (B, H, M, C), 4 * B * H * N * M * C),
     "conv2d": (lambda x, w: F.conv2d(x, w, padding=1), (B, C, 4, 4), (D, C, 3, 3), 2 * B * D * C * 9 * 16),
-    "depthwise conv2d": (lambda x, w: F.conv2d(x, w, padding=1, groups=C), (B, C, 4, 4), (C, 1, 3, 3), 
+    "depthwise conv2d": (lambda x, w: F.conv2d(x, w, padding=1, groups=C), (B, C, 4, 4), (C, 1, 3, 3),
                          2 * B * C * 9 * 16),
     "strided conv2d": (lambda x, w: F.conv2d(x, w, stride=2), (B, C, 4, 4), (D, C, 2, 2), 2 * B * D * C * 4 * 4),
     "elementwise": (lambda x, w: F.gelu(x) * w + F.layer_norm(x, (C,)).softmax(-1), (B, N, C), (C,), 0),

@@ -1,0 +1,348 @@
+"""Each pass: before and after, a near miss, nothing to do, and a second run that changes nothing and says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import models
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F  # noqa: N812
+from tracing import COMPUTE, PARTIAL, REUSE, analysed, module, names, node, raw
+
+from duca_compile.errors import InternalError
+from duca_compile.graph import Action, CapturedGraph, Facts, VariantSpec, copy_graph, op_name
+from duca_compile.passes.base import Draft, Pass, VariantDraft
+from duca_compile.passes.clean import Clean
+from duca_compile.passes.dead_code import RemoveDeadCode
+from duca_compile.passes.deduplicate import Deduplicate
+from duca_compile.passes.emit import EmitCaches
+from duca_compile.passes.hoist import HoistInvariants
+from duca_compile.passes.partial import RecomputeTokens
+from duca_compile.passes.pipeline import PREPARE, run_passes, to_module
+from duca_compile.passes.reuse import ReuseBranches
+from duca_compile.passes.scores import EmitScores
+from duca_compile.passes.skip import SkipBlocks
+
+X = torch.randn(2, 4, 8)
+
+
+def operators(graph: fx.Graph) -> list[str]:
+    return [op_name(n) for n in graph.nodes if n.op == "call_function"]
+
+
+def results_of(captured: CapturedGraph, graph: fx.Graph, *tensors: Tensor) -> tuple[Tensor, ...]:
+    torch.manual_seed(3)
+    return to_module(captured, graph)(*tensors)  # type: ignore[no-any-return]
+
+
+def exact(a_pass: Pass[Draft], model: nn.Module, **arguments: Tensor) -> tuple[list[str], list[str], bool]:
+    """Operators before and after the pass, and what it says; checks what every exact pass must keep."""
+    captured = raw(model, **arguments)
+    draft = Draft(copy_graph(captured.graph))
+    changed = a_pass.apply(draft)
+    draft.graph.lint()
+    after = operators(draft.graph)
+    assert a_pass.apply(draft) is False, "a second run says that it changed nothing"
+    assert operators(draft.graph) == after, "and changes nothing"
+    kept = [n.name for n in draft.graph.nodes if n.op == "placeholder"]
+    values = dict(zip(captured.inputs, arguments.values(), strict=True))
+    before = results_of(captured, captured.graph, *arguments.values())
+    for a, b in zip(before, results_of(captured, draft.graph, *[values[name] for name in kept]), strict=True):
+        assert torch.equal(a, b)
+    return operators(captured.graph), after, changed
+
+
+class TestClean:
+    def test_removes_trace_residue(self) -> None:
+        def forward(self: nn.Module, x: Tensor) -> Tensor:
+            return F.dropout(x.to(torch.float32).sin(), 0.5, training=False).to(torch.float32)
+
+        before, after, changed = exact(Clean(), module(forward), x=X)
+        assert {"to", "_assert_tensor_metadata", "dropout", "sin"} == set(before)
+        assert (after, changed) == (["sin"], True)
+
+    def test_keeps_what_changes_the_value(self) -> None:
+        def forward(self: nn.Module, x: Tensor) -> Tensor:
+            return F.dropout(x, 0.5, training=True).to(torch.float64).to(torch.float32, copy=True).clone()
+
+        before, after, _ = exact(Clean(), module(forward), x=X)
+        assert (
+            after == [name for name in before if name != "_assert_tensor_metadata"] == ["dropout", "to", "to", "clone"]
+        )
+
+    def test_has_nothing_to_do(self) -> None:
+        assert exact(Clean(), module(lambda self, x: x.sin()), x=X) == (["sin"], ["sin"], False)
+
+
+class TestDeduplicate:
+    def test_merges_equal_expressions_down_the_line(self) -> None:
+        def forward(self: nn.Module, x: Tensor) -> Tensor:
+            return self.w(x.sin()).chunk(2, -1)[0] + self.w(x.sin()).chunk(2, -1)[0] * x.sum([1, 2], keepdim=True)
+
+        before, after, changed = exact(Deduplicate(), module(forward, w=nn.Linear(8, 8)), x=X)
+        assert before.count("sin") == before.count("linear") == before.count("chunk") == 2
+        assert after == ["sin", "linear", "chunk", "getitem", "getitem", "sum", "mul", "add"]
+        assert changed
+
+    def test_tells_near_equal_operands_apart(self) -> None:
+        def forward(self: nn.Module, x: Tensor) -> Tensor:
+            integers = x.to(torch.int64)
+            sums = integers * 1 + integers * 1.0 + x.sum(1, True) + x.sum(1, True, dtype=torch.float64)
+            return sums + self.a(x) + self.b(x)
+
+        before, after, changed = exact(Deduplicate(), module(forward, a=nn.Linear(8, 8), b=nn.Linear(8, 8)), x=X)
+        assert (after, changed) == (before, False)
+
+    @pytest.mark.parametrize("draw", [torch.rand_like, lambda x: F.dropout(x, 0.5, True), torch.bernoulli])
+    def test_leaves_two_random_draws_apart(self, draw: Callable[[Tensor], Tensor]) -> None:
+        before, after, changed = exact(Deduplicate(), module(lambda self, x: draw(x) - draw(x)), x=torch.rand(4, 4))
+        assert (after, changed) == (before, False)
+
+    def test_merges_attention_without_dropout(self) -> None:
+        def forward(self: nn.Module, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x, x) - F.scaled_dot_product_attention(x, x, x)
+
+        assert exact(Deduplicate(), module(forward), x=X)[1:] == (["scaled_dot_product_attention", "sub"], True)
+
+
+class TestRemoveDeadCode:
+    def test_removes_unused_attention_dropout_and_inputs(self) -> None:
+        def forward(self: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            F.dropout(F.scaled_dot_product_attention(y, y, y), 0.5, training=True)
+            return x.sin()
+
+        before, after, changed = exact(RemoveDeadCode(), module(forward), x=X, y=X + 1)
+        assert "scaled_dot_product_attention" in before
+        assert "dropout" in before
+        assert (after, changed) == (["sin"], True)
+
+    def test_an_unused_input_alone_is_a_change(self) -> None:
+        assert exact(RemoveDeadCode(), module(lambda self, x, y: x.sin()), x=X, y=X + 1)[2] is True
+
+    def test_keeps_an_operator_of_which_a_part_is_used(self) -> None:
+        def forward(self: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, y, y).max(-1)[0]
+
+        before, after, changed = exact(RemoveDeadCode(), module(forward), x=X, y=X + 1)
+        assert "scaled_dot_product_attention" in after
+        assert after == [*before[:-1]], "only the operator's unused second result goes"
+        assert changed
+
+    def test_has_nothing_to_do(self) -> None:
+        assert exact(RemoveDeadCode(), module(lambda self, x: x.sin()), x=X) == (["sin"], ["sin"], False)
+
+
+class TestPipeline:
+    def test_a_pass_that_lacks_what_it_requires_is_a_bug(self) -> None:
+        captured = raw(module(lambda self, x: x.sin()), x=X)
+        with pytest.raises(InternalError, match=r"Deduplicate needs \['clean'\]"):
+            run_passes(Draft(captured.graph), (Deduplicate(),))
+
+    def test_a_pass_that_breaks_the_graph_is_a_bug(self) -> None:
+        @dataclass(frozen=True)
+        class Break(Pass[Draft]):
+            def apply(self, draft: Draft) -> bool:
+                sin, cos = (n for n in draft.graph.nodes if n.op == "call_function")
+                sin.append(cos)
+                cos.append(sin)
+                return True
+
+        captured = raw(module(lambda self, x: x.sin().cos()), x=X)
+        with pytest.raises(InternalError, match="Break left a malformed graph"):
+            run_passes(Draft(captured.graph), (Break(),))
+
+    def test_properties_are_what_the_passes_ensured(self) -> None:
+        captured = raw(module(lambda self, x: x.sin()), x=X)
+        assert run_passes(Draft(captured.graph), PREPARE).properties == {"clean", "no_dead_code"}
+
+
+class TestCaching:
+    """Passes that work on the facts of a model: one DiT of two blocks, self-attention and MLP each."""
+
+    model: ClassVar[tuple[CapturedGraph, Facts]]
+
+    @pytest.fixture(autouse=True, scope="class")
+    @classmethod
+    def _model(cls) -> None:
+        cls.model = analysed(models.build(), **models.example())
+
+    def draft(self, *actions: Action, **spec: Any) -> VariantDraft:
+        captured, facts = self.model
+        return VariantDraft(copy_graph(captured.graph), facts, VariantSpec(tuple(actions), **spec), ["output_0"])
+
+    def apply(self, a_pass: Pass[VariantDraft], draft: VariantDraft) -> bool:
+        """Applies the pass twice: the second time must change nothing."""
+        changed = a_pass.apply(draft)
+        draft.graph.lint()
+        after, results = str(draft.graph), list(draft.results)
+        assert a_pass.apply(draft) is False
+        assert (str(draft.graph), draft.results) == (after, results)
+        assert len(draft.results) == len(draft.graph.output_node().args[0])
+        return changed
+
+    def unchanged(self, a_pass: Pass[VariantDraft], draft: VariantDraft) -> bool:
+        before = str(draft.graph)
+        return not self.apply(a_pass, draft) and str(draft.graph) == before
+
+    def returned(self, draft: VariantDraft) -> dict[str, str]:
+        return dict(zip(draft.results, (n.name for n in draft.graph.output_node().args[0]), strict=True))
+
+    def readers(self, draft: VariantDraft, name: str) -> set[str]:
+        return {user.name for user in node(draft.graph, name).users}
+
+    def test_hoisting_reads_the_frontier_from_inputs(self) -> None:
+        captured, facts = analysed(models.build(models.CrossBlock), **models.example())
+        draft = VariantDraft(copy_graph(captured.graph), facts, VariantSpec((COMPUTE,) * 6), ["output_0"])
+        assert self.apply(HoistInvariants(), draft)
+        hoisted = [n.name for n in draft.graph.nodes if n.name.startswith("hoisted_")]
+        assert len(hoisted) == 4 + 1, "keys and values of two blocks, and the frequencies of the timestep"
+        RemoveDeadCode().apply(draft)
+        assert "text" not in [n.name for n in draft.graph.nodes], "the text itself is not read in the step"
+
+    def test_hoisting_has_nothing_to_do(self) -> None:
+        def forward(self: nn.Module, x: Tensor, timestep: Tensor) -> Tensor:
+            return x + timestep.sin()[:, None, None] * self.a(x)
+
+        captured, facts = analysed(module(forward, a=nn.Linear(8, 8)), x=X, timestep=torch.ones(2))
+        draft = VariantDraft(copy_graph(captured.graph), facts, VariantSpec((COMPUTE,)), ["output_0"])
+        assert self.unchanged(HoistInvariants(), draft)
+
+    def test_computed_branches_and_the_end_of_the_stream_are_returned(self) -> None:
+        _, facts = self.model
+        draft = self.draft(COMPUTE, REUSE, PARTIAL, COMPUTE)
+        assert self.apply(EmitCaches(), draft)
+        cores = [b.core for b in facts.branches]
+        returned = self.returned(draft)
+        assert list(returned) == ["output_0", "branch_0", "branch_3", "stream_end"]
+        assert [returned["branch_0"], returned["branch_3"], returned["stream_end"]] == [
+            cores[0],
+            cores[3],
+            facts.stream_end,
+        ]
+
+    def test_a_skipped_stream_is_not_returned(self) -> None:
+        assert self.unchanged(EmitCaches(), self.draft(*[REUSE] * 4, skip=True))
+        leading = self.draft(COMPUTE, REUSE, REUSE, REUSE, skip=True)
+        assert self.apply(EmitCaches(), leading)
+        assert list(self.returned(leading)) == ["output_0", "branch_0"]
+
+    def test_reuse_replaces_the_core_and_keeps_the_gate(self) -> None:
+        _, facts = self.model
+        draft = self.draft(COMPUTE, REUSE, COMPUTE, REUSE)
+        gates = {b.index: self.readers(draft, b.core) for b in facts.branches}
+        assert self.apply(ReuseBranches(), draft)
+        for branch in facts.branches:
+            reused = branch.index % 2 == 1
+            assert self.readers(draft, branch.core) == (set() if reused else gates[branch.index])
+            if reused:
+                assert self.readers(draft, f"cache_branch_{branch.index}") == gates[branch.index]
+                assert node(draft.graph, f"cache_branch_{branch.index}").meta["val"].shape == branch.shape
+
+    def test_reuse_has_nothing_to_do(self) -> None:
+        assert self.unchanged(ReuseBranches(), self.draft(COMPUTE, PARTIAL, COMPUTE, PARTIAL))
+
+    def test_skip_replaces_the_end_of_the_stream(self) -> None:
+        _, facts = self.model
+        draft = self.draft(*[REUSE] * 4, skip=True)
+        head = self.readers(draft, facts.stream_end)
+        assert self.apply(SkipBlocks(), draft)
+        assert self.readers(draft, facts.stream_end) == set()
+        assert self.readers(draft, "cache_stream_end") == head
+
+    def test_skip_has_nothing_to_do(self) -> None:
+        assert self.unchanged(SkipBlocks(), self.draft(*[REUSE] * 4))
+
+    def test_recomputed_tokens_are_scattered_into_the_cache(self) -> None:
+        _, facts = self.model
+        draft = self.draft(REUSE, PARTIAL, REUSE, PARTIAL)
+        gate = self.readers(draft, facts.branches[1].core)
+        assert self.apply(RecomputeTokens(), draft)
+        returned = self.returned(draft)
+        assert list(returned) == ["output_0", "branch_1", "branch_3"]
+        updated = node(draft.graph, returned["branch_1"])
+        assert op_name(updated) == "scatter"
+        assert updated.args[0] is node(draft.graph, "cache_branch_1")
+        assert {user.name for user in updated.users} == gate | {"output"}
+        assert self.readers(draft, facts.branches[1].core) == set()
+
+    def test_recomputing_has_nothing_to_do(self) -> None:
+        assert self.unchanged(RecomputeTokens(), self.draft(COMPUTE, REUSE, COMPUTE, REUSE))
+
+    def test_recomputing_a_branch_that_mixes_tokens_is_a_bug(self) -> None:
+        with pytest.raises(InternalError, match=r"branch 0 \(blocks.0\) is not pointwise"):
+            RecomputeTokens().apply(self.draft(PARTIAL, REUSE, REUSE, REUSE))
+
+    @pytest.mark.parametrize("kind", ["v_norm", "attention"])
+    def test_scores_are_returned_for_the_attentions_that_mlps_ask(self, kind: str) -> None:
+        draft = self.draft(COMPUTE, COMPUTE, REUSE, REUSE, scores=kind)
+        assert self.apply(EmitScores(), draft)
+        assert list(self.returned(draft)) == ["output_0", "score_0"]
+        assert names(draft.graph, "linalg_vector_norm" if kind == "v_norm" else "softmax.int")
+
+    @pytest.mark.parametrize("spec", [{}, {"scores": None}])
+    def test_no_scores_are_asked_for(self, spec: dict[str, Any]) -> None:
+        assert self.unchanged(EmitScores(), self.draft(*[COMPUTE] * 4, **spec))
+
+    def test_no_attention_is_computed(self) -> None:
+        assert self.unchanged(EmitScores(), self.draft(REUSE, COMPUTE, REUSE, COMPUTE, scores="v_norm"))
+
+    def test_a_node_that_is_gone_is_a_bug(self) -> None:
+        with pytest.raises(InternalError, match="node 'nowhere' is gone"):
+            self.draft(*[COMPUTE] * 4).node("nowhere")
+
+
+def attention_model(mask: Tensor | None, scale: float | None) -> nn.Module:
+    """One self-attention of two heads and one MLP."""
+
+    def forward(self: nn.Module, x: Tensor, timestep: Tensor) -> Tensor:
+        q, k, v = (part.view(2, 4, 2, 4).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        mask = self.mask if hasattr(self, "mask") else None
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).reshape(2, 4, 8)
+        x = x + timestep.sin()[:, None, None] * y
+        return x + self.mlp(x)
+
+    torch.manual_seed(0)
+    made = module(forward, qkv=nn.Linear(8, 24), mlp=nn.Linear(8, 8))
+    if mask is not None:
+        made.register_buffer("mask", mask)
+    return made
+
+
+MASK = torch.rand(2, 1, 4, 4) > 0.3
+MASK |= torch.eye(4, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("kind", ["v_norm", "attention"])
+@pytest.mark.parametrize(
+    ("mask", "scale"), [(None, None), (None, 0.9), (MASK.float(), None), (MASK, None)],
+    ids=["plain", "scale", "added mask", "boolean mask"],
+)  # fmt: skip
+def test_scores_equal_their_formulas(kind: str, mask: Tensor | None, scale: float | None) -> None:
+    model = attention_model(mask, scale)
+    captured, facts = analysed(model, x=X, timestep=torch.ones(2))
+    draft = VariantDraft(copy_graph(captured.graph), facts, VariantSpec((COMPUTE, COMPUTE), scores=kind), ["output_0"])
+    assert EmitScores().apply(draft)
+    draft.graph.lint()
+    got = to_module(captured, draft.graph)(X, torch.ones(2))[1]
+    q, k, v = (part.view(2, 4, 2, 4).transpose(1, 2) for part in model.qkv(X).chunk(3, -1))  # type: ignore[operator]
+    if kind == "v_norm":
+        expected = (1 - v.square().sum(-1).sqrt()).sum(1)
+    else:
+        logits = torch.einsum("bhqd,bhkd->bhqk", q, k) * (scale or 4**-0.5)
+        bias = torch.zeros(()) if mask is None else mask if mask.is_floating_point() else torch.log(mask.float())
+        expected = torch.softmax(logits + bias, -1).sum(2).mean(1)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+
+
+def test_passes_are_frozen_options() -> None:
+    every: Sequence[type[Pass[Any]]] = [
+        Clean, Deduplicate, RemoveDeadCode, HoistInvariants, EmitCaches, EmitScores, RecomputeTokens, ReuseBranches,
+        SkipBlocks,
+    ]  # fmt: skip
+    for each in every:
+        assert each() == each()
+        assert hash(each()) == hash(each())
