@@ -61,6 +61,7 @@ class Program:
 
     variant: Variant
     run: VariantFunction
+    reads: tuple[str, ...]  # the caches among the variant's inputs
     stores: tuple[str | None, ...]  # per output beyond the model's own: the cache it goes to, None for scores
     selected: tuple[Branch, ...]
 
@@ -100,6 +101,7 @@ class Dispatcher:
         self._build = build
         self._prologue = prologue
         self._programs: dict[VariantSpec, Program] = {}
+        self._plans: dict[Step, tuple[Program, dict[int, int]]] = {}
         self._selectable = [b for b in facts.branches if b.token_axes is not None]
         self._position = {b.index: i for i, b in enumerate(self._selectable)}
         check_selection(facts, policy)
@@ -184,13 +186,16 @@ class Dispatcher:
         state.hoisted_from, state.hoisted_versions = sources, versions
 
     def _plan(self, step: Step, state: CacheState) -> tuple[Program, dict[int, int]]:
-        spec, counts = plan_step(self.facts, self.policy, step)
-        program = self._program(spec)
-        missing = [n for n in program.variant.inputs if n.startswith("cache_") and n not in state.caches]
-        if missing:  # a pass that joined in mid-request has nothing to reuse yet
-            spec, counts = plan_step(self.facts, self.policy, Step(StepKind.FULL))
-            program = self._program(spec)
+        program, counts = self._planned(step)
+        if any(name not in state.caches for name in program.reads):  # this pass has joined in mid-request
+            return self._planned(Step(StepKind.FULL))
         return program, counts
+
+    def _planned(self, step: Step) -> tuple[Program, dict[int, int]]:
+        if step not in self._plans:
+            spec, counts = plan_step(self.facts, self.policy, step)
+            self._plans[step] = self._program(spec), counts
+        return self._plans[step]
 
     def _program(self, spec: VariantSpec) -> Program:
         if spec not in self._programs:
@@ -198,7 +203,8 @@ class Dispatcher:
             extra = [name for name in variant.outputs if not name.startswith("output_")]
             stores = tuple(None if name.startswith("score_") else cache_input(name) for name in extra)
             partial = tuple(b for b, a in zip(self.facts.branches, spec.actions, strict=True) if a is Action.PARTIAL)
-            self._programs[spec] = Program(variant, run, stores, partial)
+            reads = tuple(name for name in variant.inputs if name.startswith(cache_input("")))
+            self._programs[spec] = Program(variant, run, reads, stores, partial)
         return self._programs[spec]
 
     def _run(
