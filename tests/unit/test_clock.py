@@ -1,0 +1,145 @@
+"""Steps, passes and requests, told apart by the timesteps of the calls alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from duca_compile.runtime.clock import MAX_PASSES, StepClock, Tick
+
+TOTALS = st.one_of(st.none(), st.integers(1, 50))
+LOOPS = st.lists(st.floats(0, 1000, width=32), min_size=1, max_size=30, unique=True).flatmap(
+    lambda values: st.sampled_from([sorted(values), sorted(values, reverse=True)])
+)
+
+
+def ticks(clock: StepClock, values: list[Any]) -> list[Tick]:
+    return [clock.tick(torch.tensor(value)) for value in values]
+
+
+def one_request(steps: int) -> list[Tick]:
+    return [Tick(step, 0, step == 0) for step in range(steps)]
+
+
+@given(loop=LOOPS, batch=st.integers(0, 3))
+def test_any_monotone_sequence_counts_up(loop: list[float], batch: int) -> None:
+    """Also where more steps come than were announced; a batch of 0 is a 0-dimensional timestep."""
+    values = [[value] * batch if batch else value for value in loop]
+    assert ticks(StepClock(None), values) == one_request(len(loop))
+
+
+@given(loop=LOOPS, more=st.integers(0, 3))
+def test_a_known_number_of_steps_counts_the_same(loop: list[float], more: int) -> None:
+    assert ticks(StepClock(len(loop) + more), loop) == one_request(len(loop))
+
+
+@given(loop=LOOPS, passes=st.integers(1, MAX_PASSES), total=TOTALS)
+def test_a_repeated_timestep_is_a_further_pass(loop: list[float], passes: int, total: int | None) -> None:
+    total = total if total is None or total > 1 else None
+    got = ticks(StepClock(total and len(loop)), [value for value in loop for _ in range(passes)])
+    assert got == [Tick(s, p, s == p == 0) for s in range(len(loop)) for p in range(passes)]
+
+
+@given(loop=LOOPS.filter(lambda loop: len(loop) >= 2), requests=st.integers(2, 4), known=st.booleans())
+def test_the_same_loop_again_is_a_new_request_each_time(loop: list[float], requests: int, known: bool) -> None:
+    assert ticks(StepClock(len(loop) if known else None), loop * requests) == one_request(len(loop)) * requests
+
+
+@given(loop=LOOPS.filter(lambda loop: len(loop) >= 3), data=st.data())
+def test_a_jump_back_is_a_new_request_even_in_mid_loop(loop: list[float], data: st.DataObject) -> None:
+    stop = data.draw(st.integers(2, len(loop) - 1))
+    start = data.draw(st.integers(0, stop - 1))
+    got = ticks(StepClock(None), loop[: stop + 1] + loop[start:])
+    assert got == one_request(stop + 1) + one_request(len(loop) - start)
+
+
+@given(first=LOOPS.filter(lambda loop: len(loop) >= 2))
+def test_a_request_may_run_the_other_way_than_the_one_before(first: list[float]) -> None:
+    clock = StepClock(len(first))
+    ticks(clock, first)
+    clock.reset()
+    assert ticks(clock, first[::-1]) == one_request(len(first))
+
+
+def test_reset_starts_a_request_at_any_timestep() -> None:
+    clock = StepClock(None)
+    ticks(clock, [9.0, 8.0, 7.0])
+    clock.reset()
+    assert ticks(clock, [7.0, 6.0]) == one_request(2)
+
+
+def test_passes_beyond_the_limit_are_new_requests() -> None:
+    got = ticks(StepClock(None), [5.0] * (2 * MAX_PASSES + 1))
+    expected = [Tick(0, p, p == 0) for p in range(MAX_PASSES)]
+    assert got == [*expected, *expected, Tick(0, 0, True)]
+
+
+def test_after_too_many_passes_in_mid_loop_the_loop_goes_on_as_a_new_request() -> None:
+    got = ticks(StepClock(None), [9.0, *[8.0] * (MAX_PASSES + 1), 7.0, 6.0])
+    assert got[MAX_PASSES + 1 :] == [Tick(0, 0, True), Tick(1, 0, False), Tick(2, 0, False)]
+
+
+def test_single_step_requests() -> None:
+    """With the number known each new timestep is a new request; unknown, they are taken for the steps of one."""
+    assert ticks(StepClock(1), [9.0, 5.0, 7.0]) == one_request(1) * 3
+    assert ticks(StepClock(None), [9.0, 5.0, 7.0]) == [*one_request(2), Tick(0, 0, True)]
+    assert ticks(StepClock(1), [9.0, 9.0]) == [Tick(0, 0, True), Tick(0, 1, False)], "guidance in two passes"
+
+
+def test_timesteps_that_differ_by_sample() -> None:
+    loop = [[9.0, 9.0], [8.0, 7.0], [8.0, 6.0], [7.0, 5.0]]
+    doubled = [value for value in loop for _ in range(2)]
+    assert ticks(StepClock(None), loop * 2) == one_request(4) * 2
+    assert [t.step for t in ticks(StepClock(None), doubled)] == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float64, torch.bfloat16])
+def test_any_number_type_is_a_timestep(dtype: torch.dtype) -> None:
+    clock = StepClock(None)
+    assert [clock.tick(torch.tensor([t, t], dtype=dtype)) for t in (30, 20, 10)] == one_request(3)
+
+
+class OnDevice:
+    """A timestep on an accelerator: its memory and version can be told, its value must not be read."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, memory: int, version: int = 0, inference: bool = False) -> None:
+        self._memory, self._writes, self._inference = memory, version, inference
+
+    def data_ptr(self) -> int:
+        return self._memory
+
+    def is_inference(self) -> bool:
+        return self._inference
+
+    @property
+    def _version(self) -> int:
+        assert not self._inference, "torch raises for inference tensors"
+        return self._writes
+
+
+def test_on_an_accelerator_the_memory_tells_steps_and_the_number_of_steps_requests() -> None:
+    clock = StepClock(3)
+    got = [clock.tick(OnDevice(place)) for place in (1, 1, 2, 2, 3, 3, 1, 1, 2)]  # type: ignore[arg-type]
+    places = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (0, 0), (0, 1), (1, 0)]
+    assert [(t.step, t.pass_index) for t in got] == places
+    assert [t.new_request for t in got] == [place == (0, 0) for place in places]
+
+
+def test_on_an_accelerator_a_timestep_written_in_place_is_a_new_step() -> None:
+    clock = StepClock(3)
+    got = [clock.tick(OnDevice(1, version)) for version in (0, 0, 1, 2, 3)]  # type: ignore[arg-type]
+    assert [(t.step, t.pass_index) for t in got] == [(0, 0), (0, 1), (1, 0), (2, 0), (0, 0)]
+
+
+def test_inference_tensors_have_no_version() -> None:
+    clock = StepClock(3)
+    got = [clock.tick(OnDevice(place, inference=True)) for place in (1, 1, 2)]  # type: ignore[arg-type]
+    assert [(t.step, t.pass_index) for t in got] == [(0, 0), (0, 1), (1, 0)]
+    with torch.inference_mode():
+        assert ticks(StepClock(None), [3.0, 2.0]) == one_request(2)

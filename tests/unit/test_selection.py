@@ -1,0 +1,178 @@
+"""Which tokens a partial step recomputes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from duca_compile.errors import PolicyError
+from duca_compile.policies import Selection
+from duca_compile.runtime.selection import TokenSelector
+
+BATCH, TOKENS = 2, 16
+
+
+def selector(selection: Selection, branches: int = 1, batch: int = BATCH, tokens: int = TOKENS) -> TokenSelector:
+    return TokenSelector(selection, branches, batch, tokens, torch.device("cpu"))
+
+
+def scored(selection: Selection, *scores: Tensor) -> TokenSelector:
+    made = selector(selection, len(scores), *scores[0].shape)
+    made.refresh(dict(enumerate(scores)))
+    return made
+
+
+@given(scores=st.permutations(range(TOKENS)), count=st.integers(1, TOKENS))
+def test_the_highest_scores_come_first_row_by_row(scores: list[int], count: int) -> None:
+    rows = torch.tensor([scores, scores[::-1]], dtype=torch.float32) - 9.5  # scores of value norms are negative too
+    (index,) = scored(Selection("v_norm"), rows).select([0], [count], 3)
+    assert index.dtype is torch.int64
+    assert index.shape == (2, count)
+    assert torch.equal(index, rows.sort(dim=-1, descending=True).indices[:, :count])
+
+
+def test_with_the_scores_of_value_norms_the_smallest_norm_comes_first() -> None:
+    """The scores are sums over heads of 1 - norm."""
+    value = torch.randn(BATCH, 3, TOKENS, 4, generator=torch.Generator().manual_seed(0))
+    norms = value.norm(dim=-1)
+    (index,) = scored(Selection("v_norm"), (1 - norms).sum(1)).select([0], [5], 3)
+    assert torch.equal(index, norms.sum(1).topk(5, largest=False).indices)
+
+
+def test_scores_are_weighed_relative_to_their_norm() -> None:
+    """A factor on the scores changes nothing, so staleness weighs the same in every layer."""
+    scores = torch.rand(BATCH, TOKENS, generator=torch.Generator().manual_seed(0))
+    selection = Selection("attention", staleness=0.25)
+    small, large = scored(selection, scores), scored(selection, 1000 * scores)
+    for _ in range(5):
+        assert torch.equal(small.select([0], [4], 3)[0], large.select([0], [4], 3)[0])
+
+
+def test_staleness_lets_every_token_win_in_time() -> None:
+    scores = torch.linspace(1, 2, TOKENS).expand(BATCH, -1)
+    stale = scored(Selection("attention", staleness=0.25), scores)
+    fixed = scored(Selection("attention"), scores)
+    seen = [stale.select([0], [2], 3)[0] for _ in range(16)]
+    assert all(torch.cat(seen, -1)[row].unique().numel() == TOKENS for row in range(BATCH))
+    assert {tuple(fixed.select([0], [2], 3)[0][0].tolist()) for _ in range(16)} == {(15, 14)}
+
+
+def test_staleness_adds_its_weight_for_each_step_over_the_interval() -> None:
+    """Normalised scores 0.8 and 0.6: the lower one wins once 0.25 * steps / 2 exceeds 0.2, at the third choice."""
+    chosen = scored(Selection("attention", staleness=0.25), torch.tensor([[0.8, 0.6]]))
+    assert [chosen.select([0], [1], 2)[0].item() for _ in range(4)] == [0, 0, 1, 0]
+    slower = scored(Selection("attention", staleness=0.25), torch.tensor([[0.8, 0.6]]))
+    assert [slower.select([0], [1], 4)[0].item() for _ in range(6)] == [0, 0, 0, 0, 1, 0]
+
+
+def test_a_full_step_makes_every_token_fresh() -> None:
+    scores = torch.tensor([[0.8, 0.6]])
+    chosen = scored(Selection("attention", staleness=0.25), scores)
+    for _ in range(3):
+        assert [chosen.select([0], [1], 2)[0].item() for _ in range(2)] == [0, 0]
+        chosen.refresh({0: scores})
+
+
+def test_only_the_chosen_tokens_of_each_branch_become_fresh() -> None:
+    """Two branches choose 1 and 3 tokens at once: what only the longer one needs stays stale in the shorter."""
+    scores = torch.tensor([[0.5, 0.5, 0.5, 0.5]])
+    chosen = scored(Selection("attention", staleness=10.0), scores, scores)
+    one, three = (set() for _ in range(2))
+    for _ in range(4):
+        a, b = chosen.select([0, 1], [1, 3], 1)
+        assert (a.shape, b.shape) == ((1, 1), (1, 3))
+        one |= set(a[0].tolist())
+        three |= set(b[0].tolist())
+    assert one == three == {0, 1, 2, 3}
+    expected = chosen._staleness.clone() + 1
+    a, b = chosen.select([0, 1], [1, 3], 1)
+    expected[0, 0, a[0]] = 0
+    expected[1, 0, b[0]] = 0
+    assert torch.equal(chosen._staleness, expected)
+
+
+def test_branches_that_are_not_asked_keep_their_state() -> None:
+    scores = torch.rand(BATCH, TOKENS, generator=torch.Generator().manual_seed(0))
+    chosen = scored(Selection("attention", staleness=0.25), scores, scores, scores)
+    chosen.select([0, 2], [4, 4], 3)
+    assert chosen._staleness[1].eq(0).all()
+    assert chosen._staleness[[0, 2]].sum() == 2 * BATCH * (TOKENS - 4)
+
+
+def test_a_branch_without_scores_is_chosen_by_staleness_alone() -> None:
+    chosen = selector(Selection("v_norm", staleness=0.25), branches=2)
+    chosen.refresh({0: torch.rand(BATCH, TOKENS), 1: None})
+    seen = torch.cat([chosen.select([1], [4], 3)[0] for _ in range(4)], -1)
+    assert torch.equal(seen.sort(-1).values, torch.arange(TOKENS).expand(BATCH, -1))
+
+
+class TestPatchBonus:
+    def test_favours_the_best_token_of_each_patch(self) -> None:
+        """A 4x4 grid in 2x2 patches, scores rising: the last token of each patch wins over all others."""
+        scores = torch.arange(1.0, 17.0)[None]
+        chosen = scored(Selection("attention", patch_bonus=5.0, patch=2), scores)
+        assert chosen.select([0], [5], 3)[0].tolist() == [[15, 13, 7, 5, 14]]
+
+    def test_multiplies_by_one_plus_the_bonus(self) -> None:
+        """One patch of four, best 3 and second 2.9 against a lone patch-best 1.5: 1.5 * (1 + 1) is enough, 0.9 not."""
+        row = torch.full((16,), 0.1)
+        row[[0, 1, 10]] = torch.tensor([3.0, 2.9, 1.5])
+        order = [
+            scored(Selection("attention", patch_bonus=bonus, patch=2), row[None]).select([0], [3], 3)[0].tolist()
+            for bonus in (1.0, 0.9)
+        ]
+        assert order == [[[0, 10, 1]], [[0, 1, 10]]]
+
+    def test_lowers_a_negative_score_as_in_the_released_code(self) -> None:
+        scores = -torch.arange(1.0, 17.0)[None]
+        penalised = scored(Selection("v_norm", patch_bonus=8.5, patch=4), scores)
+        order = penalised.select([0], [16], 3)[0][0].tolist()
+        assert order == [1, 2, 3, 4, 5, 6, 7, 8, 0, *range(9, 16)], "-1 became -9.5"
+
+    @pytest.mark.parametrize(("tokens", "patch"), [(15, 2), (9, 2), (16, 3)])
+    def test_needs_a_square_grid_that_patches_tile(self, tokens: int, patch: int) -> None:
+        with pytest.raises(PolicyError, match=f"{patch}x{patch} patches.*{tokens} tokens"):
+            selector(Selection("random", patch_bonus=0.5, patch=patch), tokens=tokens)
+        selector(Selection("random", patch=patch), tokens=tokens)  # without a bonus any number of tokens will do
+
+
+class TestRandom:
+    def draws(self, seed: int = 0, batch: int = 4, steps: int = 3) -> list[list[Tensor]]:
+        chosen = selector(Selection("random", seed=seed), 2, batch, 64)
+        chosen.refresh({0: None, 1: None})
+        return [chosen.select([0, 1], [5, 9], 3) for _ in range(steps)]
+
+    def test_is_the_same_for_the_same_seed_and_different_for_another(self) -> None:
+        first, again, other = self.draws(), self.draws(), self.draws(seed=1)
+        assert all(torch.equal(a, b) for x, y in zip(first, again, strict=True) for a, b in zip(x, y, strict=True))
+        assert not torch.equal(first[0][0], other[0][0])
+
+    def test_is_the_same_in_every_row_of_the_batch(self) -> None:
+        for index in (index for step in self.draws() for index in step):
+            assert torch.equal(index, index[:1].expand_as(index))
+
+    def test_differs_between_steps_and_between_branches(self) -> None:
+        (a0, b0), (a1, _), _ = self.draws()
+        assert not torch.equal(a0, a1)
+        assert not torch.equal(a0, b0[:, :5])
+
+    def test_draws_distinct_tokens_as_many_as_asked_for(self) -> None:
+        for first, second in self.draws():
+            assert [first.shape, second.shape] == [(4, 5), (4, 9)]
+            assert first[0].unique().numel() == 5
+            assert second[0].unique().numel() == 9
+
+    def test_does_not_disturb_the_global_generator(self) -> None:
+        torch.manual_seed(5)
+        expected = torch.rand(3)
+        torch.manual_seed(5)
+        self.draws()
+        assert torch.equal(torch.rand(3), expected)
+
+    def test_ignores_scores(self) -> None:
+        chosen = selector(Selection("random"), batch=1, tokens=64)
+        chosen.refresh({0: torch.arange(64.0)[None]})
+        assert chosen.select([0], [4], 3)[0].tolist() != [[63, 62, 61, 60]]
