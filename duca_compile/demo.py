@@ -58,30 +58,37 @@ class DemoModel:
         names = tuple(info["class_names"])
         return DemoModel(transformer, scheduler, names, info["null_class"], info["guidance_scale"])
 
-    def noise(self, seed: int) -> Tensor:
-        """One starting latent for each class, (classes, channels, height, width), the same on every device."""
+    def noise(self, seed: int, per_class: int = 1) -> Tensor:
+        """Starting latents, (per_class * classes, channels, height, width), the same on every device."""
         config = self.transformer.config
-        shape = (len(self.class_names), config.in_channels, config.sample_size, config.sample_size)
+        shape = (per_class * len(self.class_names), config.in_channels, config.sample_size, config.sample_size)
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(shape, generator=generator).to(self.transformer.device)
 
-    def sample(self, transformer: nn.Module, steps: int, noise: Tensor, on_step: Callable[[], None]) -> Tensor:
-        """DDIM with classifier-free guidance, both halves in one batch; one image for each class, in [-1, 1]."""
+    def sample(self, transformer: nn.Module, steps: int, noise: Tensor, on_step: Callable[[float], None]) -> Tensor:
+        """DDIM with classifier-free guidance, both halves in one batch; images like ``noise``, in [-1, 1].
+
+        Rows take the classes in turn. ``on_step`` is called after each step with the seconds that the model took.
+        """
         from diffusers import DDIMScheduler
 
         scheduler = DDIMScheduler(**self.scheduler)
         scheduler.set_timesteps(steps)
-        labels = torch.arange(len(self.class_names), device=noise.device)
+        labels = torch.arange(len(noise), device=noise.device) % len(self.class_names)
         labels = torch.cat([labels, torch.full_like(labels, self.null_class)])
         latent = noise
         with torch.no_grad():
             for t in scheduler.timesteps:
                 timestep = t.expand(len(labels)).to(noise.device)
-                output = transformer(torch.cat([latent, latent]), timestep=timestep, class_labels=labels).sample
+                both = torch.cat([latent, latent])
+                started = time.perf_counter()
+                output = transformer(both, timestep=timestep, class_labels=labels).sample
+                _finish(noise.device)
+                seconds = time.perf_counter() - started
                 conditional, unconditional = output.chunk(2)
                 guided = unconditional + self.guidance_scale * (conditional - unconditional)
                 latent = scheduler.step(guided, t, latent).prev_sample
-                on_step()
+                on_step(seconds)
         return latent.clamp(-1, 1)
 
 
@@ -96,7 +103,7 @@ class Run:
     compile_seconds: float
     flops: float
     cache_bytes: int
-    step_seconds: dict[StepKind, float]  # median host time of a step of each kind
+    step_seconds: dict[StepKind, float]  # median time of the model in a step of each kind
 
     def psnr(self, reference: Run) -> float:
         """Peak signal-to-noise ratio to the reference's images in dB; the peak is the pixel range of 2."""
@@ -114,7 +121,12 @@ def make_policy(name: str, interval: int | None) -> Policy:
 
 def measure(demo: DemoModel, model: OptimizedModel, name: str, steps: int, seed: int, watch: Watch) -> Run:
     """Runs the loop twice from the same noise: once to compile what the schedule needs, once for the clock."""
-    on_step = watch(name, 2 * steps)
+    advance, times = watch(name, 2 * steps), list[float]()
+
+    def on_step(seconds: float) -> None:
+        times.append(seconds)
+        advance()
+
     noise = demo.noise(seed)
     started = time.perf_counter()
     demo.sample(model, steps, noise, on_step)
@@ -122,11 +134,10 @@ def measure(demo: DemoModel, model: OptimizedModel, name: str, steps: int, seed:
     model.reset()
     started = time.perf_counter()
     images = demo.sample(model, steps, noise, on_step)
-    _finish(noise.device)
     seconds = time.perf_counter() - started
     by_kind: dict[StepKind, list[float]] = defaultdict(list)
-    for executed in model.history:
-        by_kind[executed.kind].append(executed.seconds)
+    for executed, each in zip(model.history, times[steps:], strict=True):
+        by_kind[executed.kind].append(each)
     return Run(
         name=name,
         images=images,
