@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from duca_compile.analysis.tokens import Axes, Mixing, follow_tokens
+from duca_compile.analysis.tokens import Axes, Mixing, follow_tokens, own_keys
 from duca_compile.analysis.variance import ancestors, descendants
 from duca_compile.errors import StructureError
 from duca_compile.graph import Branch, Variance, module_path, op_name, source_line, value_shape
@@ -147,17 +147,17 @@ def _branch(
     index: int, block: int, residual: _Residual, variance: dict[str, Variance], order: dict[fx.Node, int]
 ) -> Branch:
     core, gated = _behind_gate(residual, variance)
+    value = core.meta["val"]
+    shape = tuple(value.shape)
     inside = sorted(residual.body & (ancestors(core) | {core}), key=order.__getitem__)
     attention = [n for n in inside if op_name(n) == "scaled_dot_product_attention"]
-    scored = [n for n in attention if _scores_tokens(n, residual.stream)]
+    scored = [n for n in attention if len(shape) == 3 and own_keys(n, *shape[:2]) is not None]
     axes: Axes | None = None
     reason: str | None = None
     try:
         axes = follow_tokens(residual.stream, inside, core)
     except Mixing as mixing:
         reason = f"{mixing} at {source_line(mixing.node) or module_path(mixing.node)}"
-    value = core.meta["val"]
-    shape = tuple(value.shape)
     return Branch(
         index=index,
         block=block,
@@ -194,13 +194,6 @@ def _behind_gate(residual: _Residual, variance: dict[str, Variance]) -> tuple[fx
             return node, gated
         gated = gated or op_name(node) == "mul"
         node = inner[0]
-
-
-def _scores_tokens(attention: fx.Node, stream: fx.Node) -> bool:
-    """Whether its values are the stream's tokens, one for one, so that a score per value is one per token."""
-    value, tokens = attention.args[2], value_shape(stream) or ()
-    shape = (value_shape(value) if isinstance(value, fx.Node) else None) or ()
-    return len(shape) == 4 and len(tokens) == 3 and (shape[0], shape[2]) == tokens[:2]
 
 
 def _kind(attention: list[fx.Node], axes: Axes | None, inside: list[fx.Node]) -> str:

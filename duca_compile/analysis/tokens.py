@@ -152,15 +152,20 @@ def _reduce(node: fx.Node, axes: Axes) -> int:
     return axis if argument(node, "keepdim") else axis - sum(d < axis for d in dims)
 
 
+def _order(node: fx.Node, rank: int) -> list[int]:
+    """For each dimension of a transposed or permuted value, the one it was before."""
+    if op_name(node) == "permute":
+        return _dims(node, "dims", rank) or []
+    order = list(range(rank))
+    (a,), (b,) = (_dims(node, name, rank) or [0] for name in ("dim0", "dim1"))
+    order[a], order[b] = b, a
+    return order
+
+
 def _permute(node: fx.Node, axes: Axes) -> int:
-    """Also transpose: where dimensions go. The batch stays first, or gathered operands would not line up with it."""
+    """Also transpose. The batch stays first, or gathered operands would not line up with it."""
     source, axis = _first(node, axes)
-    order = list(range(_rank(source)))
-    if op_name(node) == "transpose":
-        (a,), (b,) = (_dims(node, name, len(order)) or [0] for name in ("dim0", "dim1"))
-        order[a], order[b] = b, a
-    else:
-        order = _dims(node, "dims", len(order)) or order
+    order = _order(node, _rank(source))
     if order[BATCH_AXIS] != BATCH_AXIS:
         raise Mixing(node, "the batch is not its first dimension")
     return order.index(axis)
@@ -194,6 +199,14 @@ def _reshape(node: fx.Node, axes: Axes) -> int:
 
 def _unary(node: fx.Node, axes: Axes) -> int:
     return _first(node, axes)[1]
+
+
+def _type_as(node: fx.Node, axes: Axes) -> int:
+    """The second operand lends nothing but its type."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or source.name not in axes:
+        raise Mixing(node, "the stream is not its first operand")
+    return axes[source.name]
 
 
 def _attention(node: fx.Node, axes: Axes) -> int:
@@ -234,7 +247,30 @@ _SPECIAL: dict[str, _Rule] = {
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,
     "getitem": _unary,
-    "type_as": _unary,
+    "type_as": _type_as,
     "scaled_dot_product_attention": _attention,
 }
 _RULES: dict[str, _Rule] = {**_SPECIAL, **dict.fromkeys(RESHAPES, _reshape)}
+
+
+def own_keys(attention: fx.Node, batch: int, tokens: int) -> int | None:
+    """Where the stream's tokens begin among the keys of a self-attention; None where that cannot be told.
+
+    Joint attention concatenates them with the text's: they are the one piece that is as long as the stream.
+    """
+    value, axis = attention.args[2], 2
+    shape = (value_shape(value) if isinstance(value, fx.Node) else None) or ()
+    if len(shape) != 4 or shape[BATCH_AXIS] != batch:
+        return None
+    if shape[axis] == tokens:
+        return 0
+    while isinstance(value, fx.Node) and op_name(value) in ("transpose", "permute", "to", "contiguous", "clone"):
+        if op_name(value) in ("transpose", "permute"):
+            axis = _order(value, len(shape))[axis]
+        value = value.args[0]
+    if not isinstance(value, fx.Node) or op_name(value) != "cat" or _dims(value, "dim", len(shape)) != [axis]:
+        return None
+    pieces = value.args[0]
+    assert isinstance(pieces, list | tuple)
+    sizes = [(value_shape(piece) or ())[axis] for piece in pieces if isinstance(piece, fx.Node)]
+    return sum(sizes[: sizes.index(tokens)]) if sizes.count(tokens) == 1 else None

@@ -9,7 +9,9 @@ import torch
 from torch import fx
 
 from duca_compile.analysis.operators import argument
-from duca_compile.graph import Action, Branch, value_shape
+from duca_compile.analysis.tokens import own_keys
+from duca_compile.errors import InternalError
+from duca_compile.graph import Action, value_shape
 from duca_compile.passes.base import ExactPass, VariantDraft
 
 aten = torch.ops.aten
@@ -29,37 +31,39 @@ class EmitScores(ExactPass[VariantDraft]):
         build = {"v_norm": _value_norm, "attention": _attention_received, None: None}[draft.spec.scores]
         if build is None:
             return False
-        wanted = {s.index for b in draft.facts.branches if b.kind == "mlp" and (s := draft.facts.score_source(b))}
+        chosen = [b for b in draft.facts.branches if b.token_axes is not None]
+        wanted = {s.index for b in chosen if (s := draft.facts.score_source(b))}
         scored = [b for b in draft.branches(Action.COMPUTE) if b.index in wanted and b.score_slot not in draft.results]
         for branch in scored:
-            draft.add_result(branch.score_slot, build(draft, branch))
+            attention = draft.node(branch.attention or "")
+            start = own_keys(attention, *branch.shape[:2])
+            if start is None:
+                raise InternalError(f"the keys of {attention.name} are not the tokens of branch {branch.index}")
+            with draft.graph.inserting_before(draft.graph.output_node()):
+                score = build(draft, attention)
+                own = _call(draft, aten.slice.Tensor, score, 1, start, start + branch.tokens)
+            draft.add_result(branch.score_slot, own)
         return bool(scored)
 
 
-def _value_norm(draft: VariantDraft, branch: Branch) -> fx.Node:
-    attention = draft.node(branch.attention or "")
-    value = attention.args[2]
-    with draft.graph.inserting_before(draft.graph.output_node()):
-        norm = _call(draft, aten.linalg_vector_norm.default, value, 2, [-1])
-        return _call(draft, aten.sum.dim_IntList, _call(draft, aten.rsub.Scalar, norm, 1), [1])
+def _value_norm(draft: VariantDraft, attention: fx.Node) -> fx.Node:
+    norm = _call(draft, aten.linalg_vector_norm.default, attention.args[2], 2, [-1])
+    return _call(draft, aten.sum.dim_IntList, _call(draft, aten.rsub.Scalar, norm, 1), [1])
 
 
-def _attention_received(draft: VariantDraft, branch: Branch) -> fx.Node:
-    attention = draft.node(branch.attention or "")
+def _attention_received(draft: VariantDraft, attention: fx.Node) -> fx.Node:
     query, key = attention.args[:2]
     assert isinstance(query, fx.Node)
     mask = argument(attention, "attn_mask")
     scale = argument(attention, "scale") or (value_shape(query) or (1,))[-1] ** -0.5
-    with draft.graph.inserting_before(draft.graph.output_node()):
-        logits = _call(draft, aten.matmul.default, query, _call(draft, aten.transpose.int, key, -2, -1))
-        logits = _call(draft, aten.mul.Tensor, logits, scale)
-        if mask is not None and mask.meta["val"].dtype is torch.bool:
-            logits = _call(draft, aten.where.ScalarOther, mask, logits, float("-inf"))
-        elif mask is not None:
-            logits = _call(draft, aten.add.Tensor, logits, mask)
-        weights = _call(draft, aten.softmax.int, logits, -1)
-        received = _call(draft, aten.sum.dim_IntList, weights, [2])
-        return _call(draft, aten.mean.dim, received, [1])
+    logits = _call(draft, aten.matmul.default, query, _call(draft, aten.transpose.int, key, -2, -1))
+    logits = _call(draft, aten.mul.Tensor, logits, scale)
+    if mask is not None and mask.meta["val"].dtype is torch.bool:
+        logits = _call(draft, aten.where.ScalarOther, mask, logits, float("-inf"))
+    elif mask is not None:
+        logits = _call(draft, aten.add.Tensor, logits, mask)
+    received = _call(draft, aten.sum.dim_IntList, _call(draft, aten.softmax.int, logits, -1), [2])
+    return _call(draft, aten.mean.dim, received, [1])
 
 
 def _call(draft: VariantDraft, target: Any, *args: Any) -> fx.Node:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import BATCH, TOKENS, WIDTH
 from torch import Tensor, nn
+from torch.nn import functional
 from tracing import COMPUTE, REUSE, Runner, analysed, caches, module, node
 
 from duca_compile.errors import StructureError
@@ -124,18 +125,60 @@ def test_the_main_stream_is_the_one_with_the_most_flops() -> None:
     assert branch.flops == 2 * 2 * 4 * 8 * 8
 
 
-def test_an_attention_over_more_keys_than_tokens_gives_no_token_scores() -> None:
-    """Joint attention: the image attends to the image and the text."""
+class JointBlock(models.UngatedBlock):
+    """The image attends to the text and the image."""
 
-    class Joint(models.UngatedBlock):
-        def forward(self, x: Tensor, condition: Tensor, text: Tensor) -> Tensor:
-            x = x + self.attention(x + condition[:, None], torch.cat([x, text], 1))
-            return x + self.mlp(x)
+    def forward(self, x: Tensor, condition: Tensor, text: Tensor) -> Tensor:
+        image = x + condition[:, None]
+        x = x + self.attention(image, torch.cat([text, image], 1))
+        return x + self.mlp(x)
 
-    facts = facts_of(Joint)
-    assert [b.kind for b in facts.branches] == [SELF, MLP] * 2
-    assert [b.attention for b in facts.branches] == [None] * 4
-    assert facts.score_source(facts.branches[1]) is None
+
+class PooledBlock(models.UngatedBlock):
+    """Attention to every second token: its keys are not the stream's tokens."""
+
+    def forward(self, x: Tensor, condition: Tensor, text: Tensor) -> Tensor:
+        x = x + self.attention(x + condition[:, None], x[:, ::2])
+        return x + self.mlp(x)
+
+
+def test_an_attention_whose_keys_are_not_the_tokens_gives_no_token_scores() -> None:
+    for block in (JointBlock, PooledBlock):  # JointBlock joins before the projection: the pieces are out of sight
+        facts = facts_of(block)
+        assert [b.kind for b in facts.branches] == [SELF, MLP] * 2
+        assert [b.attention for b in facts.branches] == [None] * 4
+        assert facts.score_source(facts.branches[1]) is None
+
+
+@pytest.mark.parametrize("order", ["image first", "text first"])
+@pytest.mark.parametrize("kind", ["v_norm", "attention"])
+@pytest.mark.parametrize("layout", ["(batch, heads, tokens)", "(batch, tokens, heads)"])
+def test_joint_attention_scores_the_tokens_of_the_stream(order: str, kind: str, layout: str) -> None:
+    def joined(image: Tensor, text: Tensor) -> Tensor:
+        parts = [part.view(2, -1, 2, 4) for part in ((text, image) if order == "text first" else (image, text))]
+        if layout == "(batch, tokens, heads)":
+            return torch.cat(parts, 1).transpose(1, 2)
+        return torch.cat([part.transpose(1, 2) for part in parts], 2)
+
+    def forward(self: nn.Module, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        image, text = self.image(x).chunk(3, -1), self.text(text).chunk(3, -1)
+        y = functional.scaled_dot_product_attention(*(joined(a, b) for a, b in zip(image, text, strict=True)))
+        y = y.transpose(1, 2).flatten(2)
+        x = x + timestep.sin()[:, None, None] * self.out(y[:, 3:] if order == "text first" else y[:, :6])
+        return x + self.mlp(x)
+
+    torch.manual_seed(0)
+    children = {"image": nn.Linear(8, 24), "text": nn.Linear(8, 24), "out": nn.Linear(8, 8), "mlp": nn.Linear(8, 8)}
+    model = module(forward, **children)
+    call = {"x": torch.randn(2, 6, 8), "timestep": torch.ones(2), "text": torch.randn(2, 3, 8)}
+    run = Runner(model, **call)
+    got = run.run(run.variant(COMPUTE, scores=kind), call)["score_0"]
+    parts = zip(model.image(call["x"]).chunk(3, -1), model.text(call["text"]).chunk(3, -1), strict=True)
+    q, k, v = (joined(a, b) for a, b in parts)
+    received = (q @ k.transpose(-1, -2) / 2).softmax(-1).sum(2).mean(1)
+    score = (1 - v.norm(dim=-1)).sum(1) if kind == "v_norm" else received
+    expected = score[:, 3:] if order == "text first" else score[:, :6]
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
 
 
 def test_the_scores_of_an_mlp_come_from_the_self_attention_before_it() -> None:

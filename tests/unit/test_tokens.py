@@ -49,6 +49,7 @@ POINTWISE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]]
                                     .transpose(1, 2).reshape(B, N, C), (N, 1)),
     "one per token, by a view of heads": (lambda x, o: (x.view(B, N, 2, 4) + o).view(B, N, C), (N, 1, 1)),
     "queries of an attention": (lambda x, o: F.scaled_dot_product_attention(x[:, None], o, o)[:, 0], (B, 1, 5, C)),
+    "type_as of the stream": (lambda x, o: (x.double() * 2).type_as(x), (1,)),
     "type_as": (lambda x, o: x.double().type_as(o), (2, N, C)),
 }  # fmt: skip
 
