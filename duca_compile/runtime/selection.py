@@ -33,33 +33,44 @@ class TokenSelector:
 
     def refresh(self, raw: Mapping[int, Tensor | None]) -> None:
         """Branches that were computed in full: ``raw`` maps their position to a new (batch, tokens) score."""
-        for position, score in raw.items():
-            if score is not None and self._selection.kind != "random":
-                if self._scores is None:
-                    self._scores = torch.zeros(self._shape, device=self._device)
-                self._scores[position] = functional.normalize(score.float(), dim=-1)
-            self._staleness[position] = 0
+        self._staleness[self._rows(list(raw))] = 0
+        scores = {position: score for position, score in raw.items() if score is not None}
+        if self._selection.kind == "random" or not scores:
+            return
+        if self._scores is None:
+            self._scores = torch.zeros(self._shape, device=self._device)
+        self._scores[self._rows(list(scores))] = functional.normalize(torch.stack([*scores.values()]).float(), dim=-1)
 
     def select(self, positions: Sequence[int], counts: Sequence[int], interval: int) -> list[Tensor]:
         """Token indices, int64 (batch, count), for each branch in ``positions``; the others grow one step staler."""
-        rows = list(positions)
-        score = self._base(rows) + self._selection.staleness * self._staleness[rows] / interval
+        rows = self._rows(list(positions))
+        score = self._base()[rows]
+        if self._selection.staleness:
+            score = score + self._selection.staleness * self._staleness[rows] / interval
         if self._selection.patch_bonus:
             score = self._favour_patches(score)
         order = score.topk(max(counts), dim=-1).indices
+        if self._selection.staleness:
+            self._age(rows, order, counts)
+        return [chosen[:, :count].contiguous() for chosen, count in zip(order.unbind(), counts, strict=True)]
+
+    def _age(self, rows: list[int] | slice, order: Tensor, counts: Sequence[int]) -> None:
         limit = torch.tensor(counts, device=self._device).view(-1, 1, 1)
         rank = torch.arange(order.shape[-1], device=self._device)
         stale = self._staleness[rows] + 1
         kept = stale.gather(-1, order)
         self._staleness[rows] = stale.scatter(-1, order, torch.where(rank < limit, 0.0, kept))
-        return [order[i, :, :count].contiguous() for i, count in enumerate(counts)]
 
-    def _base(self, rows: list[int]) -> Tensor:
-        branches, batch, tokens = self._shape
+    def _rows(self, positions: list[int]) -> list[int] | slice:
+        """An index of the branches; a slice where it is all of them, which copies nothing."""
+        return slice(None) if positions == list(range(self._shape[0])) else positions
+
+    def _base(self) -> Tensor:
         if self._scores is not None:
-            return self._scores[rows]
+            return self._scores
+        branches, batch, tokens = self._shape
         draw = torch.rand(branches, 1, tokens, generator=self._generator, device=self._device)
-        return draw[rows].expand(-1, batch, -1)
+        return draw.expand(-1, batch, -1)
 
     def _favour_patches(self, score: Tensor) -> Tensor:
         """Multiplies the highest score of each patch by 1 + patch_bonus."""
