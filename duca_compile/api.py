@@ -97,6 +97,7 @@ class OptimizedModel(nn.Module):
         call = Call.bind(self._signature, args, kwargs, self.timestep_name)
         key = (call.key, self._weights_key())
         compiled = self._compiled.get(key) or self._capture(call, key)
+        self._compiled.move_to_end(key)
         with torch.no_grad():
             return compiled.captured.output.rebuild(compiled.dispatcher(call.tensors))
 
@@ -111,7 +112,7 @@ class OptimizedModel(nn.Module):
         compiled = Compiled(captured, facts, self.policy, self._total, self._backend)
         while len(self._compiled) >= MAX_CAPTURES:
             self._compiled.popitem(last=False)
-            log.info("dropping the oldest of %d captured shapes", MAX_CAPTURES)
+            log.info("dropping the least recently used of %d captured shapes", MAX_CAPTURES)
         self._compiled[key] = compiled
         return compiled
 

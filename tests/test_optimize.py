@@ -1,6 +1,7 @@
 """optimize() as a user meets it: a drop-in for a diffusers transformer, over whole denoising loops."""
 
 import copy
+import logging
 
 import pytest
 import torch
@@ -190,6 +191,20 @@ def test_another_dtype_shape_or_batch_captures_anew() -> None:
     double = optimized(latent(0).double(), timestep=torch.full((4,), 5), class_labels=LABELS).sample
     assert double.dtype == torch.float64
     assert torch.equal(double, model(latent(0).double(), timestep=torch.full((4,), 5), class_labels=LABELS).sample)
+
+
+@torch.no_grad()
+def test_a_bounded_number_of_shapes_is_kept(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+    optimized = duca_compile.optimize(model, Uncached(), "eager")
+    with caplog.at_level(logging.INFO, "duca_compile"):
+        for batch in (1, 2, 3, 4, 1, 5, 1):  # the fifth shape drops the one of batch 2
+            time = torch.full((batch,), 5)
+            labels = torch.ones(batch, dtype=torch.int64)
+            expected = model(latent(0, batch=batch), timestep=time, class_labels=labels).sample
+            assert torch.equal(optimized(latent(0, batch=batch), timestep=time, class_labels=labels).sample, expected)
+    messages = [r.getMessage() for r in caplog.records if r.name == "duca_compile"]
+    assert sum("capturing DiTTransformer2DModel anew" in m for m in messages) == 4
+    assert sum("dropping the least recently used" in m for m in messages) == 1
 
 
 @torch.no_grad()
