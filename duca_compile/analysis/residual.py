@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
 
@@ -34,8 +34,8 @@ def find_branches(
 ) -> tuple[tuple[Branch, ...], str]:
     """The branches of the main stream in order, and the name of the stream's last value.
 
-    The main stream is the chain of residual adds with the most FLOPs in its branches, and the chains of the same
-    shape before and after it, where a long skip or a projection lies between them.
+    The main stream is the chain of residual adds with the most FLOPs in its branches, the chains that go on behind it
+    (a long skip, a projection or a concatenation lies between them), and every chain that leads into one of these.
 
     Raises:
         StructureError: there is no residual add whose branch does any work.
@@ -45,20 +45,20 @@ def find_branches(
         residual = _residual(node, candidates, variance, flops)
         if residual is not None:
             candidates[node] = residual
-    main = _main_stream(_chains(_without_long_skips(list(candidates.values()))))
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    main = _main_stream(_chains(_without_long_skips(list(candidates.values()))), order)
     if not main:
         raise StructureError(
             "no residual branch found: no add joins a latent-dependent value with something computed from it by "
             "matrix products. There is nothing to cache in this model; run it as it is."
         )
-    order = {node: i for i, node in enumerate(graph.nodes)}
     branches: list[Branch] = []
     for index, residual in enumerate(main):
         path = module_path(residual.add)
         same_block = bool(branches) and branches[-1].path == path
         block = branches[-1].block + (not same_block) if branches else 0
         branches.append(_branch(index, block, residual, variance, order))
-    return tuple(branches), main[-1].add.name
+    return tuple(_same_tokens(branches)), main[-1].add.name
 
 
 def _residual(
@@ -127,20 +127,37 @@ def _chains(candidates: list[_Residual]) -> list[list[_Residual]]:
     return chains
 
 
-def _main_stream(chains: list[list[_Residual]]) -> list[_Residual]:
-    """The heaviest chain, extended by the chains before and after it in order; empty where there are none."""
+def _main_stream(chains: list[list[_Residual]], order: dict[fx.Node, int]) -> list[_Residual]:
+    """The heaviest chain, those that go on behind it and all that lead into these, in graph order."""
     if not chains:
         return []
-    main = max(chains, key=lambda chain: sum(r.flops for r in chain))
-    place, shape = chains.index(main), value_shape(main[0].add)
-    alike = [value_shape(chain[0].add) == shape for chain in chains]
-    for index in range(place - 1, -1, -1):
-        if alike[index] and chains[index][-1].add in ancestors(main[0].stream):
-            main = [*chains[index], *main]
-    for index in range(place + 1, len(chains)):
-        if alike[index] and main[-1].add in ancestors(chains[index][0].stream):
-            main = [*main, *chains[index]]
-    return main
+    rest = sorted(chains, key=lambda chain: sum(r.flops for r in chain), reverse=True)
+    main = [rest.pop(0)]
+    while after := [chain for chain in rest if main[-1][-1].add in ancestors(chain[0].stream)]:
+        main.append(after[0])
+        rest.remove(after[0])
+    for chain in main:  # grows while it is walked
+        above = ancestors(chain[0].stream)
+        before = [other for other in rest if other[-1].add in above]
+        rest = [other for other in rest if other not in before]
+        main += before
+    return sorted((each for chain in main for each in chain), key=lambda each: order[each.add])
+
+
+def _same_tokens(branches: list[Branch]) -> list[Branch]:
+    """Leaves one set of tokens to choose from, the heaviest; branches over other tokens are reused whole."""
+    work: dict[tuple[int, ...], int] = {}
+    for branch in branches:
+        if branch.token_axes is not None:
+            work[branch.shape[:2]] = work.get(branch.shape[:2], 0) + branch.flops
+    if len(work) < 2:
+        return branches
+    chosen = max(work, key=lambda shape: work[shape])
+    reason = f"only the branches over {chosen[1]} tokens are recomputed in part"
+    return [
+        b if b.token_axes is None or b.shape[:2] == chosen else replace(b, token_axes=None, mixing_reason=reason)
+        for b in branches
+    ]
 
 
 def _branch(

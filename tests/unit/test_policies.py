@@ -203,7 +203,7 @@ def test_published_names_are_not_case_sensitive() -> None:
 def test_policies_are_values() -> None:
     assert DuCa(3) == DuCa(Interval(3))
     assert DuCa(selection="random") == DuCa(selection=Selection("random"))
-    assert DuCa(3).selection == Selection("v_norm")
+    assert DuCa(3).selection == Selection("random")
     assert [p.name for p in (DuCa(4), FORA(Interval(6)), Uncached())] == ["DuCa (N=4)", "FORA (N=6)", "uncached"]
     with pytest.raises(AttributeError):
         DuCa().interval = 3  # type: ignore[misc]

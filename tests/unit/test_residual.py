@@ -103,6 +103,32 @@ def test_the_stream_goes_on_behind_a_projection() -> None:
     assert [b.path for b in facts.branches] == [f"blocks.{i}" for i in (0, 0, 1, 1, 2, 2)]
 
 
+def test_two_streams_that_join_are_one() -> None:
+    """Text and image branches side by side, then one over both: tokens are chosen in the heaviest branches alone."""
+
+    def forward(self: nn.Module, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        time = timestep.sin()[:, None, None]
+        text = text + time * self.text(text * x.mean(1, keepdim=True))
+        image = x + time * self.image(x)
+        text = text + time * self.text_again(text)
+        both = torch.cat([text, image], 1)
+        both = both + time * self.both(both)
+        return both[:, 3:]
+
+    children = {name: nn.Linear(8, 8) for name in ("text", "image", "text_again", "both")}
+    model = module(forward, **children)
+    call = {"x": torch.randn(2, 6, 8), "timestep": torch.ones(2), "text": torch.randn(2, 3, 8)}
+    run = Runner(model, **call)
+    assert [b.shape[1] for b in run.facts.branches] == [3, 6, 3, 9]
+    assert [b.kind for b in run.facts.branches] == [MLP] * 4
+    assert [b.token_axes is not None for b in run.facts.branches] == [False, False, False, True]
+    assert "9 tokens" in (run.facts.branches[0].mixing_reason or "")
+    full = run.run(run.variant(COMPUTE), call)
+    for skip in (False, True):
+        variant = run.variant(REUSE, skip=skip)
+        assert torch.equal(run.run(variant, call, **caches(full))["output_0"], model(**call))
+
+
 def test_parallel_branches_read_the_same_stream() -> None:
     facts = facts_of(models.ParallelBlock, depth=1)
     attention, mlp = facts.branches
