@@ -19,7 +19,9 @@ class DuCa(Policy):
     Attributes:
         interval: steps from one full step to the next; an int, or an ``Interval`` that varies along the loop.
         fresh_ratio: share of MLP tokens that a partial step recomputes, in [0, 1], before the factors below.
-        selection: how those tokens are chosen; a name, or a ``Selection`` with weights and a seed.
+        selection: how those tokens are chosen; a name, or a ``Selection`` with weights and a seed. The default is the
+            method's second version ("Rethinking Token-wise Feature Caching"): random choice matches scores, needs no
+            attention to score by, and full steps emit nothing for it. "v_norm" is the first version.
         first: which of the two comes right after a full step when ``interval`` counts up.
         step_factor: multiplies the ratio; a line over the schedule's progress.
         block_factor: multiplies the ratio; a line from the first block (0) to the last (1).
@@ -33,7 +35,7 @@ class DuCa(Policy):
 
     interval: int | Interval = 5
     fresh_ratio: float = 0.1
-    selection: SelectionKind | Selection = "v_norm"  # type: ignore[assignment]
+    selection: SelectionKind | Selection = "random"  # type: ignore[assignment]
     first: Literal["partial", "skip"] = "partial"
     step_factor: Linear = UNIT
     block_factor: Linear = UNIT
