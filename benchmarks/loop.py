@@ -198,10 +198,13 @@ def time_loops(models: dict[str, Model], steps: int, rounds: int, seed: int) -> 
     """The whole loop with each model in turn, ``rounds`` times; a first round warms up."""
     wall: dict[str, list[float]] = defaultdict(list)
     cpu: dict[str, list[float]] = defaultdict(list)
+    first: dict[str, float] = {}
     for index in range(rounds + 1):
         for name, model in models.items():
             timing = timed(denoise, model, steps, seed)
-            if index:
+            if not index:
+                first[name] = timing.wall
+            else:
                 wall[name].append(timing.wall)
                 cpu[name].append(timing.cpu)
     uncached = models["duca_compile, uncached"]
@@ -212,6 +215,7 @@ def time_loops(models: dict[str, Model], steps: int, rounds: int, seed: int) -> 
         row: dict[str, Any] = {
             "seconds": asdict(Spread.of(wall[name])),
             "cpu_seconds": asdict(Spread.of(cpu[name])),
+            "first_seconds": first[name],  # with what had to be captured and compiled still
             "speedup": medians_of_pairs(wall["torch.compile"], wall[name]),
             "speedup_by_cpu_time": medians_of_pairs(cpu["torch.compile"], cpu[name]),
         }
@@ -220,6 +224,7 @@ def time_loops(models: dict[str, Model], steps: int, rounds: int, seed: int) -> 
             kinds = [e.kind.value for e in model.history]
             ideal = all_flops / flops
             row |= {
+                "policy": repr(model.policy),
                 "calls": {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)},
                 "flops": flops,
                 "flop_ideal": ideal,

@@ -1,0 +1,142 @@
+"""Write benchmarks/README.md from the results of loop.py, so that each figure in it is from that file.
+
+python benchmarks/report.py benchmarks/results/loop.json > benchmarks/README.md
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+PLAIN = {"eager": "model, eager", "torch.compile": "model, torch.compile"}
+LIMITS = {"reuse": 0.05, "skip": 0.01}  # of a full step
+EFFICIENCY = 0.9
+
+INTRODUCTION = """# Benchmarks
+
+`quality.py` measures how far each policy takes the embedded model from its uncached images; its docstring says how.
+`loop.py` times the variants of a larger model and its whole denoising loop. Its weights are random, so it says nothing
+of images. It needs a C++ compiler and takes about seven minutes on one free core.
+
+```
+OMP_NUM_THREADS=1 .venv/bin/python benchmarks/loop.py --rounds 3 --out benchmarks/results/loop.json
+.venv/bin/python benchmarks/report.py benchmarks/results/loop.json > benchmarks/README.md
+```
+
+The second command writes this file. All figures below are from [results/loop.json](results/loop.json).
+"""
+
+METHOD = """
+Everything is interleaved in one process: each round has one call of each variant, or one loop of each kind. A first
+round, which compiles, is not counted. Times are wall-clock medians with the interquartile range. CPU time was taken
+too: it leaves out waiting for a core that another process has. Where the two differ, CPU time is the one to read."""
+
+
+def row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def spread(seconds: dict[str, Any], scale: float = 1.0) -> str:
+    return f"{scale * seconds['median']:.2f} ({scale * seconds['q1']:.2f} to {scale * seconds['q3']:.2f})"
+
+
+def verdict(met: bool, target: str) -> str:
+    return f"{target}: {'met' if met else 'missed'}"
+
+
+def setting(found: dict[str, Any]) -> list[str]:
+    where, model = found["surroundings"], found["model"]
+    width = model["num_attention_heads"] * model["attention_head_dim"]
+    size = f"{model['num_layers']} blocks, width {width}, {model['tokens']} tokens, batch {model['batch']}"
+    before, after = found["load_average_at_start"][0], found["load_average_at_end"][0]
+    software = f"Python {where['python']}, torch {where['torch']}, diffusers {where['diffusers']}"
+    machine = f"{where['cpu']}, {where['cores']} cores, {', '.join(where['vector_extensions'])}"
+    return [
+        "## What was measured\n",
+        row("", ""),
+        "|---|---|",
+        row("model", f"diffusers `{model['class']}`: {size} (both halves of guidance), float32"),
+        row("loop", f"diffusers `DDIMScheduler`, {found['arguments']['steps']} steps"),
+        row("seed", f"{found['arguments']['seed']}, of weights and latents"),
+        row("machine", f"{machine}; {where['threads']} thread used"),
+        row("software", f"{software}, duca_compile at {where['commit']}"),
+        row("load average", f"{before:.1f} at the start, {after:.1f} at the end, with other processes on the machine"),
+        METHOD,
+    ]
+
+
+def calls(variants: dict[str, Any]) -> list[str]:
+    lines = [
+        "\n## One call\n",
+        f"Medians of {variants['full']['seconds']['runs']} calls. *Host* is the wall-clock time of a call outside",
+        "of the compiled variant: telling the step, planning, choosing tokens, handing caches over.\n",
+        row("call", "time, ms (IQR)", "of full", "by CPU time", "FLOPs of full", "host, ms", "target"),
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, each in variants.items():
+        host, flops, limit = each["host_seconds_outside_the_graph"], each["flops_of_full"], LIMITS.get(name)
+        share, by_cpu = each["of_full"], each["of_full_by_cpu_time"]
+        cells = [PLAIN.get(name, name), spread(each["seconds"], 1e3), f"{share:.4f}", f"{by_cpu:.4f}"]
+        cells.append("" if flops is None else f"{flops:.4f}")
+        cells.append("" if host is None else f"{1e3 * host['median']:.2f}")
+        cells.append("" if limit is None else verdict(max(share, by_cpu) <= limit, f"at most {limit}"))
+        lines.append(row(*cells))
+    return lines
+
+
+def loops(found: dict[str, Any]) -> list[str]:
+    lines = [
+        "\n## The whole loop\n",
+        f"Medians of {found['eager']['seconds']['runs']} loops. Speed-up is over `torch.compile` of the plain model,",
+        "as the median of the ratios within each round. The ideal is the ratio of FLOPs; efficiency is speed-up over",
+        "ideal.",
+        f"The target is an efficiency of at least {EFFICIENCY}, by both clocks.\n",
+        row("loop", "time, s (IQR)", "CPU time, s", "speed-up", "by CPU time", "ideal", "efficiency", "by CPU time"),
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    notes = []
+    for name, each in found.items():
+        cells = [PLAIN.get(name, name), spread(each["seconds"]), f"{each['cpu_seconds']['median']:.2f}"]
+        cells += [f"{each['speedup']:.2f}x", f"{each['speedup_by_cpu_time']:.2f}x"]
+        if "flop_ideal" not in each:
+            lines.append(row(*cells, "", "", ""))
+            continue
+        wall, cpu, ideal = each["efficiency"], each["efficiency_by_cpu_time"], each["flop_ideal"]
+        lines.append(row(*cells, f"{ideal:.2f}x", f"{wall:.2f}", f"{cpu:.2f}"))
+        kinds = ", ".join(f"{count} {kind}" for kind, count in each["calls"].items())
+        target = f"; {verdict(min(wall, cpu) >= EFFICIENCY, 'target')}" if ideal > 1 else ""
+        notes.append(f"- {name}: {kinds}; caches {each['cache_bytes'] / 2**20:.2f} MiB{target}.")
+    over = [name for name, each in found.items() if each.get("efficiency", 0) > 1.02]
+    if over:
+        notes.append("\nWall-clock efficiencies above 1 are not real: the plain loops waited longer for a core.")
+    return [*lines, "", *notes]
+
+
+def losses(found: dict[str, Any]) -> list[str]:
+    partial, reuse = found["variants"]["partial"], found["variants"]["reuse"]
+    uncached, plain = found["loops"]["duca_compile, uncached"], found["loops"]["torch.compile"]
+    cached = [each for name, each in found["loops"].items() if each.get("flop_ideal", 1) > 1]
+    first = max(each["first_seconds"] for each in cached)
+    return [
+        "\n## What loses\n",
+        f"- Uncached, duca_compile makes {uncached['speedup_by_cpu_time']:.2f}x of `torch.compile` here, by CPU time.",
+        f"- A partial step takes {partial['of_full']:.3f} of a full one where its FLOPs are",
+        f"  {partial['flops_of_full']:.3f}; a reuse step {reuse['of_full']:.3f} where they are",
+        f"  {reuse['flops_of_full']:.3f}. Norms, gates, gathers and scatters are not FLOPs, and products of few",
+        "  rows read every weight all the same.",
+        f"- The first loop takes up to {first:.0f} s, since its variants are compiled, where a plain loop takes "
+        f"{plain['seconds']['median']:.0f} s: caching",
+        "  pays over several requests of the same shape.",
+    ]
+
+
+def main() -> None:
+    found = json.loads(Path(sys.argv[1]).read_text())
+    parts = [*setting(found), *calls(found["variants"]), *loops(found["loops"]), *losses(found)]
+    print(INTRODUCTION, *parts, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
