@@ -186,7 +186,7 @@ def main() -> None:
     classes = torch.arange(CLASSES).repeat_interleave(args.per_class)
     noise = torch.randn(len(classes), 1, SIZE, SIZE, generator=torch.Generator().manual_seed(args.seed))
     start = time.monotonic()
-    parts = track(list(zip(classes.split(50), noise.split(50), strict=True)), "sampling")
+    parts = track(list(zip(classes.split(20), noise.split(20), strict=True)), "sampling")
     images = torch.cat([sample(model, scheduler, *part, args.steps, args.guidance) for part in parts])
     console.print(f"{len(images)} images in {time.monotonic() - start:.0f} s")
     features, predicted = judge_images(judge, images)

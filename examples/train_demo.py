@@ -32,7 +32,7 @@ SCHEDULER = {
     "prediction_type": "v_prediction",
     "rescale_betas_zero_snr": True,
     "timestep_spacing": "trailing",
-    "clip_sample": True,
+    "clip_sample": False,  # the noise that goes with a clipped image is not clipped, so dark areas would drift bright
     "set_alpha_to_one": True,
 }
 
