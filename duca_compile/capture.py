@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
-from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path
+from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_map_only
 
 from duca_compile.errors import CaptureError, UsageError
 from duca_compile.graph import CapturedGraph, OutputLayout
@@ -93,12 +93,26 @@ def capture(model: nn.Module, call: Call) -> CapturedGraph:
     """
     try:
         with torch.no_grad():
-            program = torch.export.export(model, (), call.arguments, strict=False)
+            program = torch.export.export(model, (), _without_aliases(call.arguments), strict=False)
             if any(_mutates(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})  # an empty table functionalizes and keeps operators whole
     except Exception as error:
         raise CaptureError(_explain_failure(model, call, error)) from error
     return _lower(model, program)
+
+
+def _without_aliases(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Copies a tensor that is passed twice: the trace would take the two arguments for one."""
+    seen: set[int] = set()
+
+    def own(tensor: Tensor) -> Tensor:
+        if id(tensor) in seen:
+            return tensor.clone()
+        seen.add(id(tensor))
+        return tensor
+
+    copied: dict[str, Any] = tree_map_only(Tensor, own, arguments)
+    return copied
 
 
 def _mutates(node: fx.Node) -> bool:

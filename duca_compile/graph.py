@@ -78,7 +78,7 @@ class Branch:
     shape: tuple[int, ...]
     dtype: torch.dtype
     flops: int
-    attention: str | None  # the scaled_dot_product_attention node, where there is one
+    attention: str | None  # the scaled_dot_product_attention whose keys hold the branch's tokens one for one
     token_axes: Mapping[str, int] | None  # body node -> its token axis; None where tokens mix
     mixing_reason: str | None
 

@@ -31,16 +31,22 @@ def verified(captured: CapturedGraph, facts: Facts, values: Mapping[str, Tensor]
     spec = VariantSpec(tuple(Action.REUSE if b.token_axes is None else Action.PARTIAL for b in facts.branches))
     variant = build_variant(captured, facts, spec)
     known = {**values, **caches, **indices}
-    found = dict(zip(variant.outputs, variant.module(*[known[n] for n in variant.inputs]), strict=True))
-    wrong = {b.index for b in partial if not _close(found[b.slot], expected[b.slot])}
-    if not wrong:
-        return facts
-    reason = "recomputing some tokens gave other values than computing all (they depend on each other)"
+    try:
+        found = dict(zip(variant.outputs, variant.module(*[known[n] for n in variant.inputs]), strict=True))
+    except RuntimeError as error:  # a body that cannot run on other token counts
+        return _without_partial(facts, partial, f"it cannot run on some of its tokens ({error})")
+    wrong = [b for b in partial if not _close(found[b.slot], expected[b.slot])]
+    return _without_partial(facts, wrong, "recomputing some tokens gave other values than computing all of them")
+
+
+def _without_partial(facts: Facts, wrong: list[Branch], reason: str) -> Facts:
+    """``facts`` with the branches of ``wrong`` marked as mixing."""
+    wrong_slots = {b.slot for b in wrong}
     branches = tuple(
-        replace(b, kind="mixing", token_axes=None, mixing_reason=reason) if b.index in wrong else b
+        replace(b, kind="mixing", token_axes=None, mixing_reason=reason) if b.slot in wrong_slots else b
         for b in facts.branches
     )
-    notes = tuple(f"{b.path or 'model'} ({b.source}): {reason}" for b in branches if b.index in wrong)
+    notes = tuple(f"{b.path or 'model'} ({b.source}): {reason}" for b in wrong)
     return replace(facts, branches=branches, notes=facts.notes + notes)
 
 

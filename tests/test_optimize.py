@@ -264,6 +264,36 @@ def test_autocast_is_followed(model: nn.Module) -> None:
     assert same(loop(optimized, 1), plain)
 
 
+class Shared(nn.Module):
+    """Takes a second latent that a caller may pass as the same tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, t: Tensor, other: Tensor) -> Tensor:
+        return x + t.sin().view(-1, 1, 1) * self.mlp(x) + 2 * other
+
+
+@torch.no_grad()
+def test_one_tensor_passed_twice_is_still_two_arguments() -> None:
+    model = Shared().eval()
+    optimized = duca_compile.optimize(model, Uncached(), "eager")
+    x, other = torch.ones(1, 4, 8), torch.zeros(1, 4, 8)
+    assert torch.equal(optimized(x, torch.ones(1), x), model(x, torch.ones(1), x))
+    assert torch.equal(optimized(x, torch.zeros(1), other), model(x, torch.zeros(1), other))
+
+
+@torch.no_grad()
+def test_a_pass_that_joins_in_mid_request_starts_in_full(model: nn.Module) -> None:
+    optimized = duca_compile.optimize(model, DuCa(interval=4), "eager")
+    loop(optimized, 3)
+    time, labels = torch.full((4,), 970), torch.zeros(4, dtype=torch.int64)
+    joined = optimized(latent(9), timestep=time, class_labels=labels).sample
+    assert torch.equal(joined, model(latent(9), timestep=time, class_labels=labels).sample)
+    assert [(e.pass_index, e.kind.value) for e in optimized.history][-2:] == [(0, "skip"), (1, "full")]
+
+
 class NumberTime(nn.Module):
     """Takes its timestep as a tensor or as a number."""
 

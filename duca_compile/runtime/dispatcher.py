@@ -63,7 +63,7 @@ class Program:
     run: VariantFunction
     reads: tuple[str, ...]  # the caches among the variant's inputs
     stores: tuple[str | None, ...]  # per output beyond the model's own: the cache it goes to, None for scores
-    selected: tuple[Branch, ...]
+    waiting: tuple[Branch, ...]  # branches whose tokens a partial step chooses from, or leaves to grow stale
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Dispatcher:
         state = self._states.setdefault(tick.pass_index, CacheState())
         step = self._step_at(tick.step)
         self._hoist(state, call)
-        program, counts = self._plan(step, state)
+        step, program, counts = self._plan(self._step_at(tick.step), state)
         outputs = self._run(program, counts, step, state, call)
         flops = program.variant.flops(counts)
         self.history.append(Executed(tick.step, tick.pass_index, step.kind, flops, time.perf_counter() - started))
@@ -185,11 +185,12 @@ class Dispatcher:
         state.hoisted = self._prologue.compute(call)
         state.hoisted_from, state.hoisted_versions = sources, versions
 
-    def _plan(self, step: Step, state: CacheState) -> tuple[Program, dict[int, int]]:
+    def _plan(self, step: Step, state: CacheState) -> tuple[Step, Program, dict[int, int]]:
         program, counts = self._planned(step)
         if any(name not in state.caches for name in program.reads):  # this pass has joined in mid-request
-            return self._planned(Step(StepKind.FULL))
-        return program, counts
+            step = Step(StepKind.FULL)
+            program, counts = self._planned(step)
+        return step, program, counts
 
     def _planned(self, step: Step) -> tuple[Program, dict[int, int]]:
         if step not in self._plans:
@@ -202,9 +203,9 @@ class Dispatcher:
             variant, run = self._build(spec)
             extra = [name for name in variant.outputs if not name.startswith("output_")]
             stores = tuple(None if name.startswith("score_") else cache_input(name) for name in extra)
-            partial = tuple(b for b, a in zip(self.facts.branches, spec.actions, strict=True) if a is Action.PARTIAL)
+            waiting = tuple(b for b in self._selectable if spec.actions[b.index] is not Action.COMPUTE)
             reads = tuple(name for name in variant.inputs if name.startswith(cache_input("")))
-            self._programs[spec] = Program(variant, run, reads, stores, partial)
+            self._programs[spec] = Program(variant, run, reads, stores, waiting)
         return self._programs[spec]
 
     def _run(
@@ -212,12 +213,10 @@ class Dispatcher:
     ) -> tuple[Tensor, ...]:
         variant = program.variant
         values = call | state.hoisted | state.caches
-        if program.selected:
-            assert state.selector is not None
-            positions = [self._position[b.index] for b in program.selected]
-            chosen = state.selector.select(positions, [counts[b.index] for b in program.selected], step.interval)
-            for branch, index in zip(program.selected, chosen, strict=True):
-                values[tokens_input(branch.index)] = index
+        if step.kind is StepKind.PARTIAL and state.selector is not None:
+            positions = [self._position[b.index] for b in program.waiting]
+            chosen = state.selector.select(positions, [counts.get(b.index, 0) for b in program.waiting], step.interval)
+            values |= {tokens_input(b.index): index for b, index in zip(program.waiting, chosen, strict=True)}
         results = program.run(*[values[name] for name in variant.inputs])
         own = len(results) - len(program.stores)
         for place, value in zip(program.stores, results[own:], strict=True):
