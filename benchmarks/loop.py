@@ -94,6 +94,7 @@ class InnerTime:
             programs = compiled.dispatcher._programs
             for spec, program in programs.items():
                 programs[spec] = dataclasses.replace(program, run=self._timed(program.run))
+            compiled.dispatcher._plans.clear()  # they hold the programs as they were
 
     def _timed(self, run: Model) -> Model:
         def timed(*tensors: Tensor) -> Any:
@@ -155,6 +156,7 @@ def time_variants(plain: dict[str, Model], optimized: OptimizedModel, rounds: in
             before = inner.seconds if inner else 0.0
             found[kind.value] = timed(optimized, **call)
             if inner:
+                assert inner.seconds > before, "the timed programs did not run"
                 outside[kind.value].append(found[kind.value].wall - (inner.seconds - before))
             assert optimized.history[-1].kind is kind
         if index == 0:
