@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
+from rich.text import Text
 from torch import nn
 
 from duca_compile import demo as demonstration
@@ -119,7 +120,7 @@ def _device(name: str) -> str:
 
 
 def _fail(error: DucaError) -> None:
-    Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(Text("error: ", style="bold red"), Text(str(error)), sep="", soft_wrap=True)
     raise typer.Exit(2) from error
 
 

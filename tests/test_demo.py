@@ -1,6 +1,8 @@
 """The embedded model and the demo on it."""
 
 import json
+import subprocess
+import sys
 from importlib import resources
 from pathlib import Path
 
@@ -92,6 +94,12 @@ def test_the_command_writes_a_picture_and_prints_the_tables(tmp_path: Path) -> N
     assert picture.stat().st_size > 10_000
     for word in ("uncached, 4 steps", "FORA (N=2), 4 steps", "uncached, 2 steps", "speed-up", "PSNR", "reuse"):
         assert word in result.output
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "duca_compile", "--help"], capture_output=True, text=True, check=True)
+    assert "demo" in done.stdout
+    assert "explain" in done.stdout
 
 
 @pytest.mark.slow

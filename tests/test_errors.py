@@ -217,7 +217,7 @@ def test_no_compiler_falls_back_with_one_warning_or_fails_if_asked_to(strict: bo
     [
         (["--out", "missing/demo.png"], "there is no folder missing; create it first"),
         (["--out", "."], "is a folder; name a file"),
-        (["--policy", "fastest"], "policy='fastest' is unknown"),
+        (["--policy", "[fastest]"], "policy='[fastest]' is unknown"),
         (["--backend", "tvm"], "backend='tvm' is unknown"),
         (["--device", "cuda:99"], "device 'cuda:99' cannot be used here"),
     ],
