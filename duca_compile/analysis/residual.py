@@ -99,18 +99,22 @@ def _origin(node: fx.Node) -> fx.Node:
 
 
 def _without_long_skips(candidates: list[_Residual]) -> list[_Residual]:
-    """Drops adds that join the stream's start to its end, and then residuals inside another's branch."""
-    starts: dict[fx.Node, list[_Residual]] = {}
+    """Drops adds that join the stream's start to its end, and then residuals inside another's branch.
+
+    An add over two or more residuals in a row that start where it does is such a skip; over a single one it is the
+    branch itself (AuraFlow: x + mlp(norm(x + attention(x)))).
+    """
+    followers: dict[fx.Node, list[_Residual]] = {}
     for each in candidates:
-        starts.setdefault(_origin(each.stream), []).append(each)
-    short = [
-        each
-        for each in candidates
-        if not any(
-            inner is not each and inner.add in each.body and _origin(inner.stream) is _origin(each.stream)
-            for inner in starts[_origin(each.stream)]
-        )
-    ]
+        followers.setdefault(_origin(each.carried), []).append(each)
+
+    def skips(outer: _Residual) -> bool:
+        node, passed = _origin(outer.stream), 0
+        while inner := [r for r in followers.get(node, []) if r is not outer and r.add in outer.body]:
+            node, passed = inner[0].add, passed + 1
+        return passed > 1
+
+    short = [each for each in candidates if not skips(each)]
     return [each for each in short if not any(each.add in other.body for other in short)]
 
 
