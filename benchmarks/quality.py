@@ -22,7 +22,7 @@ from rich.table import Table
 
 import duca_compile
 from duca_compile import FORA, DuCa, Policy, Uncached
-from duca_compile.demo import DemoModel, Run, measure
+from duca_compile.demo import DemoModel, Loop, Run
 
 
 def policies() -> list[Policy]:
@@ -53,7 +53,10 @@ def rows(demo: DemoModel, steps: int, seeds: list[int], progress: Progress) -> l
         runs = []
         task = progress.add_task(f"{steps} steps: {name}", total=len(seeds))
         for seed in seeds:
-            runs.append(measure(demo, model, name, count, seed, lambda name, total: lambda: None))
+            loop = Loop(demo, model, name, count, seed)
+            for _ in range(2):
+                loop.run()
+            runs.append(loop.result())
             progress.advance(task)
         return runs, sum(r.flops for r in runs), sum(r.seconds for r in runs)
 

@@ -30,6 +30,8 @@ COLORS = {
 }
 
 
+PASSES = 3  # of each loop: one that compiles, and two for the clock
+
 # Called with a run's name and its number of steps when it starts; what it returns is called after each step.
 Watch = Callable[[str, int], Callable[[], None]]
 
@@ -94,7 +96,7 @@ class DemoModel:
 
 @dataclass(frozen=True)
 class Run:
-    """One way of running the loop, as it was measured; ``seconds`` is without compilation."""
+    """One way of running the loop, as it was measured; ``seconds`` is the best pass, without compilation."""
 
     name: str
     images: Tensor
@@ -119,35 +121,45 @@ def make_policy(name: str, interval: int | None) -> Policy:
     raise UsageError(f"policy={name!r} is unknown; choose 'duca' or 'fora'")
 
 
-def measure(demo: DemoModel, model: OptimizedModel, name: str, steps: int, seed: int, watch: Watch) -> Run:
-    """Runs the loop twice from the same noise: once to compile what the schedule needs, once for the clock."""
-    advance, times = watch(name, 2 * steps), list[float]()
+class Loop:
+    """One way of running the denoising loop: each pass starts from the same noise, and the first one compiles."""
 
-    def on_step(seconds: float) -> None:
-        times.append(seconds)
-        advance()
+    def __init__(self, demo: DemoModel, model: OptimizedModel, name: str, steps: int, seed: int) -> None:
+        self.name, self.steps = name, steps
+        self._demo, self._model, self._noise = demo, model, demo.noise(seed)
+        self._passes: list[float] = []
+        self._times: dict[StepKind, list[float]] = defaultdict(list)
 
-    noise = demo.noise(seed)
-    started = time.perf_counter()
-    demo.sample(model, steps, noise, on_step)
-    first = time.perf_counter() - started
-    model.reset()
-    started = time.perf_counter()
-    images = demo.sample(model, steps, noise, on_step)
-    seconds = time.perf_counter() - started
-    by_kind: dict[StepKind, list[float]] = defaultdict(list)
-    for executed, each in zip(model.history, times[steps:], strict=True):
-        by_kind[executed.kind].append(each)
-    return Run(
-        name=name,
-        images=images,
-        kinds=tuple(executed.kind for executed in model.history),
-        seconds=seconds,
-        compile_seconds=max(0.0, first - seconds),
-        flops=sum(executed.flops for executed in model.history),
-        cache_bytes=model.cache_bytes,
-        step_seconds={kind: statistics.median(times) for kind, times in by_kind.items()},
-    )
+    def run(self, on_step: Callable[[], None] = lambda: None) -> None:
+        times: list[float] = []
+
+        def timed(seconds: float) -> None:
+            times.append(seconds)
+            on_step()
+
+        self._model.reset()
+        started = time.perf_counter()
+        self._images = self._demo.sample(self._model, self.steps, self._noise, timed)
+        self._passes.append(time.perf_counter() - started)
+        self._executed = self._model.history
+        self._cache_bytes = self._model.cache_bytes
+        if len(self._passes) > 1:
+            for executed, seconds in zip(self._executed, times, strict=True):
+                self._times[executed.kind].append(seconds)
+
+    def result(self) -> Run:
+        """What was measured by the passes after the first; of their times, the best."""
+        seconds = min(self._passes[1:])
+        return Run(
+            name=self.name,
+            images=self._images,
+            kinds=tuple(executed.kind for executed in self._executed),
+            seconds=seconds,
+            compile_seconds=max(0.0, self._passes[0] - seconds),
+            flops=sum(executed.flops for executed in self._executed),
+            cache_bytes=self._cache_bytes,
+            step_seconds={kind: statistics.median(times) for kind, times in self._times.items()},
+        )
 
 
 def _finish(device: torch.device) -> None:
@@ -165,20 +177,22 @@ def compare(
 ) -> list[Run]:
     """The loop uncached, with ``policy``, and with as many plain steps as the policy runs in full.
 
-    The last is the honest competitor: the same number of full evaluations without any cache.
+    The last is the honest competitor: the same number of full evaluations without any cache. After the pass that
+    compiles, the three take turns, so that a busy machine slows them alike.
     """
     plain = optimize(demo.transformer, Uncached(), backend)
     cached = optimize(demo.transformer, policy, backend, steps)
     full = sum(step.kind is StepKind.FULL for step in policy.steps(steps))
-
-    def run(model: OptimizedModel, name: str, count: int) -> Run:
-        return measure(demo, model, name, count, seed, watch)
-
-    return [
-        run(plain, f"uncached, {steps} steps", steps),
-        run(cached, f"{policy.name}, {steps} steps", steps),
-        run(plain, f"uncached, {full} steps", full),
+    loops = [
+        Loop(demo, plain, f"uncached, {steps} steps", steps, seed),
+        Loop(demo, cached, f"{policy.name}, {steps} steps", steps, seed),
+        Loop(demo, plain, f"uncached, {full} steps", full, seed),
     ]
+    advance = [watch(loop.name, PASSES * loop.steps) for loop in loops]
+    for _ in range(PASSES):
+        for loop, on_step in zip(loops, advance, strict=True):
+            loop.run(on_step)
+    return [loop.result() for loop in loops]
 
 
 def check_writable(path: Path) -> None:
