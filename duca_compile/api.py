@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections import OrderedDict
@@ -19,7 +20,8 @@ from duca_compile.graph import CapturedGraph, Facts, Variant, VariantFunction, V
 from duca_compile.passes.hoist import frontier, hoisted_input
 from duca_compile.passes.pipeline import build_prologue, build_variant, prepare
 from duca_compile.policies import FORA, DuCa, Policy, Uncached
-from duca_compile.runtime.dispatcher import Dispatcher, Executed, Prologue
+from duca_compile.runtime.dispatcher import Dispatcher, Prologue
+from duca_compile.runtime.request import Executed, Request
 from duca_compile.verify import verified
 
 log = logging.getLogger("duca_compile")
@@ -32,11 +34,9 @@ POLICIES: dict[str, type[Policy]] = {"duca": DuCa, "fora": FORA, "uncached": Unc
 class Compiled:
     """One captured call: its graph, its facts, and the dispatcher that runs its variants."""
 
-    def __init__(
-        self, captured: CapturedGraph, facts: Facts, policy: Policy, total: int | None, backend: Backend
-    ) -> None:
+    def __init__(self, captured: CapturedGraph, facts: Facts, policy: Policy, backend: Backend) -> None:
         self.captured, self.facts, self._backend = captured, facts, backend
-        self.dispatcher = Dispatcher(facts, captured.inputs, policy, total, self._build, _prologue(captured, facts))
+        self.dispatcher = Dispatcher(facts, captured.inputs, policy, self._build, _prologue(captured, facts))
 
     def _build(self, spec: VariantSpec) -> tuple[Variant, VariantFunction]:
         variant = build_variant(self.captured, self.facts, spec)
@@ -75,6 +75,7 @@ class OptimizedModel(nn.Module):
         self.__dict__.update(own)
         self.__dict__["_signature"] = signature_of(model)
         self.__dict__["_compiled"] = OrderedDict[Hashable, Compiled]()
+        self.__dict__["_request"] = Request(policy, total)
         self.training = model.training
         forward = functools.partial(self._call)
         functools.update_wrapper(forward, model.forward)
@@ -99,17 +100,28 @@ class OptimizedModel(nn.Module):
         compiled = self._compiled.get(key) or self._capture(call, key)
         self._compiled.move_to_end(key)
         with torch.no_grad():
-            return compiled.captured.output.rebuild(compiled.dispatcher(call.tensors))
+            number = self._request.number
+            outputs = compiled.dispatcher(self._request, call.tensors)
+            if self._request.number != number:  # the other shapes' caches are of the request before
+                self._forget(keep=compiled)
+            return compiled.captured.output.rebuild(outputs)
+
+    def _forget(self, keep: Compiled | None = None) -> None:
+        for compiled in self._compiled.values():
+            if compiled is not keep:
+                compiled.dispatcher.forget()
 
     def _weights_key(self) -> Hashable:
+        """Changes with ``to()``, which keeps parameters as objects but makes new buffers."""
         first = next(self.source.parameters(), None)
-        return None if first is None else (first.dtype, first.device)
+        kind = None if first is None else (first.dtype, first.device)
+        return kind, id(next(self.source.buffers(), None))
 
     def _capture(self, call: Call, key: Hashable) -> Compiled:
         if self._compiled:
             log.info("new shapes, types or options in the call: capturing %s anew", type(self.source).__name__)
         captured, facts = analyze_call(self.source, call, self.timestep_name)
-        compiled = Compiled(captured, facts, self.policy, self._total, self._backend)
+        compiled = Compiled(captured, facts, self.policy, self._backend)
         while len(self._compiled) >= MAX_CAPTURES:
             self._compiled.popitem(last=False)
             log.info("dropping the least recently used of %d captured shapes", MAX_CAPTURES)
@@ -118,8 +130,8 @@ class OptimizedModel(nn.Module):
 
     def reset(self) -> None:
         """Forgets all cached features: the next call starts a new request."""
-        for compiled in self._compiled.values():
-            compiled.dispatcher.reset()
+        self._request.reset()
+        self._forget()
 
     @property
     def cache_bytes(self) -> int:
@@ -129,7 +141,12 @@ class OptimizedModel(nn.Module):
     @property
     def history(self) -> tuple[Executed, ...]:
         """The calls of the running (or last) request as they ran."""
-        return tuple(each for c in self._compiled.values() for each in c.dispatcher.history)
+        return tuple(self._request.history)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
+        """An optimized copy of the source, which captures anew."""
+        source = copy.deepcopy(self.source, memo)
+        return OptimizedModel(source, self.policy, self._backend, self._total, self.timestep_name)
 
 
 def check_model(model: nn.Module) -> None:

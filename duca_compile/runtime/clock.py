@@ -22,9 +22,9 @@ class StepClock:
     """A changed timestep is a new step; one that jumps back against the loop's direction is a new request.
 
     Calls that repeat a timestep are further passes of the same step (the unconditional pass of separate
-    classifier-free guidance, the second stage of a solver). On the CPU the values are read. On an accelerator that
-    would wait for the device, so where ``total`` is known steps are told by the tensor's memory and how often it was
-    written, and requests by counting; where it is not, the value is read once per call.
+    classifier-free guidance, the second stage of a solver). Values are compared; on an accelerator, where reading one
+    waits for the device, they are not read while the timesteps are views of one schedule, as ``for t in timesteps``
+    gives: their order in memory says the same.
     """
 
     def __init__(self, total: int | None) -> None:
@@ -34,54 +34,76 @@ class StepClock:
     def reset(self) -> None:
         """The next call starts a new request."""
         self._step, self._pass = -1, 0
-        self._direction: int | None = None
-        self._last: tuple[float, ...] = ()
-        self._last_tensor: Tensor | None = None  # held, so that its memory is not handed to the next timestep
-        self._last_version = 0
+        self._first: _Seen | None = None
+        self._last: _Seen | None = None
 
     def tick(self, timestep: Tensor) -> Tick:
-        readable = timestep.device.type == "cpu" or self._total is None
-        value = _values(timestep) if readable else ()
-        if self._step < 0:
-            return self._start(timestep, value)
-        if self._is_same(timestep, value):
+        now = _Seen(timestep)
+        if self._first is None or self._last is None:
+            return self._start(now)
+        order = _order(self._last, now)
+        if order == 0:
             if self._pass + 1 >= MAX_PASSES:
-                return self._start(timestep, value)
+                return self._start(now)
             self._pass += 1
             return Tick(self._step, self._pass, False)
-        if self._turns_back(value):
-            return self._start(timestep, value)
-        if value and self._direction is None:
-            self._direction = 1 if value > self._last else -1
-        return self._enter(self._step + 1, timestep, value)
+        if self._turns_back(self._first, self._last, now):
+            return self._start(now)
+        self._step, self._pass, self._last = self._step + 1, 0, now
+        return Tick(self._step, 0, False)
 
-    def _start(self, timestep: Tensor, value: tuple[float, ...]) -> Tick:
-        self._direction = None
-        return self._enter(0, timestep, value)
+    def _start(self, now: _Seen) -> Tick:
+        self._step, self._pass, self._first, self._last = 0, 0, now, now
+        return Tick(0, 0, True)
 
-    def _enter(self, step: int, timestep: Tensor, value: tuple[float, ...]) -> Tick:
-        self._step, self._pass = step, 0
-        self._last, self._last_tensor, self._last_version = value, timestep, _version(timestep)
-        return Tick(step, 0, step == 0)
-
-    def _is_same(self, timestep: Tensor, value: tuple[float, ...]) -> bool:
-        if value:
-            return value == self._last
-        last = self._last_tensor
-        if last is None or last.data_ptr() != timestep.data_ptr():
-            return False
-        return self._last_version == _version(timestep)
-
-    def _turns_back(self, value: tuple[float, ...]) -> bool:
-        complete = self._total is not None and self._step + 1 >= self._total
-        if not value or self._direction is None:
-            return complete
-        return (1 if value > self._last else -1) != self._direction
+    def _turns_back(self, first: _Seen, last: _Seen, now: _Seen) -> bool:
+        if self._step == 0 or now.rewrites(last):  # no direction yet, or none to be had
+            return self._total is not None and self._step + 1 >= self._total
+        by_memory = now.shares_schedule(last) and last.shares_schedule(first)
+        return _order(last, now, by_memory) != _order(first, last, by_memory)
 
 
-def _version(timestep: Tensor) -> int:
-    """How often the tensor was written in place; inference tensors do not count."""
-    return 0 if timestep.is_inference() else timestep._version
+class _Seen:
+    """One timestep: held, so that its memory is not handed to the next one, and read only if need be."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor, self._version = tensor, version(tensor)
+        at_once = tensor.device.type == "cpu" or self._version < 0  # what may be rewritten unseen is read now
+        self._value = _values(tensor) if at_once else None
+
+    @property
+    def value(self) -> tuple[float, ...]:
+        if self._value is None:
+            self._value = _values(self._tensor)
+        return self._value
+
+    @property
+    def place(self) -> int:
+        return self._tensor.data_ptr()
+
+    def shares_schedule(self, other: _Seen) -> bool:
+        """Whether both are unread views of the same memory, so that their places can stand for their values."""
+        unread = self._value is None and other._value is None
+        return unread and self._tensor.untyped_storage().data_ptr() == other._tensor.untyped_storage().data_ptr()
+
+    def rewrites(self, other: _Seen) -> bool:
+        """Whether this is the other's memory on an accelerator, written since: the old value is lost."""
+        same = self._value is None and other._value is None and self.place == other.place
+        return same and self._version != other._version
+
+
+def _order(before: _Seen, after: _Seen, by_memory: bool | None = None) -> int:
+    """0 where both hold the same timestep, else the sign of the change."""
+    if after.rewrites(before):
+        return 1
+    if by_memory if by_memory is not None else after.shares_schedule(before):
+        return (after.place > before.place) - (after.place < before.place)
+    return (after.value > before.value) - (after.value < before.value)
+
+
+def version(tensor: Tensor) -> int:
+    """How often the tensor was written in place; -1 for inference tensors, which do not count."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _values(timestep: Tensor) -> tuple[float, ...]:

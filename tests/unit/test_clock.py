@@ -104,42 +104,62 @@ def test_any_number_type_is_a_timestep(dtype: torch.dtype) -> None:
 
 
 class OnDevice:
-    """A timestep on an accelerator: its memory and version can be told, its value must not be read."""
+    """A timestep on an accelerator; ``value`` is None where it must not be read."""
 
     device = torch.device("cuda")
 
-    def __init__(self, memory: int, version: int = 0, inference: bool = False) -> None:
-        self._memory, self._writes, self._inference = memory, version, inference
+    def __init__(self, place: int, version: int = 0, schedule: int = 0, value: float | None = None) -> None:
+        self._place, self._writes, self._schedule, self._value = place, version, schedule, value
 
     def data_ptr(self) -> int:
-        return self._memory
+        return self._place
+
+    def untyped_storage(self) -> OnDevice:
+        return OnDevice(self._schedule)
 
     def is_inference(self) -> bool:
-        return self._inference
+        return self._writes < 0
 
     @property
     def _version(self) -> int:
-        assert not self._inference, "torch raises for inference tensors"
         return self._writes
 
+    def flatten(self) -> torch.Tensor:
+        assert self._value is not None, "reading waits for the device"
+        return torch.tensor([self._value])
 
-def test_on_an_accelerator_the_memory_tells_steps_and_the_number_of_steps_requests() -> None:
-    clock = StepClock(3)
-    got = [clock.tick(OnDevice(place)) for place in (1, 1, 2, 2, 3, 3, 1, 1, 2)]  # type: ignore[arg-type]
-    places = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (0, 0), (0, 1), (1, 0)]
-    assert [(t.step, t.pass_index) for t in got] == places
-    assert [t.new_request for t in got] == [place == (0, 0) for place in places]
+
+def places(clock: StepClock, seen: list[OnDevice]) -> list[tuple[int, int]]:
+    return [(t.step, t.pass_index) for t in map(clock.tick, seen)]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("total", [None, 3])
+def test_on_an_accelerator_views_of_one_schedule_are_never_read(total: int | None) -> None:
+    got = places(StepClock(total), [OnDevice(place) for place in (1, 1, 2, 2, 3, 3, 1, 1, 2)])
+    assert got == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (0, 0), (0, 1), (1, 0)]
+
+
+def test_on_an_accelerator_fresh_tensors_are_told_by_value() -> None:
+    """Two passes at each step, each with a timestep computed anew: the memory says nothing."""
+    values = [0.9, 0.9, 0.6, 0.6, 0.3, 0.3, 0.9, 0.9]
+    seen = [OnDevice(10 + i, schedule=10 + i, value=value) for i, value in enumerate(values)]
+    assert places(StepClock(3), seen) == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1), (0, 0), (0, 1)]
+
+
+def test_on_an_accelerator_another_schedule_is_compared_by_value() -> None:
+    """A request is abandoned in the middle and the scheduler makes its timesteps anew."""
+    first = [OnDevice(i, schedule=1, value=9.0 - i) for i in range(3)]
+    second = [OnDevice(100 + i, schedule=2, value=9.0 - i) for i in range(3)]
+    assert places(StepClock(8), first + second) == [(0, 0), (1, 0), (2, 0)] * 2
 
 
 def test_on_an_accelerator_a_timestep_written_in_place_is_a_new_step() -> None:
-    clock = StepClock(3)
-    got = [clock.tick(OnDevice(1, version)) for version in (0, 0, 1, 2, 3)]  # type: ignore[arg-type]
-    assert [(t.step, t.pass_index) for t in got] == [(0, 0), (0, 1), (1, 0), (2, 0), (0, 0)]
+    got = places(StepClock(3), [OnDevice(1, version) for version in (0, 0, 1, 2, 3)])
+    assert got == [(0, 0), (0, 1), (1, 0), (2, 0), (0, 0)]
 
 
-def test_inference_tensors_have_no_version() -> None:
-    clock = StepClock(3)
-    got = [clock.tick(OnDevice(place, inference=True)) for place in (1, 1, 2)]  # type: ignore[arg-type]
-    assert [(t.step, t.pass_index) for t in got] == [(0, 0), (0, 1), (1, 0)]
+def test_inference_tensors_have_no_version_and_are_read() -> None:
+    seen = [OnDevice(1, version=-1, value=value) for value in (3.0, 3.0, 2.0)]
+    assert places(StepClock(3), seen) == [(0, 0), (0, 1), (1, 0)]
     with torch.inference_mode():
         assert ticks(StepClock(None), [3.0, 2.0]) == one_request(2)
