@@ -20,6 +20,7 @@ from duca_compile.graph import CapturedGraph, Facts, Variant, VariantFunction, V
 from duca_compile.passes.hoist import frontier, hoisted_input
 from duca_compile.passes.pipeline import build_prologue, build_variant, prepare
 from duca_compile.policies import FORA, DuCa, Policy, Uncached
+from duca_compile.policies.checks import check_whole
 from duca_compile.runtime.dispatcher import Dispatcher, Prologue
 from duca_compile.runtime.request import Executed, Request
 from duca_compile.verify import verified
@@ -52,10 +53,11 @@ def _prologue(captured: CapturedGraph, facts: Facts) -> Prologue:
 
 def analyze_call(model: nn.Module, call: Call, timestep: str | None) -> tuple[CapturedGraph, Facts]:
     """Captures one call of ``model`` and finds its structure; the token analysis is checked on the call's values."""
-    captured = prepare(capture(model, call))
-    facts = analyze(captured, timestep)
-    values = dict(zip(captured.inputs, call.tensors, strict=True))
-    with torch.no_grad():
+    devices = [tensor.device for tensor in call.tensors if tensor.device.type == "cuda"]
+    with torch.no_grad(), torch.random.fork_rng(devices):  # the caller's random numbers are not drawn here
+        captured = prepare(capture(model, call))
+        facts = analyze(captured, timestep)
+        values = dict(zip(captured.inputs, call.tensors, strict=True))
         return captured, verified(captured, facts, values | _prologue(captured, facts).compute(values))
 
 
@@ -200,8 +202,8 @@ def optimize(
     check_model(model)
     if isinstance(model, OptimizedModel):
         raise UsageError("this model is optimized already; optimize its .source with the other policy")
-    if num_inference_steps is not None and num_inference_steps < 1:
-        raise PolicyError(f"num_inference_steps={num_inference_steps} is impossible: it must be at least 1")
+    if num_inference_steps is not None:
+        check_whole("num_inference_steps", num_inference_steps, least=1)
     chosen = resolve_policy(policy)
     next(chosen.steps(num_inference_steps))  # a policy that cannot plan says so now, not at the first call
     return OptimizedModel(model, chosen, make_backend(backend, strict), num_inference_steps, timestep)

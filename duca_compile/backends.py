@@ -84,6 +84,8 @@ class _FirstCall:
         self._ready = False
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        # Inductor builds strides into its code, and a caller's latent or expanded timestep may come with any.
+        tensors = tuple(tensor.contiguous() for tensor in tensors)
         if self._ready:
             return tuple(self._compiled(*tensors))
         for position in self._dynamic:
@@ -92,6 +94,8 @@ class _FirstCall:
             # Equal token counts of two branches are a coincidence of this step, not a fact to build into the code.
             with shapes_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
                 results = self._compiled(*tensors)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             self._backend.failed(error)
             self._compiled = self._module.forward

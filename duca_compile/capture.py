@@ -41,11 +41,14 @@ class Call:
             bound = signature.bind(*args, **kwargs)
         except TypeError as error:
             raise UsageError(f"the call does not fit the model's forward{signature}: {error}") from error
+        bound.apply_defaults()  # a default is the same call whether it is given or not
         arguments: dict[str, Any] = {}
         for name, value in bound.arguments.items():
             kind = signature.parameters[name].kind
             if kind is inspect.Parameter.VAR_KEYWORD:
                 arguments.update(value)
+            elif kind is inspect.Parameter.VAR_POSITIONAL and not value:
+                continue
             elif kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
                 raise UsageError(f"forward takes {name!r} by position only; give it a name to optimize this model")
             else:
@@ -60,7 +63,7 @@ class Call:
 
 def _autocast(tensors: tuple[Tensor, ...]) -> Hashable:
     """Autocast changes what the same graph computes, so it is part of a call's identity."""
-    kinds = sorted({tensor.device.type for tensor in tensors})
+    kinds = sorted({tensor.device.type for tensor in tensors} - {"meta"})
     return tuple(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds)
 
 
@@ -91,14 +94,37 @@ def capture(model: nn.Module, call: Call) -> CapturedGraph:
     Raises:
         CaptureError: the forward cannot be traced (data-dependent control flow, side effects); names the line.
     """
+    _warm(model, call)
     try:
         with torch.no_grad():
             program = torch.export.export(model, (), _without_aliases(call.arguments), strict=False)
-            if any(_mutates(node) for node in program.graph.nodes):
+            if any(_needs_functionalizing(node) for node in program.graph.nodes):
                 program = program.run_decompositions({})  # an empty table functionalizes and keeps operators whole
     except Exception as error:
-        raise CaptureError(_explain_failure(model, call, error)) from error
+        raise CaptureError(
+            f"torch.export cannot capture {type(model).__name__}{_where(error)}: {_first_line(error)}. "
+            "Forward must not branch on tensor values or leave torch (.item(), .numpy()); "
+            "rewrite that line, or compute its value before the loop and pass it as an argument."
+        ) from error
     return _lower(model, program)
+
+
+def _warm(model: nn.Module, call: Call) -> None:
+    """Runs the model once, so that tables it makes at first use are real tensors and not the trace's fakes.
+
+    It also tells a model that rejects these arguments from one that runs but cannot be traced.
+    """
+    try:
+        with torch.no_grad():
+            model(**call.arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        shapes = {n: tuple(t.shape) for n, t in zip(tensor_names(call), call.tensors, strict=True)}
+        raise CaptureError(
+            f"{type(model).__name__} itself fails on this call{_where(error)}: {_first_line(error)}. "
+            f"Its tensors: {shapes}."
+        ) from error
 
 
 def _without_aliases(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -115,25 +141,12 @@ def _without_aliases(arguments: dict[str, Any]) -> dict[str, Any]:
     return copied
 
 
-def _mutates(node: fx.Node) -> bool:
+def _needs_functionalizing(node: fx.Node) -> bool:
+    """In-place operators, and regions (autocast or gradient mode set inside of forward) that stand for a subgraph."""
     target = node.target
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return True
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
-
-
-def _explain_failure(model: nn.Module, call: Call, error: Exception) -> str:
-    """Tells a model that rejects these arguments from one that runs but cannot be traced."""
-    name = type(model).__name__
-    try:
-        with torch.no_grad():
-            model(**call.arguments)
-    except Exception as own:
-        shapes = {n: tuple(t.shape) for n, t in zip(tensor_names(call), call.tensors, strict=True)}
-        return f"{name} itself fails on this call{_where(own)}: {_first_line(own)}. Its tensors: {shapes}."
-    return (
-        f"torch.export cannot capture {name}{_where(error)}: {_first_line(error)}. "
-        "Forward must not branch on tensor values or leave torch (.item(), .numpy()); "
-        "rewrite that line, or compute its value before the loop and pass it as an argument."
-    )
 
 
 def _where(error: Exception) -> str:
@@ -186,6 +199,8 @@ def _lower(model: nn.Module, program: torch.export.ExportedProgram) -> CapturedG
 
 def _outputs(program: torch.export.ExportedProgram) -> list[Any]:
     for spec in program.graph_signature.output_specs:
+        if spec.kind is OutputKind.USER_INPUT_MUTATION:
+            raise CaptureError(f"forward writes to its argument {spec.target!r} in place; clone it there first.")
         if spec.kind is not OutputKind.USER_OUTPUT:
             raise CaptureError(
                 f"forward changes {spec.target!r} ({spec.kind.name}); a variant must have no side effects. "

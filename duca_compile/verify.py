@@ -21,7 +21,7 @@ def verified(captured: CapturedGraph, facts: Facts, values: Mapping[str, Tensor]
     placeholder name.
     """
     partial = [b for b in facts.branches if b.token_axes is not None]
-    if not partial:
+    if not partial or any(value.is_meta for value in values.values()):
         return facts
     everything = VariantSpec((Action.COMPUTE,) * len(facts.branches))
     full = build_variant(captured, facts, everything)
@@ -33,6 +33,8 @@ def verified(captured: CapturedGraph, facts: Facts, values: Mapping[str, Tensor]
     known = {**values, **caches, **indices}
     try:
         found = dict(zip(variant.outputs, variant.module(*[known[n] for n in variant.inputs]), strict=True))
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # a body that cannot run on other token counts
         return _without_partial(facts, partial, f"it cannot run on some of its tokens ({error})")
     wrong = [b for b in partial if not _close(found[b.slot], expected[b.slot])]

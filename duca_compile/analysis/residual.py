@@ -102,8 +102,10 @@ def _without_long_skips(candidates: list[_Residual]) -> list[_Residual]:
     """Drops adds that join the stream's start to its end, and then residuals inside another's branch.
 
     An add over two or more residuals in a row that start where it does is such a skip; over a single one it is the
-    branch itself (AuraFlow: x + mlp(norm(x + attention(x)))).
+    branch itself (AuraFlow: x + mlp(norm(x + attention(x)))). So is one that stands alone over a row of residuals
+    behind an embedding: x + network(x).
     """
+    alone = {chain[0].add for chain in _chains(candidates) if len(chain) == 1}
     followers: dict[fx.Node, list[_Residual]] = {}
     for each in candidates:
         followers.setdefault(_origin(each.carried), []).append(each)
@@ -112,7 +114,9 @@ def _without_long_skips(candidates: list[_Residual]) -> list[_Residual]:
         node, passed = _origin(outer.stream), 0
         while inner := [r for r in followers.get(node, []) if r is not outer and r.add in outer.body]:
             node, passed = inner[0].add, passed + 1
-        return passed > 1
+        if passed > 1 or outer.add not in alone:
+            return passed > 1
+        return any(len(row) > 1 for row in _chains([r for r in candidates if r is not outer and r.add in outer.body]))
 
     short = [each for each in candidates if not skips(each)]
     return [each for each in short if not any(each.add in other.body for other in short)]

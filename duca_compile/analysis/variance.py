@@ -44,6 +44,8 @@ def timestep_input(graph: fx.Graph, names: tuple[str, ...], requested: str | Non
 def latent_input(graph: fx.Graph, names: tuple[str, ...], timestep: str) -> str:
     """The placeholder that carries the latent: of a floating type, shaped like the output, else the largest.
 
+    The batch, which all inputs share, does not count as likeness.
+
     Raises:
         StructureError: no floating-point input but the timestep.
     """
@@ -59,7 +61,7 @@ def latent_input(graph: fx.Graph, names: tuple[str, ...], timestep: str) -> str:
 
     def likeness(node: fx.Node) -> tuple[int, int]:
         own = value_shape(node) or ()
-        same = sum(a == b for a, b in zip(own, shape, strict=True)) if shape and len(own) == len(shape) else 0
+        same = sum(a == b for a, b in zip(own[1:], shape[1:], strict=True)) if shape and len(own) == len(shape) else 0
         return same, prod(own)
 
     return str(max(placeholders, key=likeness).name)

@@ -1,13 +1,16 @@
-"""Removes what the trace left behind: checks, eval-mode dropout, casts to the same type."""
+"""Removes what the trace left behind: checks, eval-mode dropout, casts to the same type, strides built into views."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from duca_compile.graph import op_name
 from duca_compile.passes.base import Draft, ExactPass
+
+aten = torch.ops.aten
 
 _CHECKS = {"_assert_tensor_metadata", "_assert_scalar", "_assert_async"}
 
@@ -24,6 +27,8 @@ class Clean(ExactPass[Draft]):
             elif _is_identity(node):
                 node.replace_all_uses_with(node.all_input_nodes[0])
                 draft.graph.erase_node(node)
+            elif node.target is aten.view.default:
+                node.target = aten.reshape.default  # the same where a view is possible, and no error elsewhere
             else:
                 continue
             changed = True

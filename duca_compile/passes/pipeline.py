@@ -62,7 +62,9 @@ def prepare(captured: CapturedGraph) -> CapturedGraph:
 
 def build_variant(captured: CapturedGraph, facts: Facts, spec: VariantSpec) -> Variant:
     """Rewrites a copy of the prepared graph as ``spec`` says; its weights are the source model's own."""
-    results = [f"output_{i}" for i in range(len(captured.graph.output_node().all_input_nodes))]
+    (own,) = captured.graph.output_node().args
+    assert isinstance(own, tuple)
+    results = [f"output_{i}" for i in range(len(own))]
     draft = run_passes(VariantDraft(copy_graph(captured.graph), facts, spec, results), REWRITE)
     fixed, per_token = _variant_flops(draft.graph, facts)
     inputs = tuple(n.name for n in draft.graph.nodes if n.op == "placeholder")

@@ -11,6 +11,8 @@ from duca_compile.policies.base import Policy, Selection, SelectionKind, Step, S
 from duca_compile.policies.checks import check_number
 from duca_compile.policies.schedule import UNIT, Interval, Linear, Moment
 
+_POINTWISE = ("mlp", "cross_attention")
+
 
 @dataclass(frozen=True)
 class DuCa(Policy):
@@ -48,7 +50,12 @@ class DuCa(Policy):
         if not isinstance(self.selection, Selection):
             object.__setattr__(self, "selection", Selection(self.selection))
         check_number("fresh_ratio", self.fresh_ratio, least=0, most=1)
+        for name, line in (("step_factor", self.step_factor), ("block_factor", self.block_factor)):
+            if not isinstance(line, Linear):
+                raise PolicyError(f"{name}={line!r} is no line; write Linear(start, slope)")
         for kind, factor in self.kind_factor.items():
+            if kind not in _POINTWISE:
+                raise PolicyError(f"kind_factor names {kind!r}; only {_POINTWISE} can be recomputed in part")
             check_number(f"kind_factor[{kind!r}]", factor, least=0)
         if self.first not in ("partial", "skip"):
             raise PolicyError(f"first={self.first!r} is unknown; choose 'partial' or 'skip'")

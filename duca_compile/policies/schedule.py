@@ -62,6 +62,8 @@ class Interval:
         if self.factor is not None and min(self.factor(0.0), self.factor(1.0)) <= 0:
             raise PolicyError(f"factor={self.factor} is impossible: it divides the interval, so it must stay above 0")
         if self.forced is not None:
+            if len(self.forced) != 3:
+                raise PolicyError(f"forced={self.forced!r} is impossible: it is (from, to, interval)")
             check_number("forced[0]", self.forced[0], least=0, most=1)
             check_number("forced[1]", self.forced[1], least=0, most=1)
             check_whole("forced[2]", self.forced[2], least=1)

@@ -51,7 +51,7 @@ class Program:
     reads: tuple[str, ...]  # the caches among the variant's inputs
     writes: tuple[str | None, ...]  # per output beyond the model's own: the cache it goes to, None for scores
     waiting: tuple[Branch, ...]  # branches whose tokens a partial step chooses from, or leaves to grow stale
-    aliases: tuple[int, ...] | None = None  # the model's own outputs that share memory with the state
+    aliases: tuple[int, ...] | None = None  # the model's own outputs that share memory with the state or each other
 
 
 @dataclass(frozen=True)
@@ -174,10 +174,11 @@ class Dispatcher:
         return self._unaliased(program, results[:own], state)
 
     def _unaliased(self, program: Program, outputs: tuple[Tensor, ...], state: CacheState) -> tuple[Tensor, ...]:
-        """The outputs, copied where the caller's changing them in place would change the state."""
+        """The outputs, copied where the caller's changing one in place would change the state or another output."""
         if program.aliases is None:  # a property of the variant, so looked up once
             held = {_memory(t) for t in (*state.caches.values(), *state.hoisted.values())}
-            program.aliases = tuple(i for i, output in enumerate(outputs) if _memory(output) in held)
+            memory = [_memory(output) for output in outputs]
+            program.aliases = tuple(i for i, each in enumerate(memory) if each in held or each in memory[:i])
         if not program.aliases:
             return outputs
         return tuple(output.clone() if i in program.aliases else output for i, output in enumerate(outputs))

@@ -84,6 +84,15 @@ def test_a_long_skip_is_no_branch(long_skip: str) -> None:
     assert facts.stream_end == facts.branches[-1].add
 
 
+def test_a_residual_around_the_whole_model_is_no_branch() -> None:
+    class Whole(models.DiT):
+        def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+            return x + super().forward(x, timestep, text)
+
+    facts = analysed(Whole(depth=3).eval(), **models.example())[1]
+    assert [b.kind for b in facts.branches] == [SELF, MLP] * 3
+
+
 def test_the_stream_goes_on_behind_a_projection() -> None:
     """As behind the concatenated skip of a U-shaped transformer."""
 
