@@ -186,8 +186,7 @@ def optimize(
         model: a Diffusion Transformer in eval mode: any nn.Module that takes a latent and a timestep.
         policy: "duca", "fora", "uncached", or a Policy object such as ``DuCa(interval=5, fresh_ratio=0.1)``.
         backend: "inductor" (torch.compile) or "eager".
-        num_inference_steps: steps of a request; needed by schedules that depend on it, and on an accelerator it
-            spares reading the timestep's value from the device at every call.
+        num_inference_steps: steps of a request; needed by schedules that depend on it.
         timestep: name of the timestep argument, where it cannot be told from the graph.
         strict: raise BackendError where the backend cannot compile, instead of falling back to eager with a warning.
 
