@@ -142,7 +142,7 @@ def draw_grid(images: Tensor, path: Path, columns: int) -> None:
         axis.imshow(torch.cat(list(padded), dim=1).numpy(), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=13)
         axis.set(xticks=[], yticks=[])
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
 def table(metrics: Metrics) -> Table:
