@@ -143,8 +143,8 @@ def quality(found: dict[str, Any]) -> list[str]:
         "|---|---|---|---|",
         *(row(*each) for each in cells),
         "",
-        "Read each policy beside the plain rows of about its speed: what it gains over them is what caching is worth on",
-        "this model. It is small, and its 28x28 images of one garment are settled early.",
+        "Read each policy beside the plain rows of about its speed: what it gains over them is what caching is worth",
+        "on this model. It is small, and its 28x28 images of one garment are settled early.",
     ]
 
 
