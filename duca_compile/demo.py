@@ -235,13 +235,12 @@ def draw(runs: list[Run], class_names: tuple[str, ...], path: Path) -> None:
     used = [kind for kind in StepKind if any(kind in run.kinds for run in runs)]
     handles = [Patch(color=COLORS[kind], label=kind.value) for kind in used]
     figure.legend(handles=handles, loc="lower center", ncol=len(used), fontsize=8, frameon=False)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".png")
-    os.close(handle)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         figure.savefig(temporary, format="png", bbox_inches="tight")
         os.replace(temporary, path)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _decibels(value: float) -> str:
