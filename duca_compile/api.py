@@ -35,9 +35,11 @@ POLICIES: dict[str, type[Policy]] = {"duca": DuCa, "fora": FORA, "uncached": Unc
 class Compiled:
     """One captured call: its graph, its facts, and the dispatcher that runs its variants."""
 
-    def __init__(self, captured: CapturedGraph, facts: Facts, policy: Policy, backend: Backend) -> None:
+    def __init__(
+        self, captured: CapturedGraph, facts: Facts, prologue: Prologue, policy: Policy, backend: Backend
+    ) -> None:
         self.captured, self.facts, self._backend = captured, facts, backend
-        self.dispatcher = Dispatcher(facts, captured.inputs, policy, self._build, _prologue(captured, facts))
+        self.dispatcher = Dispatcher(facts, captured.inputs, policy, self._build, prologue)
 
     def _build(self, spec: VariantSpec) -> tuple[Variant, VariantFunction]:
         variant = build_variant(self.captured, self.facts, spec)
@@ -51,14 +53,15 @@ def _prologue(captured: CapturedGraph, facts: Facts) -> Prologue:
     return Prologue(inputs, outputs, module.forward)
 
 
-def analyze_call(model: nn.Module, call: Call, timestep: str | None) -> tuple[CapturedGraph, Facts]:
+def analyze_call(model: nn.Module, call: Call, timestep: str | None) -> tuple[CapturedGraph, Facts, Prologue]:
     """Captures one call of ``model`` and finds its structure; the token analysis is checked on the call's values."""
     devices = [tensor.device for tensor in call.tensors if tensor.device.type == "cuda"]
     with torch.no_grad(), torch.random.fork_rng(devices):  # the caller's random numbers are not drawn here
         captured = prepare(capture(model, call))
         facts = analyze(captured, timestep)
+        prologue = _prologue(captured, facts)
         values = dict(zip(captured.inputs, call.tensors, strict=True))
-        return captured, verified(captured, facts, values | _prologue(captured, facts).compute(values))
+        return captured, verified(captured, facts, values | prologue.compute(values)), prologue
 
 
 class OptimizedModel(nn.Module):
@@ -122,8 +125,7 @@ class OptimizedModel(nn.Module):
     def _capture(self, call: Call, key: Hashable) -> Compiled:
         if self._compiled:
             log.info("new shapes, types or options in the call: capturing %s anew", type(self.source).__name__)
-        captured, facts = analyze_call(self.source, call, self.timestep_name)
-        compiled = Compiled(captured, facts, self.policy, self._backend)
+        compiled = Compiled(*analyze_call(self.source, call, self.timestep_name), self.policy, self._backend)
         while len(self._compiled) >= MAX_CAPTURES:
             self._compiled.popitem(last=False)
             log.info("dropping the least recently used of %d captured shapes", MAX_CAPTURES)

@@ -15,7 +15,7 @@ import torch._dynamo
 from torch import Tensor, fx
 from torch.fx.experimental import _config as shapes_config
 
-from duca_compile.errors import BackendError, UsageError
+from duca_compile.errors import BackendError, UsageError, first_line
 from duca_compile.graph import Variant, VariantFunction
 
 log = logging.getLogger("duca_compile")
@@ -62,7 +62,7 @@ class InductorBackend:
         return _FirstCall(self, module, compiled, dynamic)
 
     def failed(self, error: Exception) -> None:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = first_line(error)
         if self._strict:
             raise BackendError(f"Inductor could not compile a variant: {reason}") from error
         self._failed = True

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_map_only
 
-from duca_compile.errors import CaptureError, UsageError
+from duca_compile.errors import CaptureError, UsageError, first_line
 from duca_compile.graph import CapturedGraph, OutputLayout
 
 _NUMBER_TIMESTEPS = ("timestep", "timesteps", "t", "time", "sigma")
@@ -102,7 +102,7 @@ def capture(model: nn.Module, call: Call) -> CapturedGraph:
                 program = program.run_decompositions({})  # an empty table functionalizes and keeps operators whole
     except Exception as error:
         raise CaptureError(
-            f"torch.export cannot capture {type(model).__name__}{_where(error)}: {_first_line(error)}. "
+            f"torch.export cannot capture {type(model).__name__}{_where(error)}: {first_line(error).rstrip('.')}. "
             "Forward must not branch on tensor values or leave torch (.item(), .numpy()); "
             "rewrite that line, or compute its value before the loop and pass it as an argument."
         ) from error
@@ -122,7 +122,7 @@ def _warm(model: nn.Module, call: Call) -> None:
     except Exception as error:
         shapes = {n: tuple(t.shape) for n, t in zip(tensor_names(call), call.tensors, strict=True)}
         raise CaptureError(
-            f"{type(model).__name__} itself fails on this call{_where(error)}: {_first_line(error)}. "
+            f"{type(model).__name__} itself fails on this call{_where(error)}: {first_line(error).rstrip('.')}. "
             f"Its tensors: {shapes}."
         ) from error
 
@@ -155,11 +155,6 @@ def _where(error: Exception) -> str:
     ours = str(Path(__file__).parent)
     frames = [f for f in frames if not f.filename.startswith((ours, "<"))]
     return f' at {frames[-1].filename}:{frames[-1].lineno} ("{frames[-1].line}")' if frames else ""
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".")
 
 
 def _lower(model: nn.Module, program: torch.export.ExportedProgram) -> CapturedGraph:

@@ -22,7 +22,7 @@ from torch import nn
 
 from duca_compile import demo as demonstration
 from duca_compile.backends import BACKENDS
-from duca_compile.errors import DucaError, UsageError
+from duca_compile.errors import DucaError, UsageError, first_line
 from duca_compile.explain import explain as explain_model
 from duca_compile.policies import StepKind
 
@@ -114,8 +114,7 @@ def _device(name: str) -> str:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"device {name!r} cannot be used here: {reason}. Use --device cpu.") from error
+        raise UsageError(f"device {name!r} cannot be used here: {first_line(error)}. Use --device cpu.") from error
     return name
 
 

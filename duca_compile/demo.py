@@ -60,23 +60,23 @@ class DemoModel:
         names = tuple(info["class_names"])
         return DemoModel(transformer, scheduler, names, info["null_class"], info["guidance_scale"])
 
-    def noise(self, seed: int, per_class: int = 1) -> Tensor:
-        """Starting latents, (per_class * classes, channels, height, width), the same on every device."""
+    def noise(self, seed: int) -> Tensor:
+        """One starting latent for each class, (classes, channels, height, width), the same on every device."""
         config = self.transformer.config
-        shape = (per_class * len(self.class_names), config.in_channels, config.sample_size, config.sample_size)
+        shape = (len(self.class_names), config.in_channels, config.sample_size, config.sample_size)
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(shape, generator=generator).to(self.transformer.device)
 
     def sample(self, transformer: nn.Module, steps: int, noise: Tensor, on_step: Callable[[float], None]) -> Tensor:
-        """DDIM with classifier-free guidance, both halves in one batch; images like ``noise``, in [-1, 1].
+        """DDIM with classifier-free guidance, both halves in one batch; one image for each class, in [-1, 1].
 
-        Rows take the classes in turn. ``on_step`` is called after each step with the seconds that the model took.
+        ``on_step`` is called after each step with the seconds that the model took.
         """
         from diffusers import DDIMScheduler
 
         scheduler = DDIMScheduler(**self.scheduler)
         scheduler.set_timesteps(steps)
-        labels = torch.arange(len(noise), device=noise.device) % len(self.class_names)
+        labels = torch.arange(len(self.class_names), device=noise.device)
         labels = torch.cat([labels, torch.full_like(labels, self.null_class)])
         latent = noise
         with torch.no_grad():

@@ -27,3 +27,9 @@ class BackendError(DucaError):
 
 class InternalError(DucaError):
     """A broken invariant: a bug in duca_compile, not in the model or the call."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of another library's message that says anything, else the error's type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -146,7 +146,7 @@ class Explanation:
             flops = sum(b.flops for b in group) / self.flops
             size = sum(b.cache_bytes for b in group)
             cells = (path or "-", branch.kind, "yes" if branch.gated else "no", f"{flops:.2%}", _size(size))
-            table.add_row(blocks, *cells, "yes" if branch.token_axes is not None else f"no, {branch.mixing_reason}")
+            table.add_row(blocks, *cells, "yes" if branch.pointwise else f"no, {branch.mixing_reason}")
         yield table
         if self.not_understood:
             yield Text("not understood, so computed in full in partial steps:", style="bold")
@@ -173,7 +173,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     timestep = model.timestep_name if isinstance(model, OptimizedModel) else None
     source = model.source if isinstance(model, OptimizedModel) else model
     check_model(source)
-    captured, facts = analyze_call(source, Call.bind(signature_of(source), args, kwargs, timestep), timestep)
+    captured, facts, _ = analyze_call(source, Call.bind(signature_of(source), args, kwargs, timestep), timestep)
     return Explanation(type(source).__name__, captured, facts, policy)
 
 

@@ -91,6 +91,11 @@ class Branch:
         return f"score_{self.index}"
 
     @property
+    def pointwise(self) -> bool:
+        """Whether chosen tokens can be recomputed on their own."""
+        return self.token_axes is not None
+
+    @property
     def tokens(self) -> int:
         return self.shape[1]
 

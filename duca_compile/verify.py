@@ -20,7 +20,7 @@ def verified(captured: CapturedGraph, facts: Facts, values: Mapping[str, Tensor]
     Runs one full and one partial evaluation eagerly on ``values``, the call's tensors and hoisted values by
     placeholder name.
     """
-    partial = [b for b in facts.branches if b.token_axes is not None]
+    partial = [b for b in facts.branches if b.pointwise]
     if not partial or any(value.is_meta for value in values.values()):
         return facts
     everything = VariantSpec((Action.COMPUTE,) * len(facts.branches))
@@ -28,7 +28,7 @@ def verified(captured: CapturedGraph, facts: Facts, values: Mapping[str, Tensor]
     expected = dict(zip(full.outputs, full.module(*[values[n] for n in full.inputs]), strict=True))
     caches = {cache_input(b.slot): expected[b.slot] for b in facts.branches}
     indices = {tokens_input(b.index): _some_tokens(b, expected[b.slot].device) for b in partial}
-    spec = VariantSpec(tuple(Action.REUSE if b.token_axes is None else Action.PARTIAL for b in facts.branches))
+    spec = VariantSpec(tuple(Action.PARTIAL if b.pointwise else Action.REUSE for b in facts.branches))
     variant = build_variant(captured, facts, spec)
     known = {**values, **caches, **indices}
     try:

@@ -156,14 +156,14 @@ def _same_tokens(branches: list[Branch]) -> list[Branch]:
     """Leaves one set of tokens to choose from, the heaviest; branches over other tokens are reused whole."""
     work: dict[tuple[int, ...], int] = {}
     for branch in branches:
-        if branch.token_axes is not None:
+        if branch.pointwise:
             work[branch.shape[:2]] = work.get(branch.shape[:2], 0) + branch.flops
     if len(work) < 2:
         return branches
     chosen = max(work, key=lambda shape: work[shape])
     reason = f"only the branches over {chosen[1]} tokens are recomputed in part"
     return [
-        b if b.token_axes is None or b.shape[:2] == chosen else replace(b, token_axes=None, mixing_reason=reason)
+        b if not b.pointwise or b.shape[:2] == chosen else replace(b, token_axes=None, mixing_reason=reason)
         for b in branches
     ]
 

@@ -31,7 +31,7 @@ class EmitScores(ExactPass[VariantDraft]):
         build = {"v_norm": _value_norm, "attention": _attention_received, None: None}[draft.spec.scores]
         if build is None:
             return False
-        chosen = [b for b in draft.facts.branches if b.token_axes is not None]
+        chosen = [b for b in draft.facts.branches if b.pointwise]
         wanted = {s.index for b in chosen if (s := draft.facts.score_source(b))}
         scored = [b for b in draft.branches(Action.COMPUTE) if b.index in wanted and b.score_slot not in draft.results]
         for branch in scored:

@@ -85,7 +85,7 @@ class Dispatcher:
         self._build, self._prologue = build, prologue
         self._programs: dict[VariantSpec, Program] = {}
         self._plans: dict[Step, tuple[Program, dict[int, int]]] = {}
-        self._selectable = [b for b in facts.branches if b.token_axes is not None]
+        self._selectable = [b for b in facts.branches if b.pointwise]
         self._position = {b.index: i for i, b in enumerate(self._selectable)}
         self._request_number = 0
         self._states: dict[int, CacheState] = {}

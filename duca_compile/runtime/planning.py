@@ -29,7 +29,7 @@ def _action(facts: Facts, policy: Policy, step: Step, branch: Branch, counts: di
         return _ACTIONS[step.kind]
     if branch.kind == "mixing":  # not understood, so computed in full
         return Action.COMPUTE
-    if branch.token_axes is None:
+    if not branch.pointwise:
         return Action.REUSE
     count = policy.fresh_tokens(step, TokenQuery(branch.block, facts.blocks, branch.kind, branch.tokens))
     if count <= 0:
@@ -48,7 +48,7 @@ def check_selection(facts: Facts, policy: Policy) -> None:
     """Raises PolicyError where the policy's token scores cannot be had from this graph; names the branch."""
     kind = score_kind(policy)
     for branch in facts.branches:
-        if kind is not None and branch.token_axes is not None and facts.score_source(branch) is None:
+        if kind is not None and branch.pointwise and facts.score_source(branch) is None:
             raise PolicyError(
                 f"selection={kind!r} needs a self-attention (scaled_dot_product_attention) over the same "
                 f"{branch.tokens} tokens before {branch.path or 'the branch'} at {branch.source}; "
