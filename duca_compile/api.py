@@ -112,9 +112,9 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
         self.__dict__["_calls"] = count(1)
         self.__dict__["_places"] = _first_place(model, "_parameters"), _first_place(model, "_buffers")
         self.training = model.training
-        forward = functools.partial(self._call)
+        forward = torch.compiler.disable(functools.partial(self._call))  # type: ignore[no-untyped-call]
         functools.update_wrapper(forward, model.forward)
-        forward.__signature__ = self._signature  # type: ignore[attr-defined]
+        forward.__signature__ = self._signature
         self.__dict__["forward"] = forward
 
     @property  # type: ignore[misc]
