@@ -154,6 +154,7 @@ def cogvideox() -> DiffusionPipeline:
         patch_size=2,
         temporal_compression_ratio=4,
         max_text_seq_length=TEXT,
+        use_rotary_positional_embeddings=True,
     )
     parts = {"transformer": transformer, "scheduler": diffusers.CogVideoXDDIMScheduler(), "vae": None}
     return diffusers.CogVideoXPipeline(tokenizer=None, text_encoder=None, **parts)
