@@ -135,8 +135,7 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         check_model(self.source)
         call = Call.bind(self._signature, args, kwargs, self.timestep_name)
-        key = (call.key, self._weights_key())
-        compiled = self._compiled.get(key) or self._capture(call, key)
+        compiled = self._compiled.get(self._key(call)) or self._capture(call)
         compiled.used = next(self._calls)
         named = current_pass(self)
         with torch.no_grad():
@@ -144,14 +143,15 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
             outputs = compiled.dispatcher(self._requests.current(), call.tensors, name)
             return compiled.captured.output.rebuild(outputs)
 
-    def _weights_key(self) -> Hashable:
-        """Changes with ``to()``, which keeps parameters as objects but makes new buffers."""
+    def _key(self, call: Call) -> Hashable:
+        """Changes with ``to()`` as well, which keeps parameters as objects but makes new buffers."""
         parameter, buffer = (None if place is None else place[0].get(place[1]) for place in self._places)
         kind = None if parameter is None else (parameter.dtype, parameter.device)
-        return kind, None if buffer is None else id(buffer)
+        return call.key, kind, None if buffer is None else id(buffer)
 
-    def _capture(self, call: Call, key: Hashable) -> Compiled:
+    def _capture(self, call: Call) -> Compiled:
         with COMPILING:
+            key = self._key(call)  # anew: torch.export swaps the source's weights for fakes while it traces
             if key in self._compiled:  # by another thread, while this one waited
                 return self._compiled[key]
             if self._compiled:
