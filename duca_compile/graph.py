@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import TreeSpec, tree_unflatten
 
+from duca_compile.opaque import CallSite
+
 STREAM_END = "stream_end"
 
 
@@ -49,6 +51,15 @@ class OutputLayout:
 
 
 @dataclass(frozen=True)
+class Read:
+    """The value of an input that forward's Python read, and the first line that read it."""
+
+    value: Tensor
+    source: str
+    paths: frozenset[str]  # of the modules that read it
+
+
+@dataclass(frozen=True)
 class CapturedGraph:
     """One forward pass: placeholders are the call's tensors, get_attr nodes the model's live weights."""
 
@@ -56,6 +67,9 @@ class CapturedGraph:
     attributes: Mapping[str, Tensor]  # get_attr target -> the source model's own tensor, never a copy
     inputs: tuple[str, ...]  # placeholder names, one for each tensor leaf of the call
     output: OutputLayout
+    lists: tuple[str, ...]  # for each input, its argument's path, without the place in a list
+    given: Mapping[str, Read]  # inputs whose values forward read: the graph holds for no others
+    opaque: tuple[CallSite, ...]  # submodules that run as one operator
 
 
 @dataclass(frozen=True)
@@ -115,6 +129,7 @@ class Facts:
     stream_end: str
     flops: Mapping[str, int]
     notes: tuple[str, ...]  # what was not understood, and why
+    changing: frozenset[str]  # the inputs that change from step to step: the timestep and the latents
 
     @property
     def blocks(self) -> int:
