@@ -13,6 +13,8 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from tests import own_models
+
 ROWS, TEXT = 2, 7
 Case = tuple[nn.Module, dict[str, Any]]
 Build = Callable[[int], Case]
@@ -28,7 +30,7 @@ class Entry:
     - ``main``: the stream that carries the latent to the output, in single-stream blocks the text with it;
     - ``text``: runs beside main and depends on the latent: the tokens of both attend to each other;
     - ``refiner``: blocks on the latent before main;
-    - ``encoder``: blocks on the text alone, whose values do not depend on the latent.
+    - ``encoder``: blocks on the text alone, or on text and timestep: their values do not depend on the latent.
     """
 
     name: str
@@ -36,7 +38,7 @@ class Entry:
     streams: Streams
     timestep: str = "timestep"
     latent: str = "hidden_states"
-    obstacle: str = ""  # the line that breaks torch.export, and why
+    obstacle: str = ""  # the line of diffusers that breaks torch.export, and why
 
 
 def noise(*shape: int) -> Tensor:
@@ -249,7 +251,7 @@ def latte(depth: int = 4) -> Case:
     }
 
 
-def cogvideox(depth: int = 4) -> Case:
+def cogvideox(depth: int = 4, frames: int = 2) -> Case:
     model = diffusers.CogVideoXTransformer3DModel(
         num_attention_heads=2,
         attention_head_dim=16,
@@ -260,15 +262,20 @@ def cogvideox(depth: int = 4) -> Case:
         num_layers=depth,
         sample_width=8,
         sample_height=8,
-        sample_frames=5,  # two in the latent
+        sample_frames=5,  # two in a latent
         patch_size=2,
         max_text_seq_length=TEXT,
     )
     return model, {
-        "hidden_states": noise(2, 4, 8, 8),
+        "hidden_states": noise(frames, 4, 8, 8),
         "encoder_hidden_states": noise(TEXT, 16),
         "timestep": torch.full((ROWS,), 900),
     }
+
+
+def cogvideox_longer(depth: int = 4) -> Case:
+    """Of another length than its configuration says, as its pipeline allows: positions are made in the forward."""
+    return cogvideox(depth, frames=3)
 
 
 def hunyuan_video(depth: int = 4) -> Case:
@@ -526,6 +533,33 @@ def omnigen(depth: int = 4) -> Case:
     }
 
 
+def plain_dit(depth: int = 4, attention: type[own_models.Attention] = own_models.Attention) -> Case:
+    model = own_models.DiT(depth, attention=attention)
+    return model, {"x": noise(4, 8, 8), "t": times(900.0), "y": torch.arange(ROWS)}
+
+
+def plain_dit_by_hand(depth: int = 4) -> Case:
+    return plain_dit(depth, own_models.HandAttention)
+
+
+def u_vit(depth: int = 4) -> Case:
+    return own_models.UViT(depth), {"x": noise(4, 8, 8), "timesteps": times(900.0), "y": torch.arange(ROWS)}
+
+
+def audio_dit(depth: int = 4) -> Case:
+    return own_models.AudioDiT(depth), {
+        "x": noise(4, 48),
+        "t": times(0.9),
+        "cross_attn_cond": noise(TEXT, 16),
+        "global_embed": noise(8),
+    }
+
+
+def audio_dit_prepended(depth: int = 4) -> Case:
+    model, arguments = audio_dit(depth)
+    return model, {**arguments, "prepend_cond": noise(3, 8)}
+
+
 ENTRIES = [
     # attention + MLP
     Entry("DiT", dit, lambda n: {"main": 2 * n}),
@@ -549,15 +583,27 @@ ENTRIES = [
     # image and text attention, image and text MLP, added apart; nobody reads the last text MLP. The last text
     # attention is read by the MLP that both share, without effect on the output: it is token-wise and its text is cut
     Entry("CogVideoX", cogvideox, lambda n: {"main": 2 * n, "text": 2 * n - 1}),
+    Entry(
+        "CogVideoX longer",
+        cogvideox_longer,
+        lambda n: {"main": 2 * n, "text": 2 * n - 1},
+        obstacle="embeddings.py:516 joint_pos_embedding.data[...].copy_(): .data escapes the trace as a fake constant",
+    ),
     # as FLUX; token refiner (of text and timestep): attention + MLP
     Entry("HunyuanVideo", hunyuan_video, lambda n: {"main": 2 * n + n, "text": 2 * n, "encoder": 2 * n}),
     # double blocks alone, nobody reads the text branches of the last; token refiner: attention + MLP
-    Entry("HunyuanVideo-1.5", hunyuan_video_15, lambda n: {"main": 2 * n, "text": 2 * (n - 1), "encoder": 2 * n}),
+    Entry(
+        "HunyuanVideo-1.5",
+        hunyuan_video_15,
+        lambda n: {"main": 2 * n, "text": 2 * (n - 1), "encoder": 2 * n},
+        obstacle="transformer_hunyuan_video15.py:702 if is_t2v: branches on a tensor, all(image_embeds == 0)",
+    ),
     # self-attention + cross-attention + MLP
     Entry("Wan", wan, lambda n: {"main": 3 * n}),
     # self-attention + cross-attention + MLP
     Entry("LTX-Video", ltx_video, lambda n: {"main": 3 * n}),
-    # image attention + MLP, text attention + MLP; the last block has no text branches (context_pre_only)
+    # image attention + MLP, text attention + MLP; the last block has no text branches (context_pre_only); the attention
+    # goes row by row over the unpadded text (attention_processor.py:1068 nonzero), so its trace has unknown sizes
     Entry("Mochi", mochi, lambda n: {"main": 2 * n, "text": 2 * (n - 1)}),
     # linear self-attention + cross-attention + convolutional MLP
     Entry("Sana", sana, lambda n: {"main": 3 * n}),
@@ -566,10 +612,34 @@ ENTRIES = [
     # attention + MLP in every block: main on both, noise refiner on the image, context refiner on the text
     Entry("Z-Image", z_image, lambda n: {"main": 2 * n, "refiner": 2 * n, "encoder": 2 * n}, timestep="t", latent="x"),
     # as Z-Image
-    Entry("Lumina2", lumina2, lambda n: {"main": 2 * n, "refiner": 2 * n, "encoder": 2 * n}),
+    Entry(
+        "Lumina2",
+        lumina2,
+        lambda n: {"main": 2 * n, "refiner": 2 * n, "encoder": 2 * n},
+        obstacle="transformer_lumina2.py:519 len(set(seq_lengths)): lengths of the mask, symbolic, are unhashable",
+    ),
     # double: image attention + experts, text attention + MLP, all read by the singles; single: attention + experts
-    Entry("HiDream", hidream, lambda n: {"main": 2 * n + 2 * n, "text": 2 * n}, timestep="timesteps"),
+    Entry(
+        "HiDream",
+        hidream,
+        lambda n: {"main": 2 * n + 2 * n, "text": 2 * n},
+        timestep="timesteps",
+        obstacle="transformer_hidream_image.py:389 .numpy(): the number of tokens of each expert leaves torch",
+    ),
     # one stream of prompt, timestep and image: attention + MLP
-    Entry("OmniGen", omnigen, lambda n: {"main": 2 * n}),
+    Entry(
+        "OmniGen",
+        omnigen,
+        lambda n: {"main": 2 * n},
+        obstacle="transformer_omnigen.py:155 if seq_len > ...: branches on a tensor, the largest position",
+    ),
+    # the rest is in own_models.py: attention + MLP
+    Entry("plain DiT", plain_dit, lambda n: {"main": 2 * n}, timestep="t", latent="x"),
+    Entry("plain DiT by hand", plain_dit_by_hand, lambda n: {"main": 2 * n}, timestep="t", latent="x"),
+    # attention + MLP in n // 2 early, one middle and n // 2 late blocks; the long skip is a concat and a linear layer
+    Entry("U-ViT", u_vit, lambda n: {"main": 2 * (2 * (n // 2) + 1)}, timestep="timesteps", latent="x"),
+    # self-attention + cross-attention + MLP
+    Entry("audio DiT", audio_dit, lambda n: {"main": 3 * n}, timestep="t", latent="x"),
+    Entry("audio DiT prepended", audio_dit_prepended, lambda n: {"main": 3 * n}, timestep="t", latent="x"),
 ]
 ZOO = {entry.name: entry for entry in ENTRIES}
