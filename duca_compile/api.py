@@ -78,9 +78,9 @@ def changing_reads(model: nn.Module, captured: CapturedGraph, facts: Facts) -> f
     for name, read in reads.items():
         if "" in read.paths:
             raise CaptureError(
-                f"{type(model).__name__}.forward reads a value that depends on {name!r} at {read.source}. It changes from "
-                "step to step, so no graph can hold what follows from it. Compute it before the loop and pass it as an "
-                "argument, or move that line to a submodule, which then runs as it is, as one operator."
+                f"{type(model).__name__}.forward reads a value that depends on {name!r} at {read.source}. It changes "
+                "from step to step, so no graph can hold what follows from it. Compute it before the loop and pass it "
+                "as an argument, or move that line to a submodule, which then runs as it is, as one operator."
             )
     return frozenset[str]().union(*(read.paths for read in reads.values()))
 

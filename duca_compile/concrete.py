@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from duca_compile.graph import Read, module_path, source_line
 from duca_compile.opaque import CallSite, as_operators
 
+_GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 _READERS = {
     torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__bool__,
     torch.Tensor.__int__, torch.Tensor.__float__, torch.Tensor.__index__, torch.Tensor.__complex__, torch.equal,
@@ -78,7 +79,7 @@ class DataAsDetach(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+        if func == _GET_DATA:
             return args[0].detach()
         return func(*args, **(kwargs or {}))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -72,6 +72,36 @@ class CapturedGraph:
     opaque: tuple[CallSite, ...]  # submodules that run as one operator
 
 
+class TokenPlace(NamedTuple):
+    """Where a value holds the stream's tokens: from ``start`` on along ``axis``, which has ``length`` entries."""
+
+    axis: int
+    start: int
+    length: int
+
+
+class Role(Enum):
+    """What a residual stream carries."""
+
+    MAIN = "main"  # the latent, to the output; in single-stream blocks the text with it
+    TEXT = "text"  # other tokens, which meet the latent's in attention
+    REFINER = "refiner"  # the latent, before the other tokens join it
+    ENCODER = "encoder"  # what does not depend on the latent
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One residual stream: how many branches it has, over how many tokens, and whether they are cached.
+
+    A text stream is not, where nothing but cached attention reads it. Nor is an encoder's.
+    """
+
+    role: Role
+    branches: int
+    tokens: int
+    cached: bool
+
+
 @dataclass(frozen=True)
 class Branch:
     """One residual branch ``stream + gate * core``; ``core`` is what the caches hold.
@@ -83,6 +113,7 @@ class Branch:
     block: int
     path: str
     source: str
+    role: Role
     kind: str  # "self_attention", "cross_attention", "attention+mlp", "mlp" or "mixing"
     stream: str
     core: str
@@ -93,7 +124,7 @@ class Branch:
     dtype: torch.dtype
     flops: int
     attention: str | None  # the scaled_dot_product_attention whose keys hold the branch's tokens one for one
-    token_axes: Mapping[str, int] | None  # body node -> its token axis; None where tokens mix
+    token_places: Mapping[str, TokenPlace] | None  # body node -> where its tokens are; None where they mix
     mixing_reason: str | None
 
     @property
@@ -107,7 +138,7 @@ class Branch:
     @property
     def pointwise(self) -> bool:
         """Whether chosen tokens can be recomputed on their own."""
-        return self.token_axes is not None
+        return self.token_places is not None
 
     @property
     def tokens(self) -> int:
@@ -125,6 +156,7 @@ class Facts:
     latent: str
     timestep: str
     variance: Mapping[str, Variance]
+    streams: tuple[Stream, ...]
     branches: tuple[Branch, ...]
     stream_end: str
     flops: Mapping[str, int]

@@ -21,10 +21,10 @@ def analyze(captured: CapturedGraph, timestep: str | None = None) -> Facts:
     latents = {name for name, each in zip(captured.inputs, captured.lists, strict=True) if each == own_list}
     variance = variances(graph, latents, time)
     flops = node_flops(graph)
-    branches, stream_end = find_branches(graph, variance, flops)
+    branches, stream_end, streams = find_branches(graph, variance, flops)
     notes = tuple(
         f"{b.path or 'model'} ({b.kind}, {b.source}): computed or reused whole, since {b.mixing_reason}"
         for b in branches
         if b.kind == "mixing"
     )
-    return Facts(latent, time, variance, branches, stream_end, flops, notes, frozenset(latents | {time}))
+    return Facts(latent, time, variance, streams, branches, stream_end, flops, notes, frozenset(latents | {time}))

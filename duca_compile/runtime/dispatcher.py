@@ -190,8 +190,8 @@ class Dispatcher:
             return
         if state.selector is None:
             device = next(iter(results.values())).device
-            batch, tokens = self._selectable[0].shape[:2]
-            state.selector = TokenSelector(selection, len(self._selectable), batch, tokens, device)
+            shapes = [(b.shape[0], b.tokens) for b in self._selectable]
+            state.selector = TokenSelector(selection, shapes, device)
         computed = [b for b in self._selectable if variant.spec.actions[b.index] is Action.COMPUTE]
         sources = {b.index: self._facts.score_source(b) for b in computed}
         state.selector.refresh(
