@@ -17,6 +17,7 @@ from torch.fx.experimental import _config as shapes_config
 
 from duca_compile.errors import BackendError, UsageError, first_line
 from duca_compile.graph import Variant, VariantFunction
+from duca_compile.lock import COMPILING
 
 log = logging.getLogger("duca_compile")
 
@@ -58,7 +59,8 @@ class InductorBackend:
             return module.forward
         # The dispatcher calls a variant with the shapes it was captured for and with the model's own weights, so only
         # the guards on dynamic shapes can ever fail; checking hundreds of weights costs more than a skipped step.
-        compiled = torch.compile(module, fullgraph=True, options={"guard_filter_fn": _shape_guards})
+        # Not the module itself: nn.Module.__call__ is patched in all threads while one of them traces.
+        compiled = torch.compile(module.forward, fullgraph=True, options={"guard_filter_fn": _shape_guards})
         return _FirstCall(self, module, compiled, dynamic)
 
     def failed(self, error: Exception) -> None:
@@ -88,6 +90,10 @@ class _FirstCall:
         tensors = tuple(tensor.contiguous() for tensor in tensors)
         if self._ready:
             return tuple(self._compiled(*tensors))
+        with COMPILING:
+            return tuple(self._compiled(*tensors)) if self._ready else self._compile(tensors)
+
+    def _compile(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         for position in self._dynamic:
             torch._dynamo.decorators.mark_unbacked(tensors[position], 1)
         try:

@@ -28,8 +28,8 @@ asserted against numbers taken from each model's source by hand ([tests/zoo.py](
 - **branches**: residual additions `x + gate * f(x)`. *main* carries the latent to the output; *text* runs beside it and
   meets it in attention; *refiner* comes before the two join; *encoder* does not depend on the latent.
 - **traced with real values**: forward reads values of these arguments in Python (`.item()`, a mask's length), so the
-  graph holds for these values, and others are captured anew. **One operator**: submodules whose Python depends on values
-  that change from step to step run as they are.
+  graph holds for these values, and others are captured anew. **One operator**: submodules whose Python depends on
+  values that change from step to step run as they are.
 - **partial step**: what recomputes chosen tokens, and what is computed in full since its tokens mix in a way that is
   not attention. The rest comes from the cache.
 - **FLOPs**: of a partial step with half of the tokens, and of a skip step, each as a share of a full one. Tiny models
