@@ -65,14 +65,14 @@ def test_a_pipeline_with_an_optimized_model_passes_for_the_original(tmp_path: Pa
 
 
 def test_a_copied_pipeline_follows_its_own_scheduler() -> None:
-    pipe = make("Wan")
+    pipe = make("SD3")
     duca_compile.optimize(pipe, FORA(Interval(3, descending=True)), "eager")
-    expected = run(pipe, "Wan")
+    expected = run(pipe, "SD3")
     twin = copy.deepcopy(pipe)
-    assert torch.equal(run(twin, "Wan"), expected)
+    assert torch.equal(run(twin, "SD3"), expected)
     assert twin.transformer is not pipe.transformer
     assert twin.transformer.proj_out.weight is not pipe.transformer.proj_out.weight
-    run(pipe, "Wan", steps=5)
+    run(pipe, "SD3", steps=5)
     assert {len(kinds) for kinds in patterns(twin.transformer).values()} == {8}
 
 
