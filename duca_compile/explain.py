@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,18 @@ from torch import nn
 
 from duca_compile.api import OptimizedModel, analyze_call, check_model, resolve_policy
 from duca_compile.capture import Call, signature_of
-from duca_compile.graph import Branch, CapturedGraph, Facts, Variance
+from duca_compile.graph import Branch, CapturedGraph, Facts, Role, Variance
 from duca_compile.passes.hoist import frontier
 from duca_compile.passes.pipeline import build_variant
 from duca_compile.policies import Policy, Step, StepKind
 from duca_compile.runtime.planning import check_selection, plan_step
 
+_UNCACHED = {
+    Role.TEXT: "only attention reads it, and that is",
+    Role.ENCODER: "it does not depend on the latent",
+    Role.REFINER: "nothing reads it",
+    Role.MAIN: "nothing reads it",
+}
 KIND_STYLES = {StepKind.FULL: "red", StepKind.PARTIAL: "yellow", StepKind.REUSE: "cyan", StepKind.SKIP: "green"}
 
 
@@ -133,19 +139,28 @@ class Explanation:
         yield Text(f"{self.model}: {len(self.branches)} branches in {facts.blocks} blocks", style="bold")
         first = self.branches[0]
         yield f"latent: {facts.latent}; timestep: {facts.timestep}; stream: {_shape(first.shape)} {first.dtype}"
+        yield from self._streams()
+        yield from self._traced()
         yield f"{self.flops / 1e9:.3f} GFLOPs per step; caches hold {_size(self.cache_bytes)}"
         yield (
             f"loop-invariant: {len(self.hoisted)} values hoisted, {self.share(Variance.INVARIANT):.2%} of FLOPs; "
             f"timestep-only: {self.share(Variance.TIMESTEP):.2%}; latent-dependent: {self.share(Variance.LATENT):.2%}"
         )
-        table = Table("blocks", "path", "kind", "gate", "FLOPs", "cache", "pointwise along tokens")
+        table = Table("blocks", "path", "stream", "kind", "gate", "FLOPs", "cache", "pointwise along tokens")
         for group in _alike(self.branches):
             branch, last = group[0], group[-1]
             blocks = str(branch.block) if branch is last else f"{branch.block} to {last.block}"
             path = branch.path if branch is last else f"{branch.path} to {last.path}"
             flops = sum(b.flops for b in group) / self.flops
             size = sum(b.cache_bytes for b in group)
-            cells = (path or "-", branch.kind, "yes" if branch.gated else "no", f"{flops:.2%}", _size(size))
+            cells = (
+                path or "-",
+                branch.role.value,
+                branch.kind,
+                "yes" if branch.gated else "no",
+                f"{flops:.2%}",
+                _size(size),
+            )
             table.add_row(blocks, *cells, "yes" if branch.pointwise else f"no, {branch.mixing_reason}")
         yield table
         if self.not_understood:
@@ -153,6 +168,22 @@ class Explanation:
             yield Group(*(f"  {note}" for note in self.not_understood))
         else:
             yield "nothing was left that is not understood"
+
+    def _streams(self) -> Iterator[str]:
+        """One line for each role: how many branches, over how many tokens."""
+        for role in Role:
+            own = [stream for stream in self.facts.streams if stream.role is role]
+            if own:
+                tokens = " or ".join(map(str, sorted({stream.tokens for stream in own})))
+                cached = "" if any(stream.cached for stream in own) else f", not cached: {_UNCACHED[role]}"
+                yield f"{role.value} stream: {sum(stream.branches for stream in own)} branches, {tokens} tokens{cached}"
+
+    def _traced(self) -> Iterator[str]:
+        """What the trace took for given, and what it left alone."""
+        for name, read in self.captured.given.items():
+            yield f"captured for this value of {name}, which forward reads ({read.source}); others are captured anew"
+        for path in sorted({site.path for site in self.captured.opaque}):
+            yield f"{path} reads values that change from step to step: it runs as it is, as one operator"
 
     def __str__(self) -> str:
         return _rendered(self)
@@ -181,7 +212,7 @@ def _alike(branches: tuple[Branch, ...]) -> list[list[Branch]]:
     """Branches that differ only in their block, one group for each run of consecutive blocks."""
     groups: dict[Hashable, list[list[Branch]]] = {}
     for b in branches:
-        key = (b.kind, b.gated, b.shape, b.flops, b.mixing_reason)
+        key = (b.role, b.kind, b.gated, b.shape, b.flops, b.mixing_reason)
         runs = groups.setdefault(key, [])
         if runs and b.block - runs[-1][-1].block == 1:
             runs[-1].append(b)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, IntEnum
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from duca_compile.opaque import CallSite
 
 STREAM_END = "stream_end"
+_OURS = str(Path(__file__).parent)
 
 
 class Variance(IntEnum):
@@ -250,7 +252,7 @@ def module_path(node: fx.Node) -> str:
 def source_line(node: fx.Node) -> str:
     """``file:line`` of the Python statement the node came from, or "" where the trace does not say."""
     lines = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
-    files = [line for line in lines if line.startswith('File "')]
+    files = [line for line in lines if line.startswith('File "') and not line.startswith(f'File "{_OURS}')]
     if not files:
         return ""
     path, number = files[-1].split('"')[1], files[-1].split("line ")[1].split(",")[0]

@@ -18,6 +18,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
 from duca_compile.errors import CaptureError
+from duca_compile.lock import COMPILING
 
 _sites: WeakValueDictionary[int, CallSite] = WeakValueDictionary()
 _numbers = itertools.count()
@@ -28,7 +29,7 @@ class CallSite:
 
     def __init__(self, forward: Callable[..., Any], path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.number = next(_numbers)
-        self._forward, self._path = forward, path
+        self._forward, self.path = forward, path
         self._leaves, self._spec = tree_flatten((args, kwargs))
         self._places = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
         self.tensors = [self._leaves[i] for i in self._places]
@@ -40,6 +41,11 @@ class CallSite:
         _sites[self.number] = self
 
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Calls the module; not while another thread traces, since that swaps the module's weights for fakes."""
+        with COMPILING:
+            return self._run(tensors)
+
+    def _run(self, tensors: list[Tensor]) -> list[Tensor]:
         leaves = list(self._leaves)
         for place, tensor in zip(self._places, tensors, strict=True):
             leaves[place] = tensor
@@ -51,7 +57,7 @@ class CallSite:
             outputs, self.out_spec = tree_flatten(self._forward(*args, **kwargs))
         if not all(isinstance(output, Tensor) for output in outputs) or versions != [t._version for t in tensors]:
             raise CaptureError(
-                f"{self._path} reads values that change from step to step, and does not map tensors "
+                f"{self.path} reads values that change from step to step, and does not map tensors "
                 "to tensors without side effects, so it cannot stand for itself as one operator."
             )
         self.flops = int(counter.get_total_flops())

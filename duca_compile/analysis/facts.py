@@ -5,7 +5,7 @@ from __future__ import annotations
 from duca_compile.analysis.cost import node_flops
 from duca_compile.analysis.residual import find_branches
 from duca_compile.analysis.variance import latent_input, timestep_input, variances
-from duca_compile.graph import CapturedGraph, Facts
+from duca_compile.graph import Branch, CapturedGraph, Facts
 
 
 def analyze(captured: CapturedGraph, timestep: str | None = None) -> Facts:
@@ -22,9 +22,18 @@ def analyze(captured: CapturedGraph, timestep: str | None = None) -> Facts:
     variance = variances(graph, latents, time)
     flops = node_flops(graph)
     branches, stream_end, streams = find_branches(graph, variance, flops)
-    notes = tuple(
-        f"{b.path or 'model'} ({b.kind}, {b.source}): computed or reused whole, since {b.mixing_reason}"
-        for b in branches
-        if b.kind == "mixing"
+    return Facts(
+        latent, time, variance, streams, branches, stream_end, flops, _notes(branches), frozenset(latents | {time})
     )
-    return Facts(latent, time, variance, streams, branches, stream_end, flops, notes, frozenset(latents | {time}))
+
+
+def _notes(branches: tuple[Branch, ...]) -> tuple[str, ...]:
+    """What is not understood: one note for branches from the same source line, for the same reason."""
+    alike: dict[tuple[str, str | None], list[Branch]] = {}
+    for branch in branches:
+        if branch.kind == "mixing":
+            alike.setdefault((branch.source, branch.mixing_reason), []).append(branch)
+    return tuple(
+        f"{same[0].path or 'model'}{f' and {len(same) - 1} like it' if len(same) > 1 else ''} ({source}): {reason}"
+        for (source, reason), same in alike.items()
+    )

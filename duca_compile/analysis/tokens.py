@@ -16,6 +16,7 @@ from torch import fx
 
 from duca_compile.analysis.operators import argument
 from duca_compile.graph import TokenPlace, op_name, value_shape
+from duca_compile.opaque import opaque
 
 BATCH_AXIS, TOKEN_AXIS = 0, 1
 
@@ -70,6 +71,8 @@ def follow_tokens(stream: fx.Node, body: list[fx.Node], core: fx.Node) -> Places
 
 
 def _place_of(node: fx.Node, places: Places, tokens: int) -> TokenPlace:
+    if node.target is opaque:
+        raise Mixing(node, "a module that runs as it is, as one operator")
     if cuts_tokens(node, places):
         return _cut(node, places, tokens)
     if joins_tokens(node, places):
