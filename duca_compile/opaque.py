@@ -79,7 +79,8 @@ def _opaque(tensors: list[Tensor], site: int) -> list[Tensor]:
 @_opaque.register_fake
 def _(tensors: list[Tensor], site: int) -> list[Tensor]:
     device = tensors[0].device
-    return [torch.empty_like(like, device=device) for like in _sites[site].out_like]
+    likes = _sites[site].out_like
+    return [torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device) for like in likes]
 
 
 opaque = torch.ops.duca_compile.opaque.default
