@@ -3,6 +3,8 @@
 A body is pointwise along tokens where f(x[idx]) = f(x)[idx]: each output token depends on the same input token
 alone. The rules follow the token axis from the stream to the branch's output; the first operator that mixes
 tokens, or that has no rule, ends the walk with a reason.
+
+An axis of 0 says that batch and tokens are one dimension, the first: many a linear flattens them and restores them.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from duca_compile.analysis.operators import argument
 from duca_compile.graph import op_name, value_shape
 
 BATCH_AXIS, TOKEN_AXIS = 0, 1
+MERGED = 0
 
 RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten"}
 ELEMENTWISE = {
@@ -47,13 +50,14 @@ def follow_tokens(stream: fx.Node, body: list[fx.Node], core: fx.Node) -> Axes:
     if len(shape) != 3:
         raise Mixing(stream, f"the stream is not (batch, tokens, channels) but {shape}")
     axes: Axes = {stream.name: TOKEN_AXIS}
+    batch, tokens = shape[BATCH_AXIS], shape[TOKEN_AXIS]
     for node in body:
         axis = axes[node.name] = _axis_of(node, axes)
         own = value_shape(node)
-        if own is not None and own[BATCH_AXIS] != shape[BATCH_AXIS]:
+        if own is not None and own[BATCH_AXIS] != (batch * tokens if axis == MERGED else batch):
             raise Mixing(node, "the batch is not its first dimension")
-        if own is not None and own[axis] != shape[TOKEN_AXIS]:
-            raise Mixing(node, f"it has {own[axis]} entries where there are {shape[TOKEN_AXIS]} tokens")
+        if own is not None and axis != MERGED and own[axis] != tokens:
+            raise Mixing(node, f"it has {own[axis]} entries where there are {tokens} tokens")
     if axes[core.name] != TOKEN_AXIS:
         raise Mixing(core, "the branch does not end as (batch, tokens, channels)")
     return axes
@@ -73,7 +77,11 @@ def _elementwise(node: fx.Node, axes: Axes) -> int:
     places = {axes[n.name] + rank - _rank(n) for n in node.all_input_nodes if n.name in axes}
     if len(places) != 1:
         raise Mixing(node, "its operands hold tokens in different places")
-    return places.pop()
+    axis = places.pop()
+    others = [n for n in node.all_input_nodes if n.name not in axes]
+    if axis == MERGED and any(external_axis(n, rank, axis) is not None for n in others):
+        raise Mixing(node, "its second operand may differ by token")
+    return axis
 
 
 def external_axis(other: fx.Node, rank: int, axis: int) -> int | None:
@@ -187,9 +195,16 @@ def _squeeze(node: fx.Node, axes: Axes) -> int:
 
 
 def _reshape(node: fx.Node, axes: Axes) -> int:
-    """The token dimension survives where one output dimension has its size and the same product before it."""
+    """The token dimension survives where one output dimension has its size and the same product before it.
+
+    It may also become one with the batch, and be told from it again.
+    """
     source, axis = _first(node, axes)
     before, after = value_shape(source) or (), value_shape(node) or ()
+    if axis == TOKEN_AXIS and after[0] == prod(before[:2]):
+        return MERGED
+    if axis == MERGED and prod(after[:2]) == before[0] != after[0]:
+        return TOKEN_AXIS
     ahead = prod(before[:axis])
     for place, size in enumerate(after):
         if size == before[axis] and prod(after[:place]) == ahead:
@@ -229,6 +244,7 @@ _Rule = Callable[[fx.Node, Axes], int]
 _SPECIAL: dict[str, _Rule] = {
     "linear": _product,
     "matmul": _product,
+    "mm": _product,
     "layer_norm": _norm,
     "rms_norm": _norm,
     "softmax": _along_dim,
