@@ -1,6 +1,6 @@
 """duca_compile: a compiler for the denoising loop of Diffusion Transformers."""
 
-from duca_compile.api import OptimizedModel, optimize
+from duca_compile.api import OptimizedModel, optimize, restore
 from duca_compile.errors import (
     BackendError,
     CaptureError,
@@ -12,6 +12,7 @@ from duca_compile.errors import (
 )
 from duca_compile.explain import Explanation, explain
 from duca_compile.policies import FORA, DuCa, Interval, Linear, Policy, Selection, Uncached, published
+from duca_compile.runtime.session import Session
 
 __all__ = [
     "FORA",
@@ -27,10 +28,12 @@ __all__ = [
     "Policy",
     "PolicyError",
     "Selection",
+    "Session",
     "StructureError",
     "Uncached",
     "UsageError",
     "explain",
     "optimize",
     "published",
+    "restore",
 ]

@@ -1,28 +1,32 @@
-"""``optimize`` and ``explain``: the stages wired together."""
+"""``optimize`` and ``restore``: the stages wired together."""
 
 from __future__ import annotations
 
 import copy
 import functools
 import logging
-from collections import OrderedDict
 from collections.abc import Hashable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from itertools import count
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from duca_compile.analysis import analyze
 from duca_compile.backends import Backend, dynamic_positions, make_backend
 from duca_compile.capture import Call, capture, signature_of
 from duca_compile.errors import PolicyError, UsageError
 from duca_compile.graph import CapturedGraph, Facts, Variant, VariantFunction, VariantSpec
+from duca_compile.lock import COMPILING
 from duca_compile.passes.hoist import frontier, hoisted_input
 from duca_compile.passes.pipeline import build_prologue, build_variant, prepare
+from duca_compile.pipelines import PipelineSchedule, is_pipeline, set_component, transformers
 from duca_compile.policies import FORA, DuCa, Policy, Uncached
 from duca_compile.policies.checks import check_whole
 from duca_compile.runtime.dispatcher import Dispatcher, Prologue
-from duca_compile.runtime.request import Executed, Request
+from duca_compile.runtime.request import Executed
+from duca_compile.runtime.session import Requests, Session, current_pass, named_pass
 from duca_compile.verify import verified
 
 log = logging.getLogger("duca_compile")
@@ -38,12 +42,13 @@ class Compiled:
     def __init__(
         self, captured: CapturedGraph, facts: Facts, prologue: Prologue, policy: Policy, backend: Backend
     ) -> None:
-        self.captured, self.facts, self._backend = captured, facts, backend
-        self.dispatcher = Dispatcher(facts, captured.inputs, policy, self._build, prologue)
+        def build(spec: VariantSpec) -> tuple[Variant, VariantFunction]:
+            variant = build_variant(captured, facts, spec)
+            return variant, backend.compile(variant.module, dynamic_positions(variant))
 
-    def _build(self, spec: VariantSpec) -> tuple[Variant, VariantFunction]:
-        variant = build_variant(self.captured, self.facts, spec)
-        return variant, self._backend.compile(variant.module, dynamic_positions(variant))
+        self.captured, self.facts = captured, facts
+        self.dispatcher = Dispatcher(facts, captured.inputs, policy, build, prologue)
+        self.used = 0  # when it was last called, by the model's count of calls
 
 
 def _prologue(captured: CapturedGraph, facts: Facts) -> Prologue:
@@ -56,7 +61,7 @@ def _prologue(captured: CapturedGraph, facts: Facts) -> Prologue:
 def analyze_call(model: nn.Module, call: Call, timestep: str | None) -> tuple[CapturedGraph, Facts, Prologue]:
     """Captures one call of ``model`` and finds its structure; the token analysis is checked on the call's values."""
     devices = [tensor.device for tensor in call.tensors if tensor.device.type == "cuda"]
-    with torch.no_grad(), torch.random.fork_rng(devices):  # the caller's random numbers are not drawn here
+    with COMPILING, torch.no_grad(), torch.random.fork_rng(devices):  # the caller's random numbers are not drawn here
         captured = prepare(capture(model, call))
         facts = analyze(captured, timestep)
         prologue = _prologue(captured, facts)
@@ -64,28 +69,57 @@ def analyze_call(model: nn.Module, call: Call, timestep: str | None) -> tuple[Ca
         return captured, verified(captured, facts, values | prologue.compute(values)), prologue
 
 
-class OptimizedModel(nn.Module):
+class _Guise(type):
+    """Makes the type of an optimized model equal to its source's: diffusers' ``from_pipe`` compares types."""
+
+    source_type: type | None = None
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or (cls.source_type is not None and other is cls.source_type)
+
+    __hash__ = type.__hash__
+
+
+class OptimizedModel(nn.Module, metaclass=_Guise):
     """A drop-in for the model it was made from; see ``optimize``.
 
     It shares the source's parameter, buffer and submodule tables, so ``state_dict``, ``load_state_dict``, ``to`` and
-    the like act on the source's own weights. Everything else that is asked of it is answered by the source.
+    the like act on the source's own weights. Everything else that is asked of it is answered by the source, and
+    ``isinstance`` takes it for one of the source's class.
     """
 
+    source: nn.Module
+    policy: Policy
+    timestep_name: str | None
+    _backend: Backend
+    _requests: Requests
+    _compiled: dict[Hashable, Compiled]
+
+    def __new__(cls, model: nn.Module, *_: Any) -> OptimizedModel:
+        source = type(model)
+        names = {"source_type": source, "__module__": source.__module__}
+        return super().__new__(cast(type[OptimizedModel], _Guise(cls.__name__, (cls,), names)))
+
     def __init__(
-        self, model: nn.Module, policy: Policy, backend: Backend, total: int | None, timestep: str | None
+        self, model: nn.Module, policy: Policy, backend: Backend, requests: Requests, timestep: str | None
     ) -> None:
         super().__init__()
         self.__dict__.update({name: model.__dict__[name] for name in ("_parameters", "_buffers", "_modules")})
-        own = {"source": model, "policy": policy, "_backend": backend, "_total": total, "timestep_name": timestep}
+        own = {"source": model, "policy": policy, "_backend": backend, "_requests": requests, "timestep_name": timestep}
         self.__dict__.update(own)
         self.__dict__["_signature"] = signature_of(model)
-        self.__dict__["_compiled"] = OrderedDict[Hashable, Compiled]()
-        self.__dict__["_request"] = Request(policy, total)
+        self.__dict__["_compiled"] = dict[Hashable, Compiled]()
+        self.__dict__["_calls"] = count(1)
+        self.__dict__["_places"] = _first_place(model, "_parameters"), _first_place(model, "_buffers")
         self.training = model.training
         forward = functools.partial(self._call)
         functools.update_wrapper(forward, model.forward)
         forward.__signature__ = self._signature  # type: ignore[attr-defined]
         self.__dict__["forward"] = forward
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        return type(self.source)
 
     def __getattr__(self, name: str) -> Any:
         source = self.__dict__.get("source")
@@ -103,60 +137,85 @@ class OptimizedModel(nn.Module):
         call = Call.bind(self._signature, args, kwargs, self.timestep_name)
         key = (call.key, self._weights_key())
         compiled = self._compiled.get(key) or self._capture(call, key)
-        self._compiled.move_to_end(key)
+        compiled.used = next(self._calls)
+        named = current_pass(self)
         with torch.no_grad():
-            number = self._request.number
-            outputs = compiled.dispatcher(self._request, call.tensors)
-            if self._request.number != number:  # the other shapes' caches are of the request before
-                self._forget(keep=compiled)
+            name = None if named is None else named.name
+            outputs = compiled.dispatcher(self._requests.current(), call.tensors, name)
             return compiled.captured.output.rebuild(outputs)
-
-    def _forget(self, keep: Compiled | None = None) -> None:
-        for compiled in self._compiled.values():
-            if compiled is not keep:
-                compiled.dispatcher.forget()
 
     def _weights_key(self) -> Hashable:
         """Changes with ``to()``, which keeps parameters as objects but makes new buffers."""
-        first = next(self.source.parameters(), None)
-        kind = None if first is None else (first.dtype, first.device)
-        return kind, id(next(self.source.buffers(), None))
+        parameter, buffer = (None if place is None else place[0].get(place[1]) for place in self._places)
+        kind = None if parameter is None else (parameter.dtype, parameter.device)
+        return kind, None if buffer is None else id(buffer)
 
     def _capture(self, call: Call, key: Hashable) -> Compiled:
-        if self._compiled:
-            log.info("new shapes, types or options in the call: capturing %s anew", type(self.source).__name__)
-        compiled = Compiled(*analyze_call(self.source, call, self.timestep_name), self.policy, self._backend)
-        while len(self._compiled) >= MAX_CAPTURES:
-            self._compiled.popitem(last=False)
-            log.info("dropping the least recently used of %d captured shapes", MAX_CAPTURES)
-        self._compiled[key] = compiled
-        return compiled
+        with COMPILING:
+            if key in self._compiled:  # by another thread, while this one waited
+                return self._compiled[key]
+            if self._compiled:
+                log.info("new shapes, types or options in the call: capturing %s anew", type(self.source).__name__)
+            with self._source_context():
+                found = analyze_call(self.source, call, self.timestep_name)
+            compiled = Compiled(*found, self.policy, self._backend)
+            while len(self._compiled) >= MAX_CAPTURES:
+                del self._compiled[min(self._compiled, key=lambda each: self._compiled[each].used)]
+                log.info("dropping the least recently used of %d captured shapes", MAX_CAPTURES)
+            self._compiled[key] = compiled
+            return compiled
+
+    def _source_context(self) -> AbstractContextManager[None]:
+        """The source's own ``cache_context``: capturing is the only time that the source itself runs."""
+        named, own = current_pass(self), getattr(self.source, "cache_context", None)
+        if named is None or own is None:
+            return nullcontext()
+        return cast(AbstractContextManager[None], own(named.name, **named.options))
+
+    def cache_context(self, name: str, **options: Any) -> AbstractContextManager[None]:
+        """Calls inside, ``with model.cache_context("cond"):``, are of the pass called ``name``, with caches of its own.
+
+        As in diffusers, whose pipelines use it; ``options`` go to the source's own ``cache_context``.
+        """
+        return named_pass(self, name, options)
+
+    def session(self) -> Session:
+        """A request with caches of its own: one for each of several requests that run at once.
+
+        ``with model.session() as session:`` makes all calls of the model inside, a pipeline's included, belong to it.
+        """
+        return Session(self, self._requests)
 
     def reset(self) -> None:
-        """Forgets all cached features: the next call starts a new request."""
-        self._request.reset()
-        self._forget()
+        """Forgets all cached features of the current session: the next call starts a new request."""
+        self._requests.current().reset()
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes held by the caches of the running request."""
-        return sum(c.dispatcher.cache_bytes for c in self._compiled.values())
+        """Bytes held by the caches of the current session's request."""
+        return self._requests.current().cache_bytes
 
     @property
     def history(self) -> tuple[Executed, ...]:
-        """The calls of the running (or last) request as they ran."""
-        return tuple(self._request.history)
+        """The calls of the current session's running (or last) request as they ran."""
+        return tuple(self._requests.current().history)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
         """An optimized copy of the source, which captures anew."""
-        source = copy.deepcopy(self.source, memo)
-        return OptimizedModel(source, self.policy, self._backend, self._total, self.timestep_name)
+        source, requests = copy.deepcopy(self.source, memo), copy.deepcopy(self._requests, memo)
+        return OptimizedModel(source, self.policy, self._backend, requests, self.timestep_name)
+
+
+def _first_place(model: nn.Module, table: str) -> tuple[dict[str, Tensor | None], str] | None:
+    """Where the model's first parameter or buffer is kept: looking for it at every call would walk all modules."""
+    places = ((getattr(module, table), name) for module in model.modules() for name in getattr(module, table))
+    return next(((values, name) for values, name in places if values[name] is not None), None)
 
 
 def check_model(model: nn.Module) -> None:
     """Raises UsageError for anything but an nn.Module in eval mode."""
     if not isinstance(model, nn.Module):
-        raise UsageError(f"expected an nn.Module, not {type(model).__name__}; of a pipeline, pass its transformer")
+        raise UsageError(f"expected an nn.Module or a diffusers pipeline, not {type(model).__name__}")
     if model.training:
         raise UsageError(f"{type(model).__name__} is in training mode, where dropout is on; call .eval() first")
 
@@ -171,7 +230,7 @@ def resolve_policy(policy: str | Policy) -> Policy:
 
 
 def optimize(
-    model: nn.Module,
+    model: Any,
     policy: str | Policy = "duca",
     backend: str = "inductor",
     num_inference_steps: int | None = None,
@@ -181,30 +240,71 @@ def optimize(
 ) -> Any:
     """A drop-in for ``model`` that reuses features from step to step of a denoising loop.
 
-    The model is captured at the first call, from its real arguments, and never modified. Steps are told apart by
-    the timestep argument; a timestep that jumps back starts a new request, and so does ``reset()``.
+    The model is captured at the first call, from its real arguments, and never modified. Of a model, steps are told
+    apart by the timestep argument; a timestep that jumps back starts a new request, and so does ``reset()``. Of a
+    pipeline, the scheduler tells where a request starts and how many steps it has.
 
     Args:
-        model: a Diffusion Transformer in eval mode: any nn.Module that takes a latent and a timestep.
+        model: a Diffusion Transformer in eval mode, that is any nn.Module that takes a latent and a timestep; or a
+            diffusers pipeline, whose components named ``transformer...`` are replaced.
         policy: "duca", "fora", "uncached", or a Policy object such as ``DuCa(interval=5, fresh_ratio=0.1)``.
         backend: "inductor" (torch.compile) or "eager".
-        num_inference_steps: steps of a request; needed by schedules that depend on it.
+        num_inference_steps: steps of a request; needed by schedules that depend on it. Not for a pipeline.
         timestep: name of the timestep argument, where it cannot be told from the graph.
         strict: raise BackendError where the backend cannot compile, instead of falling back to eager with a warning.
 
     Returns:
         An ``OptimizedModel``: an nn.Module with the same call signature, outputs, config, dtype, device and
-        state_dict keys.
+        state_dict keys. For a pipeline, that same pipeline.
 
     Raises:
-        UsageError: ``model`` is not an nn.Module or is in training mode, or the backend is unknown.
+        UsageError: ``model`` is neither an nn.Module nor a pipeline with a transformer, is in training mode or
+            optimized already, or the backend is unknown.
         PolicyError: an unknown policy, or one that cannot plan without ``num_inference_steps``.
     """
-    check_model(model)
-    if isinstance(model, OptimizedModel):
-        raise UsageError("this model is optimized already; optimize its .source with the other policy")
+    chosen, engine = resolve_policy(policy), make_backend(backend, strict)
+    if is_pipeline(model):
+        return _optimize_pipeline(model, chosen, engine, num_inference_steps, timestep)
+    _check_plain(model)
     if num_inference_steps is not None:
         check_whole("num_inference_steps", num_inference_steps, least=1)
-    chosen = resolve_policy(policy)
     next(chosen.steps(num_inference_steps))  # a policy that cannot plan says so now, not at the first call
-    return OptimizedModel(model, chosen, make_backend(backend, strict), num_inference_steps, timestep)
+    return OptimizedModel(model, chosen, engine, Requests(chosen, num_inference_steps), timestep)
+
+
+def _optimize_pipeline(
+    pipe: Any, policy: Policy, backend: Backend, num_inference_steps: int | None, timestep: str | None
+) -> Any:
+    """Replaces the transformers of ``pipe``; they share their requests, since one loop calls them all."""
+    if num_inference_steps is not None:
+        raise UsageError("a pipeline's scheduler says how many steps a request has; leave num_inference_steps out")
+    found = transformers(pipe)
+    for model in found.values():
+        _check_plain(model)
+    requests = Requests(policy, None, PipelineSchedule(pipe))
+    for name, model in found.items():
+        set_component(pipe, name, OptimizedModel(model, policy, backend, requests, timestep))
+    return pipe
+
+
+def _check_plain(model: Any) -> None:
+    check_model(model)
+    if isinstance(model, OptimizedModel):
+        raise UsageError("this model is optimized already; duca_compile.restore it first")
+
+
+def restore(target: Any) -> Any:
+    """Undoes ``optimize``: puts a pipeline's original transformers back; of an optimized model, returns its source.
+
+    Raises:
+        UsageError: there is nothing optimized.
+    """
+    if isinstance(target, OptimizedModel):
+        return target.source
+    found = transformers(target) if is_pipeline(target) else {}
+    optimized = {name: model for name, model in found.items() if isinstance(model, OptimizedModel)}
+    if not optimized:
+        raise UsageError(f"this {type(target).__name__} is not optimized, so there is nothing to restore")
+    for name, model in optimized.items():
+        set_component(target, name, model.source)
+    return target

@@ -17,10 +17,13 @@ from torch.fx.experimental import _config as shapes_config
 
 from duca_compile.errors import BackendError, UsageError, first_line
 from duca_compile.graph import Variant, VariantFunction
+from duca_compile.lock import COMPILING
 
 log = logging.getLogger("duca_compile")
 
 BACKENDS = ("inductor", "eager")
+# Compiled code refuses to run while any thread traces: the flag it looks at is not a thread's own.
+_TRACING_ELSEWHERE = "using FX to symbolically trace a dynamo-optimized function"
 
 
 class Backend(Protocol):
@@ -87,7 +90,20 @@ class _FirstCall:
         # Inductor builds strides into its code, and a caller's latent or expanded timestep may come with any.
         tensors = tuple(tensor.contiguous() for tensor in tensors)
         if self._ready:
+            return self._run(tensors)
+        with COMPILING:
+            return self._run(tensors) if self._ready else self._compile(tensors)
+
+    def _run(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        try:
             return tuple(self._compiled(*tensors))
+        except RuntimeError as error:
+            if _TRACING_ELSEWHERE not in str(error):
+                raise
+        with COMPILING:  # until the thread that traces has done so
+            return tuple(self._compiled(*tensors))
+
+    def _compile(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         for position in self._dynamic:
             torch._dynamo.decorators.mark_unbacked(tensors[position], 1)
         try:

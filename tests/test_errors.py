@@ -59,14 +59,14 @@ def optimize(model: nn.Module, policy: object = None, **options: object) -> nn.M
 
 
 def test_not_a_module() -> None:
-    with pytest.raises(UsageError, match=r"expected an nn\.Module, not str; of a pipeline, pass its transformer"):
+    with pytest.raises(UsageError, match=r"expected an nn\.Module or a diffusers pipeline, not str"):
         duca_compile.optimize("model")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=r"expected an nn\.Module, not dict"):
+    with pytest.raises(UsageError, match=r"expected an nn\.Module or a diffusers pipeline, not dict"):
         duca_compile.explain({})  # type: ignore[arg-type]
 
 
 def test_optimized_already() -> None:
-    with pytest.raises(UsageError, match=r"optimized already; optimize its \.source"):
+    with pytest.raises(UsageError, match=r"optimized already; duca_compile\.restore it first"):
         optimize(optimize(TinyDiT()))
 
 

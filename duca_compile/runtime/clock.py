@@ -28,8 +28,12 @@ class StepClock:
     """
 
     def __init__(self, total: int | None) -> None:
-        self._total = total
+        self.expect(total)
         self.reset()
+
+    def expect(self, total: int | None, monotone: bool = True) -> None:
+        """Says how many steps a request has, and whether its timesteps keep one direction."""
+        self._total, self._monotone = total, monotone
 
     def reset(self) -> None:
         """The next call starts a new request."""
@@ -59,6 +63,8 @@ class StepClock:
     def _turns_back(self, first: _Seen, last: _Seen, now: _Seen) -> bool:
         if self._step == 0 or now.rewrites(last):  # no direction yet, or none to be had
             return self._total is not None and self._step + 1 >= self._total
+        if not self._monotone:
+            return False
         by_memory = now.shares_schedule(last) and last.shares_schedule(first)
         return _order(last, now, by_memory) != _order(first, last, by_memory)
 

@@ -4,54 +4,53 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from enum import IntEnum
 from operator import is_
 
 from torch import Tensor
 
-from duca_compile.graph import (
-    Action,
-    Branch,
-    Facts,
-    Variant,
-    VariantFunction,
-    VariantSpec,
-    cache_input,
-    tokens_input,
-)
+from duca_compile.graph import Action, Facts, Variant, VariantFunction, VariantSpec, cache_input, tokens_input
+from duca_compile.lock import COMPILING
 from duca_compile.policies.base import Policy, Step, StepKind
 from duca_compile.runtime.clock import version
 from duca_compile.runtime.planning import check_selection, plan_step
-from duca_compile.runtime.request import Executed, Request
+from duca_compile.runtime.request import CacheState, Executed, Request
 from duca_compile.runtime.selection import TokenSelector
 
 
-@dataclass
-class CacheState:
-    """What one pass of one request carries from step to step; dropped when the next request starts."""
+class Origin(IntEnum):
+    """Where an input of a variant comes from."""
 
-    caches: dict[str, Tensor] = field(default_factory=dict)  # placeholder name -> value
-    last_step: int = -1
-    hoisted: dict[str, Tensor] = field(default_factory=dict)
-    hoisted_from: tuple[Tensor, ...] = ()
-    hoisted_versions: tuple[int, ...] = ()
-    selector: TokenSelector | None = None
-
-    @property
-    def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.caches.values())
+    CALL = 0
+    HOISTED = 1
+    CACHE = 2
+    TOKENS = 3
 
 
 @dataclass
 class Program:
-    """A variant and what runs it, with the names that tie it to the state."""
+    """A variant and what runs it, with all that ties it to the state looked up once."""
 
     variant: Variant
     run: VariantFunction
-    reads: tuple[str, ...]  # the caches among the variant's inputs
+    inputs: tuple[tuple[Origin, str], ...]
+    reads: frozenset[str]  # the caches among the inputs
     writes: tuple[str | None, ...]  # per output beyond the model's own: the cache it goes to, None for scores
-    waiting: tuple[Branch, ...]  # branches whose tokens a partial step chooses from, or leaves to grow stale
+    waiting: tuple[int, ...]  # branches whose tokens a partial step chooses from, or leaves to grow stale
+    rows: tuple[int, ...]  # their positions in the selector
+    computed: Mapping[int, int | None]  # positions that are computed in full -> the output with their scores
     aliases: tuple[int, ...] | None = None  # the model's own outputs that share memory with the state or each other
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a policy's step comes to for one captured shape."""
+
+    step: Step
+    program: Program
+    counts: tuple[int, ...]  # tokens to recompute, for each of the program's waiting branches
+    flops: float
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,8 @@ class Prologue:
 class Dispatcher:
     """Chooses, runs and accounts for one variant per call of one captured shape.
 
-    ``build`` makes the program of a spec and is called once per spec.
+    It holds nothing of any request: any number of threads may call it, each with a request of its own. ``build``
+    makes the program of a spec and is called once per spec.
     """
 
     def __init__(
@@ -84,40 +84,29 @@ class Dispatcher:
         self._facts, self._inputs, self._policy = facts, inputs, policy
         self._build, self._prologue = build, prologue
         self._programs: dict[VariantSpec, Program] = {}
-        self._plans: dict[Step, tuple[Program, dict[int, int]]] = {}
+        self._plans: dict[Step, Plan] = {}
         self._selectable = [b for b in facts.branches if b.pointwise]
         self._position = {b.index: i for i, b in enumerate(self._selectable)}
-        self._request_number = 0
-        self._states: dict[int, CacheState] = {}
 
-    def forget(self) -> None:
-        """Drops every cache."""
-        self._states.clear()
+    def __call__(self, request: Request, tensors: tuple[Tensor, ...], name: str | None = None) -> tuple[Tensor, ...]:
+        """Runs one call as the next of ``request``, in the pass called ``name``.
 
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes that the caches hold."""
-        return sum(state.bytes for state in self._states.values())
-
-    def __call__(self, request: Request, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Runs one call as the next of ``request``; an error in it makes the next call start a new request."""
+        An error in it makes the next call start a new request.
+        """
         started = time.perf_counter()
         call = dict(zip(self._inputs, tensors, strict=True))
-        tick = request.tick(self._facts, call)
-        if request.number != self._request_number:
-            self._request_number = request.number
-            self.forget()
-        state = self._states.setdefault(tick.pass_index, CacheState())
         try:
+            tick = request.tick(self._facts, call, name)
+            state = request.state(self, (name, tick.pass_index))
             self._hoist(state, call)
-            step, program, counts = self._plan(request.step_at(tick.step), tick.step, state)
-            outputs = self._run(program, counts, step, state, call)
+            plan = self._plan(request.step_at(tick.step), tick.step, state)
+            outputs = self._run(plan, state, call)
         except BaseException:
             request.reset()
             raise
         state.last_step = tick.step
-        flops = program.variant.flops(counts)
-        request.history.append(Executed(tick.step, tick.pass_index, step.kind, flops, time.perf_counter() - started))
+        seconds = time.perf_counter() - started
+        request.history.append(Executed(tick.step, tick.pass_index, plan.step.kind, plan.flops, seconds, name))
         return outputs
 
     def _hoist(self, state: CacheState, call: Mapping[str, Tensor]) -> None:
@@ -130,48 +119,79 @@ class Dispatcher:
         state.hoisted = self._prologue.compute(call)
         state.hoisted_from, state.hoisted_versions = sources, versions
 
-    def _plan(self, step: Step, index: int, state: CacheState) -> tuple[Step, Program, dict[int, int]]:
-        """The program of ``step``, or of a full one for a pass that has just joined or has missed steps."""
-        program, counts = self._planned(step)
-        missed = index - state.last_step > 1
-        if program.reads and (missed or any(name not in state.caches for name in program.reads)):
-            step = Step(StepKind.FULL)
-            program, counts = self._planned(step)
-        return step, program, counts
+    def _plan(self, step: Step, index: int, state: CacheState) -> Plan:
+        """The plan of ``step``, or of a full one for a pass that has just joined or has missed steps."""
+        plan = self._planned(step)
+        reads = plan.program.reads
+        if reads and (index - state.last_step > 1 or not reads <= state.caches.keys()):
+            return self._planned(Step(StepKind.FULL))
+        return plan
 
-    def _planned(self, step: Step) -> tuple[Program, dict[int, int]]:
-        if step not in self._plans:
+    def _planned(self, step: Step) -> Plan:
+        plan = self._plans.get(step)
+        if plan is not None:
+            return plan
+        with COMPILING:
             spec, counts = plan_step(self._facts, self._policy, step)
-            self._plans[step] = self._program(spec), counts
-        return self._plans[step]
+            program = self._program(spec)
+            waiting = tuple(counts.get(index, 0) for index in program.waiting)
+            plan = self._plans[step] = Plan(step, program, waiting, program.variant.flops(counts))
+        return plan
 
     def _program(self, spec: VariantSpec) -> Program:
         if spec not in self._programs:
             variant, run = self._build(spec)
+            inputs = tuple((self._origin(name), name) for name in variant.inputs)
             extra = [name for name in variant.outputs if not name.startswith("output_")]
-            writes = tuple(None if name.startswith("score_") else cache_input(name) for name in extra)
-            waiting = tuple(b for b in self._selectable if spec.actions[b.index] is not Action.COMPUTE)
-            reads = tuple(name for name in variant.inputs if name.startswith(cache_input("")))
-            self._programs[spec] = Program(variant, run, reads, writes, waiting)
+            waiting = tuple(b.index for b in self._selectable if spec.actions[b.index] is not Action.COMPUTE)
+            self._programs[spec] = Program(
+                variant,
+                run,
+                inputs,
+                reads=frozenset(name for origin, name in inputs if origin is Origin.CACHE),
+                writes=tuple(None if name.startswith("score_") else cache_input(name) for name in extra),
+                waiting=waiting,
+                rows=tuple(self._position[index] for index in waiting),
+                computed=self._computed(variant),
+            )
         return self._programs[spec]
 
-    def _run(
-        self, program: Program, counts: dict[int, int], step: Step, state: CacheState, call: dict[str, Tensor]
-    ) -> tuple[Tensor, ...]:
-        variant = program.variant
-        values = call | state.hoisted | state.caches
-        if step.kind is StepKind.PARTIAL and state.selector is not None and program.waiting:
-            positions = [self._position[b.index] for b in program.waiting]
-            chosen = state.selector.select(positions, [counts.get(b.index, 0) for b in program.waiting], step.interval)
-            values |= {tokens_input(b.index): index for b, index in zip(program.waiting, chosen, strict=True)}
-        results = program.run(*[values[name] for name in variant.inputs])
+    def _origin(self, name: str) -> Origin:
+        if name in self._inputs:
+            return Origin.CALL
+        if name in self._prologue.outputs:
+            return Origin.HOISTED
+        return Origin.CACHE if name.startswith(cache_input("")) else Origin.TOKENS
+
+    def _computed(self, variant: Variant) -> dict[int, int | None]:
+        found: dict[int, int | None] = {}
+        for branch in self._selectable:
+            if variant.spec.actions[branch.index] is Action.COMPUTE:
+                source = self._facts.score_source(branch)
+                emitted = source is not None and source.score_slot in variant.outputs
+                slot = variant.outputs.index(source.score_slot) if source is not None and emitted else None
+                found[self._position[branch.index]] = slot
+        return found
+
+    def _run(self, plan: Plan, state: CacheState, call: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        program = plan.program
+        tables = (call, state.hoisted, state.caches, self._tokens(plan, state))
+        results = program.run(*[tables[origin][name] for origin, name in program.inputs])
         own = len(results) - len(program.writes)
         for name, value in zip(program.writes, results[own:], strict=True):
             if name is not None:
                 state.caches[name] = _compact(value)
-        if Action.COMPUTE in variant.spec.actions:
-            self._refresh(variant, dict(zip(variant.outputs, results, strict=True)), state)
+        if program.computed:
+            self._refresh(program.computed, results, state)
         return self._unaliased(program, results[:own], state)
+
+    def _tokens(self, plan: Plan, state: CacheState) -> dict[str, Tensor]:
+        """The tokens that each waiting branch recomputes, by the name of its input."""
+        program = plan.program
+        if plan.step.kind is not StepKind.PARTIAL or state.selector is None or not program.waiting:
+            return {}
+        chosen = state.selector.select(program.rows, plan.counts, plan.step.interval)
+        return {tokens_input(index): tokens for index, tokens in zip(program.waiting, chosen, strict=True)}
 
     def _unaliased(self, program: Program, outputs: tuple[Tensor, ...], state: CacheState) -> tuple[Tensor, ...]:
         """The outputs, copied where the caller's changing one in place would change the state or another output."""
@@ -183,20 +203,15 @@ class Dispatcher:
             return outputs
         return tuple(output.clone() if i in program.aliases else output for i, output in enumerate(outputs))
 
-    def _refresh(self, variant: Variant, results: Mapping[str, Tensor], state: CacheState) -> None:
+    def _refresh(self, computed: Mapping[int, int | None], results: tuple[Tensor, ...], state: CacheState) -> None:
         """Hands the scores of computed branches to the selector, and marks their tokens fresh."""
         selection = self._policy.selection
-        if selection is None or not self._selectable:
+        if selection is None:
             return
         if state.selector is None:
-            device = next(iter(results.values())).device
             batch, tokens = self._selectable[0].shape[:2]
-            state.selector = TokenSelector(selection, len(self._selectable), batch, tokens, device)
-        computed = [b for b in self._selectable if variant.spec.actions[b.index] is Action.COMPUTE]
-        sources = {b.index: self._facts.score_source(b) for b in computed}
-        state.selector.refresh(
-            {self._position[i]: results.get(source.score_slot) if source else None for i, source in sources.items()}
-        )
+            state.selector = TokenSelector(selection, len(self._selectable), batch, tokens, results[0].device)
+        state.selector.refresh({row: None if slot is None else results[slot] for row, slot in computed.items()})
 
 
 def _memory(tensor: Tensor) -> int:

@@ -1,10 +1,13 @@
-"""The state of one denoising loop that all captured shapes of a model share: its steps and what has run."""
+"""The state of one denoising loop: its steps, what has run, and the caches of all captured shapes."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -12,8 +15,11 @@ from torch import Tensor
 from duca_compile.graph import Facts
 from duca_compile.policies.base import Policy, Step, StepKind
 from duca_compile.runtime.clock import StepClock, Tick, version
+from duca_compile.runtime.selection import TokenSelector
 
 log = logging.getLogger("duca_compile")
+
+PassKey = tuple[str | None, int]  # the pass's name, and which call of that name at the step
 
 
 @dataclass(frozen=True)
@@ -25,51 +31,118 @@ class Executed:
     kind: StepKind
     flops: float
     seconds: float  # of host time; on an accelerator work may still be queued
+    pass_name: str | None = None
+
+
+@dataclass
+class CacheState:
+    """What one pass of one request carries from step to step; dropped when the next request starts."""
+
+    caches: dict[str, Tensor] = field(default_factory=dict)  # placeholder name -> value
+    last_step: int = -1
+    hoisted: dict[str, Tensor] = field(default_factory=dict)
+    hoisted_from: tuple[Tensor, ...] = ()
+    hoisted_versions: tuple[int, ...] = ()
+    selector: TokenSelector | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.caches.values())
+
+
+class Schedule(Protocol):
+    """Knows the timesteps of each run of the loop before it starts: a pipeline's scheduler."""
+
+    def run(self) -> object | None:
+        """The run that is on: another object for each run, None where it is not known."""
+
+    def timesteps(self, first: Tensor) -> Sequence[float]:
+        """The timesteps of this run, from the one whose first model call is given ``first``."""
 
 
 class Request:
-    """Which step a call is, and what the policy wants done at it.
+    """Which step a call is, what the policy wants done at it, and what its passes carry from step to step.
 
     One request may run through several captured shapes (another prompt length for the unconditional pass, guidance
-    switched off half way), so this is not theirs.
+    switched off half way) and through several models (the experts of one pipeline), so this is not theirs. States are
+    held by whoever runs them, weakly: those of a captured shape that is dropped go with it.
     """
 
-    def __init__(self, policy: Policy, total: int | None) -> None:
-        self._policy, self._total = policy, total
+    def __init__(self, policy: Policy, total: int | None, schedule: Schedule | None = None) -> None:
+        self._policy, self._given, self._schedule = policy, total, schedule
         self._clock = StepClock(total)
+        self._run: object | None = None  # held, so that its identity is not handed to the next run
         self._warned = False
-        self.number = 0  # counts requests, so that caches know whose they are
+        self._states = WeakKeyDictionary[object, dict[PassKey, CacheState]]()
         self.history: list[Executed] = []
-        self._start()
+        self._total = total
+        self._steps: list[Step] = []
+        self._coming: Iterator[Step] = iter(())
+        self._opening: dict[str, tuple[Tensor, int]] = {}
+        self._passes: dict[str | None, int] = {}
 
     def reset(self) -> None:
-        """The next call starts a new request."""
+        """Drops every cache; the next call starts a new request."""
         self._clock.reset()
+        self._states.clear()
 
-    def _start(self) -> None:
-        self.number += 1
-        self.history.clear()
-        self._steps: list[Step] = []
-        self._coming: Iterator[Step] = self._policy.steps(self._total)
-        self._opening: dict[str, tuple[Tensor, int]] = {}
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that the caches hold."""
+        return sum(state.bytes for states in [*self._states.values()] for state in [*states.values()])
 
-    def tick(self, facts: Facts, call: Mapping[str, Tensor]) -> Tick:
-        """The clock's verdict, but a first timestep that repeats is a further pass only if the latent does too.
+    def state(self, owner: object, key: PassKey) -> CacheState:
+        """What ``owner`` carries for one pass."""
+        states = self._states.get(owner)
+        if states is None:
+            states = self._states[owner] = {}
+        state = states.get(key)
+        if state is None:
+            state = states[key] = CacheState()
+        return state
 
-        Anything else at the first timestep is a new request from the same start: another latent, or the very same
-        call again.
+    def tick(self, facts: Facts, call: Mapping[str, Tensor], name: str | None = None) -> Tick:
+        """Where the call falls; ``pass_index`` counts the calls of the pass called ``name`` at the step.
+
+        A new run of the schedule is a new request. Where there is no schedule, the clock's verdict counts, but a first
+        timestep that repeats is a further pass only if the latent does too, or if the pass has a new name. Anything
+        else at the first timestep is a new request from the same start: another latent, or the very same call again.
         """
-        tick = self._clock.tick(call[facts.timestep])
-        if tick.step == 0 and tick.pass_index > 0 and not self._is_further_pass(facts, call):
+        timestep = call[facts.timestep]
+        run = None if self._schedule is None else self._schedule.run()
+        if run is not self._run:
+            self._run = run
             self._clock.reset()
-            tick = self._clock.tick(call[facts.timestep])
+        tick = self._clock.tick(timestep)
+        repeats = tick.step == 0 and tick.pass_index > 0 and run is None
+        if repeats and not self._is_further_pass(facts, call, name):
+            self._clock.reset()
+            tick = self._clock.tick(timestep)
         if tick.new_request:
-            self._start()
-        if tick.step == 0:
+            self._start(timestep)
+        if tick.pass_index == 0:
+            self._passes.clear()
+        if tick.step == 0 and run is None:
             self._opening = {name: (tensor, version(tensor)) for name, tensor in call.items()}
-        return tick
+        index = self._passes.get(name, 0)
+        self._passes[name] = index + 1
+        return Tick(tick.step, index, tick.new_request)
 
-    def _is_further_pass(self, facts: Facts, call: Mapping[str, Tensor]) -> bool:
+    def _start(self, timestep: Tensor) -> None:
+        self._states.clear()
+        self.history.clear()
+        self._opening.clear()
+        self._steps.clear()
+        self._total, monotone = self._given, True
+        if self._schedule is not None and self._run is not None:
+            times = [time for time, _ in groupby(self._schedule.timesteps(timestep))]
+            self._total, monotone = len(times), times in (sorted(times), sorted(times, reverse=True))
+        self._clock.expect(self._total, monotone)
+        self._coming = self._policy.steps(self._total)
+
+    def _is_further_pass(self, facts: Facts, call: Mapping[str, Tensor], name: str | None) -> bool:
+        if name is not None and name not in self._passes:
+            return True
         if facts.latent not in self._opening:
             return False
         same = {
@@ -94,7 +167,8 @@ class Request:
             self._warned = True
             log.warning(
                 "step %d is more than the %s planned steps; it and later ones are computed in full. Pass "
-                "optimize(..., num_inference_steps=N) with the number your scheduler runs.",
+                "optimize(..., num_inference_steps=N) with the number your scheduler runs, or optimize the pipeline "
+                "that runs.",
                 index + 1,
                 self._total,
             )

@@ -1,0 +1,83 @@
+"""Diffusers pipelines: which components are transformers, and what the scheduler says of the loop."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import Any
+
+from torch import Tensor, nn
+
+from duca_compile.errors import UsageError
+
+
+def is_pipeline(thing: object) -> bool:
+    """Whether ``thing`` is a ``DiffusionPipeline``. Does not import diffusers: without it there is none."""
+    module = sys.modules.get("diffusers.pipelines.pipeline_utils")
+    return module is not None and isinstance(thing, module.DiffusionPipeline)
+
+
+def transformers(pipe: Any) -> dict[str, nn.Module]:
+    """The components that run in the denoising loop: the modules whose name starts with ``transformer``.
+
+    Raises:
+        UsageError: there is none; lists what there is.
+    """
+    components = pipe.components
+    found = {n: c for n, c in components.items() if n.startswith("transformer") and isinstance(c, nn.Module)}
+    if not found:
+        listed = ", ".join(f"{n} ({type(c).__name__})" for n, c in components.items() if c is not None)
+        raise UsageError(f"{type(pipe).__name__} has no transformer to optimize; its components are {listed}")
+    return found
+
+
+def set_component(pipe: Any, name: str, module: nn.Module) -> None:
+    """Sets a component without a word to the pipeline's config, which goes on naming the original's class."""
+    object.__setattr__(pipe, name, module)
+
+
+class PipelineSchedule:
+    """What a pipeline's scheduler says of the run that is on.
+
+    Each call of a pipeline makes the scheduler's timesteps anew, so the tensor's identity is that of the run. The
+    scheduler is looked up each time, so that it may be swapped; the pipeline is held weakly, so that its other
+    components do not outlive it.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self._pipe = weakref.ref(pipe)
+        self._scheduler: Any = None
+        self._look_up()
+
+    def _look_up(self) -> Any:
+        pipe = self._pipe()
+        if pipe is not None:
+            self._scheduler = getattr(pipe, "scheduler", None)
+        return self._scheduler
+
+    def run(self) -> Tensor | None:
+        timesteps = getattr(self._look_up(), "timesteps", None)
+        return timesteps if isinstance(timesteps, Tensor) else None
+
+    def timesteps(self, first: Tensor) -> list[float]:
+        """The scheduler's timesteps, from where the pipeline starts in them: image to image starts in the middle."""
+        values = list(map(float, self._scheduler.timesteps.flatten().tolist()))
+        return values[self._start(values, first) :]
+
+    def _start(self, values: list[float], first: Tensor) -> int:
+        """As the pipeline told its scheduler; else where ``first`` is; else by the number of steps it announced."""
+        begin = getattr(self._scheduler, "begin_index", None)
+        if begin is not None:
+            return int(begin)
+        value = first.flatten()[0].item()
+        scale = getattr(self._scheduler.config, "num_train_timesteps", 1)  # some models take fractions of it
+        places = [values.index(each) for each in (value, value * scale) if each in values]
+        if places:
+            return min(places)
+        count = getattr(self._pipe(), "num_timesteps", None)
+        return len(values) - count if isinstance(count, int) and 0 < count <= len(values) else 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PipelineSchedule:
+        """Of the copy of the pipeline, where that is being copied; else of the same."""
+        pipe = self._pipe()
+        return self if pipe is None else PipelineSchedule(memo.get(id(pipe), pipe))

@@ -1,0 +1,119 @@
+"""Whose request a call belongs to: that of the session in use, else that of the thread."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar, Token
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from duca_compile.policies.base import Policy
+from duca_compile.runtime.request import Executed, Request, Schedule
+
+
+class Requests:
+    """Makes and finds the requests of one optimized model, or of the several that one pipeline holds.
+
+    A session has a request of its own, and so has each thread for the calls outside of any session.
+    """
+
+    def __init__(self, policy: Policy, total: int | None, schedule: Schedule | None = None) -> None:
+        self._policy, self._total, self._schedule = policy, total, schedule
+        self._local = threading.local()
+
+    def new(self) -> Request:
+        return Request(self._policy, self._total, self._schedule)
+
+    def current(self) -> Request:
+        for session in reversed(_SESSIONS.get()):
+            if session.requests is self:
+                return session.request
+        if not hasattr(self._local, "request"):
+            self._local.request = self.new()
+        request: Request = self._local.request
+        return request
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Requests:
+        return Requests(self._policy, self._total, copy.deepcopy(self._schedule, memo))
+
+
+class Session:
+    """A request with caches of its own, for one of several that share an optimized model.
+
+    It is called like the model. Inside ``with session:`` the model's own calls belong to it too, those of a pipeline
+    that holds the model included, in this thread or asyncio task; leaving drops its caches. A session serves one
+    thread at a time; any number of sessions may be in use.
+    """
+
+    def __init__(self, model: Callable[..., Any], requests: Requests) -> None:
+        self._model, self.requests, self.request = model, requests, requests.new()
+        self._tokens: list[Token[tuple[Session, ...]]] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        token = self._use()
+        try:
+            return self._model(*args, **kwargs)
+        finally:
+            _SESSIONS.reset(token)
+
+    def __enter__(self) -> Session:
+        self._tokens.append(self._use())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _SESSIONS.reset(self._tokens.pop())
+        self.reset()
+
+    def _use(self) -> Token[tuple[Session, ...]]:
+        return _SESSIONS.set((*_SESSIONS.get(), self))
+
+    def reset(self) -> None:
+        """Forgets all cached features: the next call starts a new request."""
+        self.request.reset()
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes held by the caches of the running request."""
+        return self.request.cache_bytes
+
+    @property
+    def history(self) -> tuple[Executed, ...]:
+        """The calls of the running (or last) request as they ran."""
+        return tuple(self.request.history)
+
+
+_SESSIONS: ContextVar[tuple[Session, ...]] = ContextVar("duca_compile_sessions", default=())
+
+
+@dataclass(frozen=True)
+class NamedPass:
+    """What the caller said of the passes of ``model`` that run now."""
+
+    model: object
+    name: str
+    options: Mapping[str, Any]
+
+
+_PASS: ContextVar[NamedPass | None] = ContextVar("duca_compile_pass", default=None)
+
+
+@contextmanager
+def named_pass(model: object, name: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """Calls of ``model`` inside are of the pass called ``name``."""
+    token = _PASS.set(NamedPass(model, name, options))
+    try:
+        yield
+    finally:
+        _PASS.reset(token)
+
+
+def current_pass(model: object) -> NamedPass | None:
+    """The innermost named pass, if it is one of ``model``."""
+    now = _PASS.get()
+    return now if now is not None and now.model is model else None
