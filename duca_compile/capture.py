@@ -164,7 +164,7 @@ def _where(error: Exception) -> str:
 def _lower(model: nn.Module, program: torch.export.ExportedProgram) -> CapturedGraph:
     """Turns lifted weights back into get_attr nodes on the model's live tensors."""
     signature = program.graph_signature
-    live = _live(model)
+    live = live_tensors(model)
     specs = {spec.arg.name: spec for spec in signature.input_specs}
     graph, mapping = fx.Graph(), dict[fx.Node, Any]()
     attributes: dict[str, Tensor] = {}
@@ -196,7 +196,7 @@ def _lower(model: nn.Module, program: torch.export.ExportedProgram) -> CapturedG
     return CapturedGraph(graph, attributes, tuple(inputs), OutputLayout(program.call_spec.out_spec, constants))
 
 
-def _live(model: nn.Module) -> dict[str, Tensor]:
+def live_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's own tensors by the names that a trace gives them."""
     live: dict[str, Tensor] = {}
     for path, tensor in chain(
