@@ -91,8 +91,8 @@ class Captures:
     """Keeps up to ``MAX_CAPTURES`` captures, each for one kind of call and one state of the model.
 
     ``capture`` makes one. What capturing itself changes on the model, such as tables made at first use, is no change:
-    the captures of before still hold. Where a change turns out to leave the graph as it was, nothing is compiled; an
-    attribute that forward itself changes and that leaves the graph as it was is no longer looked at.
+    the captures of before still hold. Where a change turns out to leave the graph as it was, nothing is compiled; a
+    number or the like that forward itself changes and that left the graph as it was is no longer looked at.
     """
 
     def __init__(self, model: nn.Module, capture: Callable[[Call], Compiled]) -> None:
@@ -179,9 +179,10 @@ class Captures:
         compiled.rebind(live_tensors(self._model))
         self._kept[key[0], now.structure] = compiled
         changed = set(key[1].differences(before.structure))
-        if changed <= self._own:
-            self._unread |= changed
-            self._restate(lambda structure: structure.without(changed))
+        unread = {name for name in changed if before.structure.is_plain(name)}
+        if changed <= self._own and unread:
+            self._unread |= unread
+            self._restate(lambda structure: structure.without(unread))
             self._look()
         return compiled
 
@@ -203,7 +204,7 @@ class Captures:
             if self._last:
                 log.info("new shapes, types or options in the call: capturing %s anew", name)
             return
-        (path, attribute), *more = last.differences(now)
+        (path, attribute), *more = sorted(last.differences(now), key=self._own.__contains__)
         changed = f"{path}.{attribute}".strip(".") + (f" and {len(more)} more" if more else "")
         log.info("changed weights, modules or attributes (%s): capturing %s anew", changed, name)
         self._changes += 1

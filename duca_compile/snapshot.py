@@ -51,6 +51,11 @@ class Structure:
         missing = object()
         return sorted(n for n in names if self._entries.get(n, missing) != other._entries.get(n, missing))
 
+    def is_plain(self, name: Name) -> bool:
+        """Whether what is called ``name`` is a number, a string or the like."""
+        entry = self._entries.get(name)
+        return isinstance(entry, tuple) and entry[0] in _PLAIN
+
     def without(self, names: Iterable[Name]) -> Structure:
         left_out = frozenset(names)
         return Structure({name: entry for name, entry in self._entries.items() if name not in left_out})
