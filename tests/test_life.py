@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
@@ -315,3 +316,129 @@ def test_each_kind_of_call_is_captured_once(log: Log) -> None:
             assert torch.equal(optimized(**arguments), model(**arguments))
     assert log("new shapes, types or options in the call") == len(calls) - 1
     assert log("dropping") == 0
+
+
+def flux() -> tuple[nn.Module, dict[str, Any]]:
+    model = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(4, 4, 8),
+    )
+    places = torch.arange(16)
+    return model, {
+        "encoder_hidden_states": torch.randn(ROWS, 7, 32),
+        "pooled_projections": torch.randn(ROWS, 32),
+        "img_ids": torch.stack([torch.zeros(16), places // 4, places % 4], dim=1),
+        "txt_ids": torch.zeros(7, 3),
+        "hidden_states": torch.randn(ROWS, 16, 4),
+    }
+
+
+def wan() -> tuple[nn.Module, dict[str, Any]]:
+    model = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=256,
+        ffn_dim=32,
+        num_layers=2,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=32,
+    )
+    return model, {
+        "encoder_hidden_states": torch.randn(ROWS, 7, 16),
+        "hidden_states": torch.randn(ROWS, 4, 1, 8, 8),
+    }
+
+
+def sampled(model: nn.Module, arguments: dict[str, Any]) -> list[Tensor]:
+    """The results of two steps of a request."""
+    return [model(timestep=torch.full((ROWS,), time), **arguments)[0] for time in (0.9, 0.8)]
+
+
+class Watch:
+    """Compares an optimized model with its source, and with what it gave the last time."""
+
+    def __init__(self, build: Callable[[], tuple[nn.Module, dict[str, Any]]]) -> None:
+        torch.manual_seed(0)
+        self.model, self.arguments = build()
+        self.model.eval()
+        self.optimized = duca_compile.optimize(self.model, Uncached(), "eager")
+        self.last = self.run()
+
+    def run(self, **more: Any) -> list[Tensor]:
+        found, expected = (sampled(model, self.arguments | more) for model in (self.optimized, self.model))
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        return found
+
+    def changed(self, **more: Any) -> bool:
+        """Whether a request, which must give what the source gives, gives something new."""
+        before, self.last = self.last, self.run(**more)
+        return not torch.equal(self.last[0], before[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("build", "options"), [(flux, "joint_attention_kwargs"), (wan, "attention_kwargs")], ids=["FLUX", "Wan"]
+)
+def test_adapters_take_effect(build: Callable[[], tuple[nn.Module, dict[str, Any]]], options: str, log: Log) -> None:
+    peft = pytest.importorskip("peft")
+    watch = Watch(build)
+    model, plain = watch.optimized, watch.last
+    config = peft.LoraConfig(r=2, lora_alpha=3, init_lora_weights=False, target_modules=["to_q", "to_v"])
+    model.add_adapter(config, "one")
+    assert watch.changed()
+    assert watch.changed(**{options: {"scale": 0.5}})
+    assert watch.changed()
+    model.set_adapters("one", 0.3)
+    assert watch.changed()
+    model.add_adapter(config, "two")
+    assert watch.changed()
+    model.set_adapters(["one", "two"], [0.3, 0.7])
+    assert watch.changed()
+    log.captures()
+    model.disable_lora()
+    assert watch.changed()
+    assert torch.equal(watch.last[0], plain[0])
+    model.enable_lora()
+    assert watch.changed()
+    assert log.captures() == 1  # both adapters again: as captured before
+    model.delete_adapters("two")
+    assert watch.changed()
+    model.fuse_lora()
+    watch.changed()
+    model.unfuse_lora()
+    watch.changed()
+    model.unload_lora()
+    assert watch.changed()
+    assert torch.allclose(watch.last[0], plain[0], atol=1e-5)  # fusing and back rounds
+
+
+@torch.no_grad()
+def test_an_attention_processor_takes_effect() -> None:
+    watch = Watch(wan)
+
+    class Louder:
+        def __init__(self, inner: Any, gain: float) -> None:
+            self.inner, self.gain = inner, gain
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+            return self.inner(*args, **kwargs) * self.gain
+
+    original = watch.model.attn_processors
+    watch.optimized.set_attn_processor({name: Louder(inner, 2.0) for name, inner in original.items()})
+    assert watch.changed()
+    watch.model.blocks[0].attn1.processor.gain = 3.0
+    assert watch.changed()
+    watch.optimized.set_attn_processor(original)
+    assert watch.changed()
