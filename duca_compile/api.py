@@ -89,9 +89,9 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
         self.__dict__["_signature"] = signature_of(model)
         self.__dict__["_compiled"] = Captures(model, self._capture)
         self.training = model.training
-        forward = functools.partial(self._call)
+        forward = torch.compiler.disable(functools.partial(self._call))  # type: ignore[no-untyped-call]
         functools.update_wrapper(forward, model.forward)
-        forward.__signature__ = self._signature  # type: ignore[attr-defined]
+        forward.__signature__ = self._signature
         self.__dict__["forward"] = forward
 
     @property  # type: ignore[misc]

@@ -108,6 +108,9 @@ class Captures:
     def values(self) -> Collection[Compiled]:
         return self._kept.values()
 
+    def __len__(self) -> int:
+        return len(self._kept)
+
     def find(self, call: Call) -> Compiled:
         """The capture for ``call``, by what was last seen of the model and by its weights of now.
 

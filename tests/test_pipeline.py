@@ -1,55 +1,125 @@
-"""An optimized transformer inside a real diffusers pipeline."""
+"""Real diffusers pipelines: optimized, run and restored as a whole."""
 
-import numpy as np
+import copy
+import gc
+from pathlib import Path
+
+import diffusers
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
 import duca_compile
-from duca_compile import DuCa, Uncached
+from duca_compile import FORA, DuCa, Interval, OptimizedModel, Uncached, UsageError
+from tests.pipelines import CASES, make, patterns, run
 
 
-@pytest.fixture
-def pipe() -> DiTPipeline:
-    torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=8,
-        num_layers=3,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=1000,
-        norm_eps=1e-6,
-    )
-    vae = AutoencoderKL(block_out_channels=(32,), latent_channels=4, norm_num_groups=8)
-    built = DiTPipeline(transformer=transformer.eval(), vae=vae.eval(), scheduler=DDIMScheduler())
-    built.set_progress_bar_config(disable=True)
-    return built
+@pytest.mark.parametrize("name", CASES)
+def test_a_pipeline_is_optimized_run_and_restored(name: str) -> None:
+    pipe = make(name)
+    original, config = pipe.transformer, dict(pipe.config)
+    expected = run(pipe, name)
+
+    assert duca_compile.optimize(pipe, Uncached(), "eager") is pipe
+    assert isinstance(pipe.transformer, OptimizedModel)
+    assert torch.equal(run(pipe, name), expected)
+    assert duca_compile.restore(pipe) is pipe
+    assert pipe.transformer is original
+
+    duca_compile.optimize(pipe, DuCa(interval=4), "eager")
+    first = run(pipe, name)
+    assert patterns(pipe.transformer) == dict.fromkeys(CASES[name].passes, "fpspfpsp")
+    assert not torch.equal(first, expected)
+    assert torch.equal(run(pipe, name), first)
+    assert dict(pipe.config) == config
+    duca_compile.restore(pipe)
+    assert pipe.transformer is original
+    assert torch.equal(run(pipe, name), expected)
 
 
-def images(pipe: DiTPipeline, guidance: float = 4.0) -> np.ndarray:
-    generator = torch.Generator().manual_seed(0)
-    return pipe([1, 2], guidance_scale=guidance, num_inference_steps=8, generator=generator, output_type="np").images
+def test_a_pipeline_with_an_optimized_model_passes_for_the_original(tmp_path: Path) -> None:
+    pipe = make("SD3")
+    original = pipe.transformer
+    duca_compile.optimize(pipe, DuCa(interval=4), "eager")
+    optimized = pipe.transformer
+    assert isinstance(optimized, diffusers.SD3Transformer2DModel)
+    assert isinstance(optimized, OptimizedModel)
+    assert not isinstance(optimized, diffusers.FluxTransformer2DModel)
+    assert pipe.components["transformer"] is optimized
+    expected = run(pipe, "SD3")
+    for other in (
+        diffusers.StableDiffusion3Pipeline(**pipe.components),
+        diffusers.StableDiffusion3Pipeline.from_pipe(pipe),
+        diffusers.AutoPipelineForText2Image.from_pipe(pipe),
+    ):
+        assert other.transformer is optimized
+        assert other.config["transformer"] == ("diffusers", "SD3Transformer2DModel")
+        assert torch.equal(run(other.to(torch.float32), "SD3"), expected)
+    pipe.save_pretrained(tmp_path)
+    loaded = diffusers.SD3Transformer2DModel.from_pretrained(tmp_path / "transformer")
+    assert loaded.config["num_layers"] == original.config["num_layers"]
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), original.parameters(), strict=True))
+    pipe.to(torch.float64)
+    assert next(original.parameters()).dtype == torch.float64
+    pipe.to(torch.float32)
+    assert torch.equal(run(pipe, "SD3"), expected)
 
 
-def test_the_transformer_of_a_pipeline_is_replaced_and_put_back(pipe: DiTPipeline) -> None:
-    expected = images(pipe)
-    optimized = duca_compile.optimize(pipe.transformer, Uncached(), "eager")
-    pipe.transformer = optimized
-    assert np.array_equal(images(pipe), expected)
-    pipe.transformer = optimized.source
-    assert np.array_equal(images(pipe), expected)
+def test_a_copied_pipeline_follows_its_own_scheduler() -> None:
+    pipe = make("Wan")
+    duca_compile.optimize(pipe, FORA(Interval(3, descending=True)), "eager")
+    expected = run(pipe, "Wan")
+    twin = copy.deepcopy(pipe)
+    assert torch.equal(run(twin, "Wan"), expected)
+    assert twin.transformer is not pipe.transformer
+    assert twin.transformer.proj_out.weight is not pipe.transformer.proj_out.weight
+    run(pipe, "Wan", steps=5)
+    assert {len(kinds) for kinds in patterns(twin.transformer).values()} == {8}
 
 
-def test_each_call_of_a_pipeline_is_a_request(pipe: DiTPipeline) -> None:
-    expected = images(pipe)
-    optimized = duca_compile.optimize(pipe.transformer, DuCa(interval=3), "eager")
-    pipe.transformer = optimized
-    first = images(pipe)
-    assert "".join(e.kind.value[0] for e in optimized.history) == "fpsfpsfp"
-    assert not np.array_equal(first, expected)
-    without_guidance = images(pipe, guidance=1.0)  # half the batch: captured anew
-    assert np.isfinite(without_guidance).all()
-    assert np.array_equal(images(pipe), first)
+def test_two_pipelines_share_a_model_and_one_is_restored() -> None:
+    pipe = make("SD3")
+    plain = run(pipe, "SD3")
+    duca_compile.optimize(pipe, DuCa(interval=4), "eager")
+    other = diffusers.StableDiffusion3Pipeline(**pipe.components)
+    cached = run(other, "SD3")
+    original = duca_compile.restore(pipe).transformer
+    assert torch.equal(run(pipe, "SD3"), plain)
+    assert torch.equal(run(other, "SD3"), cached)
+    assert other.transformer.source is original
+    del pipe  # the other goes on with the scheduler that both had
+    gc.collect()
+    assert torch.equal(run(other, "SD3"), cached)
+    assert patterns(other.transformer) == {(None, 0): "fpspfpsp"}
+
+
+def test_a_model_alone_in_a_pipeline_still_works() -> None:
+    pipe = make("DiT")
+    expected = run(pipe, "DiT")
+    pipe.transformer = duca_compile.optimize(pipe.transformer, Uncached(), "eager")
+    assert torch.equal(run(pipe, "DiT"), expected)
+    pipe.transformer = duca_compile.restore(pipe.transformer)
+    assert torch.equal(run(pipe, "DiT"), expected)
+
+
+def test_what_cannot_be_optimized_or_restored() -> None:
+    pipe = make("DiT")
+    with pytest.raises(UsageError, match=r"this DiTPipeline is not optimized, so there is nothing to restore"):
+        duca_compile.restore(pipe)
+    with pytest.raises(UsageError, match=r"this DiTTransformer2DModel is not optimized"):
+        duca_compile.restore(pipe.transformer)
+    with pytest.raises(UsageError, match="scheduler says how many steps a request has; leave num_inference_steps out"):
+        duca_compile.optimize(pipe, num_inference_steps=8)
+    duca_compile.optimize(pipe, backend="eager")
+    with pytest.raises(UsageError, match=r"optimized already; duca_compile\.restore it first"):
+        duca_compile.optimize(pipe)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    unet = diffusers.UNet2DModel(sample_size=8, block_out_channels=(32,), **blocks)
+    without = diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.DDPMScheduler())
+    with pytest.raises(
+        UsageError, match=r"DDPMPipeline has no transformer.*components are .*scheduler \(DDPMScheduler\)"
+    ):
+        duca_compile.optimize(without)
+    pipe = duca_compile.restore(pipe)
+    pipe.transformer.train()
+    with pytest.raises(UsageError, match=r"DiTTransformer2DModel is in training mode"):
+        duca_compile.optimize(pipe)
