@@ -26,6 +26,30 @@ RESTLESS = 3  # requests in a row that find the model changed, after which a war
 REMEMBERED = 16  # kinds of call whose last capture is remembered, so that the log can say what has changed
 
 
+class _Variants:
+    """Builds the variants of one captured graph, and keeps the weights in all of them those of the model."""
+
+    def __init__(self, captured: CapturedGraph, facts: Facts, prologue: Prologue, backend: Backend) -> None:
+        self.captured, self._facts, self._backend = captured, facts, backend
+        self._modules = [prologue.module]
+
+    def build(self, spec: VariantSpec) -> tuple[Variant, VariantFunction]:
+        variant = build_variant(self.captured, self._facts, spec)
+        self._modules.append(variant.module)
+        return variant, self._backend.compile(variant.module, dynamic_positions(variant))
+
+    def rebind(self, live: Mapping[str, Tensor]) -> None:
+        held = self.captured.attributes
+        changed = {name: live[name] for name in held if name in live and live[name] is not held[name]}
+        if not changed:
+            return
+        self.captured = replace(self.captured, attributes={**held, **changed})
+        for module in self._modules:
+            for name in {str(n.target) for n in module.graph.nodes if n.op == "get_attr"} & changed.keys():
+                prefix, _, leaf = name.rpartition(".")
+                setattr(module.get_submodule(prefix), leaf, changed[name])
+
+
 class Compiled:
     """One captured call: its graph, its facts, and the dispatcher that runs its variants."""
 
@@ -38,16 +62,15 @@ class Compiled:
         backend: Backend,
         weights: Collection[str],
     ) -> None:
-        def build(spec: VariantSpec) -> tuple[Variant, VariantFunction]:
-            variant = build_variant(self.captured, facts, spec)
-            self._modules.append(variant.module)
-            return variant, backend.compile(variant.module, dynamic_positions(variant))
-
-        self.captured, self.facts = captured, facts
-        self._modules = [prologue.module]
+        self.facts = facts
+        self._variants = _Variants(captured, facts, prologue, backend)
         self._weights = captured.attributes.keys() & weights  # the others are constants of the graph
-        self.dispatcher = Dispatcher(facts, captured.inputs, policy, build, prologue)
+        self.dispatcher = Dispatcher(facts, captured.inputs, policy, self._variants.build, prologue)
         self.used = 0  # when it was last called, by the model's count of calls
+
+    @property
+    def captured(self) -> CapturedGraph:
+        return self._variants.captured
 
     def named(self, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """The tensors of a call by their names in the graph."""
@@ -55,15 +78,7 @@ class Compiled:
 
     def rebind(self, live: Mapping[str, Tensor]) -> None:
         """Puts the model's tensors of now in the place of those it was captured with, which are of the same kinds."""
-        held = self.captured.attributes
-        changed = {name: live[name] for name in held if name in live and live[name] is not held[name]}
-        if not changed:
-            return
-        self.captured = replace(self.captured, attributes={**held, **changed})
-        for module in self._modules:
-            for name in {str(n.target) for n in module.graph.nodes if n.op == "get_attr"} & changed.keys():
-                prefix, _, leaf = name.rpartition(".")
-                setattr(module.get_submodule(prefix), leaf, changed[name])
+        self._variants.rebind(live)
 
     def holds_others(self, known: Collection[int]) -> bool:
         """Whether it holds weights that are not among those whose identities are ``known``."""
