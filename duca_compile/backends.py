@@ -22,8 +22,6 @@ from duca_compile.lock import COMPILING
 log = logging.getLogger("duca_compile")
 
 BACKENDS = ("inductor", "eager")
-# Compiled code refuses to run while any thread traces: the flag it looks at is not a thread's own.
-_TRACING_ELSEWHERE = "using FX to symbolically trace a dynamo-optimized function"
 
 
 class Backend(Protocol):
@@ -61,7 +59,8 @@ class InductorBackend:
             return module.forward
         # The dispatcher calls a variant with the shapes it was captured for and with the model's own weights, so only
         # the guards on dynamic shapes can ever fail; checking hundreds of weights costs more than a skipped step.
-        compiled = torch.compile(module, fullgraph=True, options={"guard_filter_fn": _shape_guards})
+        # Not the module itself: nn.Module.__call__ is patched in all threads while one of them traces.
+        compiled = torch.compile(module.forward, fullgraph=True, options={"guard_filter_fn": _shape_guards})
         return _FirstCall(self, module, compiled, dynamic)
 
     def failed(self, error: Exception) -> None:
@@ -90,18 +89,9 @@ class _FirstCall:
         # Inductor builds strides into its code, and a caller's latent or expanded timestep may come with any.
         tensors = tuple(tensor.contiguous() for tensor in tensors)
         if self._ready:
-            return self._run(tensors)
+            return tuple(self._compiled(*tensors))
         with COMPILING:
-            return self._run(tensors) if self._ready else self._compile(tensors)
-
-    def _run(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        try:
-            return tuple(self._compiled(*tensors))
-        except RuntimeError as error:
-            if _TRACING_ELSEWHERE not in str(error):
-                raise
-        with COMPILING:  # until the thread that traces has done so
-            return tuple(self._compiled(*tensors))
+            return tuple(self._compiled(*tensors)) if self._ready else self._compile(tensors)
 
     def _compile(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         for position in self._dynamic:

@@ -315,6 +315,15 @@ def test_a_timestep_given_as_a_number_is_one_graph_for_all_steps() -> None:
     assert torch.equal(outputs[3], model(torch.ones(1, 4, 8), 0.9 - 0.1 * 3))
 
 
+@torch.no_grad()
+def test_torch_compile_around_it_changes_nothing(model: nn.Module) -> None:
+    policy = DuCa(interval=3)
+    expected = loop(duca_compile.optimize(model, policy, "eager"), steps=4)
+    optimized = duca_compile.optimize(model, policy, "eager")
+    assert same(loop(torch.compile(optimized), steps=4), expected)
+    assert kinds(optimized) == "fpsf"
+
+
 def test_deepcopy_of_the_source_is_independent(model: nn.Module) -> None:
     twin = copy.deepcopy(model)
     optimized = duca_compile.optimize(model, "duca", "eager")
