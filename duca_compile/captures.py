@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import replace
 from itertools import count
@@ -119,6 +120,7 @@ class Captures:
         self._unread: frozenset[Name] = frozenset()  # those of them that make no difference
         self._changes = 0  # captures in a row that a change of the model asked for
         self._calls = count(1)
+        self._lock = threading.RLock()  # taken before COMPILING, never after
 
     def values(self) -> Collection[Compiled]:
         return self._kept.values()
@@ -137,7 +139,7 @@ class Captures:
 
     def find_anew(self, call: Call) -> Compiled:
         """The same, after a look at the whole model: for the start of a request."""
-        with COMPILING:
+        with self._lock:
             now = self._look()
             compiled = self._kept.get((call.key, now.structure))
             if compiled is not None:
@@ -151,6 +153,9 @@ class Captures:
     def _look(self) -> Snapshot:
         """The model as it is now; its new tensors take the places of the old ones in the captures that still hold."""
         seen = take(self._model, self._unread)
+        if seen.weights.traced():
+            with COMPILING:
+                seen = take(self._model, self._unread)
         known = (structure for _, structure in self._kept if structure == seen.structure)
         now = replace(seen, structure=next(known, seen.structure))
         before, self._now = self._now, now

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from duca_compile.capture import inner_tensors
 
@@ -71,9 +73,16 @@ class Weights:
     kinds: tuple[list[Any], list[Any]]
 
     def kept(self) -> bool:
-        """Whether each is still the same object of the same type and device in the same place."""
-        now = list(map(dict.get, self.tables, self.names))
-        return all(map(is_, now, self.tensors)) and self.kinds == _kinds(self.tensors)
+        """Whether each is still the same object of the same type and device in the same place.
+
+        So it counts while another thread traces the model: then the weights are away, and will be back.
+        """
+        now = tuple(map(dict.get, self.tables, self.names))
+        return (all(map(is_, now, self.tensors)) and self.kinds == _kinds(self.tensors)) or _traced(now)
+
+    def traced(self) -> bool:
+        """Whether these are the fakes that torch.export puts in the place of a model's weights while it traces."""
+        return _traced(self.tensors)
 
     def same(self, other: Weights) -> bool:
         """Whether both hold the same objects."""
@@ -96,6 +105,10 @@ def take(model: nn.Module, without: frozenset[Name] = frozenset()) -> Snapshot:
     tables, names, tensors = zip(*walk.places, strict=True) if walk.places else ((), (), ())
     entries = {name: entry for name, entry in walk.entries.items() if name not in without}
     return Snapshot(Structure(entries), Weights(tables, names, tensors, _kinds(tensors)))
+
+
+def _traced(tensors: Iterable[object]) -> bool:
+    return any(isinstance(tensor, FakeTensor | FunctionalTensor) for tensor in tensors)
 
 
 def _kinds(tensors: tuple[Tensor, ...]) -> tuple[list[Any], list[Any]]:

@@ -209,6 +209,20 @@ def test_a_move_to_another_device_is_seen_at_once() -> None:
     assert not weights.kept()
 
 
+def test_weights_that_a_trace_has_put_away_are_kept() -> None:
+    model = tiny()
+    weights, seen = take(model).weights, []
+
+    def look(*_: object) -> None:
+        seen.append((weights.kept(), take(model).weights.traced()))
+
+    model.head.register_forward_hook(look)
+    torch.export.export(model, (), given(0), strict=False)
+    assert seen[-1] == (True, True)
+    assert weights.kept()
+    assert not take(model).weights.traced()
+
+
 @torch.no_grad()
 def test_weights_of_the_same_kind_are_not_captured_anew(log: Log) -> None:
     """Not even the buffers that ``to`` makes anew each time: offloading moves a model at every request."""
