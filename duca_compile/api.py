@@ -14,7 +14,7 @@ from duca_compile.analysis import analyze
 from duca_compile.backends import Backend, make_backend
 from duca_compile.capture import Call, capture, live_tensors, signature_of
 from duca_compile.captures import Captures, Compiled
-from duca_compile.errors import PolicyError, UsageError
+from duca_compile.errors import CaptureError, PolicyError, UsageError
 from duca_compile.graph import CapturedGraph, Facts
 from duca_compile.lock import COMPILING
 from duca_compile.passes.hoist import frontier, hoisted_input
@@ -43,9 +43,30 @@ def analyze_call(model: nn.Module, call: Call, timestep: str | None) -> tuple[Ca
     with COMPILING, torch.no_grad(), torch.random.fork_rng(devices):  # the caller's random numbers are not drawn here
         captured = prepare(capture(model, call))
         facts = analyze(captured, timestep)
+        if readers := changing_reads(model, captured, facts):
+            captured = prepare(capture(model, call, readers))
+            facts = analyze(captured, timestep)
+            changing_reads(model, captured, facts)
         prologue = _prologue(captured, facts)
         values = dict(zip(captured.inputs, call.tensors, strict=True))
         return captured, verified(captured, facts, values | prologue.compute(values)), prologue
+
+
+def changing_reads(model: nn.Module, captured: CapturedGraph, facts: Facts) -> frozenset[str]:
+    """Paths of the submodules whose Python reads values that change from step to step, which no trace can hold.
+
+    Raises:
+        CaptureError: the model's own forward does; names the line.
+    """
+    reads = {name: captured.given[name] for name in facts.changing if name in captured.given}
+    for name, read in reads.items():
+        if "" in read.paths:
+            raise CaptureError(
+                f"{type(model).__name__}.forward reads a value that depends on {name!r} at {read.source}. It changes "
+                "from step to step, so no graph can hold what follows from it. Compute it before the loop and pass it "
+                "as an argument, or move that line to a submodule, which then runs as it is, as one operator."
+            )
+    return frozenset[str]().union(*(read.paths for read in reads.values()))
 
 
 class _Guise(type):
@@ -137,7 +158,7 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
     def _capture(self, call: Call) -> Compiled:
         with self._source_context():
             found = analyze_call(self.source, call, self.timestep_name)
-        return Compiled(*found, self.policy, self._backend, live_tensors(self.source).keys())
+        return Compiled(*found, self.policy, self._backend, live_tensors(self.source))
 
     def _source_context(self) -> AbstractContextManager[None]:
         """The source's own ``cache_context``: capturing is the only time that the source itself runs."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
+import logging
+import re
 import traceback
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,10 +21,15 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_map_only
 
+from duca_compile import concrete
 from duca_compile.errors import CaptureError, UsageError, first_line
-from duca_compile.graph import CapturedGraph, OutputLayout
+from duca_compile.graph import CapturedGraph, OutputLayout, Read
+from duca_compile.opaque import CallSite
+
+log = logging.getLogger("duca_compile")
 
 _NUMBER_TIMESTEPS = ("timestep", "timesteps", "t", "time", "sigma")
+_LIST_PLACE = re.compile(r"\[\d+\]$")
 _TORCH_ROOT = str(Path(torch.__file__).parent)
 
 
@@ -88,27 +98,58 @@ def tensor_names(call: Call) -> tuple[str, ...]:
     return tuple(keystr(path[:1])[2:-2] + keystr(path[1:]) for path, leaf in found if isinstance(leaf, Tensor))
 
 
-def capture(model: nn.Module, call: Call) -> CapturedGraph:
-    """Traces one call of ``model`` into a graph of ATen operators.
+def capture(model: nn.Module, call: Call, opaque: frozenset[str] = frozenset()) -> CapturedGraph:
+    """Traces one call of ``model`` into a graph of ATen operators, the submodules at ``opaque`` as one operator each.
 
-    The graph's get_attr nodes name the model's own parameters and buffers.
+    The graph's get_attr nodes are the model's own parameters and buffers.
 
     Raises:
         CaptureError: the forward cannot be traced (data-dependent control flow, side effects); names the line.
     """
     _warm(model, call)
+    arguments = _without_aliases(call.arguments)
     try:
         with torch.no_grad():
-            program = torch.export.export(model, (), _without_aliases(call.arguments), strict=False)
-            if any(_needs_functionalizing(node) for node in program.graph.nodes):
-                program = program.run_decompositions({})  # an empty table functionalizes and keeps operators whole
+            program = None if opaque else _exported(model, arguments)
+            if program is not None:
+                return _lower(model, program, call)
+            traced = concrete.trace(model, arguments, opaque)
+            return _lower(traced.module, _export(traced.module, arguments), call, traced.reads, traced.opaque)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise CaptureError(
             f"torch.export cannot capture {type(model).__name__}{_where(error)}: {first_line(error).rstrip('.')}. "
             "Forward must not branch on tensor values or leave torch (.item(), .numpy()); "
             "rewrite that line, or compute its value before the loop and pass it as an argument."
         ) from error
-    return _lower(model, program)
+
+
+def _exported(model: nn.Module, arguments: dict[str, Any]) -> torch.export.ExportedProgram | None:
+    """The model as torch.export sees it; None where the forward reads values, or shapes depend on some."""
+    try:
+        program = _export(model, arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        log.info("tracing %s with real values, since torch.export cannot: %s", type(model).__name__, first_line(error))
+        return None
+    return None if any(_is_symbolic(node.meta.get("val")) for node in program.graph.nodes) else program
+
+
+def _is_symbolic(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return any(isinstance(size, torch.SymInt) for size in value.shape)
+    return isinstance(value, torch.SymInt | torch.SymBool | torch.SymFloat)
+
+
+def _export(model: nn.Module, arguments: dict[str, Any]) -> torch.export.ExportedProgram:
+    # Where it fails, torch prints the graph so far, often thousands of lines.
+    with concrete.DataAsDetach(), contextlib.redirect_stderr(io.StringIO()):
+        program = torch.export.export(model, (), arguments, strict=False)
+    if any(_needs_functionalizing(node) for node in program.graph.nodes):
+        program = program.run_decompositions({})  # an empty table functionalizes and keeps operators whole
+    return program
 
 
 def _warm(model: nn.Module, call: Call) -> None:
@@ -161,7 +202,13 @@ def _where(error: Exception) -> str:
     return f' at {frames[-1].filename}:{frames[-1].lineno} ("{frames[-1].line}")' if frames else ""
 
 
-def _lower(model: nn.Module, program: torch.export.ExportedProgram) -> CapturedGraph:
+def _lower(
+    model: nn.Module,
+    program: torch.export.ExportedProgram,
+    call: Call,
+    reads: Mapping[int, Read] = MappingProxyType({}),
+    opaque: tuple[CallSite, ...] = (),
+) -> CapturedGraph:
     """Turns lifted weights back into get_attr nodes on the model's live tensors."""
     signature = program.graph_signature
     live = live_tensors(model)
@@ -193,7 +240,15 @@ def _lower(model: nn.Module, program: torch.export.ExportedProgram) -> CapturedG
     results = tuple(mapping[produced[leaf.name]] for leaf in leaves if isinstance(leaf, TensorArgument))
     graph.output(results)
     graph.lint()
-    return CapturedGraph(graph, attributes, tuple(inputs), OutputLayout(program.call_spec.out_spec, constants))
+    return CapturedGraph(
+        graph=graph,
+        attributes=attributes,
+        inputs=tuple(inputs),
+        output=OutputLayout(program.call_spec.out_spec, constants),
+        lists=tuple(_LIST_PLACE.sub("", name) for name in tensor_names(call)),
+        given={inputs[position]: read for position, read in reads.items()},
+        opaque=opaque,
+    )
 
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -39,9 +39,9 @@ class _Variants:
         self._modules.append(variant.module)
         return variant, self._backend.compile(variant.module, dynamic_positions(variant))
 
-    def rebind(self, live: Mapping[str, Tensor]) -> None:
+    def rebind(self, weights: Mapping[str, Tensor]) -> None:
         held = self.captured.attributes
-        changed = {name: live[name] for name in held if name in live and live[name] is not held[name]}
+        changed = {name: tensor for name, tensor in weights.items() if held[name] is not tensor}
         if not changed:
             return
         self.captured = replace(self.captured, attributes={**held, **changed})
@@ -61,11 +61,13 @@ class Compiled:
         prologue: Prologue,
         policy: Policy,
         backend: Backend,
-        weights: Collection[str],
+        live: Mapping[str, Tensor],
     ) -> None:
         self.facts = facts
         self._variants = _Variants(captured, facts, prologue, backend)
-        self._weights = captured.attributes.keys() & weights  # the others are constants of the graph
+        names = {id(tensor): name for name, tensor in live.items()}
+        # A trace may have names of its own for the model's weights. What is none of these is a constant of the graph.
+        self._weights = {own: names[id(t)] for own, t in captured.attributes.items() if id(t) in names}
         self.dispatcher = Dispatcher(facts, captured.inputs, policy, self._variants.build, prologue)
         self.used = 0  # when it was last called, by the model's count of calls
 
@@ -79,7 +81,7 @@ class Compiled:
 
     def rebind(self, live: Mapping[str, Tensor]) -> None:
         """Puts the model's tensors of now in the place of those it was captured with, which are of the same kinds."""
-        self._variants.rebind(live)
+        self._variants.rebind({own: live[name] for own, name in self._weights.items()})
 
     def holds_others(self, known: Collection[int]) -> bool:
         """Whether it holds weights that are not among those whose identities are ``known``."""

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum, IntEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 from torch.utils._pytree import TreeSpec, tree_unflatten
+
+from duca_compile.opaque import CallSite
 
 STREAM_END = "stream_end"
 
@@ -49,6 +51,15 @@ class OutputLayout:
 
 
 @dataclass(frozen=True)
+class Read:
+    """The value of an input that forward's Python read, and the first line that read it."""
+
+    value: Tensor
+    source: str
+    paths: frozenset[str]  # of the modules that read it
+
+
+@dataclass(frozen=True)
 class CapturedGraph:
     """One forward pass: placeholders are the call's tensors, get_attr nodes the model's live weights."""
 
@@ -56,6 +67,39 @@ class CapturedGraph:
     attributes: Mapping[str, Tensor]  # get_attr target -> the source model's own tensor, never a copy
     inputs: tuple[str, ...]  # placeholder names, one for each tensor leaf of the call
     output: OutputLayout
+    lists: tuple[str, ...]  # for each input, its argument's path, without the place in a list
+    given: Mapping[str, Read]  # inputs whose values forward read: the graph holds for no others
+    opaque: tuple[CallSite, ...]  # submodules that run as one operator
+
+
+class TokenPlace(NamedTuple):
+    """Where a value holds the stream's tokens: from ``start`` on along ``axis``, which has ``length`` entries."""
+
+    axis: int
+    start: int
+    length: int
+
+
+class Role(Enum):
+    """What a residual stream carries."""
+
+    MAIN = "main"  # the latent, to the output; in single-stream blocks the text with it
+    TEXT = "text"  # other tokens, which meet the latent's in attention
+    REFINER = "refiner"  # the latent, before the other tokens join it
+    ENCODER = "encoder"  # what does not depend on the latent
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One residual stream: how many branches it has, over how many tokens, and whether they are cached.
+
+    A text stream is not, where nothing but cached attention reads it. Nor is an encoder's.
+    """
+
+    role: Role
+    branches: int
+    tokens: int
+    cached: bool
 
 
 @dataclass(frozen=True)
@@ -69,6 +113,7 @@ class Branch:
     block: int
     path: str
     source: str
+    role: Role
     kind: str  # "self_attention", "cross_attention", "attention+mlp", "mlp" or "mixing"
     stream: str
     core: str
@@ -79,7 +124,7 @@ class Branch:
     dtype: torch.dtype
     flops: int
     attention: str | None  # the scaled_dot_product_attention whose keys hold the branch's tokens one for one
-    token_axes: Mapping[str, int] | None  # body node -> its token axis; None where tokens mix
+    token_places: Mapping[str, TokenPlace] | None  # body node -> where its tokens are; None where they mix
     mixing_reason: str | None
 
     @property
@@ -93,7 +138,7 @@ class Branch:
     @property
     def pointwise(self) -> bool:
         """Whether chosen tokens can be recomputed on their own."""
-        return self.token_axes is not None
+        return self.token_places is not None
 
     @property
     def tokens(self) -> int:
@@ -111,10 +156,12 @@ class Facts:
     latent: str
     timestep: str
     variance: Mapping[str, Variance]
+    streams: tuple[Stream, ...]
     branches: tuple[Branch, ...]
     stream_end: str
     flops: Mapping[str, int]
     notes: tuple[str, ...]  # what was not understood, and why
+    changing: frozenset[str]  # the inputs that change from step to step: the timestep and the latents
 
     @property
     def blocks(self) -> int:

@@ -45,7 +45,7 @@ def _without_partial(facts: Facts, wrong: list[Branch], reason: str) -> Facts:
     """``facts`` with the branches of ``wrong`` marked as mixing."""
     wrong_slots = {b.slot for b in wrong}
     branches = tuple(
-        replace(b, kind="mixing", token_axes=None, mixing_reason=reason) if b.slot in wrong_slots else b
+        replace(b, kind="mixing", token_places=None, mixing_reason=reason) if b.slot in wrong_slots else b
         for b in facts.branches
     )
     notes = tuple(f"{b.path or 'model'} ({b.source}): {reason}" for b in wrong)

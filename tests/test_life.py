@@ -57,6 +57,13 @@ class Counting(Model):
         return super().forward(*args, **kwargs)
 
 
+class Reading(Model):
+    """Reads a value, so that it is traced with that."""
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor, bias: Tensor | None = None) -> Tensor:
+        return super().forward(x * float(text.mean().item()), timestep, text, bias)
+
+
 def tiny(kind: type[Model] = Model) -> Model:
     torch.manual_seed(0)
     return kind().eval().requires_grad_(False)
@@ -235,6 +242,17 @@ def test_weights_of_the_same_kind_are_not_captured_anew(log: Log) -> None:
     for _ in range(3):
         optimized.double().float()
         assert agree(optimized)
+    assert log.captures() == 0
+
+
+@torch.no_grad()
+def test_weights_under_names_of_the_trace_are_replaced_too(log: Log) -> None:
+    model = tiny(Reading)
+    optimized = duca_compile.optimize(model, Uncached(), "eager")
+    before = request(optimized)
+    replace_parameter(model)
+    assert agree(optimized)
+    assert not torch.equal(request(optimized)[0], before[0])
     assert log.captures() == 0
 
 

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from duca_compile.graph import op_name
+from duca_compile.opaque import opaque, site_flops
 
 _PRODUCTS = {
     "_int_mm", "_scaled_mm", "addmm", "baddbmm", "bilinear", "bmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
@@ -30,6 +31,9 @@ def node_flops(graph: fx.Graph) -> dict[str, int]:
     known: dict[str, int] = {}
     found: dict[str, int] = {}
     for node in graph.nodes:
+        if node.target is opaque:
+            found[node.name] = site_flops(node)
+            continue
         if op_name(node) not in _PRODUCTS:
             found[node.name] = 0
             continue

@@ -17,12 +17,14 @@ def analyze(captured: CapturedGraph, timestep: str | None = None) -> Facts:
     graph = captured.graph
     time = timestep_input(graph, captured.inputs, timestep)
     latent = latent_input(graph, captured.inputs, time)
-    variance = variances(graph, latent, time)
+    own_list = captured.lists[captured.inputs.index(latent)]
+    latents = {name for name, each in zip(captured.inputs, captured.lists, strict=True) if each == own_list}
+    variance = variances(graph, latents, time)
     flops = node_flops(graph)
-    branches, stream_end = find_branches(graph, variance, flops)
+    branches, stream_end, streams = find_branches(graph, variance, flops)
     notes = tuple(
         f"{b.path or 'model'} ({b.kind}, {b.source}): computed or reused whole, since {b.mixing_reason}"
         for b in branches
         if b.kind == "mixing"
     )
-    return Facts(latent, time, variance, branches, stream_end, flops, notes)
+    return Facts(latent, time, variance, streams, branches, stream_end, flops, notes, frozenset(latents | {time}))

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import fx
 
-from duca_compile.analysis.tokens import Axes, Mixing, follow_tokens, own_keys
+from duca_compile.analysis.tokens import (
+    CONCATENATIONS,
+    ELEMENTWISE,
+    Mixing,
+    Places,
+    follow_tokens,
+    overlapped,
+    own_keys,
+)
 from duca_compile.analysis.variance import ancestors, descendants
 from duca_compile.errors import StructureError
-from duca_compile.graph import Branch, Variance, module_path, op_name, source_line, value_shape
+from duca_compile.graph import Branch, Role, Stream, Variance, module_path, op_name, source_line, value_shape
 
+_SUMS = {"add", "addcmul"}
+_ATTENTION = {"scaled_dot_product_attention", "softmax", "_softmax"}
+_PRODUCTS = {"scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum"}
 _PASSTHROUGH = {"to", "_to_copy", "clone", "contiguous", "dropout", "alias", "detach", "clamp"}
 
 
@@ -31,44 +42,109 @@ class _Residual:
 
 def find_branches(
     graph: fx.Graph, variance: dict[str, Variance], flops: dict[str, int]
-) -> tuple[tuple[Branch, ...], str]:
-    """The branches of the main stream in order, and the name of the stream's last value.
+) -> tuple[tuple[Branch, ...], str, tuple[Stream, ...]]:
+    """The branches to cache in order, the name of the main stream's last value, and every stream there is.
 
     The main stream is the chain of residual adds with the most FLOPs in its branches, the chains that go on behind it
     (a long skip, a projection or a concatenation lies between them), and every chain that leads into one of these.
+    What does not depend on the latent is no branch, but its streams are counted.
 
     Raises:
         StructureError: there is no residual add whose branch does any work.
     """
-    candidates: dict[fx.Node, _Residual] = {}
-    for node in graph.nodes:
-        residual = _residual(node, candidates, variance, flops)
-        if residual is not None:
-            candidates[node] = residual
+    latent, encoders = (
+        _chains(_without_long_skips(_residuals(graph, variance, flops, changing))) for changing in (True, False)
+    )
     order = {node: i for i, node in enumerate(graph.nodes)}
-    main = _main_stream(_chains(_without_long_skips(list(candidates.values()))), order)
+    main = _main_stream(latent, order)
     if not main:
         raise StructureError(
             "no residual branch found: no add joins a latent-dependent value with something computed from it by "
             "matrix products. There is nothing to cache in this model; run it as it is."
         )
+    heaviest = max(main, key=_work)
+    lineage = _lineage(graph, {each.add: each.carried for chain in latent for each in chain}, variance)
+    roles = {each.add: _role(chain, heaviest, variance, lineage) for chain in latent for each in chain}
+    cached = sorted((each for chain in main for each in chain), key=lambda each: order[each.add])
     branches: list[Branch] = []
-    for index, residual in enumerate(main):
+    for index, residual in enumerate(cached):
         path = module_path(residual.add)
         same_block = bool(branches) and branches[-1].path == path
         block = branches[-1].block + (not same_block) if branches else 0
-        branches.append(_branch(index, block, residual, variance, order))
-    return tuple(_same_tokens(branches)), main[-1].add.name
+        branches.append(_branch(index, block, roles[residual.add], residual, variance, order))
+    streams = [_stream(chain, roles[chain[0].add], chain in main) for chain in latent]
+    streams += [_stream(chain, Role.ENCODER, cached=False) for chain in encoders]
+    return tuple(branches), cached[-1].add.name, tuple(streams)
+
+
+def _stream(chain: list[_Residual], role: Role, cached: bool) -> Stream:
+    shape = value_shape(chain[0].add) or ()
+    return Stream(role, len(chain), shape[1] if len(shape) == 3 else 1, cached)
+
+
+def _role(
+    chain: list[_Residual],
+    heaviest: list[_Residual],
+    variance: dict[str, Variance],
+    lineage: dict[fx.Node, Variance],
+) -> Role:
+    """Text where the tokens are not the latent's; a refiner where an input of the main stream has yet to come."""
+    if lineage[chain[0].stream] is not Variance.LATENT:
+        return Role.TEXT
+    if chain is heaviest or chain[-1].add not in ancestors(heaviest[0].stream):
+        return Role.MAIN
+    own, joined = (_inputs(node, variance) for node in (chain[-1].add, heaviest[0].stream))
+    return Role.REFINER if joined - own else Role.MAIN
+
+
+def _lineage(
+    graph: fx.Graph, carried: dict[fx.Node, fx.Node], variance: dict[str, Variance]
+) -> dict[fx.Node, Variance]:
+    """The variance of each value but for what branches add to it: that of the tokens that a stream started from."""
+    found: dict[fx.Node, Variance] = {}
+    for node in graph.nodes:
+        sources = [carried[node]] if node in carried else _sliced_from(node)
+        found[node] = max((found[n] for n in sources), default=variance[node.name])
+    return found
+
+
+def _sliced_from(node: fx.Node) -> list[fx.Node]:
+    """What a value is made of; of a slice from a concatenation, the pieces that it takes."""
+    source = node
+    while op_name(source) in ELEMENTWISE | {"slice"} and value_shape(source.all_input_nodes[0]) is not None:
+        if source is not node and op_name(source) == "slice":
+            break
+        source = source.all_input_nodes[0]
+    if op_name(node) != "slice" or op_name(source) not in CONCATENATIONS:
+        return node.all_input_nodes
+    return overlapped(node, source)
+
+
+def _inputs(node: fx.Node, variance: dict[str, Variance]) -> set[fx.Node]:
+    """The inputs of the graph, other than the timestep and the latent, that a value depends on."""
+    return {n for n in ancestors(node) if n.op == "placeholder" and variance[n.name] is Variance.INVARIANT}
+
+
+def _residuals(
+    graph: fx.Graph, variance: dict[str, Variance], flops: dict[str, int], changing: bool
+) -> list[_Residual]:
+    """The residual adds of values that depend on the latent, or of those that do not."""
+    found: dict[fx.Node, _Residual] = {}
+    for node in graph.nodes:
+        if op_name(node) in _SUMS and (variance[node.name] is Variance.LATENT) == changing:
+            residual = _residual(node, found, variance, flops)
+            if residual is not None:
+                found[node] = residual
+    return list(found.values())
 
 
 def _residual(
     node: fx.Node, found: dict[fx.Node, _Residual], variance: dict[str, Variance], flops: dict[str, int]
 ) -> _Residual | None:
-    if op_name(node) != "add" or variance[node.name] is not Variance.LATENT or len(node.all_input_nodes) != 2:
+    operands = _summands(node, variance)
+    if len(operands) != 2 or any(value_shape(operand) != value_shape(node) for operand in operands):
         return None
-    if any(value_shape(operand) != value_shape(node) for operand in node.all_input_nodes):
-        return None
-    orders = [(a, b, ancestors(b)) for a, b in (node.all_input_nodes, node.all_input_nodes[::-1])]
+    orders = [(a, b, ancestors(b)) for a, b in (operands, operands[::-1])]
     sources = [(a, a, b, above) for a, b, above in orders if a in above]
     if not sources:
         earlier = [(a, _earlier_stream(a, above, found), b, above) for a, b, above in orders]
@@ -79,6 +155,15 @@ def _residual(
     body = frozenset(descendants(stream) & above | {result})
     work = sum(flops[n.name] for n in body)
     return _Residual(node, carried, stream, result, body, work) if work else None
+
+
+def _summands(node: fx.Node, variance: dict[str, Variance]) -> list[fx.Node]:
+    """What is added; of ``addcmul``, x + gate * f(x), the stream and what is gated."""
+    if op_name(node) == "add":
+        return node.all_input_nodes
+    stream, *factors = node.all_input_nodes
+    gated = [factor for factor in factors if variance[factor.name] is Variance.LATENT]
+    return [stream, *gated] if len(factors) == 2 else []
 
 
 def _earlier_stream(carried: fx.Node, above: set[fx.Node], found: dict[fx.Node, _Residual]) -> fx.Node | None:
@@ -135,11 +220,15 @@ def _chains(candidates: list[_Residual]) -> list[list[_Residual]]:
     return chains
 
 
-def _main_stream(chains: list[list[_Residual]], order: dict[fx.Node, int]) -> list[_Residual]:
-    """The heaviest chain, those that go on behind it and all that lead into these, in graph order."""
+def _work(chain: list[_Residual]) -> int:
+    return sum(residual.flops for residual in chain)
+
+
+def _main_stream(chains: list[list[_Residual]], order: dict[fx.Node, int]) -> list[list[_Residual]]:
+    """The heaviest chain, those that go on behind it and all that lead into these."""
     if not chains:
         return []
-    rest = sorted(chains, key=lambda chain: sum(r.flops for r in chain), reverse=True)
+    rest = sorted(chains, key=_work, reverse=True)
     main = [rest.pop(0)]
     while after := [chain for chain in rest if main[-1][-1].add in ancestors(chain[0].stream)]:
         main.append(after[0])
@@ -149,27 +238,11 @@ def _main_stream(chains: list[list[_Residual]], order: dict[fx.Node, int]) -> li
         before = [other for other in rest if other[-1].add in above]
         rest = [other for other in rest if other not in before]
         main += before
-    return sorted((each for chain in main for each in chain), key=lambda each: order[each.add])
-
-
-def _same_tokens(branches: list[Branch]) -> list[Branch]:
-    """Leaves one set of tokens to choose from, the heaviest; branches over other tokens are reused whole."""
-    work: dict[tuple[int, ...], int] = {}
-    for branch in branches:
-        if branch.pointwise:
-            work[branch.shape[:2]] = work.get(branch.shape[:2], 0) + branch.flops
-    if len(work) < 2:
-        return branches
-    chosen = max(work, key=lambda shape: work[shape])
-    reason = f"only the branches over {chosen[1]} tokens are recomputed in part"
-    return [
-        b if not b.pointwise or b.shape[:2] == chosen else replace(b, token_axes=None, mixing_reason=reason)
-        for b in branches
-    ]
+    return main
 
 
 def _branch(
-    index: int, block: int, residual: _Residual, variance: dict[str, Variance], order: dict[fx.Node, int]
+    index: int, block: int, role: Role, residual: _Residual, variance: dict[str, Variance], order: dict[fx.Node, int]
 ) -> Branch:
     core, gated = _behind_gate(residual, variance)
     value = core.meta["val"]
@@ -177,10 +250,10 @@ def _branch(
     inside = sorted(residual.body & (ancestors(core) | {core}), key=order.__getitem__)
     attention = [n for n in inside if op_name(n) == "scaled_dot_product_attention"]
     scored = [n for n in attention if len(shape) == 3 and own_keys(n, *shape[:2]) is not None]
-    axes: Axes | None = None
+    places: Places | None = None
     reason: str | None = None
     try:
-        axes = follow_tokens(residual.stream, inside, core)
+        places = follow_tokens(residual.stream, inside, core)
     except Mixing as mixing:
         reason = f"{mixing} at {source_line(mixing.node) or module_path(mixing.node)}"
     return Branch(
@@ -188,7 +261,8 @@ def _branch(
         block=block,
         path=module_path(residual.add),
         source=source_line(residual.add),
-        kind=_kind(attention, axes, inside),
+        role=role,
+        kind=_kind(residual, inside, places),
         stream=residual.stream.name,
         core=core.name,
         add=residual.add.name,
@@ -198,14 +272,14 @@ def _branch(
         dtype=value.dtype,
         flops=residual.flops,
         attention=scored[0].name if scored else None,
-        token_axes=axes,
+        token_places=places,
         mixing_reason=reason,
     )
 
 
 def _behind_gate(residual: _Residual, variance: dict[str, Variance]) -> tuple[fx.Node, bool]:
     """Peels multiplications by values that do not depend on the latent: what the literature caches is before them."""
-    node, gated = residual.result, False
+    node, gated = residual.result, op_name(residual.add) == "addcmul"
     while True:
         if op_name(node) in _PASSTHROUGH:
             inner = [n for n in node.all_input_nodes if n in residual.body]
@@ -221,12 +295,13 @@ def _behind_gate(residual: _Residual, variance: dict[str, Variance]) -> tuple[fx
         node = inner[0]
 
 
-def _kind(attention: list[fx.Node], axes: Axes | None, inside: list[fx.Node]) -> str:
-    if not attention:
-        return "mlp" if axes is not None else "mixing"
-    if axes is not None:
-        return "cross_attention"
-    if attention[0].args[1] not in inside:
-        return "cross_attention"
+def _kind(residual: _Residual, inside: list[fx.Node], places: Places | None) -> str:
+    """Attention is what multiplies two values of the stream, or what softmax weighs."""
+    weighed = any(op_name(n) in _ATTENTION for n in inside)
+    if places is not None:
+        return "cross_attention" if weighed else "mlp"
+    own = {residual.stream, *inside}
+    if not any(op_name(n) in _PRODUCTS and len(own.intersection(n.all_input_nodes)) > 1 for n in inside):
+        return "cross_attention" if weighed else "mixing"
     wide = sum(op_name(n) in ("gelu", "silu", "relu") for n in inside)
-    return "attention+mlp" if wide else "self_attention"
+    return "attention+mlp" if weighed and wide else "self_attention"

@@ -4,28 +4,33 @@ A body is pointwise along tokens where f(x[idx]) = f(x)[idx]: each output token 
 alone. The rules follow the token axis from the stream to the branch's output; the first operator that mixes
 tokens, or that has no rule, ends the walk with a reason.
 
-An axis of 0 says that batch and tokens are one dimension, the first: many a linear flattens them and restores them.
+The stream's tokens may be a part of a longer axis for a while: joined with the text's and cut out again. An axis of 0
+says that they are one dimension with the batch, the first: many a linear flattens the two and tells them apart again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 
 from torch import fx
 
 from duca_compile.analysis.operators import argument
-from duca_compile.graph import op_name, value_shape
+from duca_compile.graph import TokenPlace, op_name, value_shape
 
 BATCH_AXIS, TOKEN_AXIS = 0, 1
 MERGED = 0
 
+CONCATENATIONS = {"cat", "concat", "concatenate"}
+JOINS = CONCATENATIONS | {"stack"}
+EXPANDS = {"expand", "expand_as"}
+_SPLITS = {"chunk", "split", "split_with_sizes"}
 RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten"}
 ELEMENTWISE = {
-    "abs", "add", "addcmul", "alias", "clamp", "clamp_max", "clamp_min", "clone", "contiguous", "cos", "detach",
-    "div", "dropout", "elu", "erf", "exp", "gelu", "hardswish", "leaky_relu", "lerp", "log", "masked_fill", "maximum",
-    "minimum", "mish", "mul", "neg", "pow", "reciprocal", "relu", "rsqrt", "rsub", "sigmoid", "silu", "sin",
-    "softplus", "sqrt", "square", "sub", "tanh", "to", "where", "_to_copy",
+    "_to_copy", "abs", "add", "addcdiv", "addcmul", "alias", "clamp", "clamp_max", "clamp_min", "clone", "complex",
+    "contiguous", "cos", "detach", "div", "dropout", "elu", "erf", "exp", "gelu", "hardswish", "leaky_relu", "lerp",
+    "log", "masked_fill", "maximum", "minimum", "mish", "mul", "neg", "pow", "reciprocal", "relu", "rsqrt", "rsub",
+    "sigmoid", "silu", "sin", "softplus", "sqrt", "square", "sub", "tanh", "to", "where",
 }  # fmt: skip
 
 
@@ -40,8 +45,11 @@ class Mixing(Exception):  # noqa: N818 - a verdict, not a failure
 Axes = dict[str, int]
 
 
-def follow_tokens(stream: fx.Node, body: list[fx.Node], core: fx.Node) -> Axes:
-    """The token axis of ``stream`` and of every node of ``body`` (in graph order), by name.
+Places = dict[str, TokenPlace]
+
+
+def follow_tokens(stream: fx.Node, body: list[fx.Node], core: fx.Node) -> Places:
+    """Where ``stream`` and every node of ``body`` (in graph order) hold the tokens, by name.
 
     Raises:
         Mixing: tokens mix, or an operator has no rule; says which and why.
@@ -49,46 +57,134 @@ def follow_tokens(stream: fx.Node, body: list[fx.Node], core: fx.Node) -> Axes:
     shape = value_shape(stream) or ()
     if len(shape) != 3:
         raise Mixing(stream, f"the stream is not (batch, tokens, channels) but {shape}")
-    axes: Axes = {stream.name: TOKEN_AXIS}
-    batch, tokens = shape[BATCH_AXIS], shape[TOKEN_AXIS]
+    whole = TokenPlace(TOKEN_AXIS, 0, shape[TOKEN_AXIS])
+    places: Places = {stream.name: whole}
     for node in body:
-        axis = axes[node.name] = _axis_of(node, axes)
+        place = places[node.name] = _place_of(node, places, shape[TOKEN_AXIS])
         own = value_shape(node)
-        if own is not None and own[BATCH_AXIS] != (batch * tokens if axis == MERGED else batch):
+        rows = shape[BATCH_AXIS] * (place.length if place.axis == MERGED else 1)
+        if own is not None and own[BATCH_AXIS] != rows:
             raise Mixing(node, "the batch is not its first dimension")
-        if own is not None and axis != MERGED and own[axis] != tokens:
-            raise Mixing(node, f"it has {own[axis]} entries where there are {tokens} tokens")
-    if axes[core.name] != TOKEN_AXIS:
+        if own is not None and place.axis != MERGED and own[place.axis] != place.length:
+            raise Mixing(node, f"it has {own[place.axis]} entries where there are {place.length} tokens")
+    if places[core.name] != whole:
         raise Mixing(core, "the branch does not end as (batch, tokens, channels)")
-    return axes
+    return places
 
 
-def _axis_of(node: fx.Node, axes: Axes) -> int:
+def _place_of(node: fx.Node, places: Places, tokens: int) -> TokenPlace:
+    if cuts_tokens(node, places):
+        return _cut(node, places, tokens)
+    if joins_tokens(node, places):
+        return _join(node, places)
+    sources = {(place.start, place.length) for n in node.all_input_nodes if (place := places.get(n.name))}
+    if len(sources) != 1:
+        raise Mixing(node, "its operands hold tokens in different places")
     name = op_name(node)
     rule = _elementwise if name in ELEMENTWISE else _RULES.get(name)
     if rule is None:
         raise Mixing(node, "no rule says how this operator treats tokens")
-    return rule(node, axes)
+    return TokenPlace(rule(node, {name: place.axis for name, place in places.items()}), *sources.pop())
+
+
+def joins_tokens(node: fx.Node, places: Mapping[str, TokenPlace]) -> bool:
+    """Whether the node concatenates the stream's tokens with others along their axis."""
+    if op_name(node) not in CONCATENATIONS:
+        return False
+    return _dims(node, "dim", _rank(node)) == [next(places[n.name].axis for n in _pieces(node) if n.name in places)]
+
+
+def _join(node: fx.Node, places: Places) -> TokenPlace:
+    pieces = _pieces(node)
+    own = [i for i, piece in enumerate(pieces) if piece.name in places]
+    if len(own) != 1:
+        raise Mixing(node, "it joins the tokens with others that depend on them")
+    axis, start, _ = places[pieces[own[0]].name]
+    sizes = [(value_shape(piece) or ())[axis] for piece in pieces]
+    return TokenPlace(axis, sum(sizes[: own[0]]) + start, sum(sizes))
+
+
+def cuts_tokens(node: fx.Node, places: Mapping[str, TokenPlace]) -> bool:
+    """Whether the node takes a part of the token axis: a slice, or one piece of a split."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or source.name not in places:
+        return False
+    if op_name(node) == "getitem":
+        return op_name(source) in _SPLITS and cuts_tokens(source, places)
+    if op_name(node) != "slice" and op_name(node) not in _SPLITS:
+        return False
+    return value_shape(source) != value_shape(node) and _dims(node, "dim", _rank(source)) == [places[source.name].axis]
+
+
+def _cut(node: fx.Node, places: Places, tokens: int) -> TokenPlace:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    axis, start, length = places[source.name]
+    if op_name(node) in _SPLITS:
+        return places[source.name]  # its pieces are taken by getitem
+    first, after = _range(node, source, length)
+    if argument(node, "step") not in (None, 1) or not first <= start <= start + tokens <= after:
+        raise Mixing(node, "it takes some of the tokens and not others")
+    return TokenPlace(axis, start - first, after - first)
+
+
+def _range(node: fx.Node, source: fx.Node, length: int) -> tuple[int, int]:
+    """The entries of the token axis, which has ``length``, that a slice or a piece of a split takes."""
+    if op_name(node) == "slice":
+        first, after = argument(node, "start") or 0, argument(node, "end")
+        span = range(length)[first:after]
+        return span.start, span.stop
+    index = node.args[1]
+    assert isinstance(index, int)
+    (dim,) = _dims(source, "dim", _rank(source.all_input_nodes[0])) or [0]
+    sizes = [piece.shape[dim] for piece in source.meta["val"]]
+    return sum(sizes[:index]), sum(sizes[: index + 1])
+
+
+def overlapped(cut: fx.Node, joined: fx.Node) -> list[fx.Node]:
+    """The operands of the concatenation ``joined`` that the slice ``cut`` of its result takes entries of."""
+    dims = _dims(joined, "dim", _rank(joined)) or []
+    if dims != _dims(cut, "dim", _rank(cut)):
+        return _pieces(joined)
+    sizes = [(value_shape(piece) or ())[dims[0]] for piece in _pieces(joined)]
+    first, after = _range(cut, joined, sum(sizes))
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [p for p, at, n in zip(_pieces(joined), starts, sizes, strict=True) if at < after and at + n > first]
+
+
+def _pieces(node: fx.Node) -> list[fx.Node]:
+    pieces = node.args[0]
+    assert isinstance(pieces, list | tuple)
+    return [piece for piece in pieces if isinstance(piece, fx.Node)]
 
 
 def _elementwise(node: fx.Node, axes: Axes) -> int:
-    """Operands broadcast from the right; those off the stream may hold one value per token, which is gathered too."""
+    """Operands broadcast from the right."""
     rank = _rank(node)
     places = {axes[n.name] + rank - _rank(n) for n in node.all_input_nodes if n.name in axes}
     if len(places) != 1:
         raise Mixing(node, "its operands hold tokens in different places")
     axis = places.pop()
-    others = [n for n in node.all_input_nodes if n.name not in axes]
-    if axis == MERGED and any(external_axis(n, rank, axis) is not None for n in others):
+    others = [n for n in node.all_input_nodes if n.name not in axes and _rank(n) == rank]
+    if axis == MERGED and any((value_shape(n) or (1,))[0] != 1 for n in others):
         raise Mixing(node, "its second operand may differ by token")
     return axis
 
 
-def external_axis(other: fx.Node, rank: int, axis: int) -> int | None:
-    """Where the token axis of a rank-``rank`` result falls in a broadcast operand; None where it is missing or 1."""
-    own = axis + _rank(other) - rank
-    shape = value_shape(other)
-    return own if shape is not None and own >= 0 and shape[own] != 1 else None
+def per_token_operands(node: fx.Node, places: Mapping[str, TokenPlace]) -> list[fx.Node]:
+    """Operands off the stream that hold one value per token: what must be gathered with the chosen tokens."""
+    others = [n for n in node.all_input_nodes if n.name not in places]
+    if op_name(node) in JOINS:
+        return others
+    if op_name(node) not in ELEMENTWISE:
+        return []
+    axis, rank = places[node.name].axis, _rank(node)
+    found = []
+    for other in others:
+        own, shape = axis + _rank(other) - rank, value_shape(other)  # operands broadcast from the right
+        if shape is not None and own >= 0 and shape[own] != 1:
+            found.append(other)
+    return found
 
 
 def _rank(node: fx.Node) -> int:
@@ -111,6 +207,29 @@ def _dims(node: fx.Node, argument_name: str, rank: int) -> list[int] | None:
     if given is None:
         return None
     return [int(d) % rank for d in (given if isinstance(given, list | tuple) else [given])]
+
+
+def _join_channels(node: fx.Node, axes: Axes) -> int:
+    """Concatenation along another dimension."""
+    axis = next(axes[n.name] for n in _pieces(node) if n.name in axes)
+    if any(axes.get(n.name, axis) != axis for n in _pieces(node)):
+        raise Mixing(node, "its operands hold tokens in different places")
+    if axis == MERGED and any(n.name not in axes for n in _pieces(node)):
+        raise Mixing(node, "its second operand may differ by token")
+    return axis
+
+
+def _stack(node: fx.Node, axes: Axes) -> int:
+    axis = _join_channels(node, axes)
+    (dim,) = _dims(node, "dim", _rank(node)) or [0]
+    if dim == BATCH_AXIS:
+        raise Mixing(node, "the batch is not its first dimension")
+    return axis + (dim <= axis)
+
+
+def _expand(node: fx.Node, axes: Axes) -> int:
+    source, axis = _first(node, axes)
+    return axis + _rank(node) - _rank(source)
 
 
 def _product(node: fx.Node, axes: Axes) -> int:
@@ -139,6 +258,13 @@ def _along_dim(node: fx.Node, axes: Axes) -> int:
     return axis
 
 
+def _flip(node: fx.Node, axes: Axes) -> int:
+    source, axis = _first(node, axes)
+    if axis in (_dims(node, "dims", _rank(source)) or []):
+        raise Mixing(node, "it reorders the tokens")
+    return axis
+
+
 def _select(node: fx.Node, axes: Axes) -> int:
     axis = _along_dim(node, axes)
     dims = _dims(node, "dim", _rank(_first(node, axes)[0])) or []
@@ -146,8 +272,7 @@ def _select(node: fx.Node, axes: Axes) -> int:
 
 
 def _slice(node: fx.Node, axes: Axes) -> int:
-    source, axis = _first(node, axes)
-    return axis if value_shape(source) == value_shape(node) else _along_dim(node, axes)
+    return _first(node, axes)[1]  # along the tokens it is a cut
 
 
 def _reduce(node: fx.Node, axes: Axes) -> int:
@@ -260,13 +385,22 @@ _SPECIAL: dict[str, _Rule] = {
     "linalg_vector_norm": _reduce,
     "transpose": _permute,
     "permute": _permute,
+    "stack": _stack,
+    "flip": _flip,
+    "view_as_complex": _unary,
+    "view_as_real": _unary,
     "unsqueeze": _unsqueeze,
     "squeeze": _squeeze,
     "getitem": _unary,
     "type_as": _type_as,
     "scaled_dot_product_attention": _attention,
 }
-_RULES: dict[str, _Rule] = {**_SPECIAL, **dict.fromkeys(RESHAPES, _reshape)}
+_RULES: dict[str, _Rule] = {
+    **_SPECIAL,
+    **dict.fromkeys(RESHAPES, _reshape),
+    **dict.fromkeys(CONCATENATIONS, _join_channels),
+    **dict.fromkeys(EXPANDS, _expand),
+}
 
 
 def own_keys(attention: fx.Node, batch: int, tokens: int) -> int | None:

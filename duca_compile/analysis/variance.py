@@ -67,12 +67,16 @@ def latent_input(graph: fx.Graph, names: tuple[str, ...], timestep: str) -> str:
     return str(max(placeholders, key=likeness).name)
 
 
-def variances(graph: fx.Graph, latent: str, timestep: str) -> dict[str, Variance]:
-    """Variance of every node by name. Random operators count as latent-dependent, so they are never hoisted."""
+def variances(graph: fx.Graph, latents: set[str], timestep: str) -> dict[str, Variance]:
+    """Variance of every node by name. Random operators count as latent-dependent, so they are never hoisted.
+
+    ``latents`` are the inputs that carry the latent: one, or one for each image where a list of them is given.
+    """
+    kinds = dict.fromkeys(latents, Variance.LATENT) | {timestep: Variance.TIMESTEP}
     found: dict[str, Variance] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
-            own = {latent: Variance.LATENT, timestep: Variance.TIMESTEP}.get(node.name, Variance.INVARIANT)
+            own = kinds.get(node.name, Variance.INVARIANT)
         else:
             own = Variance.LATENT if is_random(node) else Variance.INVARIANT
         found[node.name] = max([own, *(found[n.name] for n in node.all_input_nodes)])

@@ -7,9 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from duca_compile.analysis.tokens import ELEMENTWISE, RESHAPES, external_axis
+from duca_compile.analysis.tokens import (
+    ELEMENTWISE,
+    EXPANDS,
+    RESHAPES,
+    cuts_tokens,
+    joins_tokens,
+    per_token_operands,
+)
 from duca_compile.errors import InternalError
-from duca_compile.graph import Action, Branch, cache_input, op_name, tokens_input, value_shape
+from duca_compile.graph import Action, Branch, TokenPlace, cache_input, op_name, tokens_input, value_shape
 from duca_compile.passes.base import CachingPass, VariantDraft
 
 aten = torch.ops.aten
@@ -31,61 +38,77 @@ class RecomputeTokens(CachingPass):
 
 
 def _recompute(draft: VariantDraft, branch: Branch) -> None:
-    if branch.token_axes is None:
+    places = branch.token_places
+    if places is None:
         raise InternalError(f"branch {branch.index} ({branch.path}) is not pointwise along its tokens")
     graph, core = draft.graph, draft.node(branch.core)
     batch, tokens, width = branch.shape
     index = draft.add_input(tokens_input(branch.index), torch.empty(batch, tokens, dtype=torch.int64, device="meta"))
     cache = draft.add_input(cache_input(branch.slot), core.meta["val"])
-    body = [n for n in graph.nodes if n.name in branch.body]
+    gather = _Gather(graph, index)
     copies: dict[fx.Node, fx.Node] = {}
-    gathered: dict[tuple[fx.Node, int, int], fx.Node] = {}
     with graph.inserting_before(core):
         stream = draft.node(branch.stream)
-        copies[stream] = _gather(graph, stream, index, rank=3, axis=1)
-        for node in body:
-            axis = branch.token_axes[node.name]
-            rank = len(value_shape(node) or ())
+        copies[stream] = gather(stream, 3, places[stream.name])
+        for node in [n for n in graph.nodes if n.name in branch.body]:
+            place = places[node.name]
+            if joins_tokens(node, places) or cuts_tokens(node, places):
+                # The chosen tokens stay by themselves where the whole ones are joined with others or cut out again.
+                copies[node] = next(copies[n] for n in node.all_input_nodes if n in copies)
+                continue
             operands = dict(copies)
-            for other in node.all_input_nodes if op_name(node) in ELEMENTWISE else ():
-                if other not in copies and external_axis(other, rank, axis) is not None:
-                    place = (other, rank, axis)
-                    if place not in gathered:
-                        gathered[place] = _gather(graph, other, index, rank, axis)
-                    operands[other] = gathered[place]
-            copy = _copy(graph, node, operands)
+            for other in per_token_operands(node, places):
+                like = node if op_name(node) in ELEMENTWISE else next(n for n in node.all_input_nodes if n in copies)
+                operands[other] = gather(other, len(value_shape(like) or ()), places[like.name])
+            copy = graph.node_copy(node, lambda n, operands=operands: operands.get(n, n))  # type: ignore[misc]
             copy.meta["tokens_of"] = (branch.index, node.name)
-            if op_name(node) in RESHAPES:
+            if op_name(node) in RESHAPES | EXPANDS:
                 shape = list(value_shape(node) or ())
-                shape[axis] = -1
-                copy.target, copy.args, copy.kwargs = aten.reshape.default, (copy.args[0], shape), {}
+                shape[place.axis] = -1
+                copy.target = aten.reshape.default if op_name(node) in RESHAPES else aten.expand.default
+                copy.args, copy.kwargs = (copy.args[0], shape), {}
             copies[node] = copy
-        places = graph.call_function(aten.unsqueeze.default, (index, -1))
-        places = graph.call_function(aten.expand.default, (places, [batch, -1, width]))
-        updated = graph.call_function(aten.scatter.src, (cache, 1, places, copies[core]))
+        targets = graph.call_function(aten.unsqueeze.default, (index, -1))
+        targets = graph.call_function(aten.expand.default, (targets, [batch, -1, width]))
+        updated = graph.call_function(aten.scatter.src, (cache, 1, targets, copies[core]))
     updated.meta["val"] = core.meta["val"]
     core.replace_all_uses_with(updated)
     draft.add_result(branch.slot, updated)
 
 
-def _copy(graph: fx.Graph, node: fx.Node, operands: dict[fx.Node, fx.Node]) -> fx.Node:
-    return graph.node_copy(node, lambda n: operands.get(n, n))
+class _Gather:
+    """Takes the chosen tokens of a value; each value, and each shift of the indices, once."""
 
+    def __init__(self, graph: fx.Graph, index: fx.Node) -> None:
+        self._graph, self._index = graph, index
+        self._batch = (value_shape(index) or (1,))[0]
+        self._shifted: dict[int, fx.Node] = {0: index}
+        self._done: dict[tuple[fx.Node, int, TokenPlace], fx.Node] = {}
 
-def _gather(graph: fx.Graph, value: fx.Node, index: fx.Node, rank: int, axis: int) -> fx.Node:
-    """``value``, broadcast to ``rank`` dimensions with the batch first, at the chosen tokens along ``axis``."""
-    shape = list(value_shape(value) or ())
-    while len(shape) < rank:
-        value = graph.call_function(aten.unsqueeze.default, (value, 0))
-        shape.insert(0, 1)
-    batch = (value_shape(index) or (1,))[0]
-    if shape[0] != batch:
-        value = graph.call_function(aten.expand.default, (value, [batch, *shape[1:]]))
-    places = index
-    for place in range(1, rank):
-        if place != axis:
-            places = graph.call_function(aten.unsqueeze.default, (places, place))
-    extent = [batch, *shape[1:]]
-    extent[axis] = -1
-    places = graph.call_function(aten.expand.default, (places, extent))
-    return graph.call_function(aten.gather.default, (value, axis, places))
+    def __call__(self, value: fx.Node, rank: int, place: TokenPlace) -> fx.Node:
+        """``value``, broadcast to ``rank`` dimensions with the batch first, at the chosen tokens of ``place``."""
+        key = (value, rank, place)
+        if key not in self._done:
+            self._done[key] = self._taken(value, rank, place)
+        return self._done[key]
+
+    def _taken(self, value: fx.Node, rank: int, place: TokenPlace) -> fx.Node:
+        graph, shape = self._graph, list(value_shape(value) or ())
+        while len(shape) < rank:
+            value = graph.call_function(aten.unsqueeze.default, (value, 0))
+            shape.insert(0, 1)
+        extent = [self._batch, *shape[1:]]
+        if shape[0] != self._batch:
+            value = graph.call_function(aten.expand.default, (value, extent))
+        index = self._index_from(place.start)
+        for dim in range(1, rank):
+            if dim != place.axis:
+                index = graph.call_function(aten.unsqueeze.default, (index, dim))
+        extent[place.axis] = -1
+        index = graph.call_function(aten.expand.default, (index, extent))
+        return graph.call_function(aten.gather.default, (value, place.axis, index))
+
+    def _index_from(self, start: int) -> fx.Node:
+        if start not in self._shifted:
+            self._shifted[start] = self._graph.call_function(aten.add.Tensor, (self._index, start))
+        return self._shifted[start]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import fx
 
@@ -57,7 +58,7 @@ def prepare(captured: CapturedGraph) -> CapturedGraph:
     """The captured graph without trace residue and repeated expressions: what the analyses read."""
     draft = Draft(copy_graph(captured.graph))
     run_passes(draft, PREPARE)
-    return CapturedGraph(draft.graph, captured.attributes, captured.inputs, captured.output)
+    return replace(captured, graph=draft.graph)
 
 
 def build_variant(captured: CapturedGraph, facts: Facts, spec: VariantSpec) -> Variant:

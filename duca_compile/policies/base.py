@@ -43,12 +43,16 @@ class Step:
 
 @dataclass(frozen=True)
 class TokenQuery:
-    """A branch that asks how many of its tokens to recompute: its block, the model's depth, and its kind."""
+    """A branch that asks how many of its tokens to recompute: its block, the model's depth, and its kind.
+
+    ``text`` is true in the text stream of a joint-attention model.
+    """
 
     block: int
     blocks: int
     kind: str
     tokens: int
+    text: bool = False
 
 
 @dataclass(frozen=True)

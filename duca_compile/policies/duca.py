@@ -28,6 +28,7 @@ class DuCa(Policy):
         step_factor: multiplies the ratio; a line over the schedule's progress.
         block_factor: multiplies the ratio; a line from the first block (0) to the last (1).
         kind_factor: multiplies the ratio by branch kind ("mlp", "cross_attention"); kinds not named are reused.
+        text_factor: multiplies the ratio in the text stream of joint-attention models, which is reused at 0.
         latched: one type per step, decided before it. False is the released code: where a full step changes the
             interval so that it no longer counts as full, only its first block runs in full.
 
@@ -42,6 +43,7 @@ class DuCa(Policy):
     step_factor: Linear = UNIT
     block_factor: Linear = UNIT
     kind_factor: Mapping[str, float] = field(default_factory=lambda: {"mlp": 1.0})
+    text_factor: float = 0.0
     latched: bool = True
 
     def __post_init__(self) -> None:
@@ -57,6 +59,7 @@ class DuCa(Policy):
             if kind not in _POINTWISE:
                 raise PolicyError(f"kind_factor names {kind!r}; only {_POINTWISE} can be recomputed in part")
             check_number(f"kind_factor[{kind!r}]", factor, least=0)
+        check_number("text_factor", self.text_factor, least=0)
         if self.first not in ("partial", "skip"):
             raise PolicyError(f"first={self.first!r} is unknown; choose 'partial' or 'skip'")
 
@@ -87,4 +90,5 @@ class DuCa(Policy):
     def fresh_tokens(self, step: Step, query: TokenQuery) -> int:
         depth = query.block / max(1, query.blocks - 1)
         ratio = step.ratio * self.block_factor(depth) * self.kind_factor.get(query.kind, 0.0)
+        ratio *= self.text_factor if query.text else 1.0
         return int(min(1.0, max(0.0, ratio)) * query.tokens)

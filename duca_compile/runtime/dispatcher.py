@@ -202,8 +202,8 @@ class Dispatcher:
         if selection is None:
             return
         if state.selector is None:
-            batch, tokens = self._selectable[0].shape[:2]
-            state.selector = TokenSelector(selection, len(self._selectable), batch, tokens, results[0].device)
+            shapes = [(b.shape[0], b.tokens) for b in self._selectable]
+            state.selector = TokenSelector(selection, shapes, results[0].device)
         state.selector.refresh({row: None if slot is None else results[slot] for row, slot in computed.items()})
 
 

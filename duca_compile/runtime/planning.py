@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from duca_compile.errors import PolicyError
-from duca_compile.graph import Action, Branch, Facts, VariantSpec
+from duca_compile.graph import Action, Branch, Facts, Role, VariantSpec
 from duca_compile.policies.base import Policy, Step, StepKind, TokenQuery
+from duca_compile.runtime.selection import check_grid
 
 _ACTIONS = {
     StepKind.FULL: Action.COMPUTE,
@@ -31,7 +32,8 @@ def _action(facts: Facts, policy: Policy, step: Step, branch: Branch, counts: di
         return Action.COMPUTE
     if not branch.pointwise:
         return Action.REUSE
-    count = policy.fresh_tokens(step, TokenQuery(branch.block, facts.blocks, branch.kind, branch.tokens))
+    query = TokenQuery(branch.block, facts.blocks, branch.kind, branch.tokens, branch.role is Role.TEXT)
+    count = policy.fresh_tokens(step, query)
     if count <= 0:
         return Action.REUSE
     counts[branch.index] = count
@@ -48,6 +50,8 @@ def check_selection(facts: Facts, policy: Policy) -> None:
     """Raises PolicyError where the policy's token scores cannot be had from this graph; names the branch."""
     kind = score_kind(policy)
     for branch in facts.branches:
+        if policy.selection is not None and branch.pointwise and branch.role is not Role.TEXT:
+            check_grid(policy.selection, branch.tokens)
         if kind is not None and branch.pointwise and facts.score_source(branch) is None:
             raise PolicyError(
                 f"selection={kind!r} needs a self-attention (scaled_dot_product_attention) over the same "

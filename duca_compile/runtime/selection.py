@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import isqrt
 
@@ -13,26 +14,64 @@ from duca_compile.errors import PolicyError
 from duca_compile.policies.base import Selection
 
 
+def check_grid(selection: Selection, tokens: int) -> None:
+    """Raises PolicyError where a patch bonus is asked for and the tokens are not a square grid of patches."""
+    side, patch = isqrt(tokens), selection.patch
+    if selection.patch_bonus and (side * side != tokens or side % patch):
+        raise PolicyError(
+            f"patch_bonus needs a square token grid that {patch}x{patch} patches tile; "
+            f"this model has {tokens} tokens. Set Selection(patch_bonus=0)."
+        )
+
+
 class TokenSelector:
-    """Scores and staleness of every selectable branch of one pass, as (branches, batch, tokens) tensors."""
+    """Chooses tokens for the selectable branches of one pass, which are known by their position among them.
+
+    Branches over the same tokens are scored together; ``shapes`` gives (batch, tokens) of each branch.
+    """
+
+    def __init__(self, selection: Selection, shapes: Sequence[tuple[int, int]], device: torch.device) -> None:
+        counts = Counter(shapes)
+        groups = {shape: _Group(selection, count, *shape, device) for shape, count in counts.items()}
+        self._groups = list(groups.values())
+        self._places = [(groups[shape], shapes[:i].count(shape)) for i, shape in enumerate(shapes)]
+
+    def refresh(self, raw: Mapping[int, Tensor | None]) -> None:
+        """Branches that were computed in full: ``raw`` maps their position to a new (batch, tokens) score."""
+        for group in self._groups:
+            own = {self._places[i][1]: score for i, score in raw.items() if self._places[i][0] is group}
+            if own:
+                group.refresh(own)
+
+    def select(self, positions: Sequence[int], counts: Sequence[int], interval: int) -> list[Tensor]:
+        """Token indices, int64 (batch, count), for each branch in ``positions``; the others grow one step staler.
+
+        Raises PolicyError where a patch bonus is asked for and the tokens are not a square grid of patches.
+        """
+        chosen: dict[int, Tensor] = {}
+        for group in self._groups:
+            own = [
+                (i, p, n) for i, (p, n) in enumerate(zip(positions, counts, strict=True)) if self._places[p][0] is group
+            ]
+            if own:
+                rows = [self._places[p][1] for _, p, _ in own]
+                picked = group.select(rows, [n for _, _, n in own], interval)
+                chosen |= {i: tokens for (i, _, _), tokens in zip(own, picked, strict=True)}
+        return [chosen[i] for i in range(len(positions))]
+
+
+class _Group:
+    """Scores and staleness of branches over the same tokens, as (branches, batch, tokens) tensors."""
 
     def __init__(self, selection: Selection, branches: int, batch: int, tokens: int, device: torch.device) -> None:
-        """Raises PolicyError where a patch bonus is asked for and the tokens are not a square grid of patches."""
         self._selection = selection
         self._shape = (branches, batch, tokens)
         self._device = device
         self._scores: Tensor | None = None
         self._staleness = torch.zeros(self._shape, device=device)
         self._generator = torch.Generator(device).manual_seed(selection.seed)
-        side = isqrt(tokens)
-        if selection.patch_bonus and (side * side != tokens or side % selection.patch):
-            raise PolicyError(
-                f"patch_bonus needs a square token grid that {selection.patch}x{selection.patch} patches tile; "
-                f"this model has {tokens} tokens. Set Selection(patch_bonus=0)."
-            )
 
     def refresh(self, raw: Mapping[int, Tensor | None]) -> None:
-        """Branches that were computed in full: ``raw`` maps their position to a new (batch, tokens) score."""
         self._staleness[self._rows(list(raw))] = 0
         scores = {position: score for position, score in raw.items() if score is not None}
         if self._selection.kind == "random" or not scores:
@@ -42,12 +81,11 @@ class TokenSelector:
         self._scores[self._rows(list(scores))] = functional.normalize(torch.stack([*scores.values()]).float(), dim=-1)
 
     def select(self, positions: Sequence[int], counts: Sequence[int], interval: int) -> list[Tensor]:
-        """Token indices, int64 (batch, count), for each branch in ``positions``; the others grow one step staler."""
         rows = self._rows(list(positions))
         score = self._base()[rows]
         if self._selection.staleness:
             score = score + self._selection.staleness * self._staleness[rows] / interval
-        if self._selection.patch_bonus:
+        if self._selection.patch_bonus and max(counts) > 0:
             score = self._favour_patches(score)
         order = score.topk(max(counts), dim=-1).indices
         if self._selection.staleness:
@@ -75,8 +113,9 @@ class TokenSelector:
     def _favour_patches(self, score: Tensor) -> Tensor:
         """Multiplies the highest score of each patch by 1 + patch_bonus."""
         patch = self._selection.patch
-        side = isqrt(score.shape[-1])
         branches, batch, tokens = score.shape
+        check_grid(self._selection, tokens)
+        side = isqrt(tokens)
         cells = (branches, batch, side // patch, side // patch)
         grid = score.reshape(branches, batch, side // patch, patch, side // patch, patch).transpose(3, 4)
         best = functional.one_hot(grid.reshape(*cells, patch * patch).argmax(-1), patch * patch)

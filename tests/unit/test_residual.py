@@ -113,7 +113,7 @@ def test_the_stream_goes_on_behind_a_projection() -> None:
 
 
 def test_two_streams_that_join_are_one() -> None:
-    """Text and image branches side by side, then one over both: tokens are chosen in the heaviest branches alone."""
+    """Text and image branches side by side, then one over both."""
 
     def forward(self: nn.Module, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         time = timestep.sin()[:, None, None]
@@ -130,8 +130,8 @@ def test_two_streams_that_join_are_one() -> None:
     run = Runner(model, **call)
     assert [b.shape[1] for b in run.facts.branches] == [3, 6, 3, 9]
     assert [b.kind for b in run.facts.branches] == [MLP] * 4
-    assert [b.token_axes is not None for b in run.facts.branches] == [False, False, False, True]
-    assert "9 tokens" in (run.facts.branches[0].mixing_reason or "")
+    assert [b.role.value for b in run.facts.branches] == ["text", "refiner", "text", "main"]
+    assert all(b.pointwise for b in run.facts.branches)
     full = run.run(run.variant(COMPUTE), call)
     for skip in (False, True):
         variant = run.variant(REUSE, skip=skip)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from duca_compile.errors import PolicyError
 from duca_compile.policies import Selection
-from duca_compile.runtime.selection import TokenSelector
+from duca_compile.runtime.selection import TokenSelector, check_grid
 
 BATCH, TOKENS = 2, 16
 
 
 def selector(selection: Selection, branches: int = 1, batch: int = BATCH, tokens: int = TOKENS) -> TokenSelector:
-    return TokenSelector(selection, branches, batch, tokens, torch.device("cpu"))
+    return TokenSelector(selection, [(batch, tokens)] * branches, torch.device("cpu"))
 
 
 def scored(selection: Selection, *scores: Tensor) -> TokenSelector:
@@ -87,19 +87,31 @@ def test_only_the_chosen_tokens_of_each_branch_become_fresh() -> None:
         one |= set(a[0].tolist())
         three |= set(b[0].tolist())
     assert one == three == {0, 1, 2, 3}
-    expected = chosen._staleness.clone() + 1
+    staleness = chosen._groups[0]._staleness
+    expected = staleness.clone() + 1
     a, b = chosen.select([0, 1], [1, 3], 1)
     expected[0, 0, a[0]] = 0
     expected[1, 0, b[0]] = 0
-    assert torch.equal(chosen._staleness, expected)
+    assert torch.equal(staleness, expected)
 
 
 def test_branches_that_are_not_asked_keep_their_state() -> None:
     scores = torch.rand(BATCH, TOKENS, generator=torch.Generator().manual_seed(0))
     chosen = scored(Selection("attention", staleness=0.25), scores, scores, scores)
     chosen.select([0, 2], [4, 4], 3)
-    assert chosen._staleness[1].eq(0).all()
-    assert chosen._staleness[[0, 2]].sum() == 2 * BATCH * (TOKENS - 4)
+    staleness = chosen._groups[0]._staleness
+    assert staleness[1].eq(0).all()
+    assert staleness[[0, 2]].sum() == 2 * BATCH * (TOKENS - 4)
+
+
+def test_branches_over_other_tokens_choose_on_their_own() -> None:
+    """Image and text branches in turn: each gets indices of its own range, in the order asked for."""
+    chosen = TokenSelector(Selection("attention"), [(BATCH, 16), (BATCH, 5), (BATCH, 16)], torch.device("cpu"))
+    chosen.refresh({0: torch.arange(16.0).expand(BATCH, -1), 1: -torch.arange(5.0).expand(BATCH, -1), 2: None})
+    image, text = chosen.select([0, 1], [2, 3], 3)
+    assert image[0].tolist() == [15, 14]
+    assert text[0].tolist() == [0, 1, 2]
+    assert chosen.select([1, 2], [0, 4], 3)[1].shape == (BATCH, 4)
 
 
 def test_a_branch_without_scores_is_chosen_by_staleness_alone() -> None:
@@ -135,8 +147,8 @@ class TestPatchBonus:
     @pytest.mark.parametrize(("tokens", "patch"), [(15, 2), (9, 2), (16, 3)])
     def test_needs_a_square_grid_that_patches_tile(self, tokens: int, patch: int) -> None:
         with pytest.raises(PolicyError, match=f"{patch}x{patch} patches.*{tokens} tokens"):
-            selector(Selection("random", patch_bonus=0.5, patch=patch), tokens=tokens)
-        selector(Selection("random", patch=patch), tokens=tokens)  # without a bonus any number of tokens will do
+            check_grid(Selection("random", patch_bonus=0.5, patch=patch), tokens)
+        check_grid(Selection("random", patch=patch), tokens)  # without a bonus any number of tokens will do
 
 
 class TestRandom:

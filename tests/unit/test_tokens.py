@@ -54,6 +54,22 @@ POINTWISE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]]
     "heads, flattened": (lambda x, o: x.flatten(0, 1).view(B * N, 2, 4).softmax(-1).flatten(1).view(B, N, C), (1,)),
     "type_as of the stream": (lambda x, o: (x.double() * 2).type_as(x), (1,)),
     "type_as": (lambda x, o: x.double().type_as(o), (2, N, C)),
+    "between others, and cut out again": (lambda x, o: torch.cat([o, x, o[:, :2]], 1).tanh()[:, 4 : 4 + N], (B, 4, C)),
+    "before others, and split off": (lambda x, o: torch.cat([x, o], 1).exp().split([N, 4], 1)[0], (B, 4, C)),
+    "cut twice": (lambda x, o: torch.cat([o, x], 1)[:, 1:].exp()[:, 3 : 3 + N], (B, 4, C)),
+    "one value for each of more tokens": (
+        lambda x, o: (torch.cat([o[:, :4], x], 1) * o)[:, -N:].exp(), (B, 4 + N, C)),
+    "concatenated channels": (lambda x, o: F.linear(torch.cat([x, o, -x], -1), torch.ones(C, 3 * C)), (B, N, C)),
+    "rotary embedding by halves": (
+        lambda x, o: x * o.cos() + torch.cat([-x[..., 4:], x[..., :4]], -1) * o.sin(), (N, C)),
+    "rotary embedding by pairs": (lambda x, o: (lambda p: torch.stack([-p[..., 1], p[..., 0]], -1).flatten(2) * o)(
+        x.unflatten(-1, (4, 2))), (N, C)),
+    "rotary embedding by complex numbers": (
+        lambda x, o: torch.view_as_real(
+            torch.view_as_complex(x.view(B, N, 4, 2)) * torch.view_as_complex(o)).flatten(2), (N, 4, 2)),
+    "stacked with others": (lambda x, o: torch.stack([x, o], 2).sum(2), (B, N, C)),
+    "expanded to heads": (lambda x, o: x[:, :, None].expand(-1, -1, 3, -1).mean(2), (1,)),
+    "channels reversed": (lambda x, o: x.flip(-1), (1,)),
 }  # fmt: skip
 
 MIXING: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...], str]] = {
@@ -69,8 +85,8 @@ MIXING: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...], str
     "2-norm over tokens": (lambda x, o: x / torch.linalg.vector_norm(x, 2, 1, keepdim=True), (1,), "over the tokens"),
     "max norm over tokens": (lambda x, o: x / torch.linalg.vector_norm(x, INF, 1, keepdim=True), (1,), "over the"),
     "layer norm over tokens": (lambda x, o: F.layer_norm(x, (N, C)), (1,), "normalizes over the tokens"),
-    "chunk of tokens": (lambda x, o: torch.cat(x.chunk(2, 1), 1), (1,), "along the tokens"),
-    "slice of tokens": (lambda x, o: x * x[:, :1], (1,), "along the tokens"),
+    "chunk of tokens": (lambda x, o: torch.cat(x.chunk(2, 1), 1), (1,), "some of the tokens"),
+    "slice of tokens": (lambda x, o: x * x[:, :1], (1,), "some of the tokens"),
     "one token": (lambda x, o: x * x.select(1, 0).unsqueeze(1), (1,), "along the tokens"),
     "reshape that merges tokens": (lambda x, o: x.reshape(B, N // 2, 2 * C).relu().reshape(B, N, C), (1,), "merges"),
     "reshape into a grid": (lambda x, o: x.reshape(B, 2, N // 2, C).relu().reshape(B, N, C), (1,), "merges"),
@@ -82,6 +98,10 @@ MIXING: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...], str
     "a weight per token": (lambda x, o: (x.unsqueeze(2) @ o).squeeze(2), (B, N, C, C), "differ by token"),
     "tokens against tokens": (lambda x, o: x * x.view(B, N, 2, 4).transpose(1, 2).sum(-1).view(B, 2 * N)[:, :1, None],
                               (1,), "merges"),
+    "joined with themselves": (lambda x, o: torch.cat([x, x * 2], 1)[:, :N], (1,), "depend on them"),
+    "a cut beside the tokens": (lambda x, o: torch.cat([o, x], 1)[:, :N], (B, 4, C), "some of the tokens"),
+    "joined and not cut": (lambda x, o: x * torch.cat([o, x], 1).mean(1, keepdim=True), (B, 4, C), "over the tokens"),
+    "tokens reversed": (lambda x, o: x.flip(1), (1,), "reorders"),
     "sort": (lambda x, o: x.sort(1).values, (1,), "no rule"),
     "roll": (lambda x, o: x.roll(1, 1), (1,), "no rule"),
     "batch moved": (lambda x, o: x.transpose(0, 1).exp().transpose(0, 1), (1,), "batch is not its first"),
@@ -123,7 +143,7 @@ def test_pointwise_bodies_are_recomputed_to_the_same_numbers(name: str) -> None:
 def test_bodies_that_mix_tokens_say_why(name: str) -> None:
     body, shape, why = MIXING[name]
     (branch,) = runner(body, shape).facts.branches
-    assert branch.token_axes is None
+    assert branch.token_places is None
     assert why in (branch.mixing_reason or "")
     assert "test_tokens.py:" in (branch.mixing_reason or ""), "the reason names the source line"
 

@@ -21,7 +21,7 @@ Y, U = X.clone(), T.clone()
 
 
 def variance_of(captured: CapturedGraph, latent: str = "x", timestep: str = "timestep") -> dict[str, Variance]:
-    return variances(captured.graph, latent, timestep)
+    return variances(captured.graph, {latent}, timestep)
 
 
 def test_a_value_is_as_variable_as_its_most_variable_input() -> None:

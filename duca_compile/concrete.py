@@ -1,0 +1,215 @@
+"""Traces one call with its real values, for forwards whose Python reads tensors.
+
+``torch.export`` traces without values, so a forward that asks for one (``.item()``, ``.tolist()``, ``.numpy()``, a
+boolean mask) stops it. Here Python gets the values of this very call. The arguments they came from are named, since the
+trace holds for no other values of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from duca_compile.graph import Read, module_path, source_line
+from duca_compile.opaque import CallSite, as_operators
+
+_GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+_READERS = {
+    torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__bool__,
+    torch.Tensor.__int__, torch.Tensor.__float__, torch.Tensor.__index__, torch.Tensor.__complex__, torch.equal,
+    torch.Tensor.equal, torch.allclose, torch.Tensor.allclose, torch.is_nonzero, torch.Tensor.is_nonzero,
+}  # fmt: skip
+
+aten = torch.ops.aten
+
+
+@torch.library.custom_op("duca_compile::read", mutates_args=())
+def _noted(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+_read = torch.ops.duca_compile.read.default
+fx.node.has_side_effect(_read)  # nothing uses its result, and it must not be dropped from the trace
+
+
+@dataclass(frozen=True)
+class ConcreteTrace:
+    """A module without data-dependent control flow or shapes, and what it took for given, by argument position."""
+
+    module: nn.Module
+    reads: dict[int, Read]
+    opaque: tuple[CallSite, ...]
+
+
+def trace(model: nn.Module, arguments: dict[str, Any], opaque: frozenset[str]) -> ConcreteTrace:
+    """Traces ``model(**arguments)`` by running it, with the submodules at the paths ``opaque`` as one operator each."""
+    leaves, spec = tree_flatten(arguments)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    tensors = [leaves[i] for i in places]
+    layout: list[Any] = []
+
+    def run(*given: Tensor) -> list[Any]:
+        mine = list(leaves)
+        for place, tensor in zip(places, given, strict=True):
+            mine[place] = tensor
+        flat, out = tree_flatten(model(**tree_unflatten(mine, spec)))
+        layout.append(out)
+        return flat
+
+    with preserve_node_meta(), _module_paths(model), DataAsDetach(), _NoteReads(), as_operators(model, opaque) as sites:
+        graph = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False, record_stack_traces=True)(*tensors)
+    _index_by_number(graph)
+    reads = _reads(graph, tensors)
+    _fold(graph, tensors)
+    return ConcreteTrace(_Replay(graph, layout[0]), reads, tuple(sites))
+
+
+class DataAsDetach(TorchFunctionMode):
+    """``tensor.data`` is an alias that no tracer sees; ``detach()`` is the same alias, seen."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func == _GET_DATA:
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))
+
+
+class _NoteReads(TorchFunctionMode):
+    """Leaves a node in the trace for each value that Python reads."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func in _READERS:
+            for tensor in args:
+                if isinstance(tensor, Tensor):
+                    _read(tensor)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _module_paths(model: nn.Module) -> Iterator[None]:
+    """Each traced node learns the path of the module it comes from."""
+    stacks: list[dict[str, tuple[str, str]]] = [{}]
+    with ExitStack() as hooks:
+        for path, module in model.named_modules():
+            entry = {path: (path, type(module).__qualname__)}
+
+            def enter(_module: nn.Module, _args: Any, entry: dict[str, tuple[str, str]] = entry) -> None:
+                stacks.append(stacks[-1] | entry)
+                torch.fx.traceback.current_meta["nn_module_stack"] = stacks[-1]
+
+            def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+                stacks.pop()
+                torch.fx.traceback.current_meta["nn_module_stack"] = stacks[-1]
+
+            hooks.callback(module.register_forward_pre_hook(enter).remove)
+            hooks.callback(module.register_forward_hook(leave).remove)
+        yield
+
+
+def _reads(graph: fx.GraphModule, tensors: list[Tensor]) -> dict[int, Read]:
+    """The arguments behind every value that Python read, or that a shape depends on."""
+    found: dict[int, Read] = {}
+    inputs = {node: i for i, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
+    behind: dict[fx.Node, set[int]] = {}
+    for node in graph.graph.nodes:
+        own = {inputs[node]} if node in inputs else set()
+        behind[node] = own.union(*(behind[n] for n in node.all_input_nodes))
+        if node.target is _read or _is_counting(node):
+            for index in behind[node]:
+                known = found.get(index)
+                paths = (known.paths if known else frozenset()) | {module_path(node)}
+                found[index] = Read(tensors[index].clone(), known.source if known else source_line(node), paths)
+    return found
+
+
+def _is_counting(node: fx.Node) -> bool:
+    """Whether the shape of the node's result depends on its operands' values."""
+    if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
+        return False
+    fixed = node.target is aten.index.Tensor or (node.target is aten.one_hot.default and len(node.args) > 1)
+    return not fixed
+
+
+def _index_by_number(graph: fx.GraphModule) -> None:
+    """Selection by a mask becomes selection by number: the shape then depends on the mask's places alone."""
+    for node in graph.graph.find_nodes(op="call_function", target=aten.masked_select.default):
+        shape = list((node.args[0].meta["val"] * node.args[1].meta["val"]).shape)
+        with graph.graph.inserting_before(node):
+            source, mask = (_traced(graph, node, aten.expand.default, n, shape) for n in node.args)
+            mask.meta["val"] = node.args[1].meta["val"].expand(shape)
+        node.target, node.args = aten.index.Tensor, (source, [mask])
+    for node in graph.graph.find_nodes(op="call_function", target=aten.index.Tensor):
+        numbers: list[Any] = []
+        for index in node.args[1]:
+            if index is None or index.meta["val"].dtype not in (torch.bool, torch.uint8):
+                numbers.append(index)
+                continue
+            with graph.graph.inserting_before(node):
+                places = _traced(graph, node, aten.nonzero.default, index)
+                rank = index.meta["val"].dim()
+                numbers += [_traced(graph, node, aten.select.int, places, 1, dim) for dim in range(rank)]
+        node.args = (node.args[0], numbers)
+
+
+def _traced(graph: fx.GraphModule, like: fx.Node, target: Any, *args: Any) -> fx.Node:
+    node = graph.graph.call_function(target, args)
+    node.meta |= {key: like.meta[key] for key in ("nn_module_stack", "stack_trace") if key in like.meta}
+    return node
+
+
+def _fold(graph: fx.GraphModule, tensors: list[Tensor]) -> None:
+    """Replaces values whose shape depends on values by what they were: the arguments behind them are given."""
+    recorder = _Recorder(graph)
+    recorder.run(*tensors)
+    for index, (node, value) in enumerate(recorder.values.items()):
+        parts = [(node, value)] if isinstance(value, Tensor) else [(user, value[user.args[1]]) for user in node.users]
+        for place, (part, tensor) in enumerate(parts):
+            name = f"given_{index}_{place}"
+            graph.register_buffer(name, tensor)
+            with graph.graph.inserting_before(node):
+                part.replace_all_uses_with(graph.graph.get_attr(name))
+    for node in reversed(graph.graph.nodes):
+        if node.target is _read:
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+class _Recorder(fx.Interpreter):
+    """Runs the graph and keeps the values of dynamic shape."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.values: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if _is_counting(n):
+            self.values[n] = result
+        return result
+
+
+class _Replay(nn.Module):
+    """Runs the trace node by node, so that a further trace keeps each node's module and source line."""
+
+    def __init__(self, graph: fx.GraphModule, layout: Any) -> None:
+        super().__init__()
+        self.trace = graph
+        self._layout = layout
+
+    def forward(self, **arguments: Any) -> Any:
+        tensors = [leaf for leaf in tree_flatten(arguments)[0] if isinstance(leaf, Tensor)]
+        with preserve_node_meta():
+            return tree_unflatten(fx.Interpreter(self.trace).run(*tensors), self._layout)

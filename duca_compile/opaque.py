@@ -1,0 +1,115 @@
+"""Submodules that run as one operator, since their Python depends on values that change from step to step.
+
+A mixture of experts that counts its tokens on the host cannot be a graph. The module that does so stays as it is,
+behind an operator of which only the results' shapes are known.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils.flop_counter import FlopCounterMode
+
+from duca_compile.errors import CaptureError
+
+_sites: WeakValueDictionary[int, CallSite] = WeakValueDictionary()
+_numbers = itertools.count()
+
+
+class CallSite:
+    """One call of a module in the trace: what is around the tensors, and what it returned then."""
+
+    def __init__(self, forward: Callable[..., Any], path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.number = next(_numbers)
+        self._forward, self._path = forward, path
+        self._leaves, self._spec = tree_flatten((args, kwargs))
+        self._places = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
+        self.tensors = [self._leaves[i] for i in self._places]
+        for place in self._places:
+            self._leaves[place] = None  # the values are the operator's operands from now on
+        self.out_spec: TreeSpec | None = None
+        self.out_like: list[Tensor] = []
+        self.flops = 0
+        _sites[self.number] = self
+
+    def run(self, tensors: list[Tensor]) -> list[Tensor]:
+        leaves = list(self._leaves)
+        for place, tensor in zip(self._places, tensors, strict=True):
+            leaves[place] = tensor
+        args, kwargs = tree_unflatten(leaves, self._spec)
+        if self.out_spec is not None:
+            return self._owned(tree_flatten(self._forward(*args, **kwargs))[0], tensors)
+        versions = [tensor._version for tensor in tensors]
+        with FlopCounterMode(display=False) as counter:
+            outputs, self.out_spec = tree_flatten(self._forward(*args, **kwargs))
+        if not all(isinstance(output, Tensor) for output in outputs) or versions != [t._version for t in tensors]:
+            raise CaptureError(
+                f"{self._path} reads values that change from step to step, and does not map tensors "
+                "to tensors without side effects, so it cannot stand for itself as one operator."
+            )
+        self.flops = int(counter.get_total_flops())
+        self.out_like = [torch.empty_like(output, device="meta") for output in outputs]
+        return self._owned(outputs, tensors)
+
+    @staticmethod
+    def _owned(outputs: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
+        """An operator must not return its operands."""
+        taken = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        return [output.clone() if output.untyped_storage().data_ptr() in taken else output for output in outputs]
+
+
+@torch.library.custom_op("duca_compile::opaque", mutates_args=())
+def _opaque(tensors: list[Tensor], site: int) -> list[Tensor]:
+    return _sites[site].run(tensors)
+
+
+@_opaque.register_fake
+def _(tensors: list[Tensor], site: int) -> list[Tensor]:
+    device = tensors[0].device
+    return [torch.empty_like(like, device=device) for like in _sites[site].out_like]
+
+
+opaque = torch.ops.duca_compile.opaque.default
+
+
+@contextmanager
+def as_operators(model: nn.Module, paths: frozenset[str]) -> Iterator[list[CallSite]]:
+    """While open, each call of the modules at ``paths`` is one operator; yields the calls as they come."""
+    sites: list[CallSite] = []
+    patched = [(path, model.get_submodule(path)) for path in sorted(paths)]
+
+    def replacement(path: str, original: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            site = CallSite(original, path, args, kwargs)
+            sites.append(site)
+            outputs = opaque(site.tensors, site.number)
+            site.tensors = []
+            assert site.out_spec is not None
+            return tree_unflatten(outputs, site.out_spec)
+
+        return forward
+
+    own = {path: module.__dict__["forward"] for path, module in patched if "forward" in module.__dict__}
+    for path, module in patched:
+        module.forward = replacement(path, module.forward)
+    try:
+        yield sites
+    finally:
+        for path, module in patched:
+            del module.forward
+            if path in own:
+                module.forward = own[path]
+
+
+def site_flops(node: fx.Node) -> int:
+    """FLOPs of one call, counted when it was traced."""
+    number = node.args[1]
+    assert isinstance(number, int)
+    return _sites[number].flops

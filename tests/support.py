@@ -1,0 +1,73 @@
+"""The table of supported models, made from the zoo: ``python -m tests.support`` writes docs/models.md."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import torch
+from rich.progress import track
+
+import duca_compile
+from duca_compile import DuCa, Explanation
+from duca_compile.graph import Action
+from duca_compile.policies import Step, StepKind
+from duca_compile.runtime.planning import plan_step
+from tests.zoo import ZOO, Entry
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+BLOCKS = 4
+POLICY = DuCa(interval=3, fresh_ratio=0.5)
+HEAD = f"""# Models in the test suite
+
+No model is registered, and nothing depends on a class's name. This table is what `duca_compile.explain` finds in tiny
+versions ({BLOCKS} blocks of each kind, random weights) of real architectures; `python -m tests.support` writes it, and
+the tests compare it with what they see. That the branches are those that the architecture has, stream by stream, is
+asserted against numbers taken from each model's source by hand ([tests/zoo.py](../tests/zoo.py)).
+
+- **branches**: residual additions `x + gate * f(x)`. *main* carries the latent to the output; *text* runs beside it and
+  meets it in attention; *refiner* comes before the two join; *encoder* does not depend on the latent.
+- **traced with real values**: forward reads values of these arguments in Python (`.item()`, a mask's length), so the
+  graph holds for these values, and others are captured anew. **One operator**: submodules whose Python depends on
+  values that change from step to step run as they are.
+- **partial step**: what recomputes chosen tokens, and what is computed in full since its tokens mix in a way that is
+  not attention. The rest comes from the cache.
+- **FLOPs**: of a partial step with half of the tokens, and of a skip step, each as a share of a full one. Tiny models
+  have heavy embeddings; deeper ones have smaller shares.
+
+| model | branches | traced with real values | partial step | FLOPs, partial | FLOPs, skip |
+|---|---|---|---|---|---|
+"""
+
+
+def explained(entry: Entry) -> Explanation:
+    """What the compiler finds in a model of ``BLOCKS`` blocks."""
+    torch.manual_seed(0)
+    model, arguments = entry.build(BLOCKS)
+    return duca_compile.explain(model.eval(), **arguments)
+
+
+def streams(found: Explanation) -> dict[str, int]:
+    """Branches by the role of their stream."""
+    counts: Counter[str] = Counter()
+    for stream in found.facts.streams:
+        counts[stream.role.value] += stream.branches
+    return dict(counts)
+
+
+def row(entry: Entry, found: Explanation) -> str:
+    """The model's line of the table."""
+    planned = {step.kind: step.flops / found.flops for step in found.schedule(POLICY, 3).steps}
+    branches = ", ".join(f"{count} {role}" for role, count in sorted(streams(found).items(), key=lambda item: -item[1]))
+    given = ", ".join(f"`{name}`" for name in found.captured.given)
+    if found.captured.opaque:
+        given = f"one operator: {len(found.captured.opaque)} submodules"
+    spec, recomputed = plan_step(found.facts, POLICY, Step(StepKind.PARTIAL, ratio=POLICY.fresh_ratio))
+    counts = {"tokens of {} MLPs": len(recomputed), "{} branches in full": spec.actions.count(Action.COMPUTE)}
+    partial = [text.format(count) for text, count in counts.items() if count]
+    cells = [entry.name, branches, given, "; ".join(partial) or "all reused"]
+    return "| " + " | ".join([*cells, f"{planned[StepKind.PARTIAL]:.1%}", f"{planned[StepKind.SKIP]:.1%}"]) + " |\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(HEAD + "".join(row(entry, explained(entry)) for entry in track(ZOO.values())))

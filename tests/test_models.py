@@ -1,0 +1,107 @@
+"""Every model of the zoo: captured, understood as its architecture is, and run, without a word about any of them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+import duca_compile
+from duca_compile.api import analyze_call
+from duca_compile.capture import Call, signature_of
+from duca_compile.graph import Action, VariantSpec, cache_input
+from duca_compile.passes.pipeline import build_variant
+from duca_compile.policies import StepKind
+from tests.support import BLOCKS, HEAD, PAGE, POLICY, row, streams
+from tests.zoo import ZOO, Entry
+
+STEPS = 8
+
+
+def sample(outputs: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def same(left: list[Tensor], right: list[Tensor]) -> bool:
+    return len(left) == len(right) and all(map(torch.equal, left, right))
+
+
+def loop(entry: Entry, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The arguments of each step of a denoising loop: timesteps fall, and the latent changes."""
+    for step in range(STEPS):
+        torch.manual_seed(step)
+        latent = tree_map(lambda tensor: tensor + 0.1 * torch.randn_like(tensor), arguments[entry.latent])
+        time = arguments[entry.timestep]
+        time = time - step if time.max() > 1 else time * (1 - step / STEPS)
+        yield arguments | {entry.latent: latent, entry.timestep: time}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ZOO)
+def test_it_is_understood_and_cached_exactly(name: str) -> None:
+    torch.manual_seed(0)
+    entry = ZOO[name]
+    model, arguments = entry.build(BLOCKS)
+    found = duca_compile.explain(model.eval(), **arguments)
+    assert streams(found) == entry.streams(BLOCKS)
+    assert found.facts.latent.partition("_0")[0] == entry.latent
+    assert found.facts.timestep == entry.timestep
+    assert row(entry, found) in PAGE.read_text(), "run python -m tests.support to write docs/models.md anew"
+    planned = {step.kind: step for step in found.schedule(POLICY, 3).steps}
+    assert planned[StepKind.SKIP].flops <= 0.1 * found.flops  # at 4 blocks; more blocks, less
+
+    call = Call.bind(signature_of(model), (), arguments)
+    captured, facts, prologue = analyze_call(model, call, None)
+    values = dict(zip(captured.inputs, call.tensors, strict=True))
+    values |= prologue.compute(values)
+    expected = sample(model(**arguments))
+    full = build_variant(captured, facts, VariantSpec((Action.COMPUTE,) * len(facts.branches)))
+    results = full.module(*[values[n] for n in full.inputs])
+    assert same(sample(results[: len(expected)]), expected)
+    values |= {cache_input(n): tensor for n, tensor in zip(full.outputs, results, strict=True)}
+    for skip in (False, True):
+        reuse = build_variant(captured, facts, VariantSpec((Action.REUSE,) * len(facts.branches), skip))
+        assert same(sample(reuse.module(*[values[n] for n in reuse.inputs])[: len(expected)]), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ZOO)
+def test_it_runs_full_partial_and_skip_steps(name: str) -> None:
+    torch.manual_seed(0)
+    entry = ZOO[name]
+    model, arguments = entry.build(2)
+    optimized = duca_compile.optimize(model.eval(), POLICY, "eager")
+    for step, each in enumerate(loop(entry, arguments)):
+        outputs = sample(optimized(**each))
+        assert all(output.isfinite().all() for output in outputs)
+        assert same(outputs, sample(model(**each))) == (step % 3 == 0)
+    assert "".join(e.kind.value[0] for e in optimized.history) == "fpsfpsfp"
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("name", ZOO)
+def test_its_variants_compile_whole_and_once(name: str) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    entry = ZOO[name]
+    model, arguments = entry.build(2)
+    eager = duca_compile.optimize(model.eval(), POLICY, "eager")
+    optimized = duca_compile.optimize(model, POLICY, "inductor", strict=True)
+    calls = list(loop(entry, arguments))
+    for each in calls[:3]:
+        optimized(**each)  # one step of each kind
+    optimized.reset()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for each in calls:
+            for a, b in zip(sample(optimized(**each)), sample(eager(**each)), strict=True):
+                assert (a - b).norm() <= 1e-4 * b.norm()
+    assert "".join(e.kind.value[0] for e in optimized.history) == "fpsfpsfp"
+
+
+def test_the_page_has_no_other_models() -> None:
+    page = PAGE.read_text()
+    assert page.startswith(HEAD)
+    assert page.count("\n| ") == len(ZOO) + 1
