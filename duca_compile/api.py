@@ -4,58 +4,37 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
-from collections.abc import Hashable
 from contextlib import AbstractContextManager, nullcontext
-from itertools import count
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from duca_compile.analysis import analyze
-from duca_compile.backends import Backend, dynamic_positions, make_backend
-from duca_compile.capture import Call, capture, signature_of
+from duca_compile.backends import Backend, make_backend
+from duca_compile.capture import Call, capture, live_tensors, signature_of
+from duca_compile.captures import Captures, Compiled
 from duca_compile.errors import CaptureError, PolicyError, UsageError
-from duca_compile.graph import CapturedGraph, Facts, Variant, VariantFunction, VariantSpec
+from duca_compile.graph import CapturedGraph, Facts
 from duca_compile.lock import COMPILING
 from duca_compile.passes.hoist import frontier, hoisted_input
-from duca_compile.passes.pipeline import build_prologue, build_variant, prepare
+from duca_compile.passes.pipeline import build_prologue, prepare
 from duca_compile.pipelines import PipelineSchedule, is_pipeline, set_component, transformers
 from duca_compile.policies import FORA, DuCa, Policy, Uncached
 from duca_compile.policies.checks import check_whole
-from duca_compile.runtime.dispatcher import Dispatcher, Prologue
+from duca_compile.runtime.dispatcher import Prologue
 from duca_compile.runtime.request import Executed
 from duca_compile.runtime.session import Requests, Session, current_pass, named_pass
 from duca_compile.verify import verified
 
-log = logging.getLogger("duca_compile")
-
-MAX_CAPTURES = 4  # shapes kept compiled at a time; the least recently used one goes first
-
 POLICIES: dict[str, type[Policy]] = {"duca": DuCa, "fora": FORA, "uncached": Uncached}
-
-
-class Compiled:
-    """One captured call: its graph, its facts, and the dispatcher that runs its variants."""
-
-    def __init__(
-        self, captured: CapturedGraph, facts: Facts, prologue: Prologue, policy: Policy, backend: Backend
-    ) -> None:
-        def build(spec: VariantSpec) -> tuple[Variant, VariantFunction]:
-            variant = build_variant(captured, facts, spec)
-            return variant, backend.compile(variant.module, dynamic_positions(variant))
-
-        self.captured, self.facts = captured, facts
-        self.dispatcher = Dispatcher(facts, captured.inputs, policy, build, prologue)
-        self.used = 0  # when it was last called, by the model's count of calls
 
 
 def _prologue(captured: CapturedGraph, facts: Facts) -> Prologue:
     module = build_prologue(captured, facts)
     inputs = tuple(n.name for n in module.graph.nodes if n.op == "placeholder")
     outputs = tuple(hoisted_input(n.name) for n in frontier(captured.graph, facts))
-    return Prologue(inputs, outputs, module.forward)
+    return Prologue(inputs, outputs, module)
 
 
 def analyze_call(model: nn.Module, call: Call, timestep: str | None) -> tuple[CapturedGraph, Facts, Prologue]:
@@ -114,7 +93,7 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
     timestep_name: str | None
     _backend: Backend
     _requests: Requests
-    _compiled: dict[Hashable, Compiled]
+    _compiled: Captures
 
     def __new__(cls, model: nn.Module, *_: Any) -> OptimizedModel:
         source = type(model)
@@ -129,9 +108,7 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
         own = {"source": model, "policy": policy, "_backend": backend, "_requests": requests, "timestep_name": timestep}
         self.__dict__.update(own)
         self.__dict__["_signature"] = signature_of(model)
-        self.__dict__["_compiled"] = dict[Hashable, Compiled]()
-        self.__dict__["_calls"] = count(1)
-        self.__dict__["_places"] = _first_place(model, "_parameters"), _first_place(model, "_buffers")
+        self.__dict__["_compiled"] = Captures(model, self._capture)
         self.training = model.training
         forward = torch.compiler.disable(functools.partial(self._call))  # type: ignore[no-untyped-call]
         functools.update_wrapper(forward, model.forward)
@@ -148,6 +125,14 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
             raise AttributeError(name)
         return getattr(source, name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets what is the source's on the source, where forward reads it."""
+        source = self.__dict__.get("source")
+        if source is not None and name not in self.__dict__ and hasattr(source, name):
+            setattr(source, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def train(self, mode: bool = True) -> OptimizedModel:
         self.source.train(mode)
         self.training = mode
@@ -156,35 +141,24 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         check_model(self.source)
         call = Call.bind(self._signature, args, kwargs, self.timestep_name)
-        compiled = self._compiled.get(self._key(call)) or self._capture(call)
-        compiled.used = next(self._calls)
-        named = current_pass(self)
+        compiled = self._compiled.find(call)
+        request, called = self._requests.current(), current_pass(self)
+        name = None if called is None else called.name
         with torch.no_grad():
-            name = None if named is None else named.name
-            outputs = compiled.dispatcher(self._requests.current(), call.tensors, name)
+            try:
+                tick = request.tick(compiled.facts, compiled.named(call.tensors), name)
+                if tick.new_request:
+                    compiled = self._compiled.find_anew(call)
+                outputs = compiled.dispatcher(request, tick, compiled.named(call.tensors), name)
+            except BaseException:
+                request.reset()
+                raise
             return compiled.captured.output.rebuild(outputs)
 
-    def _key(self, call: Call) -> Hashable:
-        """Changes with ``to()`` as well, which keeps parameters as objects but makes new buffers."""
-        parameter, buffer = (None if place is None else place[0].get(place[1]) for place in self._places)
-        kind = None if parameter is None else (parameter.dtype, parameter.device)
-        return call.key, kind, None if buffer is None else id(buffer)
-
     def _capture(self, call: Call) -> Compiled:
-        with COMPILING:
-            key = self._key(call)  # anew: torch.export swaps the source's weights for fakes while it traces
-            if key in self._compiled:  # by another thread, while this one waited
-                return self._compiled[key]
-            if self._compiled:
-                log.info("new shapes, types or options in the call: capturing %s anew", type(self.source).__name__)
-            with self._source_context():
-                found = analyze_call(self.source, call, self.timestep_name)
-            compiled = Compiled(*found, self.policy, self._backend)
-            while len(self._compiled) >= MAX_CAPTURES:
-                del self._compiled[min(self._compiled, key=lambda each: self._compiled[each].used)]
-                log.info("dropping the least recently used of %d captured shapes", MAX_CAPTURES)
-            self._compiled[key] = compiled
-            return compiled
+        with self._source_context():
+            found = analyze_call(self.source, call, self.timestep_name)
+        return Compiled(*found, self.policy, self._backend, live_tensors(self.source))
 
     def _source_context(self) -> AbstractContextManager[None]:
         """The source's own ``cache_context``: capturing is the only time that the source itself runs."""
@@ -225,12 +199,6 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
         """An optimized copy of the source, which captures anew."""
         source, requests = copy.deepcopy(self.source, memo), copy.deepcopy(self._requests, memo)
         return OptimizedModel(source, self.policy, self._backend, requests, self.timestep_name)
-
-
-def _first_place(model: nn.Module, table: str) -> tuple[dict[str, Tensor | None], str] | None:
-    """Where the model's first parameter or buffer is kept: looking for it at every call would walk all modules."""
-    places = ((getattr(module, table), name) for module in model.modules() for name in getattr(module, table))
-    return next(((values, name) for values, name in places if values[name] is not None), None)
 
 
 def check_model(model: nn.Module) -> None:

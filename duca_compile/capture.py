@@ -10,6 +10,7 @@ import re
 import traceback
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_map_only
 
 from duca_compile import concrete
@@ -183,9 +185,11 @@ def _without_aliases(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _needs_functionalizing(node: fx.Node) -> bool:
-    """In-place operators, and regions (autocast or gradient mode set inside of forward) that stand for a subgraph."""
+    """In-place operators, regions (autocast or gradient mode set in forward) that stand for a subgraph, and weights
+    that hold several tensors, such as quantized ones: what such a weight does to an operator becomes plain operators.
+    """
     target = node.target
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, torch._ops.HigherOrderOperator) or is_traceable_wrapper_subclass(node.meta.get("val")):
         return True
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
@@ -207,7 +211,7 @@ def _lower(
 ) -> CapturedGraph:
     """Turns lifted weights back into get_attr nodes on the model's live tensors."""
     signature = program.graph_signature
-    live = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    live = live_tensors(model)
     specs = {spec.arg.name: spec for spec in signature.input_specs}
     graph, mapping = fx.Graph(), dict[fx.Node, Any]()
     attributes: dict[str, Tensor] = {}
@@ -245,6 +249,28 @@ def _lower(
         given={inputs[position]: read for position, read in reads.items()},
         opaque=opaque,
     )
+
+
+def live_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The model's own tensors by the names that a trace gives them."""
+    live: dict[str, Tensor] = {}
+    for path, tensor in chain(
+        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
+    ):
+        live[path] = tensor
+        if is_traceable_wrapper_subclass(tensor):
+            prefix, _, name = path.rpartition(".")
+            place = f"{prefix}.parametrizations.{name}.original" if prefix else f"parametrizations.{name}.original"
+            live |= {f"{place}{i}": inner for i, inner in enumerate(inner_tensors(tensor))}
+    return live
+
+
+def inner_tensors(tensor: Tensor) -> list[Tensor]:
+    """The plain tensors that a tensor subclass such as a quantized weight holds; a plain one is its own."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [inner for name in names for inner in inner_tensors(getattr(tensor, name))]
 
 
 def _outputs(program: torch.export.ExportedProgram) -> list[Any]:

@@ -13,9 +13,17 @@ from duca_compile.graph import op_name
 from duca_compile.opaque import opaque, site_flops
 
 _PRODUCTS = {
-    "addmm", "baddbmm", "bilinear", "bmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
-    "conv_transpose3d", "convolution", "einsum", "linear", "matmul", "mm", "scaled_dot_product_attention",
+    "_int_mm", "_scaled_mm", "addmm", "baddbmm", "bilinear", "bmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
+    "conv_transpose2d", "conv_transpose3d", "convolution", "einsum", "linear", "matmul", "mm",
+    "scaled_dot_product_attention",
 }  # fmt: skip
+
+
+def _int_mm_flops(left: tuple[int, int], right: tuple[int, int], out_shape: tuple[int, int]) -> int:
+    return 2 * left[0] * left[1] * right[1]
+
+
+_UNKNOWN_TO_TORCH = {torch.ops.aten._int_mm: _int_mm_flops}
 
 
 def node_flops(graph: fx.Graph) -> dict[str, int]:
@@ -43,6 +51,6 @@ def _as_meta(node: fx.Node) -> torch.Tensor:
 
 
 def _count(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_UNKNOWN_TO_TORCH) as counter:
         target(*args, **kwargs)
     return int(counter.get_total_flops())

@@ -4,7 +4,8 @@ A body is pointwise along tokens where f(x[idx]) = f(x)[idx]: each output token 
 alone. The rules follow the token axis from the stream to the branch's output; the first operator that mixes
 tokens, or that has no rule, ends the walk with a reason.
 
-The stream's tokens may be a part of a longer axis for a while: joined with the text's and cut out again.
+The stream's tokens may be a part of a longer axis for a while: joined with the text's and cut out again. An axis of 0
+says that they are one dimension with the batch, the first: many a linear flattens the two and tells them apart again.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from duca_compile.graph import TokenPlace, op_name, value_shape
 from duca_compile.opaque import opaque
 
 BATCH_AXIS, TOKEN_AXIS = 0, 1
+MERGED = 0
 
 CONCATENATIONS = {"cat", "concat", "concatenate"}
 JOINS = CONCATENATIONS | {"stack"}
@@ -61,9 +63,10 @@ def follow_tokens(stream: fx.Node, body: list[fx.Node], core: fx.Node) -> Places
     for node in body:
         place = places[node.name] = _place_of(node, places, shape[TOKEN_AXIS])
         own = value_shape(node)
-        if own is not None and own[BATCH_AXIS] != shape[BATCH_AXIS]:
+        rows = shape[BATCH_AXIS] * (place.length if place.axis == MERGED else 1)
+        if own is not None and own[BATCH_AXIS] != rows:
             raise Mixing(node, "the batch is not its first dimension")
-        if own is not None and own[place.axis] != place.length:
+        if own is not None and place.axis != MERGED and own[place.axis] != place.length:
             raise Mixing(node, f"it has {own[place.axis]} entries where there are {place.length} tokens")
     if places[core.name] != whole:
         raise Mixing(core, "the branch does not end as (batch, tokens, channels)")
@@ -164,7 +167,11 @@ def _elementwise(node: fx.Node, axes: Axes) -> int:
     places = {axes[n.name] + rank - _rank(n) for n in node.all_input_nodes if n.name in axes}
     if len(places) != 1:
         raise Mixing(node, "its operands hold tokens in different places")
-    return places.pop()
+    axis = places.pop()
+    others = [n for n in node.all_input_nodes if n.name not in axes and _rank(n) == rank]
+    if axis == MERGED and any((value_shape(n) or (1,))[0] != 1 for n in others):
+        raise Mixing(node, "its second operand may differ by token")
+    return axis
 
 
 def per_token_operands(node: fx.Node, places: Mapping[str, TokenPlace]) -> list[fx.Node]:
@@ -210,6 +217,8 @@ def _join_channels(node: fx.Node, axes: Axes) -> int:
     axis = next(axes[n.name] for n in _pieces(node) if n.name in axes)
     if any(axes.get(n.name, axis) != axis for n in _pieces(node)):
         raise Mixing(node, "its operands hold tokens in different places")
+    if axis == MERGED and any(n.name not in axes for n in _pieces(node)):
+        raise Mixing(node, "its second operand may differ by token")
     return axis
 
 
@@ -314,9 +323,16 @@ def _squeeze(node: fx.Node, axes: Axes) -> int:
 
 
 def _reshape(node: fx.Node, axes: Axes) -> int:
-    """The token dimension survives where one output dimension has its size and the same product before it."""
+    """The token dimension survives where one output dimension has its size and the same product before it.
+
+    It may also become one with the batch, and be told from it again.
+    """
     source, axis = _first(node, axes)
     before, after = value_shape(source) or (), value_shape(node) or ()
+    if axis == TOKEN_AXIS and after[0] == prod(before[:2]):
+        return MERGED
+    if axis == MERGED and prod(after[:2]) == before[0] != after[0]:
+        return TOKEN_AXIS
     ahead = prod(before[:axis])
     for place, size in enumerate(after):
         if size == before[axis] and prod(after[:place]) == ahead:
@@ -356,6 +372,7 @@ _Rule = Callable[[fx.Node, Axes], int]
 _SPECIAL: dict[str, _Rule] = {
     "linear": _product,
     "matmul": _product,
+    "mm": _product,
     "layer_norm": _norm,
     "rms_norm": _norm,
     "softmax": _along_dim,

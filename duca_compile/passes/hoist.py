@@ -17,15 +17,41 @@ def hoisted_input(name: str) -> str:
 
 
 def frontier(graph: fx.Graph, facts: Facts) -> list[fx.Node]:
-    """The loop-invariant tensors that the loop itself reads."""
+    """The loop-invariant tensors that are computed once per request and that the loop itself reads."""
+    hoisted = _hoisted(graph, facts)
     return [
         node
         for node in graph.nodes
-        if node.op == "call_function"
-        and facts.variance[node.name] is Variance.INVARIANT
+        if node in hoisted
         and isinstance(node.meta.get("val"), torch.Tensor)
-        and any(user.op == "output" or facts.variance[user.name] > Variance.INVARIANT for user in node.users)
+        and any(user not in hoisted for user in node.users)
     ]
+
+
+def _hoisted(graph: fx.Graph, facts: Facts) -> set[fx.Node]:
+    """The loop-invariant nodes, less those that would hold weights twice.
+
+    What is computed from weights alone stays in the loop unless it is smaller than they are: a quantized weight that
+    is widened for a product would else be kept at full width.
+    """
+    weights: dict[fx.Node, frozenset[fx.Node] | None] = {}  # what a node is computed from; None where arguments too
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            weights[node] = frozenset((node,))
+        elif node.op != "call_function" or facts.variance[node.name] is not Variance.INVARIANT:
+            weights[node] = None
+        else:
+            above = [weights[n] for n in node.all_input_nodes]
+            own = weights[node] = None if None in above else frozenset[fx.Node]().union(*filter(None, above))
+            if not own or _bytes(node) < sum(map(_bytes, own)):
+                found.add(node)
+    return found
+
+
+def _bytes(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return int(value.numel() * value.element_size()) if isinstance(value, torch.Tensor) else 0
 
 
 def invariant_graph(graph: fx.Graph, facts: Facts) -> fx.Graph:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from enum import IntEnum
 from operator import is_
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from duca_compile.graph import Action, Facts, Variant, VariantFunction, VariantSpec, cache_input, tokens_input
 from duca_compile.lock import COMPILING
 from duca_compile.policies.base import Policy, Step, StepKind
-from duca_compile.runtime.clock import version
+from duca_compile.runtime.clock import Tick, version
 from duca_compile.runtime.planning import check_selection, plan_step
 from duca_compile.runtime.request import CacheState, Executed, Request
 from duca_compile.runtime.selection import TokenSelector
@@ -59,10 +59,10 @@ class Prologue:
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    run: VariantFunction
+    module: fx.GraphModule
 
     def compute(self, call: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(zip(self.outputs, self.run(*[call[name] for name in self.inputs]), strict=True))
+        return dict(zip(self.outputs, self.module.forward(*[call[name] for name in self.inputs]), strict=True))
 
 
 class Dispatcher:
@@ -88,22 +88,15 @@ class Dispatcher:
         self._selectable = [b for b in facts.branches if b.pointwise]
         self._position = {b.index: i for i, b in enumerate(self._selectable)}
 
-    def __call__(self, request: Request, tensors: tuple[Tensor, ...], name: str | None = None) -> tuple[Tensor, ...]:
-        """Runs one call as the next of ``request``, in the pass called ``name``.
-
-        An error in it makes the next call start a new request.
-        """
+    def __call__(
+        self, request: Request, tick: Tick, call: Mapping[str, Tensor], name: str | None = None
+    ) -> tuple[Tensor, ...]:
+        """Runs one call, with its tensors by name, where ``tick`` says, in the pass called ``name``."""
         started = time.perf_counter()
-        call = dict(zip(self._inputs, tensors, strict=True))
-        try:
-            tick = request.tick(self._facts, call, name)
-            state = request.state(self, (name, tick.pass_index))
-            self._hoist(state, call)
-            plan = self._plan(request.step_at(tick.step), tick.step, state)
-            outputs = self._run(plan, state, call)
-        except BaseException:
-            request.reset()
-            raise
+        state = request.state(self, (name, tick.pass_index))
+        self._hoist(state, call)
+        plan = self._plan(request.step_at(tick.step), tick.step, state)
+        outputs = self._run(plan, state, call)
         state.last_step = tick.step
         seconds = time.perf_counter() - started
         request.history.append(Executed(tick.step, tick.pass_index, plan.step.kind, plan.flops, seconds, name))

@@ -1,0 +1,243 @@
+"""The captures of one model: found again while the model is what it was, made anew where it is not."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Collection, Hashable, Mapping
+from dataclasses import replace
+from itertools import count
+
+import torch
+from torch import Tensor, nn
+
+from duca_compile.backends import Backend, dynamic_positions
+from duca_compile.capture import Call, live_tensors
+from duca_compile.graph import CapturedGraph, Facts, Variant, VariantFunction, VariantSpec
+from duca_compile.lock import COMPILING
+from duca_compile.passes.pipeline import build_variant
+from duca_compile.policies.base import Policy
+from duca_compile.runtime.dispatcher import Dispatcher, Prologue
+from duca_compile.snapshot import Name, Snapshot, Structure, kind, take
+
+log = logging.getLogger("duca_compile")
+
+MAX_CAPTURES = 4  # shapes kept compiled at a time; the least recently used one goes first
+RESTLESS = 3  # requests in a row that find the model changed, after which a warning says so
+REMEMBERED = 16  # kinds of call whose last capture is remembered, so that the log can say what has changed
+
+
+class _Variants:
+    """Builds the variants of one captured graph, and keeps the weights in all of them those of the model."""
+
+    def __init__(self, captured: CapturedGraph, facts: Facts, prologue: Prologue, backend: Backend) -> None:
+        self.captured, self._facts, self._backend = captured, facts, backend
+        self._modules = [prologue.module]
+
+    def build(self, spec: VariantSpec) -> tuple[Variant, VariantFunction]:
+        variant = build_variant(self.captured, self._facts, spec)
+        self._modules.append(variant.module)
+        return variant, self._backend.compile(variant.module, dynamic_positions(variant))
+
+    def rebind(self, weights: Mapping[str, Tensor]) -> None:
+        held = self.captured.attributes
+        changed = {name: tensor for name, tensor in weights.items() if held[name] is not tensor}
+        if not changed:
+            return
+        self.captured = replace(self.captured, attributes={**held, **changed})
+        for module in self._modules:
+            for name in {str(n.target) for n in module.graph.nodes if n.op == "get_attr"} & changed.keys():
+                prefix, _, leaf = name.rpartition(".")
+                setattr(module.get_submodule(prefix), leaf, changed[name])
+
+
+class Compiled:
+    """One captured call: its graph, its facts, and the dispatcher that runs its variants."""
+
+    def __init__(
+        self,
+        captured: CapturedGraph,
+        facts: Facts,
+        prologue: Prologue,
+        policy: Policy,
+        backend: Backend,
+        live: Mapping[str, Tensor],
+    ) -> None:
+        self.facts = facts
+        self._variants = _Variants(captured, facts, prologue, backend)
+        names = {id(tensor): name for name, tensor in live.items()}
+        # A trace may have names of its own for the model's weights. What is none of these is a constant of the graph.
+        self._weights = {own: names[id(t)] for own, t in captured.attributes.items() if id(t) in names}
+        self.dispatcher = Dispatcher(facts, captured.inputs, policy, self._variants.build, prologue)
+        self.used = 0  # when it was last called, by the model's count of calls
+
+    @property
+    def captured(self) -> CapturedGraph:
+        return self._variants.captured
+
+    def named(self, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """The tensors of a call by their names in the graph."""
+        return dict(zip(self.captured.inputs, tensors, strict=True))
+
+    def rebind(self, live: Mapping[str, Tensor]) -> None:
+        """Puts the model's tensors of now in the place of those it was captured with, which are of the same kinds."""
+        self._variants.rebind({own: live[name] for own, name in self._weights.items()})
+
+    def holds_others(self, known: Collection[int]) -> bool:
+        """Whether it holds weights that are not among those whose identities are ``known``."""
+        return any(id(self.captured.attributes[name]) not in known for name in self._weights)
+
+    def same_graph(self, other: Compiled) -> bool:
+        """Whether both compute the same, given the same weights."""
+        mine, theirs = self.captured, other.captured
+        if _text(mine) != _text(theirs) or mine.attributes.keys() != theirs.attributes.keys():
+            return False
+        pairs = [(name, mine.attributes[name], theirs.attributes[name]) for name in mine.attributes]
+        return all(kind(a) == kind(b) and (name in self._weights or _equal(a, b)) for name, a, b in pairs)
+
+
+def _text(captured: CapturedGraph) -> Hashable:
+    nodes = tuple((n.op, n.name, str(n.target), str(n.args), str(n.kwargs)) for n in captured.graph.nodes)
+    return nodes, captured.inputs, repr(captured.output)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one is other or (not one.is_meta and torch.equal(one, other))
+
+
+class Captures:
+    """Keeps up to ``MAX_CAPTURES`` captures, each for one kind of call and one state of the model.
+
+    ``capture`` makes one. What capturing itself changes on the model, such as tables made at first use, is no change:
+    the captures of before still hold. Where a change turns out to leave the graph as it was, nothing is compiled; a
+    number or the like that forward itself changes and that left the graph as it was is no longer looked at.
+    """
+
+    def __init__(self, model: nn.Module, capture: Callable[[Call], Compiled]) -> None:
+        self._model, self._capture = model, capture
+        self._kept: dict[tuple[Hashable, Structure], Compiled] = {}
+        self._now: Snapshot | None = None  # the model as it was last seen
+        self._last: dict[Hashable, Structure] = {}  # by kind of call: the model as it was last captured
+        self._own: set[Name] = set()  # attributes that forward changes
+        self._unread: frozenset[Name] = frozenset()  # those of them that make no difference
+        self._changes = 0  # captures in a row that a change of the model asked for
+        self._calls = count(1)
+        self._lock = threading.RLock()  # taken before COMPILING, never after
+
+    def values(self) -> Collection[Compiled]:
+        return self._kept.values()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def find(self, call: Call) -> Compiled:
+        """The capture for ``call``, by what was last seen of the model and by its weights of now.
+
+        Raises what capturing raises.
+        """
+        now = self._now
+        compiled = self._kept.get((call.key, now.structure)) if now is not None and now.weights.kept() else None
+        return self._used(compiled or self.find_anew(call))
+
+    def find_anew(self, call: Call) -> Compiled:
+        """The same, after a look at the whole model: for the start of a request."""
+        with self._lock:
+            now = self._look()
+            compiled = self._kept.get((call.key, now.structure))
+            if compiled is not None:
+                self._changes = 0
+            return self._used(compiled or self._make(call, now))
+
+    def _used(self, compiled: Compiled) -> Compiled:
+        compiled.used = next(self._calls)
+        return compiled
+
+    def _look(self) -> Snapshot:
+        """The model as it is now; its new tensors take the places of the old ones in the captures that still hold."""
+        seen = take(self._model, self._unread)
+        if seen.weights.traced():
+            with COMPILING:
+                seen = take(self._model, self._unread)
+        known = (structure for _, structure in self._kept if structure == seen.structure)
+        now = replace(seen, structure=next(known, seen.structure))
+        before, self._now = self._now, now
+        if before is not None and (before.structure != now.structure or not before.weights.same(now.weights)):
+            self._settle(now)
+        return now
+
+    def _settle(self, now: Snapshot) -> None:
+        """Captures of other states are kept for a return to these, but not where they alone keep weights alive."""
+        live = live_tensors(self._model)
+        known = set(map(id, live.values()))
+        for key, compiled in list(self._kept.items()):
+            if key[1] == now.structure:
+                compiled.rebind(live)
+            elif compiled.holds_others(known):
+                del self._kept[key]
+                log.info("dropping a capture: %s no longer holds its weights", type(self._model).__name__)
+
+    def _make(self, call: Call, before: Snapshot) -> Compiled:
+        self._tell(call, before.structure)
+        compiled = self._capture(call)
+        now = self._look()
+        own = now.structure.differences(before.structure)
+        if own:
+            self._own.update(own)
+            self._restate(lambda structure: now.structure if structure == before.structure else structure)
+        self._last.pop(call.key, None)
+        self._last[call.key] = now.structure
+        if len(self._last) > REMEMBERED:
+            del self._last[next(iter(self._last))]
+        alike = [key for key, other in self._kept.items() if key[0] == call.key and other.same_graph(compiled)]
+        if alike:
+            return self._keep(alike[0], before, now)
+        while len(self._kept) >= MAX_CAPTURES:
+            del self._kept[min(self._kept, key=lambda each: self._kept[each].used)]
+            log.info("dropping the least recently used of %d captured shapes", MAX_CAPTURES)
+        self._kept[call.key, now.structure] = compiled
+        return compiled
+
+    def _keep(self, key: tuple[Hashable, Structure], before: Snapshot, now: Snapshot) -> Compiled:
+        """An earlier capture whose graph turned out to be that of the model as it is now."""
+        log.info("its graph is that of before, so nothing is compiled")
+        compiled = self._kept.pop(key)
+        compiled.rebind(live_tensors(self._model))
+        self._kept[key[0], now.structure] = compiled
+        changed = set(key[1].differences(before.structure))
+        unread = {name for name in changed if before.structure.is_plain(name)}
+        if changed <= self._own and unread:
+            self._unread |= unread
+            self._restate(lambda structure: structure.without(unread))
+            self._look()
+        return compiled
+
+    def _restate(self, new: Callable[[Structure], Structure]) -> None:
+        """Replaces the structures that captures are known by; equal ones stay one object, which compares at once."""
+        one = dict[Structure, Structure]()
+
+        def renewed(structure: Structure) -> Structure:
+            changed = new(structure)
+            return one.setdefault(changed, changed)
+
+        self._kept = {(call, renewed(structure)): compiled for (call, structure), compiled in self._kept.items()}
+        self._last = {call: renewed(structure) for call, structure in self._last.items()}
+
+    def _tell(self, call: Call, now: Structure) -> None:
+        """Says why a capture is made, and warns where the model keeps changing."""
+        name, last = type(self._model).__name__, self._last.get(call.key)
+        if last is None or last == now:
+            if self._last:
+                log.info("new shapes, types or options in the call: capturing %s anew", name)
+            return
+        (path, attribute), *more = sorted(last.differences(now), key=self._own.__contains__)
+        changed = f"{path}.{attribute}".strip(".") + (f" and {len(more)} more" if more else "")
+        log.info("changed weights, modules or attributes (%s): capturing %s anew", changed, name)
+        self._changes += 1
+        if self._changes == RESTLESS:
+            log.warning(
+                "%s has changed before each of the last %d captures (now %s), and each takes long; set it once before "
+                "the loop, or make it an argument of forward",
+                name,
+                RESTLESS,
+                changed,
+            )
