@@ -12,7 +12,7 @@ from torch import nn
 
 from duca_compile.analysis import analyze
 from duca_compile.backends import Backend, make_backend
-from duca_compile.capture import Call, capture, live_tensors, signature_of
+from duca_compile.capture import Binder, Call, capture, live_tensors
 from duca_compile.captures import Captures, Compiled
 from duca_compile.errors import CaptureError, PolicyError, UsageError
 from duca_compile.graph import CapturedGraph, Facts
@@ -93,6 +93,7 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
     timestep_name: str | None
     _backend: Backend
     _requests: Requests
+    _bind: Binder
     _compiled: Captures
 
     def __new__(cls, model: nn.Module, *_: Any) -> OptimizedModel:
@@ -107,12 +108,12 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
         self.__dict__.update({name: model.__dict__[name] for name in ("_parameters", "_buffers", "_modules")})
         own = {"source": model, "policy": policy, "_backend": backend, "_requests": requests, "timestep_name": timestep}
         self.__dict__.update(own)
-        self.__dict__["_signature"] = signature_of(model)
+        self.__dict__["_bind"] = Binder(model, timestep)
         self.__dict__["_compiled"] = Captures(model, self._capture)
         self.training = model.training
         forward = torch.compiler.disable(functools.partial(self._call))  # type: ignore[no-untyped-call]
         functools.update_wrapper(forward, model.forward)
-        forward.__signature__ = self._signature
+        forward.__signature__ = self._bind.signature
         self.__dict__["forward"] = forward
 
     @property  # type: ignore[misc]
@@ -140,7 +141,7 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         check_model(self.source)
-        call = Call.bind(self._signature, args, kwargs, self.timestep_name)
+        call = self._bind(args, kwargs)
         compiled = self._compiled.find(call)
         request, called = self._requests.current(), current_pass(self)
         name = None if called is None else called.name

@@ -87,7 +87,7 @@ class _FirstCall:
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         # Inductor builds strides into its code, and a caller's latent or expanded timestep may come with any.
-        tensors = tuple(tensor.contiguous() for tensor in tensors)
+        tensors = tuple(map(Tensor.contiguous, tensors))
         if self._ready:
             return tuple(self._compiled(*tensors))
         with COMPILING:

@@ -12,13 +12,13 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_with_path, tree_map_only
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_map_only
 
 from duca_compile import concrete
 from duca_compile.errors import CaptureError, UsageError, first_line
@@ -27,67 +27,89 @@ from duca_compile.graph import CapturedGraph, OutputLayout
 log = logging.getLogger("duca_compile")
 
 _NUMBER_TIMESTEPS = ("timestep", "timesteps", "t", "time", "sigma")
+_LEAVES = {Tensor, nn.Parameter, bool, int, float, str, type(None), torch.dtype, torch.device}
 _LIST_PLACE = re.compile(r"\[\d+\]$")
 _TORCH_ROOT = str(Path(torch.__file__).parent)
 
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of one call, bound to the forward's signature and flattened."""
+    """The arguments of one call by name, its tensors, and what tells it from calls of another kind."""
 
     arguments: dict[str, Any]
     tensors: tuple[Tensor, ...]
     key: Hashable
 
-    @staticmethod
-    def bind(
-        signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], timestep: str | None = None
-    ) -> Call:
+
+class Binder:
+    """Makes a ``Call`` of the arguments of one model's forward. It runs at every step, so the common case is short."""
+
+    def __init__(self, model: nn.Module, timestep: str | None = None) -> None:
+        self.signature = inspect.signature(model.forward)
+        kinds = {name: parameter.kind for name, parameter in self.signature.parameters.items()}
+        self._by_place = [name for name, kind in kinds.items() if kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+        self._defaults = {
+            name: parameter.default
+            for name, parameter in self.signature.parameters.items()
+            if parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        }
+        self._required = {name for name, value in self._defaults.items() if value is inspect.Parameter.empty}
+        self._rest = inspect.Parameter.VAR_KEYWORD in kinds.values()
+        self._plain = inspect.Parameter.POSITIONAL_ONLY not in kinds.values()
+        self._timesteps = _NUMBER_TIMESTEPS if timestep is None else (timestep,)
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Binds one call; a timestep given as a number becomes a tensor, or every step would be another graph.
 
         Raises UsageError where the arguments do not fit the signature, with Python's own reason.
         """
-        try:
-            bound = signature.bind(*args, **kwargs)
-        except TypeError as error:
-            raise UsageError(f"the call does not fit the model's forward{signature}: {error}") from error
-        bound.apply_defaults()  # a default is the same call whether it is given or not
-        arguments: dict[str, Any] = {}
-        for name, value in bound.arguments.items():
-            kind = signature.parameters[name].kind
-            if kind is inspect.Parameter.VAR_KEYWORD:
-                arguments.update(value)
-            elif kind is inspect.Parameter.VAR_POSITIONAL and not value:
-                continue
-            elif kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.POSITIONAL_ONLY):
-                raise UsageError(f"forward takes {name!r} by position only; give it a name to optimize this model")
-            else:
-                arguments[name] = value
-        for name in _NUMBER_TIMESTEPS if timestep is None else (timestep,):
+        given = kwargs if not args else dict(zip(self._by_place, args, strict=False)) | kwargs
+        known = self._defaults.keys()
+        fits = self._required <= given.keys() and (self._rest or given.keys() <= known)
+        if not (fits and self._plain and len(given) == len(args) + len(kwargs)):
+            self._refuse(args, kwargs)
+        arguments = {**self._defaults, **given}  # a default is the same call whether it is given or not
+        for name in self._timesteps:
             if isinstance(arguments.get(name), int | float):
                 arguments[name] = torch.tensor(arguments[name])
-        leaves, spec = tree_flatten(arguments)
-        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
-        return Call(arguments, tensors, (_key(leaves, spec), _autocast(tensors)))
+        tensors: list[Tensor] = []
+        key: list[Hashable] = []
+        for name, value in arguments.items():
+            key.append(name)
+            if type(value) in _LEAVES:
+                _add(value, tensors, key)
+            else:
+                leaves, spec = tree_flatten(value)
+                key.append(spec)
+                for leaf in leaves:
+                    _add(leaf, tensors, key)
+        if tensors:
+            key.append(_autocast(tensors[0].device.type))
+        return Call(arguments, tuple(tensors), tuple(key))
+
+    def _refuse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
+        try:
+            self.signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise UsageError(f"the call does not fit the model's forward{self.signature}: {error}") from error
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+        name = next(name for name, each in self.signature.parameters.items() if each.kind in positional)
+        raise UsageError(f"forward takes {name!r} by position only; give it a name to optimize this model")
 
 
-def _autocast(tensors: tuple[Tensor, ...]) -> Hashable:
+def _add(leaf: Any, tensors: list[Tensor], key: list[Hashable]) -> None:
+    if isinstance(leaf, Tensor):
+        tensors.append(leaf)
+        key.extend((leaf.shape, leaf.dtype, leaf.device))
+    else:
+        key.append(type(leaf))
+        key.append(leaf if isinstance(leaf, Hashable) else repr(leaf))
+
+
+def _autocast(device: str) -> Hashable:
     """Autocast changes what the same graph computes, so it is part of a call's identity."""
-    kinds = sorted({tensor.device.type for tensor in tensors} - {"meta"})
-    return tuple(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None for kind in kinds)
-
-
-def _key(leaves: list[Any], spec: TreeSpec) -> Hashable:
-    def of(leaf: Any) -> Hashable:
-        if isinstance(leaf, Tensor):
-            return (leaf.shape, leaf.dtype, leaf.device)
-        return (type(leaf), leaf if isinstance(leaf, Hashable) else repr(leaf))
-
-    return (spec, tuple(of(leaf) for leaf in leaves))
-
-
-def signature_of(model: nn.Module) -> inspect.Signature:
-    return inspect.signature(model.forward)
+    enabled = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if enabled else None
 
 
 def tensor_names(call: Call) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from rich.text import Text
 from torch import nn
 
 from duca_compile.api import OptimizedModel, analyze_call, check_model, resolve_policy
-from duca_compile.capture import Call, signature_of
+from duca_compile.capture import Binder
 from duca_compile.graph import Branch, CapturedGraph, Facts, Role, Variance
 from duca_compile.passes.hoist import frontier
 from duca_compile.passes.pipeline import build_variant
@@ -204,7 +204,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     timestep = model.timestep_name if isinstance(model, OptimizedModel) else None
     source = model.source if isinstance(model, OptimizedModel) else model
     check_model(source)
-    captured, facts, _ = analyze_call(source, Call.bind(signature_of(source), args, kwargs, timestep), timestep)
+    captured, facts, _ = analyze_call(source, Binder(source, timestep)(args, kwargs), timestep)
     return Explanation(type(source).__name__, captured, facts, policy)
 
 

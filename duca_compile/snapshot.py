@@ -62,23 +62,36 @@ class Structure:
 
 
 @dataclass(frozen=True)
+class _Place:
+    """Where a module keeps a parameter or a buffer, and what it is."""
+
+    table: dict[str, Tensor | None]
+    name: str
+    tensor: Tensor
+    dtype: torch.dtype
+    device: torch.device
+
+    def kept(self) -> bool:
+        now = self.table.get(self.name)
+        same = now is self.tensor and self.tensor.dtype == self.dtype and self.tensor.device == self.device
+        return same or _traced((now,))
+
+
+@dataclass(frozen=True)
 class Weights:
-    """Every parameter and buffer of a model, and where it keeps the first."""
+    """Every parameter and buffer of a model, and where it keeps the first of each."""
 
     tensors: tuple[Tensor, ...]
-    first: tuple[dict[str, Tensor | None], str, torch.dtype, torch.device] | None
+    firsts: tuple[_Place, ...]
 
     def seem_kept(self) -> bool:
-        """Whether the first is still the same object of the same type and device in the same place.
+        """Whether the first of each is still the same object of the same type and device in the same place.
 
-        What is done to a whole model, such as ``to()``, is done to that one too, and asking all of them takes longer
-        than a skipped step. So it counts while another thread traces the model: then it is away, and will be back.
+        What is done to a whole model, such as ``to()``, is done to these too (it makes new buffers), and asking all
+        takes longer than a skipped step. So it counts while another thread traces the model: then they are away, and
+        will be back.
         """
-        if self.first is None:
-            return True
-        table, name, dtype, device = self.first
-        now = table.get(name)
-        return _traced((now,)) or (now is self.tensors[0] and (now.dtype, now.device) == (dtype, device))
+        return all(place.kept() for place in self.firsts)
 
     def traced(self) -> bool:
         """Whether these are the fakes that torch.export puts in the place of a model's weights while it traces."""
@@ -102,10 +115,8 @@ def take(model: nn.Module, without: frozenset[Name] = frozenset()) -> Snapshot:
     walk = _Walk()
     for path, module in model.named_modules():
         walk.module(path, module)
-    tensors = tuple(tensor for _, _, tensor in walk.places)
-    first = [(table, name, tensor.dtype, tensor.device) for table, name, tensor in walk.places[:1]]
     entries = {name: entry for name, entry in walk.entries.items() if name not in without}
-    return Snapshot(Structure(entries), Weights(tensors, first[0] if first else None))
+    return Snapshot(Structure(entries), Weights(tuple(walk.tensors), tuple(walk.firsts.values())))
 
 
 def _traced(tensors: Iterable[object]) -> bool:
@@ -130,7 +141,8 @@ class _Walk:
 
     def __init__(self) -> None:
         self.entries: dict[Name, Entry] = {}
-        self.places: list[tuple[dict[str, Tensor | None], str, Tensor]] = []
+        self.tensors: list[Tensor] = []
+        self.firsts: dict[str, _Place] = {}
         self._met: dict[int, int] = {}
         self._open: set[int] = set()  # containers that are being looked into: one may hold itself
 
@@ -141,7 +153,8 @@ class _Walk:
                 for key, tensor in value.items():
                     self.entries[path, key] = self._weight(tensor)
                     if tensor is not None:
-                        self.places.append((value, key, tensor))
+                        self.tensors.append(tensor)
+                        self.firsts.setdefault(name, _Place(value, key, tensor, tensor.dtype, tensor.device))
             elif name == "_modules":
                 for key, child in value.items():
                     self.entries[path, key] = None if child is None else self._number(child)[0]

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import duca_compile
 from duca_compile.api import analyze_call
-from duca_compile.capture import Call, signature_of
+from duca_compile.capture import Binder
 from duca_compile.graph import Action, VariantSpec, cache_input
 from duca_compile.passes.pipeline import build_variant
 from duca_compile.policies import StepKind
@@ -52,7 +52,7 @@ def test_it_is_understood_and_cached_exactly(name: str) -> None:
     planned = {step.kind: step for step in found.schedule(POLICY, 3).steps}
     assert planned[StepKind.SKIP].flops <= 0.1 * found.flops  # at 4 blocks; more blocks, less
 
-    call = Call.bind(signature_of(model), (), arguments)
+    call = Binder(model)((), arguments)
     captured, facts, prologue = analyze_call(model, call, None)
     values = dict(zip(captured.inputs, call.tensors, strict=True))
     values |= prologue.compute(values)

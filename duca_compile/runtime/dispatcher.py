@@ -28,7 +28,7 @@ class Origin(IntEnum):
     TOKENS = 3
 
 
-@dataclass
+@dataclass(eq=False)
 class Program:
     """A variant and what runs it, with all that ties it to the state looked up once."""
 
@@ -36,10 +36,13 @@ class Program:
     run: VariantFunction
     inputs: tuple[tuple[Origin, str], ...]
     reads: frozenset[str]  # the caches among the inputs
-    writes: tuple[str | None, ...]  # per output beyond the model's own: the cache it goes to, None for scores
+    own: int  # how many outputs are the model's own; they come first
+    writes: tuple[tuple[int, str], ...]  # the other outputs that go to a cache, and to which
     waiting: tuple[int, ...]  # branches whose tokens a partial step chooses from, or leaves to grow stale
     rows: tuple[int, ...]  # their positions in the selector
+    tokens: tuple[str, ...]  # the names of the inputs that say which tokens
     computed: Mapping[int, int | None]  # positions that are computed in full -> the output with their scores
+    loose: frozenset[int] | None = None  # outputs that are views of larger tensors
     aliases: tuple[int, ...] | None = None  # the model's own outputs that share memory with the state or each other
 
 
@@ -115,9 +118,12 @@ class Dispatcher:
     def _plan(self, step: Step, index: int, state: CacheState) -> Plan:
         """The plan of ``step``, or of a full one for a pass that has just joined or has missed steps."""
         plan = self._planned(step)
-        reads = plan.program.reads
-        if reads and (index - state.last_step > 1 or not reads <= state.caches.keys()):
+        program = plan.program
+        if not program.reads or (program in state.ready and index - state.last_step <= 1):
+            return plan
+        if index - state.last_step > 1 or not program.reads <= state.caches.keys():
             return self._planned(Step(StepKind.FULL))
+        state.ready.add(program)
         return plan
 
     def _planned(self, step: Step) -> Plan:
@@ -135,16 +141,19 @@ class Dispatcher:
         if spec not in self._programs:
             variant, run = self._build(spec)
             inputs = tuple((self._origin(name), name) for name in variant.inputs)
-            extra = [name for name in variant.outputs if not name.startswith("output_")]
+            own = sum(name.startswith("output_") for name in variant.outputs)
+            extra = [*enumerate(variant.outputs)][own:]
             waiting = tuple(b.index for b in self._selectable if spec.actions[b.index] is not Action.COMPUTE)
             self._programs[spec] = Program(
                 variant,
                 run,
                 inputs,
                 reads=frozenset(name for origin, name in inputs if origin is Origin.CACHE),
-                writes=tuple(None if name.startswith("score_") else cache_input(name) for name in extra),
+                own=own,
+                writes=tuple((i, cache_input(name)) for i, name in extra if not name.startswith("score_")),
                 waiting=waiting,
                 rows=tuple(self._position[index] for index in waiting),
+                tokens=tuple(map(tokens_input, waiting)),
                 computed=self._computed(variant),
             )
         return self._programs[spec]
@@ -170,13 +179,13 @@ class Dispatcher:
         program = plan.program
         tables = (call, state.hoisted, state.caches, self._tokens(plan, state))
         results = program.run(*[tables[origin][name] for origin, name in program.inputs])
-        own = len(results) - len(program.writes)
-        for name, value in zip(program.writes, results[own:], strict=True):
-            if name is not None:
-                state.caches[name] = _compact(value)
+        if program.loose is None:  # a property of the variant, so looked up once
+            program.loose = frozenset(i for i, _ in program.writes if _is_loose(results[i]))
+        for i, name in program.writes:
+            state.caches[name] = results[i].clone() if i in program.loose else results[i]
         if program.computed:
             self._refresh(program.computed, results, state)
-        return self._unaliased(program, results[:own], state)
+        return self._unaliased(program, results[: program.own], state)
 
     def _tokens(self, plan: Plan, state: CacheState) -> dict[str, Tensor]:
         """The tokens that each waiting branch recomputes, by the name of its input."""
@@ -184,7 +193,7 @@ class Dispatcher:
         if plan.step.kind is not StepKind.PARTIAL or state.selector is None or not program.waiting:
             return {}
         chosen = state.selector.select(program.rows, plan.counts, plan.step.interval)
-        return {tokens_input(index): tokens for index, tokens in zip(program.waiting, chosen, strict=True)}
+        return {name: tokens for name, tokens in zip(program.tokens, chosen, strict=True) if tokens is not None}
 
     def _unaliased(self, program: Program, outputs: tuple[Tensor, ...], state: CacheState) -> tuple[Tensor, ...]:
         """The outputs, copied where the caller's changing one in place would change the state or another output."""
@@ -211,6 +220,6 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def _compact(value: Tensor) -> Tensor:
-    """``value`` without the rest of a larger tensor that it may be a view of, so that caches are what they seem."""
-    return value if value.untyped_storage().nbytes() <= value.numel() * value.element_size() else value.clone()
+def _is_loose(value: Tensor) -> bool:
+    """Whether a larger tensor would be kept with it: caches are as large as they seem."""
+    return value.untyped_storage().nbytes() > value.numel() * value.element_size()

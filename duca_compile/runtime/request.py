@@ -39,6 +39,7 @@ class CacheState:
     """What one pass of one request carries from step to step; dropped when the next request starts."""
 
     caches: dict[str, Tensor] = field(default_factory=dict)  # placeholder name -> value
+    ready: set[object] = field(default_factory=set)  # programs whose caches are all there
     last_step: int = -1
     hoisted: dict[str, Tensor] = field(default_factory=dict)
     hoisted_from: tuple[Tensor, ...] = ()

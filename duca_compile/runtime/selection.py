@@ -35,29 +35,37 @@ class TokenSelector:
         groups = {shape: _Group(selection, count, *shape, device) for shape, count in counts.items()}
         self._groups = list(groups.values())
         self._places = [(groups[shape], shapes[:i].count(shape)) for i, shape in enumerate(shapes)]
+        self._split: dict[tuple[int, ...], list[tuple[_Group, list[int], list[int]]]] = {}
 
     def refresh(self, raw: Mapping[int, Tensor | None]) -> None:
         """Branches that were computed in full: ``raw`` maps their position to a new (batch, tokens) score."""
-        for group in self._groups:
-            own = {self._places[i][1]: score for i, score in raw.items() if self._places[i][0] is group}
-            if own:
-                group.refresh(own)
+        scores = list(raw.values())
+        for group, own, rows in self._by_group(tuple(raw)):
+            group.refresh(dict(zip(rows, [scores[i] for i in own], strict=True)))
 
-    def select(self, positions: Sequence[int], counts: Sequence[int], interval: int) -> list[Tensor]:
+    def select(self, positions: Sequence[int], counts: Sequence[int], interval: int) -> list[Tensor | None]:
         """Token indices, int64 (batch, count), for each branch in ``positions``; the others grow one step staler.
 
-        Raises PolicyError where a patch bonus is asked for and the tokens are not a square grid of patches.
+        None where the count is 0 for all branches over the same tokens. Raises PolicyError where a patch bonus is
+        asked for and the tokens are not a square grid of patches.
         """
-        chosen: dict[int, Tensor] = {}
-        for group in self._groups:
-            own = [
-                (i, p, n) for i, (p, n) in enumerate(zip(positions, counts, strict=True)) if self._places[p][0] is group
-            ]
-            if own:
-                rows = [self._places[p][1] for _, p, _ in own]
-                picked = group.select(rows, [n for _, _, n in own], interval)
-                chosen |= {i: tokens for (i, _, _), tokens in zip(own, picked, strict=True)}
-        return [chosen[i] for i in range(len(positions))]
+        chosen: list[Tensor | None] = [None] * len(positions)
+        for group, own, rows in self._by_group(tuple(positions)):
+            for i, tokens in zip(own, group.select(rows, [counts[i] for i in own], interval), strict=False):
+                chosen[i] = tokens
+        return chosen
+
+    def _by_group(self, positions: tuple[int, ...]) -> list[tuple[_Group, list[int], list[int]]]:
+        """For each group the indices into ``positions`` that are its own, and their rows in it."""
+        if positions not in self._split:
+            found: dict[_Group, tuple[list[int], list[int]]] = {}
+            for i, position in enumerate(positions):
+                group, row = self._places[position]
+                own, rows = found.setdefault(group, ([], []))
+                own.append(i)
+                rows.append(row)
+            self._split[positions] = [(group, own, rows) for group, (own, rows) in found.items()]
+        return self._split[positions]
 
 
 class _Group:
@@ -80,16 +88,21 @@ class _Group:
             self._scores = torch.zeros(self._shape, device=self._device)
         self._scores[self._rows(list(scores))] = functional.normalize(torch.stack([*scores.values()]).float(), dim=-1)
 
-    def select(self, positions: Sequence[int], counts: Sequence[int], interval: int) -> list[Tensor]:
-        rows = self._rows(list(positions))
+    def select(self, positions: list[int], counts: list[int], interval: int) -> Sequence[Tensor]:
+        most = max(counts)
+        if not most and not self._selection.staleness:
+            return ()
+        rows = self._rows(positions)
         score = self._base()[rows]
         if self._selection.staleness:
             score = score + self._selection.staleness * self._staleness[rows] / interval
-        if self._selection.patch_bonus and max(counts) > 0:
+        if self._selection.patch_bonus and most:
             score = self._favour_patches(score)
-        order = score.topk(max(counts), dim=-1).indices
+        order = score.topk(most, dim=-1).indices
         if self._selection.staleness:
             self._age(rows, order, counts)
+        if min(counts) == most:
+            return order.unbind()
         return [chosen[:, :count].contiguous() for chosen, count in zip(order.unbind(), counts, strict=True)]
 
     def _age(self, rows: list[int] | slice, order: Tensor, counts: Sequence[int]) -> None:

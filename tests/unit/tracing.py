@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from duca_compile.analysis import analyze
-from duca_compile.capture import Call, capture
+from duca_compile.capture import Binder, capture
 from duca_compile.graph import Action, CapturedGraph, Facts, Variant, VariantSpec
 from duca_compile.passes.pipeline import build_prologue, build_variant, prepare
 
@@ -26,7 +25,7 @@ def module(forward: Callable[..., Any], **children: nn.Module | Tensor) -> nn.Mo
 
 
 def raw(model: nn.Module, **arguments: Tensor) -> CapturedGraph:
-    return capture(model, Call.bind(inspect.signature(model.forward), (), arguments))
+    return capture(model, Binder(model)((), arguments))
 
 
 def analysed(model: nn.Module, **arguments: Tensor) -> tuple[CapturedGraph, Facts]:
