@@ -8,11 +8,10 @@ import io
 import logging
 import re
 import traceback
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,8 +22,7 @@ from torch.utils._pytree import TreeSpec, keystr, tree_flatten, tree_flatten_wit
 
 from duca_compile import concrete
 from duca_compile.errors import CaptureError, UsageError, first_line
-from duca_compile.graph import CapturedGraph, OutputLayout, Read
-from duca_compile.opaque import CallSite
+from duca_compile.graph import CapturedGraph, OutputLayout
 
 log = logging.getLogger("duca_compile")
 
@@ -114,7 +112,7 @@ def capture(model: nn.Module, call: Call, opaque: frozenset[str] = frozenset()) 
             if program is not None:
                 return _lower(model, program, call)
             traced = concrete.trace(model, arguments, opaque)
-            return _lower(traced.module, _export(traced.module, arguments), call, traced.reads, traced.opaque)
+            return _lower(traced.module, _export(traced.module, arguments), call, traced)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -206,8 +204,7 @@ def _lower(
     model: nn.Module,
     program: torch.export.ExportedProgram,
     call: Call,
-    reads: Mapping[int, Read] = MappingProxyType({}),
-    opaque: tuple[CallSite, ...] = (),
+    traced: concrete.ConcreteTrace | None = None,
 ) -> CapturedGraph:
     """Turns lifted weights back into get_attr nodes on the model's live tensors."""
     signature = program.graph_signature
@@ -246,8 +243,9 @@ def _lower(
         inputs=tuple(inputs),
         output=OutputLayout(program.call_spec.out_spec, constants),
         lists=tuple(_LIST_PLACE.sub("", name) for name in tensor_names(call)),
-        given={inputs[position]: read for position, read in reads.items()},
-        opaque=opaque,
+        given={inputs[place]: read for place, read in traced.reads.items()} if traced else {},
+        readings=traced.readings if traced and traced.reads else None,
+        opaque=traced.opaque if traced else (),
     )
 
 

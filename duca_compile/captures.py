@@ -7,16 +7,18 @@ import threading
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import replace
 from itertools import count
+from operator import is_
 
 import torch
 from torch import Tensor, nn
 
 from duca_compile.backends import Backend, dynamic_positions
 from duca_compile.capture import Call, live_tensors
-from duca_compile.graph import CapturedGraph, Facts, Variant, VariantFunction, VariantSpec
+from duca_compile.graph import CapturedGraph, Facts, Readings, Variant, VariantFunction, VariantSpec
 from duca_compile.lock import COMPILING
 from duca_compile.passes.pipeline import build_variant
 from duca_compile.policies.base import Policy
+from duca_compile.runtime.clock import version
 from duca_compile.runtime.dispatcher import Dispatcher, Prologue
 from duca_compile.snapshot import Name, Snapshot, Structure, kind, take
 
@@ -25,6 +27,9 @@ log = logging.getLogger("duca_compile")
 MAX_CAPTURES = 4  # shapes kept compiled at a time; the least recently used one goes first
 RESTLESS = 3  # requests in a row that find the model changed, after which a warning says so
 REMEMBERED = 16  # kinds of call whose last capture is remembered, so that the log can say what has changed
+
+
+Kind = tuple[Hashable, int]  # a call's key, and a number where forward reads other values
 
 
 class _Variants:
@@ -64,6 +69,8 @@ class Compiled:
         live: Mapping[str, Tensor],
     ) -> None:
         self.facts = facts
+        self._readings = [] if captured.readings is None else [captured.readings]
+        self._held: tuple[tuple[Tensor, ...], tuple[int, ...]] | None = None  # the last tensors that they held for
         self._variants = _Variants(captured, facts, prologue, backend)
         names = {id(tensor): name for name, tensor in live.items()}
         # A trace may have names of its own for the model's weights. What is none of these is a constant of the graph.
@@ -74,6 +81,27 @@ class Compiled:
     @property
     def captured(self) -> CapturedGraph:
         return self._variants.captured
+
+    def holds(self, tensors: tuple[Tensor, ...]) -> bool:
+        """Whether it is right for a call with these tensors: for the values that forward reads in Python, if any."""
+        if not self._readings:
+            return True
+        own = tuple(tensors[place] for place in sorted({p for readings in self._readings for p in readings.places}))
+        versions = tuple(map(version, own))
+        if self._held is not None and versions == self._held[1] and all(map(is_, own, self._held[0])):
+            return -1 not in versions or self._read(tensors)
+        if not self._read(tensors):
+            return False
+        self._held = own, versions
+        return True
+
+    def _read(self, tensors: tuple[Tensor, ...]) -> bool:
+        return any(readings.hold(tensors) for readings in self._readings)
+
+    def holds_too(self, readings: Readings | None) -> None:
+        """Notes further values that its graph is right for."""
+        if readings is not None:
+            self._readings = [*self._readings[1 - REMEMBERED :], readings]
 
     def named(self, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """The tensors of a call by their names in the graph."""
@@ -115,7 +143,7 @@ class Captures:
 
     def __init__(self, model: nn.Module, capture: Callable[[Call], Compiled]) -> None:
         self._model, self._capture = model, capture
-        self._kept: dict[tuple[Hashable, Structure], Compiled] = {}
+        self._kept: dict[tuple[Kind, Structure], Compiled] = {}
         self._now: Snapshot | None = None  # the model as it was last seen
         self._last: dict[Hashable, Structure] = {}  # by kind of call: the model as it was last captured
         self._own: set[Name] = set()  # attributes that forward changes
@@ -136,17 +164,24 @@ class Captures:
         Raises what capturing raises.
         """
         now = self._now
-        compiled = self._kept.get((call.key, now.structure)) if now is not None and now.weights.kept() else None
+        compiled = self._get(call, now.structure) if now is not None and now.weights.seem_kept() else None
         return self._used(compiled or self.find_anew(call))
 
     def find_anew(self, call: Call) -> Compiled:
         """The same, after a look at the whole model: for the start of a request."""
         with self._lock:
             now = self._look()
-            compiled = self._kept.get((call.key, now.structure))
+            compiled = self._get(call, now.structure)
             if compiled is not None:
                 self._changes = 0
             return self._used(compiled or self._make(call, now))
+
+    def _get(self, call: Call, structure: Structure) -> Compiled | None:
+        for number in range(MAX_CAPTURES):
+            compiled = self._kept.get(((call.key, number), structure))
+            if compiled is not None and compiled.holds(call.tensors):
+                return compiled
+        return None
 
     def _used(self, compiled: Compiled) -> Compiled:
         compiled.used = next(self._calls)
@@ -188,16 +223,18 @@ class Captures:
         self._last[call.key] = now.structure
         if len(self._last) > REMEMBERED:
             del self._last[next(iter(self._last))]
-        alike = [key for key, other in self._kept.items() if key[0] == call.key and other.same_graph(compiled)]
+        alike = [key for key, other in self._kept.items() if key[0][0] == call.key and other.same_graph(compiled)]
         if alike:
+            self._kept[alike[0]].holds_too(compiled.captured.readings)
             return self._keep(alike[0], before, now)
         while len(self._kept) >= MAX_CAPTURES:
             del self._kept[min(self._kept, key=lambda each: self._kept[each].used)]
             log.info("dropping the least recently used of %d captured shapes", MAX_CAPTURES)
-        self._kept[call.key, now.structure] = compiled
+        numbers = {kind[1] for kind, structure in self._kept if kind[0] == call.key and structure == now.structure}
+        self._kept[(call.key, min({*range(MAX_CAPTURES)} - numbers)), now.structure] = compiled
         return compiled
 
-    def _keep(self, key: tuple[Hashable, Structure], before: Snapshot, now: Snapshot) -> Compiled:
+    def _keep(self, key: tuple[Kind, Structure], before: Snapshot, now: Snapshot) -> Compiled:
         """An earlier capture whose graph turned out to be that of the model as it is now."""
         log.info("its graph is that of before, so nothing is compiled")
         compiled = self._kept.pop(key)
@@ -227,7 +264,7 @@ class Captures:
         name, last = type(self._model).__name__, self._last.get(call.key)
         if last is None or last == now:
             if self._last:
-                log.info("new shapes, types or options in the call: capturing %s anew", name)
+                log.info("new shapes, types, options or values that it reads in the call: capturing %s anew", name)
             return
         (path, attribute), *more = sorted(last.differences(now), key=self._own.__contains__)
         changed = f"{path}.{attribute}".strip(".") + (f" and {len(more)} more" if more else "")

@@ -19,7 +19,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from duca_compile.graph import Read, module_path, source_line
+from duca_compile.graph import Read, Readings, module_path, source_line
 from duca_compile.opaque import CallSite, as_operators
 
 _GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
@@ -43,10 +43,14 @@ fx.node.has_side_effect(_read)  # nothing uses its result, and it must not be dr
 
 @dataclass(frozen=True)
 class ConcreteTrace:
-    """A module without data-dependent control flow or shapes, and what it took for given, by argument position."""
+    """A module without data-dependent control flow or shapes, and what it took for given.
+
+    ``reads`` says for each argument whose value matters who reads it, by its place among the call's tensors.
+    """
 
     module: nn.Module
     reads: dict[int, Read]
+    readings: Readings
     opaque: tuple[CallSite, ...]
 
 
@@ -68,9 +72,9 @@ def trace(model: nn.Module, arguments: dict[str, Any], opaque: frozenset[str]) -
     with preserve_node_meta(), _module_paths(model), DataAsDetach(), _NoteReads(), as_operators(model, opaque) as sites:
         graph = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False, record_stack_traces=True)(*tensors)
     _index_by_number(graph)
-    reads = _reads(graph, tensors)
+    reads, readings = _reads(graph), _readings(graph, tensors)
     _fold(graph, tensors)
-    return ConcreteTrace(_Replay(graph, layout[0]), reads, tuple(sites))
+    return ConcreteTrace(_Replay(graph, layout[0]), reads, readings, tuple(sites))
 
 
 class DataAsDetach(TorchFunctionMode):
@@ -118,7 +122,7 @@ def _module_paths(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _reads(graph: fx.GraphModule, tensors: list[Tensor]) -> dict[int, Read]:
+def _reads(graph: fx.GraphModule) -> dict[int, Read]:
     """The arguments behind every value that Python read, or that a shape depends on."""
     found: dict[int, Read] = {}
     inputs = {node: i for i, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
@@ -128,10 +132,31 @@ def _reads(graph: fx.GraphModule, tensors: list[Tensor]) -> dict[int, Read]:
         behind[node] = own.union(*(behind[n] for n in node.all_input_nodes))
         if node.target is _read or _is_counting(node):
             for index in behind[node]:
-                known = found.get(index)
-                paths = (known.paths if known else frozenset()) | {module_path(node)}
-                found[index] = Read(tensors[index].clone(), known.source if known else source_line(node), paths)
+                known = found.get(index, Read(source_line(node), frozenset()))
+                found[index] = Read(known.source, known.paths | {module_path(node)})
     return found
+
+
+def _readings(graph: fx.GraphModule, tensors: list[Tensor]) -> Readings:
+    """The part of the graph that computes what Python read and what shapes depend on."""
+    part = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.graph.nodes:
+        if node.op != "output":
+            copies[node] = part.node_copy(node, lambda n: copies[n])
+    wanted = [node for node in graph.graph.nodes if node.target is _read or _is_counting(node)]
+    part.output(tuple(copies[n] for node in wanted for n in (node.all_input_nodes if _is_tuple(node) else [node])))
+    part.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    used = [i for i, node in enumerate(part.find_nodes(op="placeholder")) if node.users]
+    for node in part.find_nodes(op="placeholder"):
+        if not node.users:
+            part.erase_node(node)
+    module = fx.GraphModule(graph, part)
+    return Readings(module.forward, tuple(used), module(*[tensors[i] for i in used]))
+
+
+def _is_tuple(node: fx.Node) -> bool:
+    return not isinstance(node.meta.get("val"), Tensor) and bool(node.users)
 
 
 def _is_counting(node: fx.Node) -> bool:
@@ -145,7 +170,8 @@ def _is_counting(node: fx.Node) -> bool:
 def _index_by_number(graph: fx.GraphModule) -> None:
     """Selection by a mask becomes selection by number: the shape then depends on the mask's places alone."""
     for node in graph.graph.find_nodes(op="call_function", target=aten.masked_select.default):
-        shape = list((node.args[0].meta["val"] * node.args[1].meta["val"]).shape)
+        shapes = [n.meta["val"].shape for n in node.args]
+        shape = list(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
         with graph.graph.inserting_before(node):
             source, mask = (_traced(graph, node, aten.expand.default, n, shape) for n in node.args)
             mask.meta["val"] = node.args[1].meta["val"].expand(shape)

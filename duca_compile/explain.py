@@ -185,7 +185,7 @@ class Explanation:
         """What the trace took for given, and what it left alone."""
         for name, read in self.captured.given.items():
             source = _shown(read.source)
-            yield f"captured for this value of {name}, which forward reads ({source}); others are captured anew"
+            yield f"captured for what forward reads of {name} ({source}): for other values, it is captured anew"
         for path in sorted({site.path for site in self.captured.opaque}):
             yield f"{path} reads values that change from step to step: it runs as it is, as one operator"
 

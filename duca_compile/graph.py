@@ -5,7 +5,7 @@ Nodes are referred to by name: every graph is a copy of the captured one, and co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from pathlib import Path
@@ -54,11 +54,30 @@ class OutputLayout:
 
 @dataclass(frozen=True)
 class Read:
-    """The value of an input that forward's Python read, and the first line that read it."""
+    """Who reads values that depend on an input in Python: the first source line, and the modules' paths."""
 
-    value: Tensor
     source: str
-    paths: frozenset[str]  # of the modules that read it
+    paths: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Readings:
+    """All that forward's Python read in one call: how to compute it from the call's tensors, and what it was.
+
+    The graph of that call is right for every call with the same readings, whatever the rest of its values.
+    """
+
+    compute: Callable[..., tuple[Tensor, ...]]  # of the tensors at ``places`` of a call
+    places: tuple[int, ...]
+    values: tuple[Tensor, ...]
+
+    def hold(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether a call with these tensors reads the same."""
+        try:
+            now = self.compute(*[tensors[place] for place in self.places])
+        except (RuntimeError, IndexError):  # an earlier reading differs, and what follows does not fit it
+            return False
+        return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(now, self.values, strict=True))
 
 
 @dataclass(frozen=True)
@@ -70,7 +89,8 @@ class CapturedGraph:
     inputs: tuple[str, ...]  # placeholder names, one for each tensor leaf of the call
     output: OutputLayout
     lists: tuple[str, ...]  # for each input, its argument's path, without the place in a list
-    given: Mapping[str, Read]  # inputs whose values forward read: the graph holds for no others
+    given: Mapping[str, Read]  # inputs that the readings depend on
+    readings: Readings | None  # what the graph takes for given
     opaque: tuple[CallSite, ...]  # submodules that run as one operator
 
 

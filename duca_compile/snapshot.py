@@ -1,7 +1,7 @@
 """What a forward reads besides its arguments: the module tree, its weights and its plain Python attributes.
 
 A capture holds for as long as these are what they were. Looking at all of them takes milliseconds, so it is done once
-per request; whether the weights are still the same objects, of the same types and devices, is asked at every call.
+per request; whether the first weight is still the same object, of the same type and device, is asked at every call.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from operator import attrgetter, is_
+from operator import is_
 from types import FunctionType
 from typing import Any
 
@@ -28,8 +28,6 @@ _PLAIN = {str, bytes, bool, int, float, complex, type(None), torch.dtype, torch.
 _HOOKS = {name for name in vars(nn.Module()) if name.startswith(("_forward_hooks", "_forward_pre_hooks"))}
 _TABLES = {"_parameters", "_buffers", "_modules"}
 _BOOKKEEPING = vars(nn.Module()).keys() - _HOOKS - _TABLES - {"training"}  # state dict hooks and the like
-
-_DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
 
 
 class Structure:
@@ -65,20 +63,22 @@ class Structure:
 
 @dataclass(frozen=True)
 class Weights:
-    """Every parameter and buffer of a model, and where the model keeps it."""
+    """Every parameter and buffer of a model, and where it keeps the first."""
 
-    tables: tuple[dict[str, Tensor | None], ...]
-    names: tuple[str, ...]
     tensors: tuple[Tensor, ...]
-    kinds: tuple[list[Any], list[Any]]
+    first: tuple[dict[str, Tensor | None], str, torch.dtype, torch.device] | None
 
-    def kept(self) -> bool:
-        """Whether each is still the same object of the same type and device in the same place.
+    def seem_kept(self) -> bool:
+        """Whether the first is still the same object of the same type and device in the same place.
 
-        So it counts while another thread traces the model: then the weights are away, and will be back.
+        What is done to a whole model, such as ``to()``, is done to that one too, and asking all of them takes longer
+        than a skipped step. So it counts while another thread traces the model: then it is away, and will be back.
         """
-        now = tuple(map(dict.get, self.tables, self.names))
-        return (all(map(is_, now, self.tensors)) and self.kinds == _kinds(self.tensors)) or _traced(now)
+        if self.first is None:
+            return True
+        table, name, dtype, device = self.first
+        now = table.get(name)
+        return _traced((now,)) or (now is self.tensors[0] and (now.dtype, now.device) == (dtype, device))
 
     def traced(self) -> bool:
         """Whether these are the fakes that torch.export puts in the place of a model's weights while it traces."""
@@ -102,17 +102,14 @@ def take(model: nn.Module, without: frozenset[Name] = frozenset()) -> Snapshot:
     walk = _Walk()
     for path, module in model.named_modules():
         walk.module(path, module)
-    tables, names, tensors = zip(*walk.places, strict=True) if walk.places else ((), (), ())
+    tensors = tuple(tensor for _, _, tensor in walk.places)
+    first = [(table, name, tensor.dtype, tensor.device) for table, name, tensor in walk.places[:1]]
     entries = {name: entry for name, entry in walk.entries.items() if name not in without}
-    return Snapshot(Structure(entries), Weights(tables, names, tensors, _kinds(tensors)))
+    return Snapshot(Structure(entries), Weights(tensors, first[0] if first else None))
 
 
 def _traced(tensors: Iterable[object]) -> bool:
     return any(isinstance(tensor, FakeTensor | FunctionalTensor) for tensor in tensors)
-
-
-def _kinds(tensors: tuple[Tensor, ...]) -> tuple[list[Any], list[Any]]:
-    return list(map(_DTYPE, tensors)), list(map(_DEVICE, tensors))
 
 
 @dataclass(frozen=True)
