@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 from torch import nn
 
@@ -25,6 +26,7 @@ _UNCACHED = {
     Role.REFINER: "nothing reads it",
     Role.MAIN: "nothing reads it",
 }
+_INSTALLED = re.compile(r"[^\s\"(]*[/\\]site-packages[/\\]")
 KIND_STYLES = {StepKind.FULL: "red", StepKind.PARTIAL: "yellow", StepKind.REUSE: "cyan", StepKind.SKIP: "green"}
 
 
@@ -146,7 +148,8 @@ class Explanation:
             f"loop-invariant: {len(self.hoisted)} values hoisted, {self.share(Variance.INVARIANT):.2%} of FLOPs; "
             f"timestep-only: {self.share(Variance.TIMESTEP):.2%}; latent-dependent: {self.share(Variance.LATENT):.2%}"
         )
-        table = Table("blocks", "path", "stream", "kind", "gate", "FLOPs", "cache", "pointwise along tokens")
+        pointwise = Column("pointwise along tokens", overflow="fold")  # the source line is at its end
+        table = Table("blocks", "path", "stream", "kind", "gate", "FLOPs", "cache", pointwise)
         for group in _alike(self.branches):
             branch, last = group[0], group[-1]
             blocks = str(branch.block) if branch is last else f"{branch.block} to {last.block}"
@@ -161,11 +164,11 @@ class Explanation:
                 f"{flops:.2%}",
                 _size(size),
             )
-            table.add_row(blocks, *cells, "yes" if branch.pointwise else f"no, {branch.mixing_reason}")
+            table.add_row(blocks, *cells, "yes" if branch.pointwise else _shown(f"no, {branch.mixing_reason}"))
         yield table
         if self.not_understood:
             yield Text("not understood, so computed in full in partial steps:", style="bold")
-            yield Group(*(f"  {note}" for note in self.not_understood))
+            yield Group(*(f"  {_shown(note)}" for note in self.not_understood))
         else:
             yield "nothing was left that is not understood"
 
@@ -181,7 +184,8 @@ class Explanation:
     def _traced(self) -> Iterator[str]:
         """What the trace took for given, and what it left alone."""
         for name, read in self.captured.given.items():
-            yield f"captured for this value of {name}, which forward reads ({read.source}); others are captured anew"
+            source = _shown(read.source)
+            yield f"captured for what forward reads of {name} ({source}): for other values, it is captured anew"
         for path in sorted({site.path for site in self.captured.opaque}):
             yield f"{path} reads values that change from step to step: it runs as it is, as one operator"
 
@@ -223,6 +227,11 @@ def _alike(branches: tuple[Branch, ...]) -> list[list[Branch]]:
 
 def _shape(shape: tuple[int, ...]) -> str:
     return "(" + ", ".join(f"{n} {name}" for n, name in zip(shape, ("rows", "tokens", "channels"), strict=False)) + ")"
+
+
+def _shown(text: str) -> str:
+    """Files of installed packages from the package's folder on: the rest only says where Python keeps them."""
+    return _INSTALLED.sub("", text)
 
 
 def _size(count: int) -> str:

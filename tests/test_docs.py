@@ -1,0 +1,155 @@
+"""docs/your-own-model.md: its Python runs, prints what the page says, and its advice holds.
+
+``python -m tests.test_docs`` writes what the blocks print anew.
+"""
+
+import re
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import duca_compile
+
+PAGE = Path(__file__).parents[1] / "docs" / "your-own-model.md"
+BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
+
+Names = dict[str, Any]
+Printed = list[tuple[re.Match[str], str]]
+
+
+def run(page: str) -> tuple[Printed, Names]:
+    """Each Python block with what it prints, and the names they define, as if all were one file called ``dit.py``."""
+    names: Names = {"__name__": "dit"}
+    found: Printed = []
+    above = 0
+    for block in BLOCK.finditer(page):
+        with redirect_stdout(StringIO()) as printed:
+            exec(compile("\n" * above + block[1], "dit.py", "exec"), names)
+        above += block[1].count("\n")
+        found.append((block, "".join(f"{line.rstrip()}\n" for line in printed.getvalue().strip().splitlines())))
+    return found, names
+
+
+def written(page: str) -> str:
+    """The page with what its blocks print."""
+    for block, printed in run(page)[0]:
+        if block[2] is not None:
+            page = page.replace(block[0], f"```python\n{block[1]}```\n\n```text\n{printed}```")
+    return page
+
+
+@pytest.fixture(scope="module")
+def ran() -> tuple[Printed, Names]:
+    return run(PAGE.read_text())
+
+
+@pytest.fixture
+def names(ran: tuple[Printed, Names]) -> Names:
+    return ran[1]
+
+
+def test_the_blocks_print_what_the_page_says(ran: tuple[Printed, Names]) -> None:
+    for block, printed in ran[0]:
+        assert printed == (block[2] or ""), "run python -m tests.test_docs to write docs/your-own-model.md anew"
+    assert sum(bool(printed) for _, printed in ran[0]) >= 5
+
+
+@torch.no_grad()
+def test_a_skip_step_returns_what_the_step_before_returned(names: Names) -> None:
+    fast, call = duca_compile.optimize(names["model"], "duca", "eager"), names["call"]
+    results = [fast(call["latent"] / (1 + i), call["timestep"] - i, call["label"]) for i in range(3)]
+    assert [executed.kind.value for executed in fast.history] == ["full", "partial", "skip"]
+    assert torch.equal(results[2], results[1])
+    assert not torch.equal(results[1], results[0])
+
+
+@torch.no_grad()
+def test_a_mask_of_another_length_is_captured_anew(names: Names) -> None:
+    model = names["Padded"]().eval()
+    exact = duca_compile.optimize(model, "uncached", "eager")
+    for length in (60, 30):
+        call = names["call"] | {"mask": torch.arange(64) < length}
+        exact.reset()
+        result, expected = exact(**call), model(**call)
+        assert result.shape == expected.shape
+        assert torch.equal(result, expected)
+
+
+def kinds(names: Names, forward: Callable[..., Tensor]) -> list[str]:
+    """The kinds of branches where a block's forward is ``forward(block, x, attention gate, mlp gate)``."""
+
+    def of_block(block: Any, x: Tensor, condition: Tensor) -> Tensor:
+        return forward(block, x, *block.gates(condition).unsqueeze(1).chunk(2, dim=-1))
+
+    model = names["TinyDiT"](type("Other", (names["Block"],), {"forward": of_block}), depth=2)
+    return [branch.kind for branch in duca_compile.explain(model.eval(), **names["call"]).branches]
+
+
+def in_place(block: Any, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    x += first * block.attention(x)
+    x += second * block.mlp(x)
+    return x
+
+
+def after_norm(block: Any, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    x = nn.functional.layer_norm(x + first * block.attention(x), x.shape[-1:])
+    return nn.functional.layer_norm(x + second * block.mlp(x), x.shape[-1:])
+
+
+def scaled(block: Any, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    x = (x + first * block.attention(x)) / 2**0.5
+    return torch.addcmul(x, second, block.mlp(x)) / 2**0.5
+
+
+def parallel(block: Any, x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    return x + first * block.attention(x) + second * block.mlp(x)
+
+
+@pytest.mark.parametrize("forward", [in_place, after_norm, scaled, parallel])
+def test_sums_that_are_understood(names: Names, forward: Callable[..., Tensor]) -> None:
+    assert kinds(names, forward) == ["self_attention", "mlp"] * 2
+
+
+def test_one_sum_of_both_is_one_branch(names: Names) -> None:
+    assert kinds(names, lambda b, x, one, two: x + (one * b.attention(x) + two * b.mlp(x))) == ["attention+mlp"] * 2
+
+
+def test_interpolation_is_no_sum(names: Names) -> None:
+    with pytest.raises(duca_compile.StructureError, match="no residual branch found"):
+        kinds(names, lambda b, x, one, two: torch.lerp(torch.lerp(x, b.attention(x), one), b.mlp(x), two))
+
+
+def test_a_mixing_layer_with_a_sum_of_its_own(names: Names) -> None:
+    def smoothed(x: Tensor) -> Tensor:
+        return nn.functional.conv1d(x.transpose(1, 2), torch.ones(x.shape[2], x.shape[2], 1)).transpose(1, 2)
+
+    assert kinds(names, lambda b, x, one, two: x + one * smoothed(x) + two * b.mlp(x)) == ["mixing", "mlp"] * 2
+
+
+def test_a_timestep_that_is_no_wave_is_named(names: Names) -> None:
+    class Level(names["TinyDiT"]):
+        def __init__(self) -> None:
+            super().__init__()
+            self.levels = nn.Embedding(1000, 64)
+
+        def forward(self, latent: Tensor, level: Tensor, label: Tensor) -> Tensor:
+            x = self.enter(latent)
+            for block in self.blocks:
+                x = block(x, self.levels(level) + self.embed_label(label))
+            return self.leave(x)
+
+    call = {"latent": torch.randn(2, 64, 4), "level": torch.full((2,), 900), "label": torch.tensor([3, 4])}
+    with pytest.raises(duca_compile.StructureError, match="no timestep among"):
+        duca_compile.explain(Level().eval(), **call)
+    named = duca_compile.optimize(Level().eval(), timestep="level")
+    assert duca_compile.explain(named, **call).facts.timestep == "level"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(written(PAGE.read_text()))
