@@ -102,7 +102,7 @@ def _add(leaf: Any, tensors: list[Tensor], key: list[Hashable]) -> None:
         tensors.append(leaf)
         key.extend((leaf.shape, leaf.dtype, leaf.device))
     else:
-        key.append(type(leaf))
+        key.append(type(leaf).__name__)
         key.append(leaf if isinstance(leaf, Hashable) else repr(leaf))
 
 

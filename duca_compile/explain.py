@@ -177,7 +177,8 @@ class Explanation:
         for role in Role:
             own = [stream for stream in self.facts.streams if stream.role is role]
             if own:
-                tokens = " or ".join(map(str, sorted({stream.tokens for stream in own})))
+                sizes = sorted({stream.shape[1:-1] for stream in own})
+                tokens = " or ".join(" x ".join(map(str, size)) for size in sizes)
                 cached = "" if any(stream.cached for stream in own) else f", not cached: {_UNCACHED[role]}"
                 yield f"{role.value} stream: {sum(stream.branches for stream in own)} branches, {tokens} tokens{cached}"
 
@@ -226,7 +227,10 @@ def _alike(branches: tuple[Branch, ...]) -> list[list[Branch]]:
 
 
 def _shape(shape: tuple[int, ...]) -> str:
-    return "(" + ", ".join(f"{n} {name}" for n, name in zip(shape, ("rows", "tokens", "channels"), strict=False)) + ")"
+    names = ("rows", "tokens", "channels")
+    return (
+        f"({', '.join(f'{n} {name}' for n, name in zip(shape, names, strict=True))})" if len(shape) == 3 else f"{shape}"
+    )
 
 
 def _shown(text: str) -> str:

@@ -113,14 +113,14 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Stream:
-    """One residual stream: how many branches it has, over how many tokens, and whether they are cached.
+    """One residual stream: how many branches it has, the shape of its values, and whether they are cached.
 
     A text stream is not, where nothing but cached attention reads it. Nor is an encoder's.
     """
 
     role: Role
     branches: int
-    tokens: int
+    shape: tuple[int, ...]
     cached: bool
 
 

@@ -78,8 +78,7 @@ def find_branches(
 
 
 def _stream(chain: list[_Residual], role: Role, cached: bool) -> Stream:
-    shape = value_shape(chain[0].add) or ()
-    return Stream(role, len(chain), shape[1] if len(shape) == 3 else 1, cached)
+    return Stream(role, len(chain), value_shape(chain[0].add) or (), cached)
 
 
 def _role(
