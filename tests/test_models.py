@@ -1,5 +1,6 @@
 """Every model of the zoo: captured, understood as its architecture is, and run, without a word about any of them."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,11 +10,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import duca_compile
+from duca_compile import DuCa
 from duca_compile.api import analyze_call
 from duca_compile.capture import Binder
-from duca_compile.graph import Action, VariantSpec, cache_input
+from duca_compile.graph import Action, Role, VariantSpec, cache_input
 from duca_compile.passes.pipeline import build_variant
-from duca_compile.policies import StepKind
+from duca_compile.policies import Step, StepKind
+from duca_compile.runtime.planning import plan_step
 from tests.support import BLOCKS, HEAD, PAGE, POLICY, row, streams
 from tests.zoo import ZOO, Entry
 
@@ -78,6 +81,26 @@ def test_it_runs_full_partial_and_skip_steps(name: str) -> None:
         assert all(output.isfinite().all() for output in outputs)
         assert same(outputs, sample(model(**each))) == (step % 3 == 0)
     assert "".join(e.kind.value[0] for e in optimized.history) == "fpsfpsfp"
+
+
+@torch.no_grad()
+def test_text_tokens_are_recomputed_on_demand() -> None:
+    """FLUX: by default the image's MLPs; with ``text_factor`` the text's too, on tokens of their own."""
+    torch.manual_seed(0)
+    entry = ZOO["FLUX"]
+    model, arguments = entry.build(2)
+    model.eval()
+    step = Step(StepKind.PARTIAL, ratio=0.5)
+    chosen: dict[float, Counter[Role]] = {}
+    for factor in (0.0, 0.5):
+        policy = DuCa(interval=3, fresh_ratio=0.5, text_factor=factor)
+        optimized = duca_compile.optimize(model, policy, "eager")
+        for each in loop(entry, arguments):
+            assert all(output.isfinite().all() for output in sample(optimized(**each)))
+        facts = duca_compile.explain(optimized, **arguments).facts
+        _, counts = plan_step(facts, policy, step)
+        chosen[factor] = Counter(facts.branches[index].role for index in counts)
+    assert chosen == {0.0: Counter({Role.MAIN: 2}), 0.5: Counter({Role.MAIN: 2, Role.TEXT: 2})}
 
 
 @pytest.mark.slow

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from enum import IntEnum
-from operator import is_
+from operator import is_, itemgetter
 
 from torch import Tensor, fx
 
@@ -19,30 +18,21 @@ from duca_compile.runtime.request import CacheState, Executed, Request
 from duca_compile.runtime.selection import TokenSelector
 
 
-class Origin(IntEnum):
-    """Where an input of a variant comes from."""
-
-    CALL = 0
-    HOISTED = 1
-    CACHE = 2
-    TOKENS = 3
-
-
 @dataclass(eq=False)
 class Program:
     """A variant and what runs it, with all that ties it to the state looked up once."""
 
     variant: Variant
     run: VariantFunction
-    inputs: tuple[tuple[Origin, str], ...]
+    fetch: Callable[[Mapping[str, Tensor]], Iterable[Tensor]]  # the inputs, from the values by name
     reads: frozenset[str]  # the caches among the inputs
     own: int  # how many outputs are the model's own; they come first
-    writes: tuple[tuple[int, str], ...]  # the other outputs that go to a cache, and to which
+    writes: dict[str, int]  # the caches to fill, and from which outputs
     waiting: tuple[int, ...]  # branches whose tokens a partial step chooses from, or leaves to grow stale
     rows: tuple[int, ...]  # their positions in the selector
     tokens: tuple[str, ...]  # the names of the inputs that say which tokens
     computed: Mapping[int, int | None]  # positions that are computed in full -> the output with their scores
-    loose: frozenset[int] | None = None  # outputs that are views of larger tensors
+    loose: tuple[str, ...] | None = None  # the caches whose outputs are views of larger tensors
     aliases: tuple[int, ...] | None = None  # the model's own outputs that share memory with the state or each other
 
 
@@ -140,30 +130,22 @@ class Dispatcher:
     def _program(self, spec: VariantSpec) -> Program:
         if spec not in self._programs:
             variant, run = self._build(spec)
-            inputs = tuple((self._origin(name), name) for name in variant.inputs)
             own = sum(name.startswith("output_") for name in variant.outputs)
             extra = [*enumerate(variant.outputs)][own:]
             waiting = tuple(b.index for b in self._selectable if spec.actions[b.index] is not Action.COMPUTE)
             self._programs[spec] = Program(
                 variant,
                 run,
-                inputs,
-                reads=frozenset(name for origin, name in inputs if origin is Origin.CACHE),
+                _getter(variant.inputs),
+                reads=frozenset(name for name in variant.inputs if name.startswith(cache_input(""))),
                 own=own,
-                writes=tuple((i, cache_input(name)) for i, name in extra if not name.startswith("score_")),
+                writes={cache_input(name): i for i, name in extra if not name.startswith("score_")},
                 waiting=waiting,
                 rows=tuple(self._position[index] for index in waiting),
                 tokens=tuple(map(tokens_input, waiting)),
                 computed=self._computed(variant),
             )
         return self._programs[spec]
-
-    def _origin(self, name: str) -> Origin:
-        if name in self._inputs:
-            return Origin.CALL
-        if name in self._prologue.outputs:
-            return Origin.HOISTED
-        return Origin.CACHE if name.startswith(cache_input("")) else Origin.TOKENS
 
     def _computed(self, variant: Variant) -> dict[int, int | None]:
         found: dict[int, int | None] = {}
@@ -177,12 +159,13 @@ class Dispatcher:
 
     def _run(self, plan: Plan, state: CacheState, call: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         program = plan.program
-        tables = (call, state.hoisted, state.caches, self._tokens(plan, state))
-        results = program.run(*[tables[origin][name] for origin, name in program.inputs])
+        values = {**call, **state.hoisted, **state.caches, **self._tokens(plan, state)}
+        results = program.run(*program.fetch(values))
+        state.caches.update({name: results[i] for name, i in program.writes.items()})
         if program.loose is None:  # a property of the variant, so looked up once
-            program.loose = frozenset(i for i, _ in program.writes if _is_loose(results[i]))
-        for i, name in program.writes:
-            state.caches[name] = results[i].clone() if i in program.loose else results[i]
+            program.loose = tuple(name for name, i in program.writes.items() if _is_loose(results[i]))
+        for name in program.loose:
+            state.caches[name] = state.caches[name].clone()
         if program.computed:
             self._refresh(program.computed, results, state)
         return self._unaliased(program, results[: program.own], state)
@@ -214,6 +197,12 @@ class Dispatcher:
             shapes = [(b.shape[0], b.tokens) for b in self._selectable]
             state.selector = TokenSelector(selection, shapes, results[0].device)
         state.selector.refresh({row: None if slot is None else results[slot] for row, slot in computed.items()})
+
+
+def _getter(names: tuple[str, ...]) -> Callable[[Mapping[str, Tensor]], Iterable[Tensor]]:
+    if len(names) < 2:  # itemgetter of one name gives no tuple
+        return lambda values: [values[name] for name in names]
+    return itemgetter(*names)
 
 
 def _memory(tensor: Tensor) -> int:
