@@ -1,4 +1,4 @@
-"""Write benchmarks/README.md from the results of loop.py, host.py and quality.py, so that each figure in it is from a file.
+"""Write benchmarks/README.md from the results of the benchmarks, so that each figure in it is from a file.
 
 python benchmarks/report.py benchmarks/results > benchmarks/README.md
 """
@@ -125,10 +125,10 @@ def host(found: dict[str, Any]) -> list[str]:
     blocks = model["double"] + model["single"]
     lines = [
         "\n## The host's work per step\n",
-        f"A FLUX of {blocks} blocks ({model['double']} double, {model['single']} single), so small that its graphs take",
-        "next to no time, under `host.py`: one call of each kind in turn, so that each finds the processor's caches",
-        f"as the one before left them; load average {before:.1f} at the start, {after:.1f} at the end. *Outside* is what",
-        "is left of a call when the compiled graph's own time is taken off.\n",
+        f"A FLUX of {blocks} blocks ({model['double']} double, {model['single']} single), so small that its graphs",
+        "take next to no time, under `host.py`: one call of each kind in turn, so that each finds the processor's",
+        f"caches as the one before left them. Load {before:.1f} at the start, {after:.1f} at the end. *Outside*",
+        "is what is left of a call when the compiled graph's own time is taken off.\n",
         row("step", "call, ms (IQR)", "outside, ms (IQR)", "target"),
         "|---|---|---|---|",
     ]

@@ -2,17 +2,18 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import duca_compile
 from duca_compile import DuCa
-from duca_compile.api import analyze_call
 from duca_compile.capture import Binder
+from duca_compile.captures import Compiled
 from duca_compile.graph import Action, Role, VariantSpec, cache_input
 from duca_compile.passes.pipeline import build_variant
 from duca_compile.policies import Step, StepKind
@@ -41,25 +42,62 @@ def loop(entry: Entry, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield arguments | {entry.latent: latent, entry.timestep: time}
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("name", ZOO)
-def test_it_is_understood_and_cached_exactly(name: str) -> None:
+@dataclass(frozen=True)
+class Run:
+    """A model of the zoo, optimized, after a loop of ``STEPS`` steps."""
+
+    entry: Entry
+    model: nn.Module
+    arguments: dict[str, Any]
+    optimized: duca_compile.OptimizedModel
+    outputs: list[list[Tensor]]
+
+    @property
+    def compiled(self) -> Compiled:
+        (compiled,) = self.optimized._compiled.values()
+        return compiled
+
+    @property
+    def found(self) -> duca_compile.Explanation:
+        return duca_compile.Explanation(self.entry.name, self.compiled.captured, self.compiled.facts, POLICY)
+
+
+@pytest.fixture(scope="module", params=ZOO)
+def run(request: pytest.FixtureRequest) -> Run:
     torch.manual_seed(0)
-    entry = ZOO[name]
+    entry = ZOO[request.param]
     model, arguments = entry.build(BLOCKS)
-    found = duca_compile.explain(model.eval(), **arguments)
-    assert streams(found) == entry.streams(BLOCKS)
-    assert found.facts.latent.partition("_0")[0] == entry.latent
-    assert found.facts.timestep == entry.timestep
-    assert row(entry, found) in PAGE.read_text(), "run python -m tests.support to write docs/models.md anew"
+    optimized = duca_compile.optimize(model.eval(), POLICY, "eager")
+    with torch.no_grad():
+        outputs = [sample(optimized(**each)) for each in loop(entry, arguments)]
+    return Run(entry, model, arguments, optimized, outputs)
+
+
+def test_its_structure_is_that_of_its_architecture(run: Run) -> None:
+    found = run.found
+    assert streams(found) == run.entry.streams(BLOCKS)
+    assert found.facts.latent.partition("_0")[0] == run.entry.latent
+    assert found.facts.timestep == run.entry.timestep
+    assert row(run.entry, found) in PAGE.read_text(), "run python -m tests.support to write docs/models.md anew"
     planned = {step.kind: step for step in found.schedule(POLICY, 3).steps}
     assert planned[StepKind.SKIP].flops <= 0.1 * found.flops  # at 4 blocks; more blocks, less
 
-    call = Binder(model)((), arguments)
-    captured, facts, prologue = analyze_call(model, call, None)
-    values = dict(zip(captured.inputs, call.tensors, strict=True))
-    values |= prologue.compute(values)
-    expected = sample(model(**arguments))
+
+@torch.no_grad()
+def test_it_runs_full_partial_and_skip_steps(run: Run) -> None:
+    assert "".join(e.kind.value[0] for e in run.optimized.history) == "fpsfpsfp"
+    for step, (each, outputs) in enumerate(zip(loop(run.entry, run.arguments), run.outputs, strict=True)):
+        assert all(output.isfinite().all() for output in outputs)
+        assert same(outputs, sample(run.model(**each))) == (step % 3 == 0)
+
+
+@torch.no_grad()
+def test_reuse_right_after_a_full_step_changes_nothing(run: Run) -> None:
+    captured, facts = run.compiled.captured, run.compiled.facts
+    tensors = Binder(run.model)((), run.arguments).tensors
+    values = dict(zip(captured.inputs, tensors, strict=True))
+    values |= run.compiled.dispatcher._prologue.compute(values)
+    expected = sample(run.model(**run.arguments))
     full = build_variant(captured, facts, VariantSpec((Action.COMPUTE,) * len(facts.branches)))
     results = full.module(*[values[n] for n in full.inputs])
     assert same(sample(results[: len(expected)]), expected)
@@ -67,20 +105,6 @@ def test_it_is_understood_and_cached_exactly(name: str) -> None:
     for skip in (False, True):
         reuse = build_variant(captured, facts, VariantSpec((Action.REUSE,) * len(facts.branches), skip))
         assert same(sample(reuse.module(*[values[n] for n in reuse.inputs])[: len(expected)]), expected)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ZOO)
-def test_it_runs_full_partial_and_skip_steps(name: str) -> None:
-    torch.manual_seed(0)
-    entry = ZOO[name]
-    model, arguments = entry.build(2)
-    optimized = duca_compile.optimize(model.eval(), POLICY, "eager")
-    for step, each in enumerate(loop(entry, arguments)):
-        outputs = sample(optimized(**each))
-        assert all(output.isfinite().all() for output in outputs)
-        assert same(outputs, sample(model(**each))) == (step % 3 == 0)
-    assert "".join(e.kind.value[0] for e in optimized.history) == "fpsfpsfp"
 
 
 @torch.no_grad()
