@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from duca_compile import OptimizedModel
+from tests import zoo
 
 STEPS, TEXT, BLOCKS = 8, 7, 2
 PassKey = tuple[str | None, int]
@@ -35,53 +36,19 @@ def tiny_vae(**settings: Any) -> nn.Module:
 
 
 def dit() -> DiffusionPipeline:
-    transformer = diffusers.DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=8,
-        num_layers=BLOCKS,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=1000,
-        norm_eps=1e-6,
-    )
+    transformer, _ = zoo.dit(BLOCKS)
     return diffusers.DiTPipeline(transformer=transformer, vae=tiny_vae(), scheduler=diffusers.DDIMScheduler())
 
 
 def pixart() -> DiffusionPipeline:
-    transformer = diffusers.PixArtTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=8,
-        num_layers=BLOCKS,
-        sample_size=8,
-        patch_size=2,
-        cross_attention_dim=32,
-        caption_channels=16,
-        norm_type="ada_norm_single",
-        use_additional_conditions=False,
-    )
+    transformer, _ = zoo.pixart(BLOCKS)
     scheduler = diffusers.DPMSolverMultistepScheduler()
     parts = {"transformer": transformer, "scheduler": scheduler, "vae": None}
     return diffusers.PixArtAlphaPipeline(tokenizer=None, text_encoder=None, **parts)
 
 
 def stable_diffusion_3(pipeline: type = diffusers.StableDiffusion3Pipeline) -> DiffusionPipeline:
-    transformer = diffusers.SD3Transformer2DModel(
-        sample_size=16,
-        patch_size=2,
-        in_channels=4,
-        num_layers=BLOCKS,
-        attention_head_dim=8,
-        num_attention_heads=4,
-        caption_projection_dim=32,
-        joint_attention_dim=32,
-        pooled_projection_dim=16,
-        out_channels=4,
-        pos_embed_max_size=32,
-    )
+    transformer, _ = zoo.stable_diffusion_3(BLOCKS)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     without = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
     vae = tiny_vae(shift_factor=0.06)
@@ -89,39 +56,11 @@ def stable_diffusion_3(pipeline: type = diffusers.StableDiffusion3Pipeline) -> D
 
 
 def flux(pipeline: type = diffusers.FluxPipeline) -> DiffusionPipeline:
-    transformer = diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=BLOCKS,
-        num_single_layers=BLOCKS,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=(4, 4, 8),
-        guidance_embeds=True,
-    )
+    transformer, _ = zoo.flux(BLOCKS, channels=16)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     without = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     vae = tiny_vae(shift_factor=0.06)
     return pipeline(transformer=transformer, scheduler=scheduler, vae=vae, **dict.fromkeys(without))
-
-
-def wan_transformer() -> nn.Module:
-    return diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=256,
-        ffn_dim=32,
-        num_layers=BLOCKS,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        rope_max_seq_len=32,
-    )
 
 
 def wan(experts: int = 1) -> DiffusionPipeline:
@@ -133,8 +72,8 @@ def wan(experts: int = 1) -> DiffusionPipeline:
         text_encoder=None,
         vae=None,
         scheduler=scheduler,
-        transformer=wan_transformer(),
-        transformer_2=wan_transformer() if experts == 2 else None,
+        transformer=zoo.wan(BLOCKS)[0],
+        transformer_2=zoo.wan(BLOCKS)[0] if experts == 2 else None,
         boundary_ratio=0.875 if experts == 2 else None,
     )
 
@@ -161,30 +100,13 @@ def cogvideox() -> DiffusionPipeline:
 
 
 def ltx() -> DiffusionPipeline:
-    transformer = diffusers.LTXVideoTransformer3DModel(
-        in_channels=8,
-        out_channels=8,
-        num_attention_heads=4,
-        attention_head_dim=8,
-        cross_attention_dim=32,
-        num_layers=BLOCKS,
-        caption_channels=16,
-    )
+    transformer, _ = zoo.ltx_video(BLOCKS)
     parts = {"transformer": transformer, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(), "vae": None}
     return diffusers.LTXPipeline(tokenizer=None, text_encoder=None, **parts)
 
 
 def qwen_image() -> DiffusionPipeline:
-    transformer = diffusers.QwenImageTransformer2DModel(
-        patch_size=2,
-        in_channels=16,
-        out_channels=4,
-        num_layers=BLOCKS,
-        attention_head_dim=16,
-        num_attention_heads=3,
-        joint_attention_dim=16,
-        axes_dims_rope=(8, 4, 4),
-    )
+    transformer, _ = zoo.qwen_image(BLOCKS)
     parts = {"transformer": transformer, "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(), "vae": None}
     return diffusers.QwenImagePipeline(tokenizer=None, text_encoder=None, **parts)
 

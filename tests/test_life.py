@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ import duca_compile
 from duca_compile import DuCa, OptimizedModel, Uncached
 from duca_compile.pipelines import set_component
 from duca_compile.snapshot import take
-from tests import models, pipelines
+from tests import models, pipelines, zoo
 from tests.test_optimize import LABELS, latent
 from tests.test_optimize import build as dit
 
@@ -351,47 +350,17 @@ def test_each_kind_of_call_is_captured_once(log: Log) -> None:
     assert log("dropping") == 0
 
 
-def flux() -> tuple[nn.Module, dict[str, Any]]:
-    model = diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=(4, 4, 8),
-    )
-    places = torch.arange(16)
-    return model, {
-        "encoder_hidden_states": torch.randn(ROWS, 7, 32),
-        "pooled_projections": torch.randn(ROWS, 32),
-        "img_ids": torch.stack([torch.zeros(16), places // 4, places % 4], dim=1),
-        "txt_ids": torch.zeros(7, 3),
-        "hidden_states": torch.randn(ROWS, 16, 4),
-    }
+def without_timestep(case: zoo.Case) -> zoo.Case:
+    model, arguments = case
+    return model, {name: value for name, value in arguments.items() if name != "timestep"}
 
 
-def wan() -> tuple[nn.Module, dict[str, Any]]:
-    model = diffusers.WanTransformer3DModel(
-        patch_size=(1, 2, 2),
-        num_attention_heads=2,
-        attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
-        text_dim=16,
-        freq_dim=256,
-        ffn_dim=32,
-        num_layers=1,
-        cross_attn_norm=True,
-        qk_norm="rms_norm_across_heads",
-        rope_max_seq_len=32,
-    )
-    return model, {
-        "encoder_hidden_states": torch.randn(ROWS, 7, 16),
-        "hidden_states": torch.randn(ROWS, 4, 1, 8, 8),
-    }
+def flux() -> zoo.Case:
+    return without_timestep(zoo.flux(1))
+
+
+def wan() -> zoo.Case:
+    return without_timestep(zoo.wan(1))
 
 
 def sampled(model: nn.Module, arguments: dict[str, Any]) -> list[Tensor]:

@@ -68,7 +68,7 @@ def dit(depth: int = 4) -> Case:
         out_channels=8,
         num_layers=depth,
         sample_size=8,
-        num_embeds_ada_norm=10,
+        num_embeds_ada_norm=1000,
     )
     return model, {
         "hidden_states": noise(4, 8, 8),
@@ -127,10 +127,10 @@ def stable_diffusion_3_dual(depth: int = 4) -> Case:
     return stable_diffusion_3(depth, dual=depth // 2)
 
 
-def flux(depth: int = 4) -> Case:
+def flux(depth: int = 4, channels: int = 4) -> Case:
     model = diffusers.FluxTransformer2DModel(
         patch_size=1,
-        in_channels=4,
+        in_channels=channels,
         num_layers=depth,
         num_single_layers=depth,
         attention_head_dim=16,
@@ -141,7 +141,7 @@ def flux(depth: int = 4) -> Case:
         guidance_embeds=True,
     )
     return model, {
-        "hidden_states": noise(16, 4),
+        "hidden_states": noise(16, channels),
         "encoder_hidden_states": noise(TEXT, 32),
         "pooled_projections": noise(32),
         "timestep": times(0.9),
