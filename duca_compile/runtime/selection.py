@@ -24,6 +24,9 @@ def check_grid(selection: Selection, tokens: int) -> None:
         )
 
 
+AHEAD = 8  # steps that random tokens are drawn for at once
+
+
 class TokenSelector:
     """Chooses tokens for the selectable branches of one pass, which are known by their position among them.
 
@@ -78,6 +81,8 @@ class _Group:
         self._scores: Tensor | None = None
         self._staleness = torch.zeros(self._shape, device=device)
         self._generator = torch.Generator(device).manual_seed(selection.seed)
+        self._stock: list[tuple[Tensor, ...]] = []  # random tokens for coming steps
+        self._stocked = 0  # how many for each branch
 
     def refresh(self, raw: Mapping[int, Tensor | None]) -> None:
         self._staleness[self._rows(list(raw))] = 0
@@ -92,6 +97,11 @@ class _Group:
         most = max(counts)
         if not most and not self._selection.staleness:
             return ()
+        if self._selection.kind == "random" and not self._selection.staleness and not self._selection.patch_bonus:
+            drawn = self._drawn(most)
+            return [
+                drawn[p] if n == most else drawn[p][:, :n].contiguous() for p, n in zip(positions, counts, strict=True)
+            ]
         rows = self._rows(positions)
         score = self._base()[rows]
         if self._selection.staleness:
@@ -104,6 +114,16 @@ class _Group:
         if min(counts) == most:
             return order.unbind()
         return [chosen[:, :count].contiguous() for chosen, count in zip(order.unbind(), counts, strict=True)]
+
+    def _drawn(self, count: int) -> tuple[Tensor, ...]:
+        """Random tokens, (batch, count) for each branch. Drawing for many steps takes little longer than for one."""
+        if count != self._stocked or not self._stock:
+            branches, batch, tokens = self._shape
+            steps = AHEAD if count == self._stocked else 1
+            draws = torch.rand(steps, branches, 1, tokens, generator=self._generator, device=self._device)
+            order = draws.topk(count, dim=-1).indices.expand(-1, -1, batch, -1).contiguous()
+            self._stock, self._stocked = [step.unbind() for step in order.unbind()], count
+        return self._stock.pop()
 
     def _age(self, rows: list[int] | slice, order: Tensor, counts: Sequence[int]) -> None:
         limit = torch.tensor(counts, device=self._device).view(-1, 1, 1)
