@@ -22,13 +22,14 @@ from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tr
 
 from duca_compile import concrete
 from duca_compile.errors import CaptureError, UsageError, first_line
-from duca_compile.graph import CapturedGraph, OutputLayout
+from duca_compile.graph import CapturedGraph, OutputLayout, op_name, source_line
 
 log = logging.getLogger("duca_compile")
 
 _NUMBER_TIMESTEPS = ("timestep", "timesteps", "t", "time", "sigma")
 _LEAVES = {Tensor, nn.Parameter, bool, int, float, str, type(None), torch.dtype, torch.device}
 _LIST_PLACE = re.compile(r"\[\d+\]$")
+_METADATA_CHECK = torch.ops.aten._assert_tensor_metadata.default
 _TORCH_ROOT = str(Path(torch.__file__).parent)
 
 
@@ -134,8 +135,10 @@ def capture(model: nn.Module, call: Call, opaque: frozenset[str] = frozenset()) 
             if program is not None:
                 return _lower(model, program, call)
             traced = concrete.trace(model, arguments, opaque)
-            return _lower(traced.module, _export(traced.module, arguments), call, traced)
-    except torch.OutOfMemoryError:
+            program = _export(traced.module, arguments)
+            _check_sizes(model, program)
+            return _lower(traced.module, program, call, traced)
+    except (torch.OutOfMemoryError, CaptureError):
         raise
     except Exception as error:
         raise CaptureError(
@@ -149,12 +152,22 @@ def _exported(model: nn.Module, arguments: dict[str, Any]) -> torch.export.Expor
     """The model as torch.export sees it; None where the forward reads values, or shapes depend on some."""
     try:
         program = _export(model, arguments)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, CaptureError):
         raise
     except Exception as error:
         log.info("tracing %s with real values, since torch.export cannot: %s", type(model).__name__, first_line(error))
         return None
     return None if any(_is_symbolic(node.meta.get("val")) for node in program.graph.nodes) else program
+
+
+def _check_sizes(model: nn.Module, program: torch.export.ExportedProgram) -> None:
+    for node in program.graph.nodes:
+        if _is_symbolic(node.meta.get("val")):
+            raise CaptureError(
+                f"{type(model).__name__}.forward makes a tensor whose shape depends on values, by {node.target} at "
+                f"{source_line(node)}, in a way that is not understood. Move that line to a submodule that reads its "
+                "values in Python too (.item()), or compute it before the loop."
+            )
 
 
 def _is_symbolic(value: Any) -> bool:
@@ -167,9 +180,31 @@ def _export(model: nn.Module, arguments: dict[str, Any]) -> torch.export.Exporte
     # Where it fails, torch prints the graph so far, often thousands of lines.
     with concrete.DataAsDetach(), contextlib.redirect_stderr(io.StringIO()):
         program = torch.export.export(model, (), arguments, strict=False)
+    if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+        _refuse_autocast_regions(program)
+    _strip_checks(program)
     if any(_needs_functionalizing(node) for node in program.graph.nodes):
         program = program.run_decompositions({})  # an empty table functionalizes and keeps operators whole
     return program
+
+
+def _refuse_autocast_regions(program: torch.export.ExportedProgram) -> None:
+    """Without its boundaries, a region that turns autocast off would run under the caller's."""
+    for node in program.graph.nodes:
+        if op_name(node) == "wrap_with_autocast":
+            raise CaptureError(
+                "forward sets autocast for a part of itself and is called under autocast: the part's own setting would "
+                "be lost. Call it outside of autocast, with the model in its type (model.to(torch.bfloat16))."
+            )
+
+
+def _strip_checks(program: torch.export.ExportedProgram) -> None:
+    """Drops checks of types that the trace leaves beside casts: within an autocast region they can be wrong."""
+    for module in program.graph_module.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.find_nodes(op="call_function", target=_METADATA_CHECK):
+                module.graph.erase_node(node)
+            module.recompile()
 
 
 def _warm(model: nn.Module, call: Call) -> None:
@@ -259,14 +294,15 @@ def _lower(
     results = tuple(mapping[produced[leaf.name]] for leaf in leaves if isinstance(leaf, TensorArgument))
     graph.output(results)
     graph.lint()
+    readings = traced.readings if traced and traced.readings.values else None
     return CapturedGraph(
         graph=graph,
-        attributes=attributes,
+        attributes=attributes if readings is None else readings.attributes | attributes,
         inputs=tuple(inputs),
         output=OutputLayout(program.call_spec.out_spec, constants),
         lists=tuple(_LIST_PLACE.sub("", name) for name in tensor_names(call)),
         given={inputs[place]: read for place, read in traced.reads.items()} if traced else {},
-        readings=traced.readings if traced and traced.reads else None,
+        readings=readings,
         opaque=traced.opaque if traced else (),
     )
 

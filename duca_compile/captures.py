@@ -10,12 +10,13 @@ from itertools import count
 from operator import is_
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from duca_compile.backends import Backend, dynamic_positions
 from duca_compile.capture import Call, live_tensors
 from duca_compile.graph import CapturedGraph, Facts, Readings, Variant, VariantFunction, VariantSpec
 from duca_compile.lock import COMPILING
+from duca_compile.opaque import opaque, site_number
 from duca_compile.passes.pipeline import build_variant
 from duca_compile.policies.base import Policy
 from duca_compile.runtime.clock import version
@@ -38,11 +39,17 @@ class _Variants:
     def __init__(self, captured: CapturedGraph, facts: Facts, prologue: Prologue, backend: Backend) -> None:
         self.captured, self._facts, self._backend = captured, facts, backend
         self._modules = [prologue.module]
+        if captured.readings is not None:
+            self._modules.append(captured.readings.module)
 
     def build(self, spec: VariantSpec) -> tuple[Variant, VariantFunction]:
         variant = build_variant(self.captured, self._facts, spec)
         self._modules.append(variant.module)
         return variant, self._backend.compile(variant.module, dynamic_positions(variant))
+
+    def follow(self, module: fx.GraphModule) -> None:
+        """Keeps the weights of this module, too, those of the model."""
+        self._modules.append(module)
 
     def rebind(self, weights: Mapping[str, Tensor]) -> None:
         held = self.captured.attributes
@@ -71,6 +78,7 @@ class Compiled:
         self.facts = facts
         self._readings = [] if captured.readings is None else [captured.readings]
         self._held: tuple[tuple[Tensor, ...], tuple[int, ...]] | None = None  # the last tensors that they held for
+        self._read_weights = () if captured.readings is None else tuple(captured.readings.attributes)
         self._variants = _Variants(captured, facts, prologue, backend)
         names = {id(tensor): name for name, tensor in live.items()}
         # A trace may have names of its own for the model's weights. What is none of these is a constant of the graph.
@@ -82,14 +90,19 @@ class Compiled:
     def captured(self) -> CapturedGraph:
         return self._variants.captured
 
-    def holds(self, tensors: tuple[Tensor, ...]) -> bool:
-        """Whether it is right for a call with these tensors: for the values that forward reads in Python, if any."""
+    def holds(self, tensors: tuple[Tensor, ...], anew: bool = False) -> bool:
+        """Whether it is right for a call with these tensors: for the values that forward reads in Python, if any.
+
+        Between two looks ``anew``, tensors that are the same objects and were not written to hold the same.
+        """
         if not self._readings:
             return True
         own = tuple(tensors[place] for place in sorted({p for readings in self._readings for p in readings.places}))
+        own += tuple(self.captured.attributes[name] for name in self._read_weights)
         versions = tuple(map(version, own))
-        if self._held is not None and versions == self._held[1] and all(map(is_, own, self._held[0])):
-            return -1 not in versions or self._read(tensors)
+        known = not anew and self._held is not None and -1 not in versions and versions == self._held[1]
+        if known and self._held is not None and all(map(is_, own, self._held[0])):
+            return True
         if not self._read(tensors):
             return False
         self._held = own, versions
@@ -102,6 +115,7 @@ class Compiled:
         """Notes further values that its graph is right for."""
         if readings is not None:
             self._readings = [*self._readings[1 - REMEMBERED :], readings]
+            self._variants.follow(readings.module)
 
     def named(self, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """The tensors of a call by their names in the graph."""
@@ -125,8 +139,16 @@ class Compiled:
 
 
 def _text(captured: CapturedGraph) -> Hashable:
-    nodes = tuple((n.op, n.name, str(n.target), str(n.args), str(n.kwargs)) for n in captured.graph.nodes)
+    paths = {site.number: site.path for site in captured.opaque}
+    nodes = tuple((n.op, n.name, str(n.target), _arguments(n, paths), str(n.kwargs)) for n in captured.graph.nodes)
     return nodes, captured.inputs, repr(captured.output)
+
+
+def _arguments(node: fx.Node, paths: Mapping[int, str]) -> str:
+    """A submodule that runs as it is has a number of its own in each trace; its path is what counts."""
+    if node.target is opaque:
+        return f"{node.args[0]} {paths[site_number(node)]}"
+    return str(node.args)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -171,15 +193,15 @@ class Captures:
         """The same, after a look at the whole model: for the start of a request."""
         with self._lock:
             now = self._look()
-            compiled = self._get(call, now.structure)
+            compiled = self._get(call, now.structure, anew=True)
             if compiled is not None:
                 self._changes = 0
             return self._used(compiled or self._make(call, now))
 
-    def _get(self, call: Call, structure: Structure) -> Compiled | None:
+    def _get(self, call: Call, structure: Structure, anew: bool = False) -> Compiled | None:
         for number in range(MAX_CAPTURES):
             compiled = self._kept.get(((call.key, number), structure))
-            if compiled is not None and compiled.holds(call.tensors):
+            if compiled is not None and compiled.holds(call.tensors, anew):
                 return compiled
         return None
 
@@ -189,16 +211,20 @@ class Captures:
 
     def _look(self) -> Snapshot:
         """The model as it is now; its new tensors take the places of the old ones in the captures that still hold."""
-        seen = take(self._model, self._unread)
+        seen = take(self._model, self._unread, self._live())
         if seen.weights.traced():
             with COMPILING:
-                seen = take(self._model, self._unread)
+                seen = take(self._model, self._unread, self._live())
         known = (structure for _, structure in self._kept if structure == seen.structure)
         now = replace(seen, structure=next(known, seen.structure))
         before, self._now = self._now, now
         if before is not None and (before.structure != now.structure or not before.weights.same(now.weights)):
             self._settle(now)
         return now
+
+    def _live(self) -> frozenset[str]:
+        """Paths of the submodules that run as they are: what they hold is not built into any capture."""
+        return frozenset(site.path for compiled in self._kept.values() for site in compiled.captured.opaque)
 
     def _settle(self, now: Snapshot) -> None:
         """Captures of other states are kept for a return to these, but not where they alone keep weights alive."""

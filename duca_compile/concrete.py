@@ -23,13 +23,17 @@ from duca_compile.graph import Read, Readings, module_path, source_line
 from duca_compile.opaque import CallSite, as_operators
 
 _GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+aten = torch.ops.aten
+
+# The readers that are noted. What C++ reads (a size, a bound of a slice) leaves an operator of _READS in the trace, but
+# for buffers, of which it leaves nothing.
 _READERS = {
     torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__bool__,
     torch.Tensor.__int__, torch.Tensor.__float__, torch.Tensor.__index__, torch.Tensor.__complex__, torch.equal,
     torch.Tensor.equal, torch.allclose, torch.Tensor.allclose, torch.is_nonzero, torch.Tensor.is_nonzero,
 }  # fmt: skip
-
-aten = torch.ops.aten
+_TRACE = "trace"  # the attribute of _Replay that holds the graph
+_UNTAGGED = {aten.where.default, aten.nonzero_numpy.default, aten.tensor_split.tensor_indices_or_sections}
 
 
 @torch.library.custom_op("duca_compile::read", mutates_args=())
@@ -38,6 +42,7 @@ def _noted(x: Tensor) -> Tensor:
 
 
 _read = torch.ops.duca_compile.read.default
+_READS = {_read, aten.item.default, aten._local_scalar_dense.default}
 fx.node.has_side_effect(_read)  # nothing uses its result, and it must not be dropped from the trace
 
 
@@ -130,7 +135,7 @@ def _reads(graph: fx.GraphModule) -> dict[int, Read]:
     for node in graph.graph.nodes:
         own = {inputs[node]} if node in inputs else set()
         behind[node] = own.union(*(behind[n] for n in node.all_input_nodes))
-        if node.target is _read or _is_counting(node):
+        if node.target in _READS or _is_counting(node):
             for index in behind[node]:
                 known = found.get(index, Read(source_line(node), frozenset()))
                 found[index] = Read(known.source, known.paths | {module_path(node)})
@@ -138,29 +143,43 @@ def _reads(graph: fx.GraphModule) -> dict[int, Read]:
 
 
 def _readings(graph: fx.GraphModule, tensors: list[Tensor]) -> Readings:
-    """The part of the graph that computes what Python read and what shapes depend on."""
+    """The part of the graph that computes what Python read and what shapes depend on.
+
+    Its weights have the names that they get in ``_Replay``, by which they are replaced.
+    """
     part = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in graph.graph.nodes:
         if node.op != "output":
             copies[node] = part.node_copy(node, lambda n: copies[n])
-    wanted = [node for node in graph.graph.nodes if node.target is _read or _is_counting(node)]
-    part.output(tuple(copies[n] for node in wanted for n in (node.all_input_nodes if _is_tuple(node) else [node])))
+            if node.op == "get_attr":
+                copies[node].target = f"{_TRACE}.{node.target}"
+    read = [node for node in graph.graph.nodes if node.target in _READS or _is_counting(node)]
+    values = [
+        [n] if isinstance(n.meta.get("val"), Tensor) and n.target is not _read else n.all_input_nodes for n in read
+    ]
+    part.output(tuple(copies[each] for own in values for each in own))
     part.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     used = [i for i, node in enumerate(part.find_nodes(op="placeholder")) if node.users]
     for node in part.find_nodes(op="placeholder"):
         if not node.users:
             part.erase_node(node)
-    module = fx.GraphModule(graph, part)
-    return Readings(module.forward, tuple(used), module(*[tensors[i] for i in used]))
+    names = {str(node.target) for node in part.find_nodes(op="get_attr")}
+    module = fx.GraphModule({name: getattr(graph, name.removeprefix(f"{_TRACE}.")) for name in names}, part)
+    values = tuple(value.clone() for value in module(*[tensors[i] for i in used]))  # a buffer may be written to later
+    return Readings(module, tuple(used), values)
 
 
-def _is_tuple(node: fx.Node) -> bool:
-    return not isinstance(node.meta.get("val"), Tensor) and bool(node.users)
+def _what(reader: fx.Node) -> list[fx.Node]:
+    """The tensors that tell what was read: a count's result where it is one tensor, else the operands."""
+    counted = _is_counting(reader) and isinstance(reader.meta.get("val"), Tensor)
+    return [reader] if counted else reader.all_input_nodes
 
 
 def _is_counting(node: fx.Node) -> bool:
     """Whether the shape of the node's result depends on its operands' values."""
+    if node.target in _UNTAGGED:
+        return True
     if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
         return False
     fixed = node.target is aten.index.Tensor or (node.target is aten.one_hot.default and len(node.args) > 1)
@@ -168,7 +187,17 @@ def _is_counting(node: fx.Node) -> bool:
 
 
 def _index_by_number(graph: fx.GraphModule) -> None:
-    """Selection by a mask becomes selection by number: the shape then depends on the mask's places alone."""
+    """Selection by a mask becomes selection by number: the shape then depends on the mask's places alone.
+
+    So does repetition by counts: the shape depends on the counts, and no longer on what is repeated.
+    """
+    for node in graph.graph.find_nodes(op="call_function", target=aten.repeat_interleave.self_Tensor):
+        source, counts, dim = (*node.args, None)[:3]
+        with graph.graph.inserting_before(node):
+            if dim is None:
+                source, dim = _traced(graph, node, aten.flatten.using_ints, source), 0
+            places = _traced(graph, node, aten.repeat_interleave.Tensor, counts)
+        node.target, node.args, node.kwargs = aten.index_select.default, (source, dim, places), {}
     for node in graph.graph.find_nodes(op="call_function", target=aten.masked_select.default):
         shapes = [n.meta["val"].shape for n in node.args]
         shape = list(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
@@ -207,7 +236,7 @@ def _fold(graph: fx.GraphModule, tensors: list[Tensor]) -> None:
             with graph.graph.inserting_before(node):
                 part.replace_all_uses_with(graph.graph.get_attr(name))
     for node in reversed(graph.graph.nodes):
-        if node.target is _read:
+        if node.target in _READS:
             graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
@@ -232,10 +261,10 @@ class _Replay(nn.Module):
 
     def __init__(self, graph: fx.GraphModule, layout: Any) -> None:
         super().__init__()
-        self.trace = graph
+        setattr(self, _TRACE, graph)
         self._layout = layout
 
     def forward(self, **arguments: Any) -> Any:
         tensors = [leaf for leaf in tree_flatten(arguments)[0] if isinstance(leaf, Tensor)]
         with preserve_node_meta():
-            return tree_unflatten(fx.Interpreter(self.trace).run(*tensors), self._layout)
+            return tree_unflatten(fx.Interpreter(getattr(self, _TRACE)).run(*tensors), self._layout)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,14 +68,20 @@ class Readings:
     The graph of that call is right for every call with the same readings, whatever the rest of its values.
     """
 
-    compute: Callable[..., tuple[Tensor, ...]]  # of the tensors at ``places`` of a call
+    module: fx.GraphModule  # computes them from the tensors at ``places`` of a call
     places: tuple[int, ...]
     values: tuple[Tensor, ...]
+
+    @property
+    def attributes(self) -> dict[str, Tensor]:
+        """The model's own tensors that they depend on, by the names that the graph has for them."""
+        names = {str(n.target) for n in self.module.graph.find_nodes(op="get_attr")}
+        return {name: attrgetter(name)(self.module) for name in names}
 
     def hold(self, tensors: Sequence[Tensor]) -> bool:
         """Whether a call with these tensors reads the same."""
         try:
-            now = self.compute(*[tensors[place] for place in self.places])
+            now = self.module(*[tensors[place] for place in self.places])
         except (RuntimeError, IndexError):  # an earlier reading differs, and what follows does not fit it
             return False
         return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(now, self.values, strict=True))

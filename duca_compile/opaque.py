@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from duca_compile.errors import CaptureError
 from duca_compile.lock import COMPILING
+from duca_compile.runtime.clock import version
 
 _sites: WeakValueDictionary[int, CallSite] = WeakValueDictionary()
 _numbers = itertools.count()
@@ -36,12 +37,13 @@ class CallSite:
         for place in self._places:
             self._leaves[place] = None  # the values are the operator's operands from now on
         self.out_spec: TreeSpec | None = None
+        self.tensor_places: list[int] = []
         self.out_like: list[Tensor] = []
         self.flops = 0
         _sites[self.number] = self
 
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Calls the module; not while another thread traces, since that swaps the module's weights for fakes."""
+        """Calls the module; not while any thread captures or compiles, which may swap its weights for fakes."""
         with COMPILING:
             return self._run(tensors)
 
@@ -52,23 +54,37 @@ class CallSite:
         args, kwargs = tree_unflatten(leaves, self._spec)
         if self.out_spec is not None:
             return self._owned(tree_flatten(self._forward(*args, **kwargs))[0], tensors)
-        versions = [tensor._version for tensor in tensors]
+        versions = list(map(version, tensors))
         with FlopCounterMode(display=False) as counter:
             outputs, self.out_spec = tree_flatten(self._forward(*args, **kwargs))
-        if not all(isinstance(output, Tensor) for output in outputs) or versions != [t._version for t in tensors]:
-            raise CaptureError(
-                f"{self.path} reads values that change from step to step, and does not map tensors "
-                "to tensors without side effects, so it cannot stand for itself as one operator."
-            )
+        if versions != list(map(version, tensors)):
+            raise CaptureError(f"{self._says} It writes to its arguments; clone them there first.")
+        if not all(isinstance(output, Tensor | None) for output in outputs):
+            raise CaptureError(f"{self._says} It returns what is neither a tensor nor None.")
+        self.tensor_places = [i for i, output in enumerate(outputs) if output is not None]
         self.flops = int(counter.get_total_flops())
-        self.out_like = [torch.empty_like(output, device="meta") for output in outputs]
-        return self._owned(outputs, tensors)
+        own = self._owned(outputs, tensors)
+        self.out_like = [torch.empty_like(output, device="meta") for output in own]
+        return own
+
+    @property
+    def _says(self) -> str:
+        return f"{self.path} reads values that change from step to step, so it must stand for itself as one operator."
+
+    def rebuild(self, outputs: list[Tensor]) -> Any:
+        """What the module returned, of the operator's results."""
+        assert self.out_spec is not None
+        leaves: list[Tensor | None] = [None] * self.out_spec.num_leaves
+        for place, output in zip(self.tensor_places, outputs, strict=True):
+            leaves[place] = output
+        return tree_unflatten(leaves, self.out_spec)
 
     @staticmethod
-    def _owned(outputs: list[Tensor], tensors: list[Tensor]) -> list[Tensor]:
-        """An operator must not return its operands."""
+    def _owned(outputs: list[Any], tensors: list[Tensor]) -> list[Tensor]:
+        """The tensors; an operator must not return its operands."""
         taken = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-        return [output.clone() if output.untyped_storage().data_ptr() in taken else output for output in outputs]
+        results = [output for output in outputs if output is not None]
+        return [result.clone() if result.untyped_storage().data_ptr() in taken else result for result in results]
 
 
 @torch.library.custom_op("duca_compile::opaque", mutates_args=())
@@ -98,8 +114,7 @@ def as_operators(model: nn.Module, paths: frozenset[str]) -> Iterator[list[CallS
             sites.append(site)
             outputs = opaque(site.tensors, site.number)
             site.tensors = []
-            assert site.out_spec is not None
-            return tree_unflatten(outputs, site.out_spec)
+            return site.rebuild(outputs)
 
         return forward
 
@@ -115,8 +130,12 @@ def as_operators(model: nn.Module, paths: frozenset[str]) -> Iterator[list[CallS
                 module.forward = own[path]
 
 
-def site_flops(node: fx.Node) -> int:
-    """FLOPs of one call, counted when it was traced."""
+def site_number(node: fx.Node) -> int:
     number = node.args[1]
     assert isinstance(number, int)
-    return _sites[number].flops
+    return number
+
+
+def site_flops(node: fx.Node) -> int:
+    """FLOPs of one call, counted when it was traced."""
+    return _sites[site_number(node)].flops

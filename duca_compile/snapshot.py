@@ -110,11 +110,14 @@ class Snapshot:
     weights: Weights
 
 
-def take(model: nn.Module, without: frozenset[Name] = frozenset()) -> Snapshot:
-    """``model`` as it is now, but for the attributes named by ``without``."""
+def take(model: nn.Module, without: frozenset[Name] = frozenset(), live: frozenset[str] = frozenset()) -> Snapshot:
+    """``model`` as it is now, but for the attributes named by ``without`` and what the modules at ``live`` hold."""
     walk = _Walk()
     for path, module in model.named_modules():
         walk.module(path, module)
+        if path in live:
+            walk.entries[path, ""] = _Same(module)
+    walk.forget(live)
     entries = {name: entry for name, entry in walk.entries.items() if name not in without}
     return Snapshot(Structure(entries), Weights(tuple(walk.tensors), tuple(walk.firsts.values())))
 
@@ -160,6 +163,12 @@ class _Walk:
                     self.entries[path, key] = None if child is None else self._number(child)[0]
             elif name not in _BOOKKEEPING and (name not in _HOOKS or value):
                 self.entries[path, name] = self._entry(value)
+
+    def forget(self, live: frozenset[str]) -> None:
+        """Drops what modules at these paths hold: they run as they are."""
+        for path, name in list(self.entries):
+            if any((path == each and name) or path.startswith(f"{each}.") for each in live):
+                del self.entries[path, name]
 
     def _number(self, thing: object) -> tuple[int, bool]:
         """Its number, and whether it is met for the first time."""

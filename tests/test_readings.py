@@ -24,6 +24,7 @@ class Reader(nn.Module):
         self.how = how
         self.dit = models.build(models.CrossBlock)
         self.experts = Experts()
+        self.register_buffer("flag", torch.ones(()))
 
     def forward(self, x: Tensor, timestep: Tensor, text: Tensor, mask: Tensor) -> Tensor:
         if self.how == "branch" and mask.all():
@@ -40,12 +41,24 @@ class Reader(nn.Module):
             places = torch.zeros_like(text)
             places.data[:, :3].copy_(text[:, :3])
             text = text + places
+        elif self.how == "slice":
+            text = text[:, : mask[0].sum()]
+        elif self.how == "arange":
+            text = text + torch.arange(mask[0].sum()).sum()
+        elif self.how == "where":
+            text = text * torch.where(mask[0])[0].shape[0]
+        elif self.how == "repeat_interleave":
+            text = text.repeat_interleave(mask[0].long(), 1)
+        elif self.how == "buffer" and self.flag.item() > 0:
+            text = text * 2
         elif self.how == "no difference" and mask.any():
             text = text + 0
         if self.how == "experts":
-            x = self.experts(x)
+            x, _ = self.experts(x)
         elif self.how == "latent" and x.mean() > 0:
             x = x * 2
+        elif self.how == "timestep":
+            x = x + torch.full((1,), timestep[0])
         return self.dit(x, timestep, text)
 
 
@@ -55,15 +68,17 @@ class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.choice = nn.Linear(models.CHANNELS, 2)
+        self.calls = 0
         self.experts = nn.ModuleList(nn.Linear(models.CHANNELS, models.CHANNELS) for _ in range(2))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
         chosen = self.choice(x).argmax(-1)
+        self.calls += 1
         out = torch.zeros_like(x)
         for index, expert in enumerate(self.experts):
             if int((chosen == index).sum()):
                 out[chosen == index] = expert(x[chosen == index])
-        return out
+        return out, None
 
 
 def build(how: str) -> Reader:
@@ -81,7 +96,21 @@ def captures(optimized: nn.Module) -> int:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("how", ["branch", "length", "numpy", "selection", "masked_select", "data"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "branch",
+        "length",
+        "numpy",
+        "selection",
+        "masked_select",
+        "data",
+        "slice",
+        "arange",
+        "where",
+        "repeat_interleave",
+    ],
+)
 def test_every_value_is_exact_and_those_seen_before_are_not_captured_again(how: str) -> None:
     model = build(how)
     optimized = duca_compile.optimize(model, Uncached(), "eager")
@@ -141,10 +170,57 @@ def test_a_submodule_that_reads_the_latent_runs_as_it_is(backend: str) -> None:
     assert torch.allclose(optimized(**call()), model(**call()), atol=1e-5)
 
 
-def test_a_forward_that_reads_its_latent_is_refused_by_line() -> None:
-    optimized = duca_compile.optimize(build("latent"), POLICY, "eager")
-    with pytest.raises(CaptureError, match=r"depends on 'x' at .*test_readings.py:\d+.*to a submodule"):
+@torch.no_grad()
+def test_a_submodule_that_runs_as_it_is_may_change_itself(caplog: pytest.LogCaptureFixture) -> None:
+    """It counts its calls; its weights are its own; inference mode is no obstacle."""
+    model = build("experts")
+    optimized = duca_compile.optimize(model, Uncached(), "eager")
+    with caplog.at_level(logging.INFO, "duca_compile"), torch.inference_mode():
+        for seed in range(4):
+            arguments = call(seed=seed)
+            assert torch.equal(optimized(**arguments), model(**arguments))
+    assert sum("anew" in record.getMessage() for record in caplog.records) <= 1
+    assert captures(optimized) == 1
+
+
+@torch.no_grad()
+def test_a_flag_in_a_buffer_is_looked_at_before_each_request() -> None:
+    model = build("buffer")
+    optimized = duca_compile.optimize(model, Uncached(), "eager")
+    for flag in (1, 0, 1):
+        model.flag.fill_(flag)
+        assert torch.equal(optimized(**call()), model(**call()))
+    model.flag = torch.zeros(())
+    assert torch.equal(optimized(**call()), model(**call()))
+    assert captures(optimized) == 2
+
+
+@pytest.mark.parametrize(("how", "name"), [("latent", "x"), ("timestep", "timestep")])
+def test_a_forward_that_reads_what_changes_is_refused_by_line(how: str, name: str) -> None:
+    optimized = duca_compile.optimize(build(how), POLICY, "eager")
+    with pytest.raises(CaptureError, match=rf"depends on '{name}' at .*test_readings.py:\d+.*to a submodule"):
         optimized(**call())
+
+
+class Region(nn.Module):
+    """Turns autocast off for a part of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dit = models.build(models.CrossBlock)
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return self.dit(x, timestep, text)
+
+
+@torch.no_grad()
+def test_an_autocast_region_is_exact_or_refused() -> None:
+    model = Region().eval()
+    optimized = duca_compile.optimize(model, Uncached(), "eager")
+    assert torch.equal(optimized(**models.example()), model(**models.example()))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(CaptureError, match="outside of autocast"):
+        optimized(**models.example())
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from duca_compile.errors import StructureError
 from duca_compile.graph import Branch, Role, Stream, Variance, module_path, op_name, source_line, value_shape
 
 _SUMS = {"add", "addcmul"}
-_ATTENTION = {"scaled_dot_product_attention", "softmax", "_softmax"}
+_SOFTMAX = {"softmax", "_softmax"}
 _PRODUCTS = {"scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum"}
 _PASSTHROUGH = {"to", "_to_copy", "clone", "contiguous", "dropout", "alias", "detach", "clamp"}
 
@@ -177,7 +177,7 @@ def _earlier_stream(carried: fx.Node, above: set[fx.Node], found: dict[fx.Node, 
 
 def _origin(node: fx.Node) -> fx.Node:
     """The value a stream operand really is, behind casts and copies."""
-    while op_name(node) in _PASSTHROUGH:
+    while op_name(node) in _PASSTHROUGH and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
 
@@ -294,9 +294,16 @@ def _behind_gate(residual: _Residual, variance: dict[str, Variance]) -> tuple[fx
         node = inner[0]
 
 
+def _weighs(node: fx.Node) -> bool:
+    """Whether it is an attention, or a product with weights from a softmax."""
+    if op_name(node) == "scaled_dot_product_attention":
+        return True
+    return op_name(node) in _PRODUCTS and any(op_name(_origin(n)) in _SOFTMAX for n in node.all_input_nodes)
+
+
 def _kind(residual: _Residual, inside: list[fx.Node], places: Places | None) -> str:
     """Attention is what multiplies two values of the stream, or what softmax weighs."""
-    weighed = any(op_name(n) in _ATTENTION for n in inside)
+    weighed = any(_weighs(n) for n in inside)
     if places is not None:
         return "cross_attention" if weighed else "mlp"
     own = {residual.stream, *inside}

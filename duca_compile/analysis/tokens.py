@@ -274,8 +274,9 @@ def _select(node: fx.Node, axes: Axes) -> int:
     return axis - sum(d < axis for d in dims)
 
 
-def _slice(node: fx.Node, axes: Axes) -> int:
-    return _first(node, axes)[1]  # along the tokens it is a cut
+def _unary(node: fx.Node, axes: Axes) -> int:
+    """Also a slice: along the tokens it is a cut."""
+    return _first(node, axes)[1]
 
 
 def _reduce(node: fx.Node, axes: Axes) -> int:
@@ -340,10 +341,6 @@ def _reshape(node: fx.Node, axes: Axes) -> int:
     raise Mixing(node, f"the reshape {before} -> {after} merges or splits the tokens")
 
 
-def _unary(node: fx.Node, axes: Axes) -> int:
-    return _first(node, axes)[1]
-
-
 def _type_as(node: fx.Node, axes: Axes) -> int:
     """The second operand lends nothing but its type."""
     source = node.args[0]
@@ -381,7 +378,7 @@ _SPECIAL: dict[str, _Rule] = {
     "split_with_sizes": _along_dim,
     "unbind": _select,
     "select": _select,
-    "slice": _slice,
+    "slice": _unary,
     "mean": _reduce,
     "sum": _reduce,
     "var": _reduce,
