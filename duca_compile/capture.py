@@ -182,8 +182,8 @@ def _export(model: nn.Module, arguments: dict[str, Any]) -> torch.export.Exporte
         program = torch.export.export(model, (), arguments, strict=False)
     if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
         _refuse_autocast_regions(program)
-    _strip_checks(program)
     if any(_needs_functionalizing(node) for node in program.graph.nodes):
+        _strip_checks(program)
         program = program.run_decompositions({})  # an empty table functionalizes and keeps operators whole
     return program
 

@@ -13,6 +13,7 @@ from duca_compile import CaptureError, DuCa, Uncached
 from tests import models, zoo
 from tests.models import BATCH
 
+MASKS = ("branch", "length", "numpy", "selection", "masked_select", "slice", "arange", "where", "repeat_interleave")
 POLICY = DuCa(interval=3, fresh_ratio=0.5)
 
 
@@ -96,21 +97,7 @@ def captures(optimized: nn.Module) -> int:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "how",
-    [
-        "branch",
-        "length",
-        "numpy",
-        "selection",
-        "masked_select",
-        "data",
-        "slice",
-        "arange",
-        "where",
-        "repeat_interleave",
-    ],
-)
+@pytest.mark.parametrize("how", [*MASKS, "data"])
 def test_every_value_is_exact_and_those_seen_before_are_not_captured_again(how: str) -> None:
     model = build(how)
     optimized = duca_compile.optimize(model, Uncached(), "eager")
