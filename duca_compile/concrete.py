@@ -155,10 +155,7 @@ def _readings(graph: fx.GraphModule, tensors: list[Tensor]) -> Readings:
             if node.op == "get_attr":
                 copies[node].target = f"{_TRACE}.{node.target}"
     read = [node for node in graph.graph.nodes if node.target in _READS or _is_counting(node)]
-    values = [
-        [n] if isinstance(n.meta.get("val"), Tensor) and n.target is not _read else n.all_input_nodes for n in read
-    ]
-    part.output(tuple(copies[each] for own in values for each in own))
+    part.output(tuple(copies[each] for node in read for each in _what(node)))
     part.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     used = [i for i, node in enumerate(part.find_nodes(op="placeholder")) if node.users]
     for node in part.find_nodes(op="placeholder"):
