@@ -190,9 +190,13 @@ def _index_by_number(graph: fx.GraphModule) -> None:
     """
     for node in graph.graph.find_nodes(op="call_function", target=aten.repeat_interleave.self_Tensor):
         source, counts, dim = (*node.args, None)[:3]
+        size = source.meta["val"].numel() if dim is None else source.meta["val"].shape[dim]
         with graph.graph.inserting_before(node):
             if dim is None:
                 source, dim = _traced(graph, node, aten.flatten.using_ints, source), 0
+            if counts.meta["val"].numel() == 1:  # one count for all
+                counts = _traced(graph, node, aten.reshape.default, counts, [1])
+                counts = _traced(graph, node, aten.expand.default, counts, [size])
             places = _traced(graph, node, aten.repeat_interleave.Tensor, counts)
         node.target, node.args, node.kwargs = aten.index_select.default, (source, dim, places), {}
     for node in graph.graph.find_nodes(op="call_function", target=aten.masked_select.default):
