@@ -1,7 +1,9 @@
 """What callers and models do that must neither corrupt a later step nor crash a compiler."""
 
 import copy
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
@@ -316,3 +318,59 @@ def test_a_shallow_copy_shares_the_source_and_no_requests() -> None:
     assert (twin.policy, twin.history) == (optimized.policy, ())
     assert torch.equal(twin(**arguments(0)), expected)
     assert len(optimized.history) == 1
+
+
+class Numbers(models.DiT):
+    """Takes its timestep as a number or a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=1)
+
+    def forward(self, x: Tensor, t: float, text: Tensor) -> Tensor:
+        return super().forward(x, torch.as_tensor(t).reshape(-1).expand(x.shape[0]), text)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("number", [int, float, np.int64, np.int32, np.float64, np.float32], ids=lambda n: n.__name__)
+def test_a_timestep_may_be_a_number_of_any_kind(number: Callable[[int], float]) -> None:
+    model = Numbers().eval()
+    optimized = duca_compile.optimize(model, FORA(2), "eager")
+    for step in range(4):
+        given = arguments(step)
+        found = optimized(given["x"], number(900 - 10 * step), given["text"])
+        if step % 2 == 0:
+            assert torch.equal(found, model(given["x"], 900 - 10 * step, given["text"]))
+    assert "".join(e.kind.value[0] for e in optimized.history) == "frfr"
+    assert len(optimized._compiled) == 1
+
+
+@torch.no_grad()
+def test_integers_and_other_numbers_are_two_kinds_of_timestep() -> None:
+    model = Numbers().eval()
+    optimized = duca_compile.optimize(model, FORA(2), "eager")
+    for step, time in enumerate((1, 0.5, 0)):
+        given = arguments(step)
+        assert torch.equal(optimized(given["x"], time, given["text"]), model(given["x"], time, given["text"]))
+    assert [e.step for e in optimized.history] == [0, 1, 2]
+    assert len(optimized._compiled) == 2
+
+
+class Frames(models.DiT):
+    """Has an option ``t``, a number of frames, beside its timestep."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=1)
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor, t: int = 2) -> Tensor:
+        return super().forward(x.unflatten(1, (t, -1)).flatten(1, 2) * t, timestep, text)
+
+
+@torch.no_grad()
+def test_a_number_beside_a_timestep_is_an_option() -> None:
+    model = Frames().eval()
+    optimized = duca_compile.optimize(model, Uncached(), "eager")
+    for frames in (2, 4):
+        given = arguments(0) | {"t": frames}
+        assert torch.equal(optimized(**given), model(**given))
+        optimized.reset()
+    assert {compiled.captured.inputs for compiled in optimized._compiled.values()} == {("x", "timestep", "text")}
