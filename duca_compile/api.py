@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -28,6 +28,18 @@ from duca_compile.runtime.session import Requests, Session, current_pass, named_
 from duca_compile.verify import verified
 
 POLICIES: dict[str, type[Policy]] = {"duca": DuCa, "fora": FORA, "uncached": Uncached}
+_SHARED = (  # tables that an optimized model has in common with its source
+    "_parameters",
+    "_buffers",
+    "_modules",
+    "_non_persistent_buffers_set",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+_ACCELERATE = frozenset({"forward", "_old_forward", "_hf_hook"})  # what its hooks set, and put back
+_DIFFUSERS = "_diffusers_hook"  # the registry of its hooks
 
 
 def _prologue(captured: CapturedGraph, facts: Facts) -> Prologue:
@@ -84,8 +96,8 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
     """A drop-in for the model it was made from; see ``optimize``.
 
     It shares the source's parameter, buffer and submodule tables, so ``state_dict``, ``load_state_dict``, ``to`` and
-    the like act on the source's own weights. Everything else that is asked of it is answered by the source, and
-    ``isinstance`` takes it for one of the source's class.
+    the like act on the source's own weights. Everything that it does not have itself is read, set and deleted on the
+    source, and ``isinstance`` takes it for one of the source's class. What wraps its ``forward`` is its own.
     """
 
     source: nn.Module
@@ -105,14 +117,17 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
         self, model: nn.Module, policy: Policy, backend: Backend, requests: Requests, timestep: str | None
     ) -> None:
         super().__init__()
-        self.__dict__.update({name: model.__dict__[name] for name in ("_parameters", "_buffers", "_modules")})
+        self.__dict__.update({name: model.__dict__[name] for name in _SHARED})
         own = {"source": model, "policy": policy, "_backend": backend, "_requests": requests, "timestep_name": timestep}
         self.__dict__.update(own)
         self.__dict__["_bind"] = Binder(model, timestep)
         self.__dict__["_compiled"] = Captures(model, self._capture)
         self.training = model.training
+        self._set_forward()
+
+    def _set_forward(self) -> None:
         forward = torch.compiler.disable(functools.partial(self._call))  # type: ignore[no-untyped-call]
-        functools.update_wrapper(forward, model.forward)
+        functools.update_wrapper(forward, self.source.forward)
         forward.__signature__ = self._bind.signature
         self.__dict__["forward"] = forward
 
@@ -126,13 +141,30 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
             raise AttributeError(name)
         return getattr(source, name)
 
+    def _is_own(self, name: str) -> bool:
+        """Whether ``name`` is set here: where it would be found here. All else is set where forward reads it."""
+        mine, source = self.__dict__, self.__dict__.get("source")
+        if source is None:  # this is nn.Module's own start
+            return True
+        if name in _ACCELERATE:  # whose hook it is, the source's or that of this model, is told by the saved forward
+            return "_old_forward" in mine or "_old_forward" not in vars(source)
+        if name == _DIFFUSERS:
+            return name in mine or name not in vars(source)
+        return name in mine or (hasattr(OptimizedModel, name) and name != "__class__")
+
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets what is the source's on the source, where forward reads it."""
-        source = self.__dict__.get("source")
-        if source is not None and name not in self.__dict__ and hasattr(source, name):
-            setattr(source, name, value)
-        else:
+        if self._is_own(name):
             super().__setattr__(name, value)
+        else:
+            setattr(self.source, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name not in self.__dict__:
+            delattr(self.source, name)
+            return
+        super().__delattr__(name)
+        if name == "forward":
+            self._set_forward()
 
     def train(self, mode: bool = True) -> OptimizedModel:
         self.source.train(mode)
@@ -201,11 +233,22 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
         source, requests = copy.deepcopy(self.source, memo), copy.deepcopy(self._requests, memo)
         return OptimizedModel(source, self.policy, self._backend, requests, self.timestep_name)
 
+    def __copy__(self) -> OptimizedModel:
+        """Another optimized model of the same source, with requests of its own, which captures anew."""
+        requests = copy.deepcopy(self._requests)
+        return OptimizedModel(self.source, self.policy, self._backend, requests, self.timestep_name)
 
-def check_model(model: nn.Module) -> None:
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise UsageError(
+            "an optimized model cannot be pickled or saved whole, since it holds compiled code; "
+            "save duca_compile.restore(model), or its state_dict(), and optimize what is loaded"
+        )
+
+
+def check_model(model: Any, expected: str = "an nn.Module") -> None:
     """Raises UsageError for anything but an nn.Module in eval mode."""
     if not isinstance(model, nn.Module):
-        raise UsageError(f"expected an nn.Module or a diffusers pipeline, not {type(model).__name__}")
+        raise UsageError(f"expected {expected}, not {type(model).__name__}")
     if model.training:
         raise UsageError(f"{type(model).__name__} is in training mode, where dropout is on; call .eval() first")
 
@@ -278,9 +321,20 @@ def _optimize_pipeline(
 
 
 def _check_plain(model: Any) -> None:
-    check_model(model)
+    check_model(model, "an nn.Module or a diffusers pipeline")
     if isinstance(model, OptimizedModel):
         raise UsageError("this model is optimized already; duca_compile.restore it first")
+    check_parts(model)
+
+
+def check_parts(model: nn.Module) -> None:
+    """Raises UsageError where a submodule is an optimized model: it keeps state, which no trace can hold."""
+    inner = next((path for path, part in model.named_modules() if isinstance(part, OptimizedModel)), None)
+    if inner is not None:
+        raise UsageError(
+            f"{type(model).__name__}.{inner} is an optimized model; "
+            "put duca_compile.restore of it there to optimize the whole, or leave the whole as it is"
+        )
 
 
 def restore(target: Any) -> Any:

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Hashable
 from dataclasses import dataclass
 from itertools import chain
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,7 +27,7 @@ from duca_compile.graph import CapturedGraph, OutputLayout, op_name, source_line
 
 log = logging.getLogger("duca_compile")
 
-_NUMBER_TIMESTEPS = ("timestep", "timesteps", "t", "time", "sigma")
+_CLEAR, _VAGUE = ("timestep", "timesteps"), ("t", "time", "sigma")  # names of timesteps that may be given as numbers
 _LEAVES = {Tensor, nn.Parameter, bool, int, float, str, type(None), torch.dtype, torch.device}
 _LIST_PLACE = re.compile(r"\[\d+\]$")
 _METADATA_CHECK = torch.ops.aten._assert_tensor_metadata.default
@@ -57,10 +58,10 @@ class Binder:
         self._required = {name for name, value in self._defaults.items() if value is inspect.Parameter.empty}
         self._rest = inspect.Parameter.VAR_KEYWORD in kinds.values()
         self._plain = inspect.Parameter.POSITIONAL_ONLY not in kinds.values()
-        self._timesteps = _NUMBER_TIMESTEPS if timestep is None else (timestep,)
+        self._timesteps = (*_CLEAR, *_VAGUE) if timestep is None else (timestep,)
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """Binds one call; a timestep given as a number becomes a tensor, or every step would be another graph.
+        """Binds one call.
 
         Raises UsageError where the arguments do not fit the signature, with Python's own reason.
         """
@@ -70,9 +71,7 @@ class Binder:
         if not (fits and self._plain and len(given) == len(args) + len(kwargs)):
             self._refuse(args, kwargs)
         arguments = {**self._defaults, **given}  # a default is the same call whether it is given or not
-        for name in self._timesteps:
-            if isinstance(arguments.get(name), int | float):
-                arguments[name] = torch.tensor(arguments[name])
+        self._convert_timestep(arguments)
         tensors: list[Tensor] = []
         key: list[Hashable] = []
         for name, value in arguments.items():
@@ -87,6 +86,20 @@ class Binder:
         if tensors:
             key.append(_autocast(tensors[0].device.type))
         return Call(arguments, tuple(tensors), tuple(key))
+
+    def _convert_timestep(self, arguments: dict[str, Any]) -> None:
+        """Makes a tensor of a timestep given as a number, Python's or numpy's, or every step would be another graph.
+
+        Integers become int64 and others float32, for a model may look integers up in a table; so a loop that gives
+        both makes two kinds of call. Next to a timestep that is a tensor, a number called ``t`` is an option.
+        """
+        for name in self._timesteps:
+            value = arguments.get(name)
+            if not isinstance(value, Real) or isinstance(value, bool):
+                continue
+            if name in _VAGUE and any(isinstance(arguments.get(other), Tensor) for other in self._timesteps):
+                continue
+            arguments[name] = torch.tensor(int(value) if isinstance(value, Integral) else float(value))
 
     def _refuse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
         try:

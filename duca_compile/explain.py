@@ -12,11 +12,13 @@ from rich.table import Column, Table
 from rich.text import Text
 from torch import nn
 
-from duca_compile.api import OptimizedModel, analyze_call, check_model, resolve_policy
+from duca_compile.api import OptimizedModel, analyze_call, check_model, check_parts, resolve_policy
 from duca_compile.capture import Binder
+from duca_compile.errors import UsageError
 from duca_compile.graph import Branch, CapturedGraph, Facts, Role, Variance
 from duca_compile.passes.hoist import frontier
 from duca_compile.passes.pipeline import build_variant
+from duca_compile.pipelines import is_pipeline
 from duca_compile.policies import Policy, Step, StepKind
 from duca_compile.runtime.planning import check_selection, plan_step
 
@@ -208,7 +210,10 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     policy = model.policy if isinstance(model, OptimizedModel) else None
     timestep = model.timestep_name if isinstance(model, OptimizedModel) else None
     source = model.source if isinstance(model, OptimizedModel) else model
+    if is_pipeline(source):
+        raise UsageError("explain takes one model of a pipeline and a call of it: explain(pipe.transformer, ...)")
     check_model(source)
+    check_parts(source)
     captured, facts, _ = analyze_call(source, Binder(source, timestep)(args, kwargs), timestep)
     return Explanation(type(source).__name__, captured, facts, policy)
 

@@ -70,7 +70,8 @@ class PipelineSchedule:
         if begin is not None:
             return int(begin)
         value = first.flatten()[0].item()
-        scale = getattr(self._scheduler.config, "num_train_timesteps", 1)  # some models take fractions of it
+        config = getattr(self._scheduler, "config", None)
+        scale = getattr(config, "num_train_timesteps", 1)  # some models take fractions of it
         places = [values.index(each) for each in (value, value * scale) if each in values]
         if places:
             return min(places)

@@ -1,7 +1,9 @@
 """Every mistake gets one clear message that names what was wrong and what to do."""
 
+import io
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -61,13 +63,40 @@ def optimize(model: nn.Module, policy: object = None, **options: object) -> nn.M
 def test_not_a_module() -> None:
     with pytest.raises(UsageError, match=r"expected an nn\.Module or a diffusers pipeline, not str"):
         duca_compile.optimize("model")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match=r"expected an nn\.Module or a diffusers pipeline, not dict"):
+    with pytest.raises(UsageError, match=r"expected an nn\.Module, not dict"):
         duca_compile.explain({})  # type: ignore[arg-type]
 
 
 def test_optimized_already() -> None:
     with pytest.raises(UsageError, match=r"optimized already; duca_compile\.restore it first"):
         optimize(optimize(TinyDiT()))
+
+
+class Holder(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([inner])
+
+    def forward(self, latent: Tensor, timestep: Tensor) -> Tensor:
+        return self.parts[0](latent, timestep)
+
+
+def test_an_optimized_part_is_refused_by_its_path() -> None:
+    holder = Holder(optimize(TinyDiT())).eval()
+    message = r"Holder\.parts\.0 is an optimized model; put duca_compile\.restore of it there"
+    with pytest.raises(UsageError, match=message):
+        optimize(holder)
+    with pytest.raises(UsageError, match=message):
+        duca_compile.explain(holder, torch.ones(2, 4, 8), torch.ones(2))
+
+
+def test_an_optimized_model_is_not_pickled() -> None:
+    optimized = optimize(TinyDiT())
+    message = r"cannot be pickled.*save duca_compile\.restore\(model\), or its state_dict\(\)"
+    with pytest.raises(UsageError, match=message):
+        pickle.dumps(optimized)
+    with pytest.raises(UsageError, match=message):
+        torch.save({"model": optimized}, io.BytesIO())
 
 
 def test_training_mode_at_once_and_later() -> None:

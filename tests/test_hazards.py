@@ -1,9 +1,12 @@
 """What callers and models do that must neither corrupt a later step nor crash a compiler."""
 
 import copy
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 
 import duca_compile
@@ -223,3 +226,151 @@ def test_strides_may_differ_from_call_to_call_under_inductor() -> None:
             given["x"] = given["x"].transpose(1, 2).contiguous().transpose(1, 2)
         error = (optimized(**given) - model(**given)).norm() / model(**given).norm()
         assert error < 1e-5
+
+
+class Optional(models.DiT):
+    """Reads an attribute that it need not have."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=1)
+        self.register_buffer("scratch", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        return super().forward(x, timestep, text) * getattr(self, "gain", 1.0)
+
+
+@torch.no_grad()
+def test_attributes_are_set_and_deleted_on_the_source() -> None:
+    model = Optional().eval()
+    expected = model(**arguments(0))
+    optimized = duca_compile.optimize(model, Uncached(), "eager")
+    optimized(**arguments(0))
+    optimized.reset()
+    optimized.gain = 3.0
+    assert model.gain == 3.0
+    assert torch.equal(optimized(**arguments(0)), expected * 3)
+    optimized.reset()
+    del optimized.gain
+    assert not hasattr(model, "gain")
+    assert torch.equal(optimized(**arguments(0)), expected)
+    with pytest.raises(AttributeError):
+        del optimized.gain
+    optimized.register_buffer("more", torch.ones(1), persistent=False)
+    assert list(optimized.state_dict()) == list(model.state_dict())
+    assert "scratch" not in optimized.state_dict()
+
+
+@torch.no_grad()
+def test_what_wraps_the_optimized_model_leaves_the_source_alone() -> None:
+    model = Optional().eval()
+    before, expected = dict(vars(model)), model(**arguments(0))
+    optimized = duca_compile.optimize(model, FORA(2), "eager")
+    optimized.compile(backend="eager")
+    wrapped = optimized.forward
+    optimized.forward = lambda **given: wrapped(**given) + 1
+    assert torch.equal(optimized(**arguments(0)), expected + 1)
+    del optimized.forward
+    optimized.reset()
+    assert torch.equal(optimized(**arguments(0)), expected)
+    optimized(**arguments(1))
+    assert [e.kind.value for e in optimized.history] == ["full", "reuse"]
+    assert vars(model) == before
+    assert torch.equal(model(**arguments(0)), expected)
+
+
+class Doubling(ModelHook):  # type: ignore[misc]
+    """Doubles what the module returns."""
+
+    def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        return output * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_accelerates_hooks_run_and_go(when: str) -> None:
+    model = Optional().eval()
+    expected = model(**arguments(0))
+    before = dict(vars(model))
+    if when == "before":
+        add_hook_to_module(model, Doubling())
+    optimized = duca_compile.optimize(model, FORA(2), "eager")
+    if when == "after":
+        add_hook_to_module(optimized, ModelHook())
+        add_hook_to_module(optimized, Doubling(), append=True)
+        assert vars(model) == before
+    assert torch.equal(optimized(**arguments(0)), expected * 2)
+    assert torch.equal(duca_compile.restore(optimized)(**arguments(0)), expected * (2 if when == "before" else 1))
+    remove_hook_from_module(optimized, recurse=True)
+    assert vars(model).keys() - {"forward"} == before.keys()
+    optimized.reset()
+    assert torch.equal(optimized(**arguments(0)), expected)
+    optimized(**arguments(1))
+    assert [e.kind.value for e in optimized.history] == ["full", "reuse"]
+    assert torch.equal(model(**arguments(0)), expected)
+
+
+@torch.no_grad()
+def test_a_shallow_copy_shares_the_source_and_no_requests() -> None:
+    optimized = duca_compile.optimize(Variation("").eval(), FORA(3), "eager")
+    expected = optimized(**arguments(0))
+    twin = copy.copy(optimized)
+    assert twin.source is optimized.source
+    assert (twin.policy, twin.history) == (optimized.policy, ())
+    assert torch.equal(twin(**arguments(0)), expected)
+    assert len(optimized.history) == 1
+
+
+class Numbers(models.DiT):
+    """Takes its timestep as a number or a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=1)
+
+    def forward(self, x: Tensor, t: float, text: Tensor) -> Tensor:
+        return super().forward(x, torch.as_tensor(t).reshape(-1).expand(x.shape[0]), text)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("number", [int, float, np.int64, np.int32, np.float64, np.float32], ids=lambda n: n.__name__)
+def test_a_timestep_may_be_a_number_of_any_kind(number: Callable[[int], float]) -> None:
+    model = Numbers().eval()
+    optimized = duca_compile.optimize(model, FORA(2), "eager")
+    for step in range(4):
+        given = arguments(step)
+        found = optimized(given["x"], number(900 - 10 * step), given["text"])
+        if step % 2 == 0:
+            assert torch.equal(found, model(given["x"], 900 - 10 * step, given["text"]))
+    assert "".join(e.kind.value[0] for e in optimized.history) == "frfr"
+    assert len(optimized._compiled) == 1
+
+
+@torch.no_grad()
+def test_integers_and_other_numbers_are_two_kinds_of_timestep() -> None:
+    model = Numbers().eval()
+    optimized = duca_compile.optimize(model, FORA(2), "eager")
+    for step, time in enumerate((1, 0.5, 0)):
+        given = arguments(step)
+        assert torch.equal(optimized(given["x"], time, given["text"]), model(given["x"], time, given["text"]))
+    assert [e.step for e in optimized.history] == [0, 1, 2]
+    assert len(optimized._compiled) == 2
+
+
+class Frames(models.DiT):
+    """Has an option ``t``, a number of frames, beside its timestep."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=1)
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor, t: int = 2) -> Tensor:
+        return super().forward(x.unflatten(1, (t, -1)).flatten(1, 2) * t, timestep, text)
+
+
+@torch.no_grad()
+def test_a_number_beside_a_timestep_is_an_option() -> None:
+    model = Frames().eval()
+    optimized = duca_compile.optimize(model, Uncached(), "eager")
+    for frames in (2, 4):
+        given = arguments(0) | {"t": frames}
+        assert torch.equal(optimized(**given), model(**given))
+        optimized.reset()
+    assert {compiled.captured.inputs for compiled in optimized._compiled.values()} == {("x", "timestep", "text")}

@@ -221,6 +221,18 @@ def test_a_session_holds_its_own_state_and_drops_it(source: nn.Module) -> None:
     assert [e.step for e in optimized.history] == [0, 1, 2]
 
 
+def test_a_session_entered_twice_keeps_its_caches_until_it_is_left_twice(source: nn.Module) -> None:
+    optimized = duca_compile.optimize(source, FORA(3), "eager")
+    with optimized.session() as session:
+        loop(optimized, 0, 2)
+        with session:
+            step(optimized, 0, 2)
+        assert session.cache_bytes > 0
+        step(optimized, 0, 3)
+        assert "".join(e.kind.value[0] for e in session.history) == "frrf"
+    assert session.cache_bytes == 0
+
+
 def test_a_session_of_one_model_is_none_of_anothers(source: nn.Module) -> None:
     left, right = (duca_compile.optimize(source, FORA(3), "eager") for _ in range(2))
     with left.session() as session:

@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
@@ -87,6 +88,46 @@ def test_a_scheduler_that_is_not_told_where_to_begin(first: float, announced: in
     assert times == scheduler.timesteps.tolist()[-steps:]
     pipe.scheduler = None
     assert schedule.run() is None
+
+
+class Bare:
+    """A scheduler of one's own: no config, no begin_index."""
+
+    order, init_noise_sigma = 1, 1.0
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def set_timesteps(self, steps: int, **options: Any) -> None:
+        self._inner.set_timesteps(steps, **options)
+        self.timesteps = self._inner.timesteps
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return sample
+
+    def step(self, *args: Any, **options: Any) -> Any:
+        return self._inner.step(*args, **options)
+
+
+def test_a_scheduler_without_config() -> None:
+    pipe = make("DiT")
+    pipe.scheduler = Bare(pipe.scheduler)
+    duca_compile.optimize(pipe, BACKWARDS, "eager")
+    run(pipe, "DiT", steps=5)
+    assert patterns(pipe.transformer) == {(None, 0): planned(BACKWARDS, 5)}
+
+
+def test_hooks_of_before_are_removed_through_the_pipeline() -> None:
+    """As ``enable_model_cpu_offload`` sets them."""
+    pipe = make("SD3")
+    plain, source = run(pipe, "SD3"), pipe.transformer
+    add_hook_to_module(source, ModelHook())
+    duca_compile.optimize(pipe, Uncached(), "eager")
+    assert torch.equal(run(pipe, "SD3"), plain)
+    pipe.remove_all_hooks()
+    assert not hasattr(source, "_hf_hook")
+    assert torch.equal(run(pipe, "SD3"), plain)
+    assert len(pipe.transformer.history) == 8
 
 
 def test_a_scheduler_may_be_swapped_for_one_with_two_evaluations_per_step() -> None:

@@ -45,8 +45,8 @@ class Session:
     """A request with caches of its own, for one of several that share an optimized model.
 
     It is called like the model. Inside ``with session:`` the model's own calls belong to it too, those of a pipeline
-    that holds the model included, in this thread or asyncio task; leaving drops its caches. A session serves one
-    thread at a time; any number of sessions may be in use.
+    that holds the model included, in this thread or asyncio task; leaving the outermost such block drops its caches. A
+    session serves one thread at a time; any number of sessions may be in use.
     """
 
     def __init__(self, model: Callable[..., Any], requests: Requests) -> None:
@@ -68,7 +68,8 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         _SESSIONS.reset(self._tokens.pop())
-        self.reset()
+        if not self._tokens:
+            self.reset()
 
     def _use(self) -> Token[tuple[Session, ...]]:
         return _SESSIONS.set((*_SESSIONS.get(), self))
