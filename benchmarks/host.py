@@ -13,14 +13,13 @@ import json
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from loop import KINDS, EachKind, Spread, surroundings
+from loop import KINDS, EachKind, InnerTime, Spread, surroundings
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 import duca_compile
 from duca_compile import OptimizedModel
 from duca_compile.policies import StepKind
+from duca_compile.runtime.dispatcher import Program
 
 DOUBLE, SINGLE, TEXT, SIDE = 19, 38, 8, 4
 TARGET = 0.2e-3  # seconds beyond the graph's own
@@ -58,26 +58,14 @@ def build(seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
     }
 
 
-class GraphTime:
-    """Adds up the time spent inside the variants' compiled code."""
+class GraphTime(InnerTime):
+    """Adds up the time spent inside the variants' compiled code: what is around Inductor's callable is ours."""
 
-    def __init__(self, model: OptimizedModel) -> None:
-        self.seconds = 0.0
-        for compiled in model._compiled.values():
-            for program in compiled.dispatcher._programs.values():
-                if hasattr(program.run, "_compiled"):  # Inductor: what is around its callable is ours
-                    program.run._compiled = self._timed(program.run._compiled)
-                else:
-                    program.run = self._timed(program.run)
-
-    def _timed(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*tensors: Tensor) -> Any:
-            started = time.perf_counter()
-            results = run(*tensors)
-            self.seconds += time.perf_counter() - started
-            return results
-
-        return timed
+    def _wrap(self, program: Program) -> None:
+        if hasattr(program.run, "_compiled"):
+            program.run._compiled = self._timed(program.run._compiled)
+        else:
+            super()._wrap(program)
 
 
 @torch.no_grad()

@@ -9,7 +9,6 @@ about images: this measures time alone.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import platform
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 import duca_compile
 from duca_compile import DuCa, OptimizedModel, Policy, Uncached, published
 from duca_compile.policies import Step, StepKind
+from duca_compile.runtime.dispatcher import Program
 
 BATCH, CHANNELS, SIZE, CLASSES = 2, 4, 32, 10
 MODEL = {
@@ -91,10 +91,11 @@ class InnerTime:
     def __init__(self, model: OptimizedModel) -> None:
         self.seconds = 0.0
         for compiled in model._compiled.values():
-            programs = compiled.dispatcher._programs
-            for spec, program in programs.items():
-                programs[spec] = dataclasses.replace(program, run=self._timed(program.run))
-            compiled.dispatcher._plans.clear()  # they hold the programs as they were
+            for program in compiled.dispatcher._programs.values():
+                self._wrap(program)
+
+    def _wrap(self, program: Program) -> None:
+        program.run = self._timed(program.run)
 
     def _timed(self, run: Model) -> Model:
         def timed(*tensors: Tensor) -> Any:

@@ -7,7 +7,6 @@ import threading
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import replace
 from itertools import count
-from operator import is_
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,7 +18,7 @@ from duca_compile.lock import COMPILING
 from duca_compile.opaque import opaque, site_number
 from duca_compile.passes.pipeline import build_variant
 from duca_compile.policies.base import Policy
-from duca_compile.runtime.clock import version
+from duca_compile.runtime.clock import Sight
 from duca_compile.runtime.dispatcher import Dispatcher, Prologue
 from duca_compile.snapshot import Name, Snapshot, Structure, kind, take
 
@@ -77,7 +76,7 @@ class Compiled:
     ) -> None:
         self.facts = facts
         self._readings = [] if captured.readings is None else [captured.readings]
-        self._held: tuple[tuple[Tensor, ...], tuple[int, ...]] | None = None  # the last tensors that they held for
+        self._held: Sight | None = None  # the last tensors that they held for
         self._read_weights = () if captured.readings is None else tuple(captured.readings.attributes)
         self._variants = _Variants(captured, facts, prologue, backend)
         names = {id(tensor): name for name, tensor in live.items()}
@@ -99,17 +98,13 @@ class Compiled:
             return True
         own = tuple(tensors[place] for place in sorted({p for readings in self._readings for p in readings.places}))
         own += tuple(self.captured.attributes[name] for name in self._read_weights)
-        versions = tuple(map(version, own))
-        known = not anew and self._held is not None and -1 not in versions and versions == self._held[1]
-        if known and self._held is not None and all(map(is_, own, self._held[0])):
+        now = Sight.of(own)
+        if not anew and now.unchanged_since(self._held):
             return True
-        if not self._read(tensors):
+        if not any(readings.hold(tensors) for readings in self._readings):
             return False
-        self._held = own, versions
+        self._held = now
         return True
-
-    def _read(self, tensors: tuple[Tensor, ...]) -> bool:
-        return any(readings.hold(tensors) for readings in self._readings)
 
     def holds_too(self, readings: Readings | None) -> None:
         """Notes further values that its graph is right for."""

@@ -1,8 +1,8 @@
 """Traces one call with its real values, for forwards whose Python reads tensors.
 
 ``torch.export`` traces without values, so a forward that asks for one (``.item()``, ``.tolist()``, ``.numpy()``, a
-boolean mask) stops it. Here Python gets the values of this very call. The arguments they came from are named, since the
-trace holds for no other values of theirs.
+boolean mask) stops it. Here Python gets the values of this very call. What it read is kept, with the graph that
+computes it: the trace holds for calls that read the same.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _reads(graph: fx.GraphModule) -> dict[int, Read]:
     for node in graph.graph.nodes:
         own = {inputs[node]} if node in inputs else set()
         behind[node] = own.union(*(behind[n] for n in node.all_input_nodes))
-        if node.target in _READS or _is_counting(node):
+        if _is_reader(node):
             for index in behind[node]:
                 known = found.get(index, Read(source_line(node), frozenset()))
                 found[index] = Read(known.source, known.paths | {module_path(node)})
@@ -154,8 +154,7 @@ def _readings(graph: fx.GraphModule, tensors: list[Tensor]) -> Readings:
             copies[node] = part.node_copy(node, lambda n: copies[n])
             if node.op == "get_attr":
                 copies[node].target = f"{_TRACE}.{node.target}"
-    read = [node for node in graph.graph.nodes if node.target in _READS or _is_counting(node)]
-    part.output(tuple(copies[each] for node in read for each in _what(node)))
+    part.output(tuple(copies[each] for node in graph.graph.nodes if _is_reader(node) for each in _what(node)))
     part.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     used = [i for i, node in enumerate(part.find_nodes(op="placeholder")) if node.users]
     for node in part.find_nodes(op="placeholder"):
@@ -165,6 +164,10 @@ def _readings(graph: fx.GraphModule, tensors: list[Tensor]) -> Readings:
     module = fx.GraphModule({name: getattr(graph, name.removeprefix(f"{_TRACE}.")) for name in names}, part)
     values = tuple(value.clone() for value in module(*[tensors[i] for i in used]))  # a buffer may be written to later
     return Readings(module, tuple(used), values)
+
+
+def _is_reader(node: fx.Node) -> bool:
+    return node.target in _READS or _is_counting(node)
 
 
 def _what(reader: fx.Node) -> list[fx.Node]:

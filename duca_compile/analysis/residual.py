@@ -109,14 +109,12 @@ def _lineage(
 
 def _sliced_from(node: fx.Node) -> list[fx.Node]:
     """What a value is made of; of a slice from a concatenation, the pieces that it takes."""
-    source = node
-    while op_name(source) in ELEMENTWISE | {"slice"} and value_shape(source.all_input_nodes[0]) is not None:
-        if source is not node and op_name(source) == "slice":
-            break
-        source = source.all_input_nodes[0]
-    if op_name(node) != "slice" or op_name(source) not in CONCATENATIONS:
+    if op_name(node) != "slice":
         return node.all_input_nodes
-    return overlapped(node, source)
+    source = node.all_input_nodes[0]
+    while op_name(source) in ELEMENTWISE:
+        source = source.all_input_nodes[0]
+    return overlapped(node, source) if op_name(source) in CONCATENATIONS else node.all_input_nodes
 
 
 def _inputs(node: fx.Node, variance: dict[str, Variance]) -> set[fx.Node]:

@@ -420,7 +420,5 @@ def own_keys(attention: fx.Node, batch: int, tokens: int) -> int | None:
         value = value.args[0]
     if not isinstance(value, fx.Node) or op_name(value) != "cat" or _dims(value, "dim", len(shape)) != [axis]:
         return None
-    pieces = value.args[0]
-    assert isinstance(pieces, list | tuple)
-    sizes = [(value_shape(piece) or ())[axis] for piece in pieces if isinstance(piece, fx.Node)]
+    sizes = [(value_shape(piece) or ())[axis] for piece in _pieces(value)]
     return sum(sizes[: sizes.index(tokens)]) if sizes.count(tokens) == 1 else None

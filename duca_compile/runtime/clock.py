@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import is_
 
 from torch import Tensor
 
@@ -110,6 +111,23 @@ def _order(before: _Seen, after: _Seen, by_memory: bool | None = None) -> int:
 def version(tensor: Tensor) -> int:
     """How often the tensor was written in place; -1 for inference tensors, which do not count."""
     return -1 if tensor.is_inference() else tensor._version
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Tensors as they were at one time: the same objects, not written to since, still hold the same."""
+
+    tensors: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+
+    @staticmethod
+    def of(tensors: tuple[Tensor, ...]) -> Sight:
+        return Sight(tensors, tuple(map(version, tensors)))
+
+    def unchanged_since(self, earlier: Sight | None) -> bool:
+        if earlier is None or self.versions != earlier.versions or -1 in self.versions:
+            return False
+        return all(map(is_, self.tensors, earlier.tensors))
 
 
 def _values(timestep: Tensor) -> tuple[float, ...]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from operator import is_, itemgetter
+from operator import itemgetter
 
 from torch import Tensor, fx
 
 from duca_compile.graph import Action, Facts, Variant, VariantFunction, VariantSpec, cache_input, tokens_input
 from duca_compile.lock import COMPILING
 from duca_compile.policies.base import Policy, Step, StepKind
-from duca_compile.runtime.clock import Tick, version
+from duca_compile.runtime.clock import Sight, Tick
 from duca_compile.runtime.planning import check_selection, plan_step
 from duca_compile.runtime.request import CacheState, Executed, Request
 from duca_compile.runtime.selection import TokenSelector
@@ -97,13 +97,10 @@ class Dispatcher:
 
     def _hoist(self, state: CacheState, call: Mapping[str, Tensor]) -> None:
         """Computes loop-invariant values at the start of a request and when their inputs changed."""
-        sources = tuple(call[name] for name in self._prologue.inputs)
-        versions = tuple(map(version, sources))
-        same = len(sources) == len(state.hoisted_from) and all(map(is_, sources, state.hoisted_from))
-        if state.hoisted and same and versions == state.hoisted_versions and -1 not in versions:
+        sources = Sight.of(tuple(call[name] for name in self._prologue.inputs))
+        if state.hoisted and sources.unchanged_since(state.hoisted_from):
             return
-        state.hoisted = self._prologue.compute(call)
-        state.hoisted_from, state.hoisted_versions = sources, versions
+        state.hoisted, state.hoisted_from = self._prologue.compute(call), sources
 
     def _plan(self, step: Step, index: int, state: CacheState) -> Plan:
         """The plan of ``step``, or of a full one for a pass that has just joined or has missed steps."""

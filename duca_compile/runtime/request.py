@@ -14,7 +14,7 @@ from torch import Tensor
 
 from duca_compile.graph import Facts
 from duca_compile.policies.base import Policy, Step, StepKind
-from duca_compile.runtime.clock import StepClock, Tick, version
+from duca_compile.runtime.clock import Sight, StepClock, Tick, version
 from duca_compile.runtime.selection import TokenSelector
 
 log = logging.getLogger("duca_compile")
@@ -42,8 +42,7 @@ class CacheState:
     ready: set[object] = field(default_factory=set)  # programs whose caches are all there
     last_step: int = -1
     hoisted: dict[str, Tensor] = field(default_factory=dict)
-    hoisted_from: tuple[Tensor, ...] = ()
-    hoisted_versions: tuple[int, ...] = ()
+    hoisted_from: Sight | None = None
     selector: TokenSelector | None = None
 
     @property
