@@ -18,7 +18,7 @@ from duca_compile.errors import CaptureError, PolicyError, UsageError
 from duca_compile.graph import CapturedGraph, Facts
 from duca_compile.lock import COMPILING
 from duca_compile.passes.hoist import frontier, hoisted_input
-from duca_compile.passes.pipeline import build_prologue, prepare
+from duca_compile.passes.pipeline import build_prologue, make_rows, prepare
 from duca_compile.pipelines import PipelineSchedule, is_pipeline, set_component, transformers
 from duca_compile.policies import FORA, DuCa, Policy, Uncached
 from duca_compile.policies.checks import check_whole
@@ -27,7 +27,7 @@ from duca_compile.runtime.request import Executed
 from duca_compile.runtime.session import Requests, Session, current_pass, named_pass
 from duca_compile.verify import verified
 
-POLICIES: dict[str, type[Policy]] = {"duca": DuCa, "fora": FORA, "uncached": Uncached}
+POLICIES: dict[str, type[Policy]] = {"duca": DuCa, "fora": FORA, "none": Uncached, "uncached": Uncached}
 _SHARED = (  # tables that an optimized model has in common with its source
     "_parameters",
     "_buffers",
@@ -61,7 +61,10 @@ def analyze_call(model: nn.Module, call: Call, timestep: str | None) -> tuple[Ca
             changing_reads(model, captured, facts)
         prologue = _prologue(captured, facts)
         values = dict(zip(captured.inputs, call.tensors, strict=True))
-        return captured, verified(captured, facts, values | prologue.compute(values)), prologue
+        values |= prologue.compute(values)
+        rows = make_rows(captured, facts)
+        values |= dict(zip(rows.outputs, rows.compute(values, values), strict=True))
+        return captured, verified(captured, facts, values), prologue
 
 
 def changing_reads(model: nn.Module, captured: CapturedGraph, facts: Facts) -> frozenset[str]:

@@ -26,6 +26,7 @@ BACKENDS = ("inductor", "eager")
 
 class Backend(Protocol):
     name: str
+    exact: bool  # whether results are to be the model's own, bit for bit
 
     def compile(self, module: fx.GraphModule, dynamic: tuple[int, ...] = ()) -> VariantFunction:
         """A callable of ``module``'s flat tensors; ``dynamic`` are inputs whose dimension 1 changes between calls."""
@@ -35,6 +36,7 @@ class EagerBackend:
     """Runs the graph operator by operator: the reference that other backends are held to."""
 
     name = "eager"
+    exact = True
 
     def compile(self, module: fx.GraphModule, dynamic: tuple[int, ...] = ()) -> VariantFunction:
         del dynamic
@@ -49,6 +51,7 @@ class InductorBackend:
     """
 
     name = "inductor"
+    exact = False
 
     def __init__(self, strict: bool = False) -> None:
         self._strict = strict

@@ -16,10 +16,11 @@ from duca_compile.capture import Call, live_tensors
 from duca_compile.graph import CapturedGraph, Facts, Readings, Variant, VariantFunction, VariantSpec
 from duca_compile.lock import COMPILING
 from duca_compile.opaque import opaque, site_number
-from duca_compile.passes.pipeline import build_variant
+from duca_compile.passes.pipeline import build_variant, make_rows
 from duca_compile.policies.base import Policy
 from duca_compile.runtime.clock import Sight
 from duca_compile.runtime.dispatcher import Dispatcher, Prologue
+from duca_compile.runtime.rows import Rows
 from duca_compile.snapshot import Name, Snapshot, Structure, kind, take
 
 log = logging.getLogger("duca_compile")
@@ -45,6 +46,11 @@ class _Variants:
         variant = build_variant(self.captured, self._facts, spec)
         self._modules.append(variant.module)
         return variant, self._backend.compile(variant.module, dynamic_positions(variant))
+
+    def build_rows(self, needed: frozenset[str] | None) -> Rows:
+        rows = make_rows(self.captured, self._facts, needed)
+        self._modules.append(rows.module)
+        return rows
 
     def follow(self, module: fx.GraphModule) -> None:
         """Keeps the weights of this module, too, those of the model."""
@@ -82,7 +88,7 @@ class Compiled:
         names = {id(tensor): name for name, tensor in live.items()}
         # A trace may have names of its own for the model's weights. What is none of these is a constant of the graph.
         self._weights = {own: names[id(t)] for own, t in captured.attributes.items() if id(t) in names}
-        self.dispatcher = Dispatcher(facts, captured.inputs, policy, self._variants.build, prologue)
+        self.dispatcher = Dispatcher(facts, captured.inputs, policy, self._variants, prologue, not backend.exact)
         self.used = 0  # when it was last called, by the model's count of calls
 
     @property

@@ -222,6 +222,7 @@ class Variant:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     dynamic_inputs: tuple[str, ...]  # token index inputs: their second dimension changes from step to step
+    pieces: frozenset[str]  # the timestep-only values that it reads
     flops_fixed: int
     flops_per_token: Mapping[int, float]  # branch index -> FLOPs for one recomputed token position, all batch rows
 

@@ -15,17 +15,18 @@ from duca_compile.passes.clean import Clean
 from duca_compile.passes.dead_code import RemoveDeadCode
 from duca_compile.passes.deduplicate import Deduplicate
 from duca_compile.passes.emit import EmitCaches
-from duca_compile.passes.hoist import HoistInvariants, invariant_graph
+from duca_compile.passes.hoist import Hoist, invariant_graph, row_input, row_layout, timestep_graph
 from duca_compile.passes.partial import RecomputeTokens
 from duca_compile.passes.reuse import ReuseBranches
 from duca_compile.passes.scores import EmitScores
 from duca_compile.passes.skip import SkipBlocks
+from duca_compile.runtime.rows import Rows
 
 PREPARE: tuple[Pass[Draft], ...] = (Clean(), Deduplicate(), RemoveDeadCode())
 # Results are emitted before values are replaced, so that a replacement also reaches what is returned. Partial
 # branches come first of the replacements: their bodies are copied from the nodes that reuse leaves dead.
 REWRITE: tuple[Pass[VariantDraft], ...] = (
-    HoistInvariants(),
+    Hoist(),
     EmitCaches(),
     EmitScores(),
     RecomputeTokens(),
@@ -76,6 +77,7 @@ def build_variant(captured: CapturedGraph, facts: Facts, spec: VariantSpec) -> V
         inputs=inputs,
         outputs=tuple(draft.results),
         dynamic_inputs=tuple(name for name in inputs if name in partial),
+        pieces=frozenset(str(n.meta["piece"]) for n in draft.graph.nodes if "piece" in n.meta),
         flops_fixed=fixed,
         flops_per_token=per_token,
     )
@@ -85,6 +87,16 @@ def build_prologue(captured: CapturedGraph, facts: Facts) -> fx.GraphModule:
     """The module that computes the hoisted values once per request."""
     draft = Draft(invariant_graph(captured.graph, facts))
     return to_module(captured, run_passes(draft, (RemoveDeadCode(),)).graph)
+
+
+def make_rows(captured: CapturedGraph, facts: Facts, needed: frozenset[str] | None = None) -> Rows:
+    """What computes the timestep-only values, as one row for each type; all of them, or those called ``needed``."""
+    layout = row_layout(captured.graph, facts)
+    if needed is None:
+        needed = frozenset(piece.name for row in layout.values() for piece in row)
+    draft = run_passes(Draft(timestep_graph(captured.graph, facts, needed)), (RemoveDeadCode(),))
+    inputs = tuple(n.name for n in draft.graph.nodes if n.op == "placeholder")
+    return Rows(facts.timestep, to_module(captured, draft.graph), inputs, tuple(map(row_input, layout)))
 
 
 def to_module(captured: CapturedGraph, graph: fx.Graph) -> fx.GraphModule:

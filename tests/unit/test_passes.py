@@ -20,7 +20,7 @@ from duca_compile.passes.clean import Clean
 from duca_compile.passes.dead_code import RemoveDeadCode
 from duca_compile.passes.deduplicate import Deduplicate
 from duca_compile.passes.emit import EmitCaches
-from duca_compile.passes.hoist import HoistInvariants
+from duca_compile.passes.hoist import Hoist
 from duca_compile.passes.partial import RecomputeTokens
 from duca_compile.passes.pipeline import PREPARE, run_passes, to_module
 from duca_compile.passes.reuse import ReuseBranches
@@ -197,19 +197,21 @@ class TestCaching:
     def test_hoisting_reads_the_frontier_from_inputs(self) -> None:
         captured, facts = analysed(models.build(models.CrossBlock), **models.example())
         draft = VariantDraft(copy_graph(captured.graph), facts, VariantSpec((COMPUTE,) * 6), ["output_0"])
-        assert self.apply(HoistInvariants(), draft)
+        assert self.apply(Hoist(), draft)
         hoisted = [n.name for n in draft.graph.nodes if n.name.startswith("hoisted_")]
         assert len(hoisted) == 4 + 1, "keys and values of two blocks, and the frequencies of the timestep"
+        assert {n.name for n in draft.graph.nodes if n.name.startswith("timestep_")} == {"timestep_float32"}
         RemoveDeadCode().apply(draft)
         assert "text" not in [n.name for n in draft.graph.nodes], "the text itself is not read in the step"
+        assert "timestep" not in [n.name for n in draft.graph.nodes], "nor is the timestep"
 
     def test_hoisting_has_nothing_to_do(self) -> None:
         def forward(self: nn.Module, x: Tensor, timestep: Tensor) -> Tensor:
-            return x + timestep.sin()[:, None, None] * self.a(x)
+            return x + self.a(x * timestep[:, None, None])
 
         captured, facts = analysed(module(forward, a=nn.Linear(8, 8)), x=X, timestep=torch.ones(2))
         draft = VariantDraft(copy_graph(captured.graph), facts, VariantSpec((COMPUTE,)), ["output_0"])
-        assert self.unchanged(HoistInvariants(), draft)
+        assert self.unchanged(Hoist(), draft)
 
     def test_computed_branches_and_the_end_of_the_stream_are_returned(self) -> None:
         _, facts = self.model
@@ -340,7 +342,7 @@ def test_scores_equal_their_formulas(kind: str, mask: Tensor | None, scale: floa
 
 def test_passes_are_frozen_options() -> None:
     every: Sequence[type[Pass[Any]]] = [
-        Clean, Deduplicate, RemoveDeadCode, HoistInvariants, EmitCaches, EmitScores, RecomputeTokens, ReuseBranches,
+        Clean, Deduplicate, RemoveDeadCode, Hoist, EmitCaches, EmitScores, RecomputeTokens, ReuseBranches,
         SkipBlocks,
     ]  # fmt: skip
     for each in every:

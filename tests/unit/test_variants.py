@@ -139,7 +139,7 @@ def test_skip_runs_the_head_on_the_cached_end_with_the_current_timestep(run: Run
     call = models.example(seed=1, timestep=2.0)
     variant = run.variant(REUSE, skip=True)
     assert set(variant.inputs) - {n for n in variant.inputs if n.startswith("hoisted_")} == {
-        "timestep",
+        "timestep_float32",
         "cache_stream_end",
     }
     condition = F.silu(run.model.embed_t(models.embed(call["timestep"], WIDTH)))
@@ -188,7 +188,10 @@ def test_every_variant_is_well_formed_and_shares_the_weights(run: Runner) -> Non
         assert len(set(variant.inputs)) == len(variant.inputs)
         assert len(set(variant.outputs)) == len(variant.outputs)
         assert not [n for n in variant.module.graph.nodes if not n.users and n.op != "output"], "dead nodes"
-    assert len(seen) == len(live) - 2 - 2 * 4, "all but what is hoisted: the text's embedding, keys and values"
+    invariant, timestep = 2 + 2 * 4, 2 + 2 * 2 + 2
+    assert len(seen) == len(live) - invariant - timestep, (
+        "all but what is hoisted: the text's embedding, keys and values; the timestep's embedding and modulations"
+    )
 
 
 def test_a_changed_weight_is_seen_by_variants_built_before(run: Runner) -> None:
