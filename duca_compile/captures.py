@@ -7,11 +7,12 @@ import threading
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import replace
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from duca_compile.backends import Backend, dynamic_positions
+from duca_compile.backends import Backend
 from duca_compile.capture import Call, live_tensors
 from duca_compile.graph import CapturedGraph, Facts, Readings, Variant, VariantFunction, VariantSpec
 from duca_compile.lock import COMPILING
@@ -39,13 +40,18 @@ class _Variants:
     def __init__(self, captured: CapturedGraph, facts: Facts, prologue: Prologue, backend: Backend) -> None:
         self.captured, self._facts, self._backend = captured, facts, backend
         self._modules = [prologue.module]
+        self._compiled: list[Any] = []  # functions that hold the weights apart from the module
+        self._cuts = frozenset({facts.branches[0].stream, *(branch.add for branch in facts.branches)})
         if captured.readings is not None:
             self._modules.append(captured.readings.module)
 
     def build(self, spec: VariantSpec) -> tuple[Variant, VariantFunction]:
         variant = build_variant(self.captured, self._facts, spec)
         self._modules.append(variant.module)
-        return variant, self._backend.compile(variant.module, dynamic_positions(variant))
+        function = self._backend.compile(variant, self._cuts)
+        if hasattr(function, "refresh"):
+            self._compiled.append(function)
+        return variant, function
 
     def build_rows(self, needed: frozenset[str] | None) -> Rows:
         rows = make_rows(self.captured, self._facts, needed)
@@ -66,6 +72,8 @@ class _Variants:
             for name in {str(n.target) for n in module.graph.nodes if n.op == "get_attr"} & changed.keys():
                 prefix, _, leaf = name.rpartition(".")
                 setattr(module.get_submodule(prefix), leaf, changed[name])
+        for function in self._compiled:
+            function.refresh()
 
 
 class Compiled:

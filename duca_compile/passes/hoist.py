@@ -21,7 +21,7 @@ from duca_compile.passes.base import ExactPass, VariantDraft
 aten = torch.ops.aten
 
 ALIGNMENT = 64  # bytes; where a piece of a row begins
-_VIEWS = RESHAPES | EXPANDS | {
+VIEWS = RESHAPES | EXPANDS | {
     "alias", "chunk", "getitem", "permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t",
     "transpose", "unbind", "unsqueeze",
 }  # fmt: skip
@@ -105,7 +105,7 @@ def _read_outside(graph: fx.Graph, tiers: Mapping[fx.Node, Variance], tier: Vari
 
 def _source(node: fx.Node, tiers: Mapping[fx.Node, Variance]) -> fx.Node:
     """The value that ``node`` is cheaply computed from, within its tier."""
-    while op_name(node) in _VIEWS | _SCALED and len(node.all_input_nodes) == 1:
+    while op_name(node) in VIEWS | _SCALED and len(node.all_input_nodes) == 1:
         (above,) = node.all_input_nodes
         if tiers.get(above) is not tiers[node] or (op_name(node) in _SCALED and _bytes(above) > _bytes(node)):
             break
@@ -115,7 +115,7 @@ def _source(node: fx.Node, tiers: Mapping[fx.Node, Variance]) -> fx.Node:
 
 def _is_view(node: fx.Node) -> bool:
     """Of something that stays in the step, so that nothing is gained by taking it out."""
-    return op_name(node) in _VIEWS and len(node.all_input_nodes) == 1
+    return op_name(node) in VIEWS and len(node.all_input_nodes) == 1
 
 
 def _bytes(node: fx.Node) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import models
 import pytest
 import torch
@@ -72,7 +74,7 @@ def test_timestep_only_values_lie_apart_in_the_row_and_are_those_that_the_loop_r
     (row,) = row_layout(captured.graph, facts).values()
     assert {facts.variance[piece.name] for piece in row} == {Variance.TIMESTEP}
     assert len(row) == 2 + 1, "the modulation of two blocks and of the head"
-    for piece, after in zip(row, row[1:], strict=False):
+    for piece, after in pairwise(row):
         assert piece.stop <= after.start
         assert after.start * 4 % ALIGNMENT == 0
 
