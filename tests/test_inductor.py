@@ -6,7 +6,7 @@ import torch._dynamo.utils
 from torch import Tensor, nn
 
 import duca_compile
-from duca_compile import FORA, DuCa, Linear, Policy
+from duca_compile import FORA, DuCa, Linear, Policy, TaylorSeer
 from tests.test_optimize import build, kinds, loop
 
 
@@ -51,6 +51,22 @@ def test_compiled_variants_agree_with_eager_ones_and_compile_once(model: nn.Modu
     optimized.reset()
     with torch.compiler.set_stance("fail_on_recompile"):
         assert close(loop(optimized, 16), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lite", [False, True])
+def test_forecasts_are_two_graphs_for_all_distances_and_orders(model: nn.Module, lite: bool) -> None:
+    policy = TaylorSeer(interval=5, max_order=2, lite=lite)
+    expected = loop(duca_compile.optimize(model, policy, "eager"), 16)
+    optimized = duca_compile.optimize(model, policy, "inductor", strict=True)
+    torch._dynamo.reset()
+    before = graphs_compiled()
+    loop(optimized, 3)  # two full steps, and a forecast
+    assert graphs_compiled() == before + 2
+    optimized.reset()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        assert close(loop(optimized, 16), expected)
+    assert "".join(executed.kind.letter for executed in optimized.history) == "FFTTTT" + "FTTTT" * 2
 
 
 @torch.no_grad()
