@@ -19,10 +19,10 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from duca_compile.opaque import CallSite
 
 STREAM_END = "stream_end"
-# 0-dimensional float32 inputs of variants that forecast (TaylorSeer), in steps except for the second.
-FORECAST_GAP = "forecast_gap"  # from the last full step to this one
+# 0-dimensional float32 inputs of the variants of policies that forecast (TaylorSeer).
+FORECAST_GAP = "forecast_gap"  # steps from the last full step to this one
 FORECAST_ORDERS = "forecast_orders"  # how many differences the full steps so far allow; the others stay zero
-FORECAST_DISTANCE = "forecast_distance"  # from the last full step to the forecast
+FORECAST_DISTANCE = "forecast_distance"  # steps from the last full step to the forecast
 _OURS = str(Path(__file__).parent)
 
 

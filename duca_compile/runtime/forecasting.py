@@ -65,4 +65,7 @@ class ForecastInputs:
 
     def _filled(self, numbers: Mapping[str, int]) -> dict[str, Tensor]:
         """Made on the device that reads them: a copy from the host would wait for it."""
-        return {name: torch.full((), float(n), device=self.numbers[name].device) for name, n in numbers.items()}
+        likes = self.numbers
+        return {
+            name: torch.full((), n, dtype=likes[name].dtype, device=likes[name].device) for name, n in numbers.items()
+        }
