@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 from torch._inductor.compile_fx import compile_fx
 
 import duca_compile
-from duca_compile import FORA, DuCa, Linear, Policy, backends
+from duca_compile import FORA, DuCa, Linear, Policy, TaylorSeer, backends
 from duca_compile.runtime.rows import Rows
 from tests.test_optimize import build, kinds, loop
 
@@ -108,6 +108,22 @@ def test_timesteps_that_are_known_are_computed_together(monkeypatch: pytest.Monk
     monkeypatch.setattr(Rows, "compute_all", several)
     assert close(loop(optimized, 6), first)
     assert counts == [6], "the second request's timesteps are those of the first"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lite", [False, True])
+def test_forecasts_are_two_graphs_for_all_distances_and_orders(
+    model: nn.Module, lite: bool, compilations: list[int]
+) -> None:
+    policy = TaylorSeer(interval=5, max_order=2, lite=lite)
+    expected = loop(duca_compile.optimize(model, policy, "eager"), 16)
+    optimized = duca_compile.optimize(model, policy, "inductor", strict=True)
+    loop(optimized, 3)  # two full steps, and a forecast
+    assert len(compilations) == 2
+    optimized.reset()
+    assert close(loop(optimized, 16), expected)
+    assert len(compilations) == 2
+    assert "".join(executed.kind.letter for executed in optimized.history) == "FFTTTT" + "FTTTT" * 2
 
 
 @torch.no_grad()

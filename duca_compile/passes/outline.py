@@ -103,8 +103,8 @@ def _own_views(
 ) -> None:
     """Gives ``node`` views of its own cell in the place of those that other cells make."""
     for source in node.all_input_nodes:
-        if op_name(source) not in VIEWS or home.get(source) is cell:
-            continue
+        if op_name(source) not in VIEWS or home.get(source) is cell or "piece" in source.meta:
+            continue  # a piece of the row is an operand: where it lies differs by block
         if source not in made:
             with graph.inserting_before(node):
                 made[source] = graph.node_copy(source)
@@ -155,8 +155,7 @@ def _kind(node: fx.Node) -> Hashable:
 
 def _call_one(module: fx.GraphModule, name: str, stretches: list[list[fx.Node]]) -> None:
     """Replaces each stretch by a call of the subgraph that the first one is."""
-    forms = [_form(stretch) for stretch in stretches]
-    first, graph = forms[0], module.graph
+    first, graph = _form(stretches[0]), module.graph
     body, own = fx.Graph(), dict[fx.Node, fx.Node]()
     for place, operand in enumerate(first.operands):
         own[operand] = body.placeholder(f"operand_{place}")
@@ -165,17 +164,17 @@ def _call_one(module: fx.GraphModule, name: str, stretches: list[list[fx.Node]])
         own[node] = body.node_copy(node, lambda n: own[n])
     body.output(tuple(own[node] for node in first.results))
     module.add_submodule(name, fx.GraphModule({}, body))
-    for form, stretch in zip(forms, stretches, strict=True):
+    for stretch in stretches:
+        form = _form(stretch)  # its operands are results of the calls before
         with graph.inserting_after(stretch[-1]):
             region = graph.get_attr(name)
         with graph.inserting_after(region):
-            call = graph.call_function(_invoke, (region, name, *form.operands))
-        inside, last = {*stretch, call}, call
+            call = last = graph.call_function(_invoke, (region, name, *form.operands))
         for place, result in enumerate(form.results):
             with graph.inserting_after(last):
                 last = graph.call_function(operator.getitem, (call, place))
             last.meta["val"] = result.meta["val"]
-            taken = last
-            result.replace_all_uses_with(taken, delete_user_cb=lambda user, inside=inside, t=taken: user not in inside and user is not t)  # type: ignore[misc]  # noqa: E501
+            for user in [user for user in result.users if user not in stretch]:
+                user.replace_input_with(result, last)
         for node in reversed(stretch):
             graph.erase_node(node)

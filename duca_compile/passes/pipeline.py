@@ -14,7 +14,9 @@ from duca_compile.passes.base import D, Draft, Pass, VariantDraft
 from duca_compile.passes.clean import Clean
 from duca_compile.passes.dead_code import RemoveDeadCode
 from duca_compile.passes.deduplicate import Deduplicate
+from duca_compile.passes.differences import EmitDifferences
 from duca_compile.passes.emit import EmitCaches
+from duca_compile.passes.forecast import Forecast
 from duca_compile.passes.hoist import Hoist, invariant_graph, row_input, row_layout, timestep_graph
 from duca_compile.passes.partial import RecomputeTokens
 from duca_compile.passes.reuse import ReuseBranches
@@ -28,8 +30,10 @@ PREPARE: tuple[Pass[Draft], ...] = (Clean(), Deduplicate(), RemoveDeadCode())
 REWRITE: tuple[Pass[VariantDraft], ...] = (
     Hoist(),
     EmitCaches(),
+    EmitDifferences(),
     EmitScores(),
     RecomputeTokens(),
+    Forecast(),
     ReuseBranches(),
     SkipBlocks(),
     RemoveDeadCode(),

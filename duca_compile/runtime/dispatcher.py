@@ -17,6 +17,7 @@ from duca_compile.graph import Action, Facts, Variant, VariantFunction, VariantS
 from duca_compile.lock import COMPILING
 from duca_compile.policies.base import Policy, Step, StepKind
 from duca_compile.runtime.clock import Sight, Tick
+from duca_compile.runtime.forecasting import ForecastInputs
 from duca_compile.runtime.planning import check_selection, plan_step
 from duca_compile.runtime.request import CacheState, Executed, Request
 from duca_compile.runtime.rows import Rows
@@ -32,7 +33,8 @@ class Program:
     variant: Variant
     run: VariantFunction
     fetch: Callable[[Mapping[str, Tensor]], Iterable[Tensor]]  # the inputs, from the values by name
-    reads: frozenset[str]  # the caches among the inputs
+    reads: frozenset[str]  # the caches among the inputs that must be there
+    forecast: ForecastInputs
     own: int  # how many outputs are the model's own; they come first
     writes: dict[str, int]  # the caches to fill, and from which outputs
     waiting: tuple[int, ...]  # branches whose tokens a partial step chooses from, or leaves to grow stale
@@ -111,7 +113,12 @@ class Dispatcher:
         state = request.state(self, (name, tick.pass_index))
         self._hoist(state, call)
         plan = self._plan(request.step_at(tick.step), tick.step, state)
-        outputs = self._run(plan, state, call, self._timestep_values(plan.program, state, call, request, tick))
+        given = {
+            **call,
+            **self._timestep_values(plan.program, state, call, request, tick),
+            **plan.program.forecast.values(self._policy.forecast, state, tick.step),
+        }
+        outputs = self._run(plan, state, given)
         state.last_step = tick.step
         seconds = time.perf_counter() - started
         request.history.append(Executed(tick.step, tick.pass_index, plan.step.kind, plan.flops, seconds, name))
@@ -186,11 +193,14 @@ class Dispatcher:
             own = sum(name.startswith("output_") for name in variant.outputs)
             extra = [*enumerate(variant.outputs)][own:]
             waiting = tuple(b.index for b in self._selectable if spec.actions[b.index] is not Action.COMPUTE)
+            forecast = ForecastInputs.of(variant)
+            caches = frozenset(name for name in variant.inputs if name.startswith(cache_input("")))
             self._programs[spec] = Program(
                 variant,
                 run,
                 _getter(variant.inputs),
-                reads=frozenset(name for name in variant.inputs if name.startswith(cache_input(""))),
+                reads=caches - forecast.old.keys(),
+                forecast=forecast,
                 own=own,
                 writes={cache_input(name): i for i, name in extra if not name.startswith("score_")},
                 waiting=waiting,
@@ -210,11 +220,9 @@ class Dispatcher:
                 found[self._position[branch.index]] = slot
         return found
 
-    def _run(
-        self, plan: Plan, state: CacheState, call: Mapping[str, Tensor], rows: Mapping[str, Tensor]
-    ) -> tuple[Tensor, ...]:
+    def _run(self, plan: Plan, state: CacheState, given: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         program = plan.program
-        values = {**call, **state.hoisted, **state.caches, **rows, **self._tokens(plan, state)}
+        values = {**given, **state.hoisted, **state.caches, **self._tokens(plan, state)}
         results = program.run(*program.fetch(values))
         state.caches.update({name: results[i] for name, i in program.writes.items()})
         if program.loose is None:  # a property of the variant, so looked up once

@@ -15,6 +15,7 @@ from torch import Tensor
 from duca_compile.graph import Facts
 from duca_compile.policies.base import Policy, Step, StepKind
 from duca_compile.runtime.clock import Sight, StepClock, Tick, version
+from duca_compile.runtime.forecasting import Past
 from duca_compile.runtime.selection import TokenSelector
 
 log = logging.getLogger("duca_compile")
@@ -48,6 +49,7 @@ class CacheState:
     rows: dict[float, tuple[Tensor, ...]] = field(default_factory=dict)  # timestep -> the values it alone determines
     foreseen: bool = False  # whether the rows of the coming timesteps were computed
     selector: TokenSelector | None = None
+    past: Past = field(default_factory=Past)
 
     @property
     def bytes(self) -> int:

@@ -13,7 +13,7 @@ from duca_compile.capture import Binder, capture
 from duca_compile.graph import Action, CapturedGraph, Facts, Variant, VariantSpec
 from duca_compile.passes.pipeline import build_prologue, build_variant, make_rows, prepare
 
-COMPUTE, PARTIAL, REUSE = Action.COMPUTE, Action.PARTIAL, Action.REUSE
+COMPUTE, PARTIAL, REUSE, FORECAST = Action.COMPUTE, Action.PARTIAL, Action.REUSE, Action.FORECAST
 
 
 def module(forward: Callable[..., Any], **children: nn.Module | Tensor) -> nn.Module:
