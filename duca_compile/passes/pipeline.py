@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from torch import fx
 
+from duca_compile.analysis.variance import ancestors
 from duca_compile.errors import InternalError
-from duca_compile.graph import Action, CapturedGraph, Facts, Variant, VariantSpec, copy_graph, tokens_input
+from duca_compile.graph import Action, CapturedGraph, Facts, Variant, Variance, VariantSpec, copy_graph, tokens_input
 from duca_compile.passes.base import D, Draft, Pass, VariantDraft
 from duca_compile.passes.clean import Clean
 from duca_compile.passes.dead_code import RemoveDeadCode
@@ -72,6 +73,7 @@ def build_variant(captured: CapturedGraph, facts: Facts, spec: VariantSpec) -> V
     assert isinstance(own, tuple)
     results = [f"output_{i}" for i in range(len(own))]
     draft = run_passes(VariantDraft(copy_graph(captured.graph), facts, spec, results), REWRITE)
+    pieces = frozenset(str(n.meta["piece"]) for n in draft.graph.nodes if "piece" in n.meta)
     fixed, per_token = _variant_flops(draft.graph, facts)
     inputs = tuple(n.name for n in draft.graph.nodes if n.op == "placeholder")
     partial = {tokens_input(b.index) for b, a in zip(facts.branches, spec.actions, strict=True) if a is Action.PARTIAL}
@@ -81,8 +83,8 @@ def build_variant(captured: CapturedGraph, facts: Facts, spec: VariantSpec) -> V
         inputs=inputs,
         outputs=tuple(draft.results),
         dynamic_inputs=tuple(name for name in inputs if name in partial),
-        pieces=frozenset(str(n.meta["piece"]) for n in draft.graph.nodes if "piece" in n.meta),
-        flops_fixed=fixed,
+        pieces=pieces,
+        flops_fixed=fixed + _timestep_flops(captured.graph, facts, pieces),
         flops_per_token=per_token,
     )
 
@@ -107,6 +109,13 @@ def to_module(captured: CapturedGraph, graph: fx.Graph) -> fx.GraphModule:
     """A module over ``graph`` that shares every weight with the source model."""
     used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
     return fx.GraphModule({name: captured.attributes[name] for name in used}, graph)
+
+
+def _timestep_flops(graph: fx.Graph, facts: Facts, pieces: frozenset[str]) -> int:
+    """FLOPs of the timestep-only values that a variant reads: each step needs them, whenever they are computed."""
+    needed = {node for node in graph.nodes if node.name in pieces}
+    needed = needed.union(*map(ancestors, needed))
+    return sum(facts.flops[n.name] for n in needed if facts.variance[n.name] is Variance.TIMESTEP)
 
 
 def _variant_flops(graph: fx.Graph, facts: Facts) -> tuple[int, dict[int, float]]:

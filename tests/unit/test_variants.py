@@ -125,9 +125,11 @@ def test_any_mix_of_actions_with_a_changed_latent_equals_the_model_by_hand(run: 
 def test_a_partial_step_changes_exactly_the_chosen_tokens_of_the_cache(run: Runner) -> None:
     cached = caches(run.run(run.variant(COMPUTE), models.example()))
     index = chosen_tokens(run, {1: 3, 2: 5, 4: 7, 5: 2})
-    got = run.run(run.variant(REUSE, PARTIAL, PARTIAL, REUSE, PARTIAL, PARTIAL), models.example(1), **cached, **index)
+    written = {name: value.clone() for name, value in cached.items()}
+    got = run.run(run.variant(REUSE, PARTIAL, PARTIAL, REUSE, PARTIAL, PARTIAL), models.example(1), **written, **index)
     for name, positions in index.items():
         place = name.removeprefix("tokens_")
+        assert got[f"branch_{place}"].data_ptr() == written[f"cache_branch_{place}"].data_ptr(), "written in place"
         changed = (got[f"branch_{place}"] != cached[f"cache_branch_{place}"]).any(-1)
         expected = torch.zeros(BATCH, TOKENS, dtype=torch.bool)
         expected[torch.arange(BATCH)[:, None], positions] = True
