@@ -151,16 +151,17 @@ def scale(found: dict[str, Any]) -> list[str]:
     width, tokens = sizes["heads"] * sizes["head_dim"], (sizes["size"] // 2) ** 2
     before, after = dit["load_average_at_start"][0], flux["load_average_at_end"][0]
     base = dit["bytes_before_the_model"] + dit["parameter_bytes"]
+    weights = f"{dit['parameters'] / 1e6:.0f} M"
     lines = [
         "\n## Capturing a model of real size\n",
         "What precedes compiling, under `scale.py`: the first call captures the model, analyses the graph, checks what",
         "the analysis says of tokens, and rewrites the graph to the variants of `DuCa(interval=5)` and FORA's reuse",
-        f"step. The DiT is diffusers' `DiTTransformer2DModel`, of {dit['parameters'] / 1e6:.0f} M parameters in float32",
-        f"({sizes['layers']} blocks, width {width}, {tokens} tokens, batch {sizes['batch']}, random weights) and",
-        f"{dit['nodes']} nodes; the FLUX is that of `host.py`, of {flux['nodes']} nodes. Each has a process of its own,",
-        f"and one thread. Load {before:.1f} at the start, {after:.1f} at the end. *Memory* is the process's highest in",
-        "that stage, over what it was before the model was built, less the parameters: what is held besides them,",
-        "torch.export's own modules included.\n",
+        f"step. The DiT is diffusers' `DiTTransformer2DModel`, of {weights} parameters in float32 ({sizes['layers']}",
+        f"blocks, width {width}, {tokens} tokens, batch {sizes['batch']}, random weights) and {dit['nodes']} nodes; the",
+        f"FLUX is that of `host.py`, of {flux['nodes']} nodes. Each has a process of its own, and one thread. Load",
+        f"{before:.1f} at the start, {after:.1f} at the end. *Memory* is the process's highest in that stage, over",
+        "what it was before the model was built, less the parameters: all that is held besides them, torch.export's",
+        "own modules included.\n",
         row("stage", "DiT, s", "CPU time, s", "memory, MiB", "FLUX, s", "CPU time, s"),
         "|---|---|---|---|---|---|",
     ]
@@ -174,7 +175,8 @@ def scale(found: dict[str, Any]) -> list[str]:
     return [
         *lines,
         "",
-        f"- Time: {seconds:.1f} s; {verdict(seconds < CAPTURE_SECONDS, f'under {CAPTURE_SECONDS:.0f} s')}.",
+        f"- Time: {seconds:.1f} s, {dit['total']['cpu']:.1f} s by CPU time;",
+        f"  {verdict(seconds < CAPTURE_SECONDS, f'under {CAPTURE_SECONDS:.0f} s')}.",
         f"- Memory, parameters included: {share:.3f} times theirs;",
         f"  {verdict(share < CAPTURE_MEMORY, f'under {CAPTURE_MEMORY}')}.",
         f"- {model:.0%} of the DiT's CPU time is the model's own products: once in the first call, which makes tables",

@@ -60,7 +60,6 @@ class Stage:
     wall: float = 0.0
     cpu: float = 0.0
     peak_bytes: int = 0
-    runs: int = 0
 
 
 @dataclass
@@ -81,7 +80,6 @@ class Meter:
             stage.wall += time.perf_counter() - wall
             stage.cpu += time.process_time() - cpu
             stage.peak_bytes = max(stage.peak_bytes, self.mark())
-            stage.runs += 1
 
     def mark(self) -> int:
         """The highest memory since the last mark."""
@@ -149,7 +147,7 @@ def measure(build: Callable[..., tuple[nn.Module, Arguments]], *sizes: int) -> d
             with meter.stage(f"variant: {name}"):
                 compiled._variants.build(spec)
     meter.mark()
-    total = Stage(time.perf_counter() - wall, time.process_time() - cpu, meter.peak_bytes, 1)
+    total = Stage(time.perf_counter() - wall, time.process_time() - cpu, meter.peak_bytes)
     return found | {
         "parameters": sum(p.numel() for p in model.parameters()),
         "parameter_bytes": parameters,
@@ -211,9 +209,9 @@ def stages_table(name: str, found: dict[str, Any]) -> Table:
 
 
 def verdicts(found: dict[str, Any]) -> list[str]:
-    wall, share = found["total"]["wall"], found["memory_over_parameters"]
+    wall, cpu, share = found["total"]["wall"], found["total"]["cpu"], found["memory_over_parameters"]
     return [
-        _verdict(wall < SECONDS, f"{wall:.1f} s, under {SECONDS:.0f} s"),
+        _verdict(wall < SECONDS, f"{wall:.1f} s ({cpu:.1f} s of CPU time), under {SECONDS:.0f} s"),
         _verdict(share < SHARE, f"{share:.3f} times the parameters' memory, under {SHARE}"),
     ]
 

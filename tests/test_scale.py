@@ -59,7 +59,7 @@ def work(name: str, depth: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", ["DiT", "FLUX", "HunyuanDiT", "U-ViT"])
 def test_work_grows_no_faster_than_the_depth(name: str) -> None:
-    """What is done once per model leaves room: the ratios are 1.8 to 2.8. A whole walk for each add gives 3.6 to 7.6."""
+    """What is done once per model leaves room: ratios are 1.8 to 2.8. A whole walk for each add gives 3.6 to 7.6."""
     for shallow, deep in zip(work(name, SHALLOW), work(name, DEEP), strict=True):
         assert deep <= shallow * DEEP / SHALLOW
 
