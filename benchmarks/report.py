@@ -157,7 +157,7 @@ def scale(found: dict[str, Any]) -> list[str]:
         "What precedes compiling, under `scale.py`: the first call captures the model, analyses the graph, checks what",
         "the analysis says of tokens, and rewrites the graph to the variants of `DuCa(interval=5)` and FORA's reuse",
         f"step. The DiT is diffusers' `DiTTransformer2DModel`, of {weights} parameters in float32 ({sizes['layers']}",
-        f"blocks, width {width}, {tokens} tokens, batch {sizes['batch']}, random weights) and {dit['nodes']} nodes; the",
+        f"blocks, width {width}, {tokens} tokens, batch {sizes['batch']}, random weights), {dit['nodes']} nodes; the",
         f"FLUX is that of `host.py`, of {flux['nodes']} nodes. Each has a process of its own, and one thread. Load",
         f"{before:.1f} at the start, {after:.1f} at the end. *Memory* is the process's highest in that stage, over",
         "what it was before the model was built, less the parameters: all that is held besides them, torch.export's",
