@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from duca_compile.graph import Action, Branch, CapturedGraph, Facts, VariantSpec, cache_input, tokens_input
+from duca_compile.errors import InternalError, first_line
+from duca_compile.graph import Action, Branch, CapturedGraph, Facts, Variant, VariantSpec, cache_input, tokens_input
 from duca_compile.passes.pipeline import build_variant
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -18,27 +20,111 @@ def verified(captured: CapturedGraph, facts: Facts, values: Mapping[str, Tensor]
     """``facts`` with every branch that fails the equivariance check f(x[idx]) = f(x)[idx] marked as mixing.
 
     Runs one full and one partial evaluation eagerly on ``values``, the call's tensors and hoisted values by
-    placeholder name.
+    placeholder name. They run side by side, so that no more than a block's values are held.
     """
     partial = [b for b in facts.branches if b.pointwise]
     if not partial or any(value.is_meta for value in values.values()):
         return facts
-    everything = VariantSpec((Action.COMPUTE,) * len(facts.branches))
-    full = build_variant(captured, facts, everything)
-    expected = dict(zip(full.outputs, full.module(*[values[n] for n in full.inputs]), strict=True))
-    caches = {cache_input(b.slot): expected[b.slot].clone() for b in facts.branches}  # a partial step writes to them
-    indices = {tokens_input(b.index): _some_tokens(b, expected[b.slot].device) for b in partial}
+    full = build_variant(captured, facts, VariantSpec((Action.COMPUTE,) * len(facts.branches)))
     spec = VariantSpec(tuple(Action.PARTIAL if b.pointwise else Action.REUSE for b in facts.branches))
     variant = build_variant(captured, facts, spec)
-    known = {**values, **caches, **indices}
     try:
-        found = dict(zip(variant.outputs, variant.module(*[known[n] for n in variant.inputs]), strict=True))
+        close = _compare(full, variant, facts, values)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # a body that cannot run on other token counts
         return _without_partial(facts, partial, f"it cannot run on some of its tokens ({error})")
-    wrong = [b for b in partial if not _close(found[b.slot], expected[b.slot])]
+    wrong = [b for b in partial if not close[b.slot]]
     return _without_partial(facts, wrong, "recomputing some tokens gave other values than computing all of them")
+
+
+def _compare(full: Variant, partial: Variant, facts: Facts, values: Mapping[str, Tensor]) -> dict[str, bool]:
+    """For each branch that ``partial`` recomputes, by slot, whether that gave what ``full`` computes."""
+    branches = {b.slot: b for b in facts.branches if cache_input(b.slot) in partial.inputs}
+    by_cache = {cache_input(b.slot): b for b in branches.values()}
+    by_tokens = {tokens_input(b.index): b for b in branches.values()}
+    expected = _Expected(full, values, branches.keys())
+
+    def value_of(name: str) -> Tensor:
+        if name in by_tokens:
+            branch = by_tokens[name]
+            return _some_tokens(branch, expected[branch.slot].device)
+        if name not in by_cache:
+            return values[name]
+        branch = by_cache[name]
+        if branch.pointwise:
+            return expected[branch.slot].clone()  # a partial step writes to its cache
+        value = expected[branch.slot]
+        expected.drop(branch.slot)
+        return value
+
+    close: dict[str, bool] = {}
+    for slot, found in _results(partial, value_of):
+        if slot in branches:
+            close[slot] = _close(found, expected[slot])
+            expected.drop(slot)
+    return close
+
+
+class _Expected:
+    """What a full evaluation computes for each branch; it goes on no further than it is asked for."""
+
+    def __init__(self, full: Variant, values: Mapping[str, Tensor], slots: Collection[str]) -> None:
+        self._coming = _results(full, values.__getitem__)
+        self._slots = slots
+        self._held: dict[str, Tensor] = {}
+
+    def __getitem__(self, slot: str) -> Tensor:
+        if slot not in self._held:
+            self._go_on_to(slot)
+        return self._held[slot]
+
+    def _go_on_to(self, slot: str) -> None:
+        try:
+            for name, value in self._coming:
+                if name in self._slots:
+                    self._held[name] = value
+                if name == slot:
+                    return
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise InternalError(
+                f"the graph fails on the call that it was captured from: {first_line(error)}"
+            ) from error
+
+    def drop(self, slot: str) -> None:
+        del self._held[slot]
+
+
+def _results(variant: Variant, value_of: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Runs a variant, and gives each of its results by name as soon as it is there.
+
+    An input is asked for at its first use, and no value is kept behind its last one.
+    """
+    graph, runner = variant.module.graph, fx.Interpreter(variant.module)
+    nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
+    names, unneeded = defaultdict[fx.Node, list[str]](list), _unneeded_behind(nodes)
+    for name, node in zip(variant.outputs, graph.output_node().args[0], strict=True):  # type: ignore[arg-type]
+        names[node].append(name)
+    for node in nodes:
+        for each in node.all_input_nodes:
+            if each not in runner.env:
+                runner.env[each] = value_of(str(each.target))
+        runner.env[node] = runner.run_node(node)
+        for name in names[node]:
+            yield name, runner.env[node]
+        for each in unneeded[node]:
+            del runner.env[each]
+
+
+def _unneeded_behind(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """For each node, the values that no later one reads."""
+    last_use = {used: node for node in nodes for used in (node, *node.all_input_nodes)}
+    unneeded = defaultdict[fx.Node, list[fx.Node]](list)
+    for used, node in last_use.items():
+        unneeded[node].append(used)
+    return unneeded
 
 
 def _without_partial(facts: Facts, wrong: list[Branch], reason: str) -> Facts:

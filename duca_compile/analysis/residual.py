@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from duca_compile.analysis.closure import Ancestors, ancestors, closure, descendants
 from duca_compile.analysis.tokens import (
     CONCATENATIONS,
     ELEMENTWISE,
@@ -15,7 +16,6 @@ from duca_compile.analysis.tokens import (
     overlapped,
     own_keys,
 )
-from duca_compile.analysis.variance import ancestors, descendants
 from duca_compile.errors import StructureError
 from duca_compile.graph import Branch, Role, Stream, Variance, module_path, op_name, source_line, value_shape
 
@@ -52,11 +52,11 @@ def find_branches(
     Raises:
         StructureError: there is no residual add whose branch does any work.
     """
-    latent, encoders = (
-        _chains(_without_long_skips(_residuals(graph, variance, flops, changing))) for changing in (True, False)
-    )
     order = {node: i for i, node in enumerate(graph.nodes)}
-    main = _main_stream(latent, order)
+    latent, encoders = (
+        _chains(_without_long_skips(_residuals(order, variance, flops, changing))) for changing in (True, False)
+    )
+    main = _main_stream(latent)
     if not main:
         raise StructureError(
             "no residual branch found: no add joins a latent-dependent value with something computed from it by "
@@ -64,15 +64,17 @@ def find_branches(
         )
     heaviest = max(main, key=_work)
     lineage = _lineage(graph, {each.add: each.carried for chain in latent for each in chain}, variance)
-    roles = {each.add: _role(chain, heaviest, variance, lineage) for chain in latent for each in chain}
+    above = ancestors(heaviest[0].stream)
+    roles = [_role(chain, chain is heaviest, above, variance, lineage) for chain in latent]
+    role_of = {each.add: role for chain, role in zip(latent, roles, strict=True) for each in chain}
     cached = sorted((each for chain in main for each in chain), key=lambda each: order[each.add])
     branches: list[Branch] = []
     for index, residual in enumerate(cached):
         path = module_path(residual.add)
         same_block = bool(branches) and branches[-1].path == path
         block = branches[-1].block + (not same_block) if branches else 0
-        branches.append(_branch(index, block, roles[residual.add], residual, variance, order))
-    streams = [_stream(chain, roles[chain[0].add], chain in main) for chain in latent]
+        branches.append(_branch(index, block, role_of[residual.add], residual, variance, order))
+    streams = [_stream(chain, role, chain in main) for chain, role in zip(latent, roles, strict=True)]
     streams += [_stream(chain, Role.ENCODER, cached=False) for chain in encoders]
     return tuple(branches), cached[-1].add.name, tuple(streams)
 
@@ -83,16 +85,20 @@ def _stream(chain: list[_Residual], role: Role, cached: bool) -> Stream:
 
 def _role(
     chain: list[_Residual],
-    heaviest: list[_Residual],
+    is_heaviest: bool,
+    above: set[fx.Node],
     variance: dict[str, Variance],
     lineage: dict[fx.Node, Variance],
 ) -> Role:
-    """Text where the tokens are not the latent's; a refiner where an input of the main stream has yet to come."""
+    """Text where the tokens are not the latent's; a refiner where an input of the main stream has yet to come.
+
+    ``above`` is all that the main stream starts from.
+    """
     if lineage[chain[0].stream] is not Variance.LATENT:
         return Role.TEXT
-    if chain is heaviest or chain[-1].add not in ancestors(heaviest[0].stream):
+    if is_heaviest or chain[-1].add not in above:
         return Role.MAIN
-    own, joined = (_inputs(node, variance) for node in (chain[-1].add, heaviest[0].stream))
+    own, joined = (_inputs(nodes, variance) for nodes in (ancestors(chain[-1].add), above))
     return Role.REFINER if joined - own else Role.MAIN
 
 
@@ -117,39 +123,43 @@ def _sliced_from(node: fx.Node) -> list[fx.Node]:
     return overlapped(node, source) if op_name(source) in CONCATENATIONS else node.all_input_nodes
 
 
-def _inputs(node: fx.Node, variance: dict[str, Variance]) -> set[fx.Node]:
-    """The inputs of the graph, other than the timestep and the latent, that a value depends on."""
-    return {n for n in ancestors(node) if n.op == "placeholder" and variance[n.name] is Variance.INVARIANT}
+def _inputs(nodes: set[fx.Node], variance: dict[str, Variance]) -> set[fx.Node]:
+    """The inputs of the graph among ``nodes``, other than the timestep and the latent."""
+    return {n for n in nodes if n.op == "placeholder" and variance[n.name] is Variance.INVARIANT}
 
 
 def _residuals(
-    graph: fx.Graph, variance: dict[str, Variance], flops: dict[str, int], changing: bool
+    order: dict[fx.Node, int], variance: dict[str, Variance], flops: dict[str, int], changing: bool
 ) -> list[_Residual]:
     """The residual adds of values that depend on the latent, or of those that do not."""
     found: dict[fx.Node, _Residual] = {}
-    for node in graph.nodes:
+    for node in order:
         if op_name(node) in _SUMS and (variance[node.name] is Variance.LATENT) == changing:
-            residual = _residual(node, found, variance, flops)
+            residual = _residual(node, order, found, variance, flops)
             if residual is not None:
                 found[node] = residual
     return list(found.values())
 
 
 def _residual(
-    node: fx.Node, found: dict[fx.Node, _Residual], variance: dict[str, Variance], flops: dict[str, int]
+    node: fx.Node,
+    order: dict[fx.Node, int],
+    found: dict[fx.Node, _Residual],
+    variance: dict[str, Variance],
+    flops: dict[str, int],
 ) -> _Residual | None:
     operands = _summands(node, variance)
     if len(operands) != 2 or any(value_shape(operand) != value_shape(node) for operand in operands):
         return None
-    orders = [(a, b, ancestors(b)) for a, b in (operands, operands[::-1])]
-    sources = [(a, a, b, above) for a, b, above in orders if a in above]
+    ways = [(a, b, Ancestors(b, order)) for a, b in (operands, operands[::-1])]
+    sources = [(a, a, b, above) for a, b, above in ways if a in above]
     if not sources:
-        earlier = [(a, _earlier_stream(a, above, found), b, above) for a, b, above in orders]
+        earlier = [(a, _earlier_stream(a, above, found), b, above) for a, b, above in ways]
         sources = [(a, stream, b, above) for a, stream, b, above in earlier if stream is not None]
     if not sources:
         return None
     carried, stream, result, above = sources[0]
-    body = frozenset(descendants(stream) & above | {result})
+    body = frozenset(above.behind(stream) | {result})
     work = sum(flops[n.name] for n in body)
     return _Residual(node, carried, stream, result, body, work) if work else None
 
@@ -163,7 +173,7 @@ def _summands(node: fx.Node, variance: dict[str, Variance]) -> list[fx.Node]:
     return [stream, *gated] if len(factors) == 2 else []
 
 
-def _earlier_stream(carried: fx.Node, above: set[fx.Node], found: dict[fx.Node, _Residual]) -> fx.Node | None:
+def _earlier_stream(carried: fx.Node, above: Ancestors, found: dict[fx.Node, _Residual]) -> fx.Node | None:
     """The nearest earlier value of the stream ``carried`` that is in ``above``."""
     while carried not in above:
         residual = found.get(_origin(carried))
@@ -201,7 +211,8 @@ def _without_long_skips(candidates: list[_Residual]) -> list[_Residual]:
         return any(len(row) > 1 for row in _chains([r for r in candidates if r is not outer and r.add in outer.body]))
 
     short = [each for each in candidates if not skips(each)]
-    return [each for each in short if not any(each.add in other.body for other in short)]
+    inside = set[fx.Node]().union(*(each.body for each in short))
+    return [each for each in short if each.add not in inside]
 
 
 def _chains(candidates: list[_Residual]) -> list[list[_Residual]]:
@@ -221,21 +232,32 @@ def _work(chain: list[_Residual]) -> int:
     return sum(residual.flops for residual in chain)
 
 
-def _main_stream(chains: list[list[_Residual]], order: dict[fx.Node, int]) -> list[list[_Residual]]:
+def _main_stream(chains: list[list[_Residual]]) -> list[list[_Residual]]:
     """The heaviest chain, those that go on behind it and all that lead into these."""
     if not chains:
         return []
     rest = sorted(chains, key=_work, reverse=True)
     main = [rest.pop(0)]
-    while after := [chain for chain in rest if main[-1][-1].add in ancestors(chain[0].stream)]:
-        main.append(after[0])
-        rest.remove(after[0])
+    while after := _first_behind(main[-1][-1].add, rest):
+        main.append(after)
+        rest.remove(after)
+    seen: set[fx.Node] = set()
+
+    def unseen(node: fx.Node) -> list[fx.Node]:
+        return [each for each in node.all_input_nodes if each not in seen]
+
     for chain in main:  # grows while it is walked
-        above = ancestors(chain[0].stream)
+        above = set(closure(chain[0].stream, unseen))
         before = [other for other in rest if other[-1].add in above]
         rest = [other for other in rest if other not in before]
         main += before
+        seen.update(above)
     return main
+
+
+def _first_behind(node: fx.Node, chains: list[list[_Residual]]) -> list[_Residual] | None:
+    below = set(descendants(node))
+    return next((chain for chain in chains if chain[0].stream in below), None)
 
 
 def _branch(
@@ -244,7 +266,8 @@ def _branch(
     core, gated = _behind_gate(residual, variance)
     value = core.meta["val"]
     shape = tuple(value.shape)
-    inside = sorted(residual.body & (ancestors(core) | {core}), key=order.__getitem__)
+    above = closure(core, lambda n: residual.body.intersection(n.all_input_nodes))
+    inside = sorted(residual.body & {core, *above}, key=order.__getitem__)
     attention = [n for n in inside if op_name(n) == "scaled_dot_product_attention"]
     scored = [n for n in attention if len(shape) == 3 and own_keys(n, *shape[:2]) is not None]
     places: Places | None = None

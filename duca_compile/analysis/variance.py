@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from math import prod
 
 from torch import fx
 
+from duca_compile.analysis.closure import descendants
 from duca_compile.analysis.operators import is_random
 from duca_compile.errors import StructureError, UsageError
 from duca_compile.graph import Variance, op_name, value_shape
@@ -81,25 +82,6 @@ def variances(graph: fx.Graph, latents: set[str], timestep: str) -> dict[str, Va
             own = Variance.LATENT if is_random(node) else Variance.INVARIANT
         found[node.name] = max([own, *(found[n.name] for n in node.all_input_nodes)])
     return found
-
-
-def descendants(node: fx.Node) -> set[fx.Node]:
-    return _closure(node, lambda n: n.users)
-
-
-def ancestors(node: fx.Node) -> set[fx.Node]:
-    return _closure(node, lambda n: n.all_input_nodes)
-
-
-def _closure(node: fx.Node, follow: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    stack: list[fx.Node] = [node]
-    while stack:
-        for other in follow(stack.pop()):
-            if other not in seen:
-                seen.add(other)
-                stack.append(other)
-    return seen
 
 
 def _is_per_row(node: fx.Node) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import fx
 
-from duca_compile.analysis.variance import ancestors
+from duca_compile.analysis.closure import ancestors
 from duca_compile.errors import InternalError
 from duca_compile.graph import Action, CapturedGraph, Facts, Variant, Variance, VariantSpec, copy_graph, tokens_input
 from duca_compile.passes.base import D, Draft, Pass, VariantDraft
