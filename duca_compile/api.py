@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from typing import Any, NoReturn, cast
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import nn
 
 from duca_compile.analysis import analyze
@@ -22,7 +26,7 @@ from duca_compile.passes.pipeline import build_prologue, make_rows, prepare
 from duca_compile.pipelines import PipelineSchedule, is_pipeline, set_component, transformers
 from duca_compile.policies import FORA, DuCa, Policy, TaylorSeer, Uncached
 from duca_compile.policies.checks import check_whole
-from duca_compile.runtime.dispatcher import Prologue
+from duca_compile.runtime.dispatcher import Plan, Prologue
 from duca_compile.runtime.request import Executed
 from duca_compile.runtime.session import Requests, Session, current_pass, named_pass
 from duca_compile.verify import verified
@@ -34,6 +38,7 @@ POLICIES: dict[str, type[Policy]] = {
     "taylorseer": TaylorSeer,
     "uncached": Uncached,
 }
+LOOKED_AHEAD = 1000  # steps that a warm-up looks at for variants that they need
 _SHARED = (  # tables that an optimized model has in common with its source
     "_parameters",
     "_buffers",
@@ -197,6 +202,27 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
                 raise
             return compiled.captured.output.rebuild(outputs)
 
+    def warm_up(self, *args: Any, **kwargs: Any) -> None:
+        """Captures this kind of call and compiles every variant that the policy needs, so that no request waits for it.
+
+        Takes the arguments of one call of the model. Shows its progress on a terminal. No request is touched.
+
+        Raises:
+            what the call itself would raise.
+        """
+        check_model(self.source)
+        call = self._bind(args, kwargs)
+        compiled, requests = self._compiled.find_anew(call), self._requests
+        steps = self.policy.steps(requests.total)
+        console = Console(stderr=True)
+
+        def watch(plans: Sequence[Plan]) -> Iterable[Plan]:
+            return track(plans, f"compiling {type(self.source).__name__}", console=console, transient=True)
+
+        with torch.no_grad():
+            call_by_name = compiled.named(call.tensors)
+            compiled.dispatcher.warm_up(requests.new(), call_by_name, islice(steps, LOOKED_AHEAD), watch)
+
     def _capture(self, call: Call) -> Compiled:
         with self._source_context():
             found = analyze_call(self.source, call, self.timestep_name)
@@ -289,9 +315,9 @@ def optimize(
     Args:
         model: a Diffusion Transformer in eval mode, that is any nn.Module that takes a latent and a timestep; or a
             diffusers pipeline, whose components named ``transformer...`` are replaced.
-        policy: "duca", "fora", "taylorseer", "uncached", or a Policy object such as
+        policy: "duca", "fora", "taylorseer", "none", or a Policy object such as
             ``DuCa(interval=5, fresh_ratio=0.1)``.
-        backend: "inductor" (torch.compile) or "eager".
+        backend: "inductor" (the compiler of torch.compile) or "eager".
         num_inference_steps: steps of a request; needed by schedules that depend on it. Not for a pipeline.
         timestep: name of the timestep argument, where it cannot be told from the graph.
         strict: raise BackendError where the backend cannot compile, instead of falling back to eager with a warning.

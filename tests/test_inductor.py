@@ -88,6 +88,22 @@ def test_what_repeats_from_block_to_block_is_compiled_once(monkeypatch: pytest.M
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("policy", [DuCa(interval=3, fresh_ratio=0.25), TaylorSeer(interval=3, max_order=1)])
+def test_after_a_warm_up_nothing_is_compiled_and_no_request_is_touched(
+    model: nn.Module, policy: Policy, compilations: list[int]
+) -> None:
+    optimized = duca_compile.optimize(model, policy, "inductor", strict=True)
+    timestep, classes = torch.full((4,), 500), torch.zeros(4, dtype=torch.int64)
+    optimized.warm_up(torch.randn(4, 3, 8, 8), timestep=timestep, class_labels=classes)
+    assert len(compilations) == len({step.kind for step in policy.steps(8)})
+    assert optimized.history == ()
+    assert optimized.cache_bytes == 0
+    before = len(compilations)
+    assert close(loop(optimized, 8), loop(duca_compile.optimize(model, policy, "eager"), 8))
+    assert len(compilations) == before
+
+
+@torch.no_grad()
 def test_timesteps_that_are_known_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
     compute, compute_all = Rows.compute, Rows.compute_all

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Protocol
@@ -37,6 +37,7 @@ class Program:
     forecast: ForecastInputs
     own: int  # how many outputs are the model's own; they come first
     writes: dict[str, int]  # the caches to fill, and from which outputs
+    replaces: frozenset[str]  # those of them that it does not read
     waiting: tuple[int, ...]  # branches whose tokens a partial step chooses from, or leaves to grow stale
     rows: tuple[int, ...]  # their positions in the selector
     tokens: tuple[str, ...]  # the names of the inputs that say which tokens
@@ -113,16 +114,31 @@ class Dispatcher:
         state = request.state(self, (name, tick.pass_index))
         self._hoist(state, call)
         plan = self._plan(request.step_at(tick.step), tick.step, state)
-        given = {
-            **call,
-            **self._timestep_values(plan.program, state, call, request, tick),
-            **plan.program.forecast.values(self._policy.forecast, state, tick.step),
-        }
-        outputs = self._run(plan, state, given)
+        outputs = self._run(plan, state, self._given(plan, state, call, request, tick))
         state.last_step = tick.step
         seconds = time.perf_counter() - started
         request.history.append(Executed(tick.step, tick.pass_index, plan.step.kind, plan.flops, seconds, name))
         return outputs
+
+    def warm_up(
+        self,
+        request: Request,
+        call: Mapping[str, Tensor],
+        steps: Iterable[Step],
+        watch: Callable[[Sequence[Plan]], Iterable[Plan]],
+    ) -> None:
+        """Runs each program that ``steps`` need once, on a state of its own; ``watch`` hands the plans out."""
+        first: dict[Program, tuple[int, Plan]] = {}
+        for index, step in enumerate(steps):
+            plan = self._planned(step)
+            first.setdefault(plan.program, (index, plan))
+        state = CacheState()
+        self._hoist(state, call)
+        indices = {id(plan): index for index, plan in first.values()}
+        for plan in watch([plan for _, plan in first.values()]):
+            tick = Tick(indices[id(plan)], 0, False)
+            self._run(plan, state, self._given(plan, state, call, request, tick))
+            state.last_step = tick.step
 
     def _hoist(self, state: CacheState, call: Mapping[str, Tensor]) -> None:
         """Computes loop-invariant values at the start of a request and when their inputs changed."""
@@ -131,6 +147,16 @@ class Dispatcher:
             return
         state.hoisted, state.hoisted_from = self._prologue.compute(call), sources
         state.rows, state.foreseen = {}, False
+
+    def _given(
+        self, plan: Plan, state: CacheState, call: Mapping[str, Tensor], request: Request, tick: Tick
+    ) -> dict[str, Tensor]:
+        """The inputs that this step alone determines."""
+        return {
+            **call,
+            **self._timestep_values(plan.program, state, call, request, tick),
+            **plan.program.forecast.values(self._policy.forecast, state, tick.step),
+        }
 
     def _timestep_values(
         self, program: Program, state: CacheState, call: Mapping[str, Tensor], request: Request, tick: Tick
@@ -192,6 +218,7 @@ class Dispatcher:
             variant, run = self._builder.build(spec)
             own = sum(name.startswith("output_") for name in variant.outputs)
             extra = [*enumerate(variant.outputs)][own:]
+            writes = {cache_input(name): i for i, name in extra if not name.startswith("score_")}
             waiting = tuple(b.index for b in self._selectable if spec.actions[b.index] is not Action.COMPUTE)
             forecast = ForecastInputs.of(variant)
             caches = frozenset(name for name in variant.inputs if name.startswith(cache_input("")))
@@ -202,7 +229,8 @@ class Dispatcher:
                 reads=caches - forecast.old.keys(),
                 forecast=forecast,
                 own=own,
-                writes={cache_input(name): i for i, name in extra if not name.startswith("score_")},
+                writes=writes,
+                replaces=frozenset(writes.keys() - set(variant.inputs)),
                 waiting=waiting,
                 rows=tuple(self._position[index] for index in waiting),
                 tokens=tuple(map(tokens_input, waiting)),
@@ -222,6 +250,8 @@ class Dispatcher:
 
     def _run(self, plan: Plan, state: CacheState, given: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         program = plan.program
+        for name in program.replaces:  # free before they are computed anew, so that there are never two of them
+            state.caches.pop(name, None)
         values = {**given, **state.hoisted, **state.caches, **self._tokens(plan, state)}
         results = program.run(*program.fetch(values))
         state.caches.update({name: results[i] for name, i in program.writes.items()})

@@ -22,12 +22,12 @@ class Requests:
     """
 
     def __init__(self, policy: Policy, total: int | None, schedule: Schedule | None = None) -> None:
-        self._policy, self._total, self._schedule = policy, total, schedule
+        self._policy, self.total, self._schedule = policy, total, schedule
         self._loops = Loops()
         self._local = threading.local()
 
     def new(self) -> Request:
-        return Request(self._policy, self._total, self._schedule, self._loops)
+        return Request(self._policy, self.total, self._schedule, self._loops)
 
     def current(self) -> Request:
         for session in reversed(_SESSIONS.get()):
@@ -39,7 +39,7 @@ class Requests:
         return request
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Requests:
-        return Requests(self._policy, self._total, copy.deepcopy(self._schedule, memo))
+        return Requests(self._policy, self.total, copy.deepcopy(self._schedule, memo))
 
 
 class Session:
