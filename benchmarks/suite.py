@@ -52,6 +52,7 @@ import duca_compile
 OK, ABSENT = "ok", "not installed"
 PARTS = ("start", "loops", "calls", "host")
 STARTING = INTERVAL + 2  # calls in which all variants have run, and a full step again
+WARMING = 2  # loops that are not counted; some peers compile again in the second
 HERE = Path(__file__).resolve()
 
 
@@ -119,8 +120,9 @@ class Loops:
 
     def run(self, rounds: int) -> dict[str, dict[str, Any]]:
         uncached = {key(method, mode) for method, mode in rows([*MODES]) if not method.caches}
-        for name in [*self.runners]:  # compiles: not counted
-            self._attempt(name, lambda name=name: self._loop(name, calls=2 if name in uncached else None))
+        for _ in range(WARMING):  # compiles: not counted
+            for name in [*self.runners]:
+                self._attempt(name, lambda name=name: self._loop(name, calls=2 if name in uncached else None))
         self.timings.clear()
         gc.collect()
         for _ in range(rounds):
@@ -236,12 +238,11 @@ def run_start(workload: Workload, method: Method, mode: Mode, seed: int) -> dict
 # ---- processes
 
 
-def in_process(task: dict[str, Any], folder: Path | None = None) -> dict[str, Any]:
-    """Runs one task in a fresh process; what Inductor compiles goes to, or comes from, ``folder``."""
+def in_process(task: dict[str, Any], folder: Path, script: Path = HERE) -> dict[str, Any]:
+    """Runs one task of a script in a fresh process; what Inductor compiles goes to, or comes from, ``folder``."""
     single = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    if folder is not None:
-        single["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
-    command = [sys.executable, str(HERE), "--task", json.dumps(task)]
+    single["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    command = [sys.executable, str(script), "--task", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **single})
     if done.returncode:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
