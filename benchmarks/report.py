@@ -48,6 +48,31 @@ alone. The last command writes this file. All figures below are from [results](r
 | `report.py` | this page |
 """
 
+METHOD = """
+**Schedules.** All that cache compute the first step and each {nth} after it; TaylorSeer, ours and diffusers', computes
+one more near the start. cache-dit runs a static mask with one block before its decision, the fewest that it takes.
+FirstBlockCache has no schedule, so its decision is computed as ever, and then that of the same mask is taken. By its
+own patterns TaylorSeer of diffusers matches next to nothing in some of these models, so it is told the names of
+attention and MLPs or, *lite*, of the blocks and the last projection. Other libraries compile with
+`torch.compile(model)`, whose graphs their hooks break; the limit of recompilations is raised for them. Ours is
+`backend="inductor"`, and the plain model is compiled with `fullgraph=True`.
+
+**Time.** All rows of a model are interleaved in one process: each round has one loop of each. Loops that compile are
+not counted. Rounds counted: {rounds}. Times are their medians with the interquartile range; ratios are medians of the
+ratios within each round. CPU time leaves out waiting for a core that another process has. Where it differs, it is the
+one to read.
+
+**Ideal.** FLOPs of the plain loop over those of the row's own, as torch's counter sees them while the loop runs under
+eager: what is counted was executed. *Blocks* counts calls of the first projection of each block's attention, in the
+same loop. *Achieved / ideal* sets the speed-up over the plain model in the same mode against that.
+
+**Start.** A fresh process with an empty folder for what Inductor compiles, then another with the folder that the first
+left. {calls} calls are enough for every variant to run, and for a full step after them. Importing and building the
+model are not counted.
+
+**Memory.** The kernel's record of the process's highest resident set, without mapped files, less what the process held
+before the model was built; in a second request of the warm process, so compiling does not count."""
+
 
 def prose(*sentences: str) -> str:
     """A paragraph with empty lines around it."""
@@ -122,41 +147,12 @@ def described(model: Found) -> tuple[str, str, str]:
 
 
 def method(suite: Found) -> list[str]:
-    interval, given = suite["interval"], suite["arguments"]
-    return [
-        prose(
-            f"**Schedules.** All that cache compute the first step and each {ordinal(interval)} after it; TaylorSeer,",
-            "ours and diffusers', computes one more near the start. cache-dit runs a static mask with one block before its",
-            "decision, the fewest that it takes. FirstBlockCache has no schedule, so its decision is computed as ever,",
-            "and then that of the same mask is taken. By its own patterns TaylorSeer of diffusers matches next to",
-            "nothing in some of these models, so it is told the names of attention and MLPs or, *lite*, of the blocks and the",
-            "last projection. Other libraries compile with `torch.compile(model)`, whose graphs their hooks break; the",
-            'limit of recompilations is raised for them. Ours is `backend="inductor"`, and the plain model is compiled',
-            "with `fullgraph=True`.",
-        ),
-        prose(
-            "**Time.** All rows of a model are interleaved in one process: each round has one loop of each. Loops that",
-            f"compile are not counted. Times are medians of {given['rounds']} with the interquartile range; ratios are",
-            "medians of the ratios within each round. CPU time leaves out waiting for a core that another process has.",
-            "Where it differs, it is the one to read.",
-        ),
-        prose(
-            "**Ideal.** FLOPs of the plain loop over those of the row's own, as torch's counter sees them while the",
-            "loop runs under eager: what is counted was executed. *Blocks* counts calls of the first projection of each",
-            "block's attention, in the same loop. *Achieved / ideal* sets the speed-up over the plain model in the",
-            "same mode against that.",
-        ),
-        prose(
-            "**Start.** A fresh process with an empty folder for what Inductor compiles, then another with the folder",
-            f"that the first left. {suite['starting_calls']} calls are enough for every variant to run, and for a full",
-            "step after them. Importing and building the model are not counted.",
-        ),
-        prose(
-            "**Memory.** The kernel's record of the process's highest resident set, without mapped files, less what",
-            "the process held before the model was built; in a second request of the warm process, so compiling does not",
-            "count.",
-        ),
-    ]
+    known = {
+        "nth": ordinal(suite["interval"]),
+        "rounds": suite["arguments"]["rounds"],
+        "calls": suite["starting_calls"],
+    }
+    return [prose(paragraph.format(**known)) for paragraph in METHOD.split("\n\n")]
 
 
 def ordinal(number: int) -> str:

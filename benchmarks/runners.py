@@ -116,14 +116,15 @@ METHODS = (
 
 @torch.no_grad()
 def work(runner: Runner, workload: Workload, arguments: dict[str, Any], noise: torch.Tensor) -> dict[str, Any]:
-    """The FLOPs and the blocks that one request really executes, counted under eager; the first call is not counted.
+    """The FLOPs and the blocks that one request really executes, counted under eager.
 
-    Of a duca_compile model, blocks are not modules any more; its steps are counted by kind.
+    Of a duca_compile model, blocks are not modules any more; its steps are counted by kind, and it has captured and
+    built all before.
     """
     flops: list[float] = []
     if runner.optimized is not None:
         runner.start()
-        workload.denoise(runner.eager, arguments, noise, calls=1)  # captures
+        workload.denoise(runner.eager, arguments, noise, calls=3 * INTERVAL)
     runner.start()
     watched = counted_blocks(runner.model) if runner.model is not None else nullcontext(lambda: 0)
     with counted_flops(flops), watched as ran:
