@@ -11,7 +11,7 @@ from duca_compile.errors import (
     UsageError,
 )
 from duca_compile.explain import Explanation, explain
-from duca_compile.policies import FORA, DuCa, Interval, Linear, Policy, Selection, Uncached, published
+from duca_compile.policies import FORA, DuCa, Interval, Linear, Policy, Selection, TaylorSeer, Uncached, published
 from duca_compile.runtime.session import Session
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Selection",
     "Session",
     "StructureError",
+    "TaylorSeer",
     "Uncached",
     "UsageError",
     "explain",

@@ -18,16 +18,22 @@ from duca_compile.errors import CaptureError, PolicyError, UsageError
 from duca_compile.graph import CapturedGraph, Facts
 from duca_compile.lock import COMPILING
 from duca_compile.passes.hoist import frontier, hoisted_input
-from duca_compile.passes.pipeline import build_prologue, prepare
+from duca_compile.passes.pipeline import build_prologue, make_rows, prepare
 from duca_compile.pipelines import PipelineSchedule, is_pipeline, set_component, transformers
-from duca_compile.policies import FORA, DuCa, Policy, Uncached
+from duca_compile.policies import FORA, DuCa, Policy, TaylorSeer, Uncached
 from duca_compile.policies.checks import check_whole
 from duca_compile.runtime.dispatcher import Prologue
 from duca_compile.runtime.request import Executed
 from duca_compile.runtime.session import Requests, Session, current_pass, named_pass
 from duca_compile.verify import verified
 
-POLICIES: dict[str, type[Policy]] = {"duca": DuCa, "fora": FORA, "uncached": Uncached}
+POLICIES: dict[str, type[Policy]] = {
+    "duca": DuCa,
+    "fora": FORA,
+    "none": Uncached,
+    "taylorseer": TaylorSeer,
+    "uncached": Uncached,
+}
 _SHARED = (  # tables that an optimized model has in common with its source
     "_parameters",
     "_buffers",
@@ -61,7 +67,10 @@ def analyze_call(model: nn.Module, call: Call, timestep: str | None) -> tuple[Ca
             changing_reads(model, captured, facts)
         prologue = _prologue(captured, facts)
         values = dict(zip(captured.inputs, call.tensors, strict=True))
-        return captured, verified(captured, facts, values | prologue.compute(values)), prologue
+        values |= prologue.compute(values)
+        rows = make_rows(captured, facts)
+        values |= dict(zip(rows.outputs, rows.compute(values, values), strict=True))
+        return captured, verified(captured, facts, values), prologue
 
 
 def changing_reads(model: nn.Module, captured: CapturedGraph, facts: Facts) -> frozenset[str]:
@@ -280,7 +289,8 @@ def optimize(
     Args:
         model: a Diffusion Transformer in eval mode, that is any nn.Module that takes a latent and a timestep; or a
             diffusers pipeline, whose components named ``transformer...`` are replaced.
-        policy: "duca", "fora", "uncached", or a Policy object such as ``DuCa(interval=5, fresh_ratio=0.1)``.
+        policy: "duca", "fora", "taylorseer", "uncached", or a Policy object such as
+            ``DuCa(interval=5, fresh_ratio=0.1)``.
         backend: "inductor" (torch.compile) or "eager".
         num_inference_steps: steps of a request; needed by schedules that depend on it. Not for a pipeline.
         timestep: name of the timestep argument, where it cannot be told from the graph.

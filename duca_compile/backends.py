@@ -8,16 +8,21 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
-from typing import Any, Protocol
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, Protocol, cast
 
 import torch
-import torch._dynamo
 from torch import Tensor, fx
-from torch.fx.experimental import _config as shapes_config
+from torch._inductor.compile_fx import compile_fx
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext, SymbolicContext
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from duca_compile.errors import BackendError, UsageError, first_line
 from duca_compile.graph import Variant, VariantFunction
 from duca_compile.lock import COMPILING
+from duca_compile.passes.outline import outline
 
 log = logging.getLogger("duca_compile")
 
@@ -26,19 +31,21 @@ BACKENDS = ("inductor", "eager")
 
 class Backend(Protocol):
     name: str
+    exact: bool  # whether results are to be the model's own, bit for bit
 
-    def compile(self, module: fx.GraphModule, dynamic: tuple[int, ...] = ()) -> VariantFunction:
-        """A callable of ``module``'s flat tensors; ``dynamic`` are inputs whose dimension 1 changes between calls."""
+    def compile(self, variant: Variant, cuts: frozenset[str] = frozenset()) -> VariantFunction:
+        """A callable of the variant's flat tensors; ``cuts`` are the nodes that end a residual branch."""
 
 
 class EagerBackend:
     """Runs the graph operator by operator: the reference that other backends are held to."""
 
     name = "eager"
+    exact = True
 
-    def compile(self, module: fx.GraphModule, dynamic: tuple[int, ...] = ()) -> VariantFunction:
-        del dynamic
-        return module.forward
+    def compile(self, variant: Variant, cuts: frozenset[str] = frozenset()) -> VariantFunction:
+        del cuts
+        return variant.module.forward
 
 
 class InductorBackend:
@@ -49,19 +56,14 @@ class InductorBackend:
     """
 
     name = "inductor"
+    exact = False
 
     def __init__(self, strict: bool = False) -> None:
         self._strict = strict
         self._failed = False
 
-    def compile(self, module: fx.GraphModule, dynamic: tuple[int, ...] = ()) -> VariantFunction:
-        if self._failed:
-            return module.forward
-        # The dispatcher calls a variant with the shapes it was captured for and with the model's own weights, so only
-        # the guards on dynamic shapes can ever fail; checking hundreds of weights costs more than a skipped step.
-        # Not the module itself: nn.Module.__call__ is patched in all threads while one of them traces.
-        compiled = torch.compile(module.forward, fullgraph=True, options={"guard_filter_fn": _shape_guards})
-        return _FirstCall(self, module, compiled, dynamic)
+    def compile(self, variant: Variant, cuts: frozenset[str] = frozenset()) -> VariantFunction:
+        return variant.module.forward if self._failed else _FirstCall(self, variant, cuts)
 
     def failed(self, error: Exception) -> None:
         reason = first_line(error)
@@ -77,41 +79,94 @@ class InductorBackend:
 
 
 class _FirstCall:
-    """Compiles at the first call, marking what is dynamic; afterwards it calls the compiled code."""
+    """Compiles at the first call; afterwards it calls the compiled code with the weights of now."""
 
-    def __init__(
-        self, backend: InductorBackend, module: fx.GraphModule, compiled: Callable[..., Any], dynamic: tuple[int, ...]
-    ) -> None:
-        self._backend, self._module, self._compiled, self._dynamic = backend, module, compiled, dynamic
-        self._ready = False
+    def __init__(self, backend: InductorBackend, variant: Variant, cuts: frozenset[str]) -> None:
+        self._backend, self._module, self._cuts = backend, variant.module, cuts
+        self._dynamic = dynamic_positions(variant)
+        self._compiled: Callable[..., Any] | None = None
+        self._lifted = _lift(variant.module)
+        self._weights: list[Tensor] = []
+        self._of: object = None
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         # Inductor builds strides into its code, and a caller's latent or expanded timestep may come with any.
         tensors = tuple(map(Tensor.contiguous, tensors))
-        if self._ready:
-            return tuple(self._compiled(*tensors))
-        with COMPILING:
-            return tuple(self._compiled(*tensors)) if self._ready else self._compile(tensors)
+        if self._compiled is None:
+            with COMPILING:
+                if self._compiled is None:
+                    self._compiled = self._compile(tensors)
+        return tuple(self._compiled(*self._weights, *tensors))
 
-    def _compile(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        for position in self._dynamic:
-            torch._dynamo.decorators.mark_unbacked(tensors[position], 1)
+    def refresh(self) -> None:
+        """The module has other weights of the same kinds from now on."""
+        self._weights = [attrgetter(name)(self._module) for name in self._lifted.weights]
+
+    def _compile(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
+        self.refresh()
         try:
-            # Equal token counts of two branches are a coincidence of this step, not a fact to build into the code.
-            with shapes_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-                results = self._compiled(*tensors)
+            return _compiled(self._lifted, self._weights, tensors, self._dynamic, self._cuts)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             self._backend.failed(error)
-            self._compiled = self._module.forward
-            results = self._compiled(*tensors)
-        self._ready = True
-        return tuple(results)
+            count = len(self._weights)
+            return lambda *arguments: self._module.forward(*arguments[count:])
 
 
-def _shape_guards(guards: list[Any]) -> list[bool]:
-    return [guard.guard_type == "SHAPE_ENV" for guard in guards]
+@dataclass(frozen=True)
+class _Lifted:
+    """A graph whose weights are its first inputs, in the order of their names in the module."""
+
+    graph: fx.Graph
+    weights: tuple[str, ...]
+
+
+def _lift(module: fx.GraphModule) -> _Lifted:
+    graph, own = fx.Graph(), dict[fx.Node, fx.Node]()
+    weights = module.graph.find_nodes(op="get_attr")
+    for node in weights:
+        own[node] = graph.placeholder(f"weight_{node.name}")
+    for node in module.graph.find_nodes(op="placeholder"):
+        own[node] = graph.node_copy(node)
+    for node in module.graph.nodes:
+        if node not in own:
+            own[node] = graph.node_copy(node, lambda n: own[n])
+            if own[node].name != node.name:
+                own[node].name = node.name
+    return _Lifted(graph, tuple(str(node.target) for node in weights))
+
+
+def _compiled(
+    lifted: _Lifted,
+    weights: list[Tensor],
+    tensors: tuple[Tensor, ...],
+    dynamic: tuple[int, ...],
+    cuts: frozenset[str],
+) -> Callable[..., Any]:
+    """Inductor's code for the graph: a function of the weights and then the tensors.
+
+    Dynamo is left out: the graph is one already, and the dispatcher calls it with nothing but tensors of the captured
+    kinds, so there is nothing to guard. Token counts are unbacked: no code may depend on their values.
+    """
+    shapes = ShapeEnv()
+    mode = FakeTensorMode(shape_env=shapes)
+    with shapes.ignore_fresh_unbacked_symbols():  # inputs have them: no operator is to account for them
+        fakes = [_fake(mode, tensor, position in dynamic) for position, tensor in enumerate(tensors)]
+    inputs = [*(_fake(mode, weight, False) for weight in weights), *fakes]
+    module = fx.GraphModule({}, lifted.graph)
+    FakeTensorProp(module, mode).propagate_dont_convert_inputs(*inputs)
+    outline(module, cuts)
+    with torch._guards.tracing(torch._guards.TracingContext(mode)):
+        return cast(Callable[..., Any], compile_fx(module, inputs))
+
+
+def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic: bool) -> Tensor:
+    sizes = [DimDynamic.STATIC] * tensor.dim()
+    if dynamic:
+        sizes[1] = DimDynamic.UNBACKED
+    context: SymbolicContext = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=[None] * tensor.dim())
+    return mode.from_tensor(tensor, static_shapes=not dynamic, symbolic_context=context if dynamic else None)
 
 
 def make_backend(name: str, strict: bool) -> Backend:

@@ -7,19 +7,21 @@ import threading
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import replace
 from itertools import count
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from duca_compile.backends import Backend, dynamic_positions
+from duca_compile.backends import Backend
 from duca_compile.capture import Call, live_tensors
 from duca_compile.graph import CapturedGraph, Facts, Readings, Variant, VariantFunction, VariantSpec
 from duca_compile.lock import COMPILING
 from duca_compile.opaque import opaque, site_number
-from duca_compile.passes.pipeline import build_variant
+from duca_compile.passes.pipeline import build_variant, make_rows
 from duca_compile.policies.base import Policy
 from duca_compile.runtime.clock import Sight
 from duca_compile.runtime.dispatcher import Dispatcher, Prologue
+from duca_compile.runtime.rows import Rows
 from duca_compile.snapshot import Name, Snapshot, Structure, kind, take
 
 log = logging.getLogger("duca_compile")
@@ -38,13 +40,23 @@ class _Variants:
     def __init__(self, captured: CapturedGraph, facts: Facts, prologue: Prologue, backend: Backend) -> None:
         self.captured, self._facts, self._backend = captured, facts, backend
         self._modules = [prologue.module]
+        self._compiled: list[Any] = []  # functions that hold the weights apart from the module
+        self._cuts = frozenset({facts.branches[0].stream, *(branch.add for branch in facts.branches)})
         if captured.readings is not None:
             self._modules.append(captured.readings.module)
 
     def build(self, spec: VariantSpec) -> tuple[Variant, VariantFunction]:
         variant = build_variant(self.captured, self._facts, spec)
         self._modules.append(variant.module)
-        return variant, self._backend.compile(variant.module, dynamic_positions(variant))
+        function = self._backend.compile(variant, self._cuts)
+        if hasattr(function, "refresh"):
+            self._compiled.append(function)
+        return variant, function
+
+    def build_rows(self, needed: frozenset[str] | None) -> Rows:
+        rows = make_rows(self.captured, self._facts, needed)
+        self._modules.append(rows.module)
+        return rows
 
     def follow(self, module: fx.GraphModule) -> None:
         """Keeps the weights of this module, too, those of the model."""
@@ -60,6 +72,8 @@ class _Variants:
             for name in {str(n.target) for n in module.graph.nodes if n.op == "get_attr"} & changed.keys():
                 prefix, _, leaf = name.rpartition(".")
                 setattr(module.get_submodule(prefix), leaf, changed[name])
+        for function in self._compiled:
+            function.refresh()
 
 
 class Compiled:
@@ -82,7 +96,7 @@ class Compiled:
         names = {id(tensor): name for name, tensor in live.items()}
         # A trace may have names of its own for the model's weights. What is none of these is a constant of the graph.
         self._weights = {own: names[id(t)] for own, t in captured.attributes.items() if id(t) in names}
-        self.dispatcher = Dispatcher(facts, captured.inputs, policy, self._variants.build, prologue)
+        self.dispatcher = Dispatcher(facts, captured.inputs, policy, self._variants, prologue, not backend.exact)
         self.used = 0  # when it was last called, by the model's count of calls
 
     @property

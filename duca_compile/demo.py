@@ -20,13 +20,14 @@ from torch import Tensor, nn
 
 from duca_compile.api import OptimizedModel, optimize
 from duca_compile.errors import UsageError
-from duca_compile.policies import FORA, DuCa, Policy, StepKind, Uncached
+from duca_compile.policies import FORA, DuCa, Policy, StepKind, TaylorSeer, Uncached
 
 COLORS = {
     StepKind.FULL: "#c0392b",
     StepKind.PARTIAL: "#f1c40f",
     StepKind.REUSE: "#5dade2",
     StepKind.SKIP: "#58b368",
+    StepKind.FORECAST: "#9b59b6",
 }
 
 
@@ -118,7 +119,9 @@ def make_policy(name: str, interval: int | None) -> Policy:
         return DuCa() if interval is None else DuCa(interval=interval)
     if name == "fora":
         return FORA() if interval is None else FORA(interval)
-    raise UsageError(f"policy={name!r} is unknown; choose 'duca' or 'fora'")
+    if name == "taylorseer":
+        return TaylorSeer() if interval is None else TaylorSeer(interval)
+    raise UsageError(f"policy={name!r} is unknown; choose 'duca', 'fora' or 'taylorseer'")
 
 
 class Loop:

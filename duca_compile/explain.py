@@ -29,7 +29,13 @@ _UNCACHED = {
     Role.MAIN: "nothing reads it",
 }
 _INSTALLED = re.compile(r"[^\s\"(]*[/\\]site-packages[/\\]")
-KIND_STYLES = {StepKind.FULL: "red", StepKind.PARTIAL: "yellow", StepKind.REUSE: "cyan", StepKind.SKIP: "green"}
+KIND_STYLES = {
+    StepKind.FULL: "red",
+    StepKind.PARTIAL: "yellow",
+    StepKind.REUSE: "cyan",
+    StepKind.SKIP: "green",
+    StepKind.FORECAST: "magenta",
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class ScheduleReport:
     policy: str
     steps: tuple[PlannedStep, ...]
     uncached_flops: float  # of one step
+    cache_bytes: int  # of one pass, once all is there that the policy keeps
 
     @property
     def full_steps(self) -> int:
@@ -62,7 +69,7 @@ class ScheduleReport:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         line = Text(f"{self.policy}, {len(self.steps)} steps: ")
         for step in self.steps:
-            line.append(step.kind.value[0].upper(), style=KIND_STYLES[step.kind])
+            line.append(step.kind.letter, style=KIND_STYLES[step.kind])
         yield line
         table = Table("kind", "steps", "FLOPs of a full step", "tokens recomputed")
         for kind in StepKind:
@@ -74,6 +81,7 @@ class ScheduleReport:
                 table.add_row(Text(kind.value, style=KIND_STYLES[kind]), str(len(chosen)), f"{mean:.2%}", tokens)
         yield table
         yield f"ideal speed-up {self.ideal_speedup:.2f}x (by FLOPs; elementwise work counts as none)"
+        yield f"caches hold {_size(self.cache_bytes)}"
 
     def __str__(self) -> str:
         return _rendered(self)
@@ -99,9 +107,18 @@ class Explanation:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes that all branch caches and the cached end of the stream hold."""
-        end = next(n for n in self.captured.graph.nodes if n.name == self.facts.stream_end).meta["val"]
-        return sum(b.cache_bytes for b in self.branches) + int(end.numel() * end.dtype.itemsize)
+        """Bytes that all branch caches and the cached end of the stream hold.
+
+        Of an optimized model whose policy forecasts: the caches that its forecasts read, with their differences.
+        """
+        return self._cache_bytes(self.policy)
+
+    def _cache_bytes(self, policy: Policy | None) -> int:
+        value = next(n for n in self.captured.graph.nodes if n.name == self.facts.stream_end).meta["val"]
+        branches, end = sum(b.cache_bytes for b in self.branches), int(value.numel() * value.dtype.itemsize)
+        if policy is None or policy.forecast is None:
+            return branches + end
+        return (policy.forecast.order + 1) * (end if policy.forecast.lite else branches)
 
     @property
     def hoisted(self) -> tuple[str, ...]:
@@ -136,7 +153,7 @@ class Explanation:
             return PlannedStep(index, step.kind, variants[spec].flops(counts), fresh)
 
         steps = tuple(planned(i, step) for i, step in enumerate(chosen.steps(num_inference_steps)))
-        return ScheduleReport(chosen.name, steps, self.flops)
+        return ScheduleReport(chosen.name, steps, self.flops, self._cache_bytes(chosen) if chosen.caches else 0)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         facts = self.facts

@@ -19,6 +19,10 @@ from torch.utils._pytree import TreeSpec, tree_unflatten
 from duca_compile.opaque import CallSite
 
 STREAM_END = "stream_end"
+# 0-dimensional float32 inputs of the variants of policies that forecast (TaylorSeer).
+FORECAST_GAP = "forecast_gap"  # steps from the last full step to this one
+FORECAST_ORDERS = "forecast_orders"  # how many differences the full steps so far allow; the others stay zero
+FORECAST_DISTANCE = "forecast_distance"  # steps from the last full step to the forecast
 _OURS = str(Path(__file__).parent)
 
 
@@ -36,6 +40,7 @@ class Action(Enum):
     COMPUTE = "compute"
     PARTIAL = "partial"
     REUSE = "reuse"
+    FORECAST = "forecast"
 
 
 @dataclass(frozen=True)
@@ -211,6 +216,8 @@ class VariantSpec:
     skip: bool = False
     scores: str | None = None  # "v_norm" or "attention": emitted for computed self-attentions
     emit: bool = True  # whether later steps will read caches
+    order: int | None = None  # the highest difference kept of each cache; None where nothing is forecast
+    lite: bool = False  # where forecast: the stream's end is all that is cached
 
 
 @dataclass(frozen=True)
@@ -222,6 +229,7 @@ class Variant:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     dynamic_inputs: tuple[str, ...]  # token index inputs: their second dimension changes from step to step
+    pieces: frozenset[str]  # the timestep-only values that it reads
     flops_fixed: int
     flops_per_token: Mapping[int, float]  # branch index -> FLOPs for one recomputed token position, all batch rows
 
@@ -241,6 +249,11 @@ def tokens_input(index: int) -> str:
 def cache_input(slot: str) -> str:
     """Name of the placeholder that carries the cached value of ``slot``."""
     return f"cache_{slot}"
+
+
+def difference_slot(slot: str, order: int) -> str:
+    """The slot of the difference of this order of what ``slot`` holds; of order 0 it is ``slot`` itself."""
+    return f"{slot}_d{order}" if order else slot
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

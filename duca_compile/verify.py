@@ -26,7 +26,7 @@ def verified(captured: CapturedGraph, facts: Facts, values: Mapping[str, Tensor]
     everything = VariantSpec((Action.COMPUTE,) * len(facts.branches))
     full = build_variant(captured, facts, everything)
     expected = dict(zip(full.outputs, full.module(*[values[n] for n in full.inputs]), strict=True))
-    caches = {cache_input(b.slot): expected[b.slot] for b in facts.branches}
+    caches = {cache_input(b.slot): expected[b.slot].clone() for b in facts.branches}  # a partial step writes to them
     indices = {tokens_input(b.index): _some_tokens(b, expected[b.slot].device) for b in partial}
     spec = VariantSpec(tuple(Action.PARTIAL if b.pointwise else Action.REUSE for b in facts.branches))
     variant = build_variant(captured, facts, spec)

@@ -11,8 +11,10 @@ import torch
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
-from duca_compile import DuCa, UsageError, demo
+from duca_compile import FORA, DuCa, TaylorSeer, UsageError, demo
 from duca_compile.cli import app
+from duca_compile.explain import KIND_STYLES
+from duca_compile.policies import StepKind
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +96,17 @@ def test_the_command_writes_a_picture_and_prints_the_tables(tmp_path: Path) -> N
     assert picture.stat().st_size > 10_000
     for word in ("uncached, 4 steps", "FORA (N=2), 4 steps", "uncached, 2 steps", "speed-up", "PSNR", "reuse"):
         assert word in result.output
+
+
+def test_every_policy_and_kind_of_step_can_be_shown() -> None:
+    policies = [DuCa, FORA, TaylorSeer]
+    for name, policy in zip(("duca", "fora", "taylorseer"), policies, strict=True):
+        assert demo.make_policy(name, None) == policy()
+        assert demo.make_policy(name, 4) == policy(4)
+    with pytest.raises(UsageError, match="policy='toca' is unknown; choose 'duca', 'fora' or 'taylorseer'"):
+        demo.make_policy("toca", None)
+    assert set(demo.COLORS) == set(KIND_STYLES) == set(StepKind)
+    assert len({kind.letter for kind in StepKind}) == len(StepKind)
 
 
 def test_the_package_runs_as_a_module() -> None:

@@ -93,6 +93,9 @@ def test_the_command_explains_the_embedded_model_and_ones_own(monkeypatch: pytes
     assert result.exit_code == 0, result.output
     assert "24 branches in 12 blocks" in result.output
     assert "FPSPSFPSPS" in result.output
+    seer = CliRunner().invoke(app, ["explain", "--steps", "10", "--policy", "taylorseer"], env={"COLUMNS": "200"})
+    assert seer.exit_code == 0, seer.output
+    assert "FFTTTTFTTT" in seer.output
     own = CliRunner().invoke(app, ["explain", "tests.test_explain:example"], env={"COLUMNS": "200"})
     assert own.exit_code == 0, own.output
     assert f"{2 * DEPTH} branches in {DEPTH} blocks" in own.output

@@ -1,12 +1,15 @@
 """Variants under torch.compile: one graph each, the eager results, no recompilation after warm-up."""
 
+from typing import Any
+
 import pytest
 import torch
-import torch._dynamo.utils
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._inductor.compile_fx import compile_fx
 
 import duca_compile
-from duca_compile import FORA, DuCa, Linear, Policy
+from duca_compile import FORA, DuCa, Linear, Policy, TaylorSeer, backends
+from duca_compile.runtime.rows import Rows
 from tests.test_optimize import build, kinds, loop
 
 
@@ -15,8 +18,17 @@ def model() -> nn.Module:
     return build(depth=2)
 
 
-def graphs_compiled() -> int:
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with each graph that is compiled, by the number of its inputs."""
+    found: list[int] = []
+
+    def counted(module: fx.GraphModule, inputs: list[Tensor]) -> Any:
+        found.append(len(inputs))
+        return compile_fx(module, inputs)
+
+    monkeypatch.setattr(backends, "compile_fx", counted)
+    return found
 
 
 def close(left: list[Tensor], right: list[Tensor]) -> bool:
@@ -40,17 +52,78 @@ def close(left: list[Tensor], right: list[Tensor]) -> bool:
     ],
     ids=["fora", "duca, counts that vary", "duca, v_norm"],
 )
-def test_compiled_variants_agree_with_eager_ones_and_compile_once(model: nn.Module, policy: Policy) -> None:
+def test_compiled_variants_agree_with_eager_ones_and_compile_once(
+    model: nn.Module, policy: Policy, compilations: list[int]
+) -> None:
     eager = duca_compile.optimize(model, policy, "eager", 16)
     expected = loop(eager, 16)
     optimized = duca_compile.optimize(model, policy, "inductor", 16, strict=True)
-    before = graphs_compiled()
     assert close(loop(optimized, 16), expected)
     assert kinds(optimized) == kinds(eager)
-    assert graphs_compiled() > before
+    specs = {spec for each in optimized._compiled.values() for spec in each.dispatcher._programs}
+    assert len(compilations) == len(specs)
     optimized.reset()
-    with torch.compiler.set_stance("fail_on_recompile"):
-        assert close(loop(optimized, 16), expected)
+    assert close(loop(optimized, 16), expected)
+    assert len(compilations) == len(specs)
+
+
+@torch.no_grad()
+def test_what_repeats_from_block_to_block_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[list[int]] = []
+
+    def measured(module: fx.GraphModule, inputs: list[Tensor]) -> Any:
+        regions = [each for each in module.children() if isinstance(each, fx.GraphModule)]
+        sizes.append([len(each.graph.nodes) for each in (module, *regions)])
+        return compile_fx(module, inputs)
+
+    monkeypatch.setattr(backends, "compile_fx", measured)
+    for depth in (4, 8):
+        deep = build(depth=depth)
+        found = loop(duca_compile.optimize(deep, "none", "inductor", strict=True), 2)
+        assert close(found, loop(duca_compile.optimize(deep, "none", "eager"), 2))
+    (shallow, *one), (deeper, *same) = sizes
+    assert len(one) == 1
+    assert one == same, "one region, whatever the depth"
+    assert deeper - shallow < 4 * one[0] / 2, "four more blocks are four more calls"
+
+
+@torch.no_grad()
+def test_timesteps_that_are_known_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    compute, compute_all = Rows.compute, Rows.compute_all
+
+    def one(self: Rows, call: Any, hoisted: Any) -> Any:
+        counts.append(1)
+        return compute(self, call, hoisted)
+
+    def several(self: Rows, call: Any, hoisted: Any, times: tuple[float, ...]) -> Any:
+        counts.append(len(times))
+        return compute_all(self, call, hoisted, times)
+
+    model = build(depth=2)
+    optimized = duca_compile.optimize(model, "none", "inductor", strict=True)
+    first = loop(optimized, 6)
+    optimized.reset()
+    monkeypatch.setattr(Rows, "compute", one)
+    monkeypatch.setattr(Rows, "compute_all", several)
+    assert close(loop(optimized, 6), first)
+    assert counts == [6], "the second request's timesteps are those of the first"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lite", [False, True])
+def test_forecasts_are_two_graphs_for_all_distances_and_orders(
+    model: nn.Module, lite: bool, compilations: list[int]
+) -> None:
+    policy = TaylorSeer(interval=5, max_order=2, lite=lite)
+    expected = loop(duca_compile.optimize(model, policy, "eager"), 16)
+    optimized = duca_compile.optimize(model, policy, "inductor", strict=True)
+    loop(optimized, 3)  # two full steps, and a forecast
+    assert len(compilations) == 2
+    optimized.reset()
+    assert close(loop(optimized, 16), expected)
+    assert len(compilations) == 2
+    assert "".join(executed.kind.letter for executed in optimized.history) == "FFTTTT" + "FTTTT" * 2
 
 
 @torch.no_grad()

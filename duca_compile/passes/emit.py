@@ -10,15 +10,19 @@ from duca_compile.passes.base import ExactPass, VariantDraft
 
 @dataclass(frozen=True)
 class EmitCaches(ExactPass[VariantDraft]):
-    """Returns the output of every computed branch, and the stream's end unless that comes from the cache."""
+    """Returns the output of every computed branch, and the stream's end unless that comes from the cache.
+
+    Where features are forecast it is either the branches or the end: whatever the forecasts read.
+    """
 
     ensures = frozenset({"caches_emitted"})
 
     def apply(self, draft: VariantDraft) -> bool:
-        if not draft.spec.emit:
+        spec = draft.spec
+        if not spec.emit:
             return False
-        wanted = {branch.slot: branch.core for branch in draft.branches(Action.COMPUTE)}
-        if not draft.spec.skip:
+        wanted = {} if spec.lite else {branch.slot: branch.core for branch in draft.branches(Action.COMPUTE)}
+        if spec.lite or (spec.order is None and not spec.skip):
             wanted[STREAM_END] = draft.facts.stream_end
         new = {slot: name for slot, name in wanted.items() if slot not in draft.results}
         for slot, name in new.items():

@@ -1,4 +1,4 @@
-"""Recomputes chosen tokens of pointwise branches and scatters them into the cache (ToCa, arXiv 2410.05317, Alg. 1)."""
+"""Recomputes chosen tokens of pointwise branches and writes them into the cache (ToCa, arXiv 2410.05317, Alg. 1)."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class RecomputeTokens(CachingPass):
-    """For each partial branch: gather the tokens of the stream, run the body on them, scatter into the cache.
+    """For each partial branch: gather the tokens of the stream, run the body on them, write them into the cache.
 
-    The updated cache takes the core's place and is returned. The number of tokens is left open in the graph, and
+    The cache is written in place, since nothing else reads it, takes the core's place and is returned. The number of tokens is left open in the graph, and
     each branch has an index input of its own, so it may differ by branch and from step to step.
     """
 
@@ -42,7 +42,7 @@ def _recompute(draft: VariantDraft, branch: Branch) -> None:
     if places is None:
         raise InternalError(f"branch {branch.index} ({branch.path}) is not pointwise along its tokens")
     graph, core = draft.graph, draft.node(branch.core)
-    batch, tokens, width = branch.shape
+    batch, tokens, _ = branch.shape
     index = draft.add_input(tokens_input(branch.index), torch.empty(batch, tokens, dtype=torch.int64, device="meta"))
     cache = draft.add_input(cache_input(branch.slot), core.meta["val"])
     gather = _Gather(graph, index)
@@ -68,9 +68,9 @@ def _recompute(draft: VariantDraft, branch: Branch) -> None:
                 copy.target = aten.reshape.default if op_name(node) in RESHAPES else aten.expand.default
                 copy.args, copy.kwargs = (copy.args[0], shape), {}
             copies[node] = copy
-        targets = graph.call_function(aten.unsqueeze.default, (index, -1))
-        targets = graph.call_function(aten.expand.default, (targets, [batch, -1, width]))
-        updated = graph.call_function(aten.scatter.src, (cache, 1, targets, copies[core]))
+        rows = graph.call_function(aten.arange.default, (batch,), {"device": core.meta["val"].device})
+        rows = graph.call_function(aten.unsqueeze.default, (rows, 1))
+        updated = graph.call_function(aten.index_put_.default, (cache, [rows, index], copies[core]))
     updated.meta["val"] = core.meta["val"]
     core.replace_all_uses_with(updated)
     draft.add_result(branch.slot, updated)

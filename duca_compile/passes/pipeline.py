@@ -8,27 +8,33 @@ from dataclasses import replace
 
 from torch import fx
 
+from duca_compile.analysis.variance import ancestors
 from duca_compile.errors import InternalError
-from duca_compile.graph import Action, CapturedGraph, Facts, Variant, VariantSpec, copy_graph, tokens_input
+from duca_compile.graph import Action, CapturedGraph, Facts, Variant, Variance, VariantSpec, copy_graph, tokens_input
 from duca_compile.passes.base import D, Draft, Pass, VariantDraft
 from duca_compile.passes.clean import Clean
 from duca_compile.passes.dead_code import RemoveDeadCode
 from duca_compile.passes.deduplicate import Deduplicate
+from duca_compile.passes.differences import EmitDifferences
 from duca_compile.passes.emit import EmitCaches
-from duca_compile.passes.hoist import HoistInvariants, invariant_graph
+from duca_compile.passes.forecast import Forecast
+from duca_compile.passes.hoist import Hoist, invariant_graph, row_input, row_layout, timestep_graph
 from duca_compile.passes.partial import RecomputeTokens
 from duca_compile.passes.reuse import ReuseBranches
 from duca_compile.passes.scores import EmitScores
 from duca_compile.passes.skip import SkipBlocks
+from duca_compile.runtime.rows import Rows
 
 PREPARE: tuple[Pass[Draft], ...] = (Clean(), Deduplicate(), RemoveDeadCode())
 # Results are emitted before values are replaced, so that a replacement also reaches what is returned. Partial
 # branches come first of the replacements: their bodies are copied from the nodes that reuse leaves dead.
 REWRITE: tuple[Pass[VariantDraft], ...] = (
-    HoistInvariants(),
+    Hoist(),
     EmitCaches(),
+    EmitDifferences(),
     EmitScores(),
     RecomputeTokens(),
+    Forecast(),
     ReuseBranches(),
     SkipBlocks(),
     RemoveDeadCode(),
@@ -67,6 +73,7 @@ def build_variant(captured: CapturedGraph, facts: Facts, spec: VariantSpec) -> V
     assert isinstance(own, tuple)
     results = [f"output_{i}" for i in range(len(own))]
     draft = run_passes(VariantDraft(copy_graph(captured.graph), facts, spec, results), REWRITE)
+    pieces = frozenset(str(n.meta["piece"]) for n in draft.graph.nodes if "piece" in n.meta)
     fixed, per_token = _variant_flops(draft.graph, facts)
     inputs = tuple(n.name for n in draft.graph.nodes if n.op == "placeholder")
     partial = {tokens_input(b.index) for b, a in zip(facts.branches, spec.actions, strict=True) if a is Action.PARTIAL}
@@ -76,7 +83,8 @@ def build_variant(captured: CapturedGraph, facts: Facts, spec: VariantSpec) -> V
         inputs=inputs,
         outputs=tuple(draft.results),
         dynamic_inputs=tuple(name for name in inputs if name in partial),
-        flops_fixed=fixed,
+        pieces=pieces,
+        flops_fixed=fixed + _timestep_flops(captured.graph, facts, pieces),
         flops_per_token=per_token,
     )
 
@@ -87,10 +95,27 @@ def build_prologue(captured: CapturedGraph, facts: Facts) -> fx.GraphModule:
     return to_module(captured, run_passes(draft, (RemoveDeadCode(),)).graph)
 
 
+def make_rows(captured: CapturedGraph, facts: Facts, needed: frozenset[str] | None = None) -> Rows:
+    """What computes the timestep-only values, as one row for each type; all of them, or those called ``needed``."""
+    layout = row_layout(captured.graph, facts)
+    if needed is None:
+        needed = frozenset(piece.name for row in layout.values() for piece in row)
+    draft = run_passes(Draft(timestep_graph(captured.graph, facts, needed)), (RemoveDeadCode(),))
+    inputs = tuple(n.name for n in draft.graph.nodes if n.op == "placeholder")
+    return Rows(facts.timestep, to_module(captured, draft.graph), inputs, tuple(map(row_input, layout)))
+
+
 def to_module(captured: CapturedGraph, graph: fx.Graph) -> fx.GraphModule:
     """A module over ``graph`` that shares every weight with the source model."""
     used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
     return fx.GraphModule({name: captured.attributes[name] for name in used}, graph)
+
+
+def _timestep_flops(graph: fx.Graph, facts: Facts, pieces: frozenset[str]) -> int:
+    """FLOPs of the timestep-only values that a variant reads: each step needs them, whenever they are computed."""
+    needed = {node for node in graph.nodes if node.name in pieces}
+    needed = needed.union(*map(ancestors, needed))
+    return sum(facts.flops[n.name] for n in needed if facts.variance[n.name] is Variance.TIMESTEP)
 
 
 def _variant_flops(graph: fx.Graph, facts: Facts) -> tuple[int, dict[int, float]]:

@@ -21,6 +21,12 @@ class StepKind(Enum):
     PARTIAL = "partial"  # attention from the cache, MLPs on a few tokens (DuCa's conservative step)
     REUSE = "reuse"  # every branch from the cache, gates fresh
     SKIP = "skip"  # the end of the stream from the cache (DuCa's aggressive step)
+    FORECAST = "forecast"  # every branch, or the end of the stream, extrapolated from the last full steps (TaylorSeer)
+
+    @property
+    def letter(self) -> str:
+        """One letter for schedules; that of a forecast is T, as in Taylor, since F is a full step."""
+        return "T" if self is StepKind.FORECAST else self.value[0].upper()
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,21 @@ class Selection:
         check_whole("seed", self.seed, least=0)
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """How cached features are extrapolated.
+
+    Attributes:
+        order: the highest difference that is kept and used; 0 reuses what the last full step computed.
+        lite: only the end of the stream is kept and forecast, and all blocks are skipped.
+        first: the step, counted from 0, from which on differences are built.
+    """
+
+    order: int
+    lite: bool = False
+    first: int = 1
+
+
 class Policy(ABC):
     """A caching method. Policies are immutable; one object may serve any number of models."""
 
@@ -101,6 +122,11 @@ class Policy(ABC):
     @property
     def selection(self) -> Selection | None:
         """How partial steps choose tokens; None where there are none."""
+        return None
+
+    @property
+    def forecast(self) -> Forecast | None:
+        """How forecast steps extrapolate; None where there are none. Only full steps fill the caches then."""
         return None
 
     @abstractmethod

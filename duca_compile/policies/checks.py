@@ -9,10 +9,11 @@ from typing import Any
 from duca_compile.errors import PolicyError
 
 
-def check_whole(name: str, value: Any, least: int) -> None:
-    """Raises PolicyError where ``value`` is not a whole number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise PolicyError(f"{name}={value!r} is impossible: it must be a whole number of at least {least}")
+def check_whole(name: str, value: Any, least: int, most: float = inf) -> None:
+    """Raises PolicyError where ``value`` is not a whole number from ``least`` to ``most``."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
+        limits = f"of at least {least}" if most == inf else f"from {least} to {most}"
+        raise PolicyError(f"{name}={value!r} is impossible: it must be a whole number {limits}")
 
 
 def check_number(name: str, value: Any, least: float = -inf, most: float = inf) -> None:

@@ -10,13 +10,14 @@ from duca_compile.policies.base import Policy, Selection, SelectionKind
 from duca_compile.policies.duca import DuCa
 from duca_compile.policies.fora import FORA
 from duca_compile.policies.schedule import Interval, Linear
+from duca_compile.policies.taylorseer import TaylorSeer
 
 
 def published(method: str, family: str, **settings: Any) -> Policy:
     """The policy of ``method`` as its authors released it for ``family``.
 
     ``published("duca", "dit", interval=3, fresh_ratio=0.05, selection="attention", latched=True)``;
-    ``published("fora", "dit", interval=3)``.
+    ``published("fora", "dit", interval=3)``; ``published("taylorseer", "dit", interval=4, max_order=4)``.
 
     Raises:
         PolicyError: no such method, family or setting; the message lists what there is.
@@ -52,4 +53,13 @@ def _duca_dit(
     )
 
 
-_PUBLISHED: dict[tuple[str, str], Callable[..., Policy]] = {("fora", "dit"): _fora_dit, ("duca", "dit"): _duca_dit}
+def _taylorseer_dit(*, interval: int = 4, max_order: int = 4) -> TaylorSeer:
+    """TaylorSeer on DiT: the first two steps in full, so that the first forecasts have a slope."""
+    return TaylorSeer(interval, max_order, first_full_steps=2)
+
+
+_PUBLISHED: dict[tuple[str, str], Callable[..., Policy]] = {
+    ("fora", "dit"): _fora_dit,
+    ("duca", "dit"): _duca_dit,
+    ("taylorseer", "dit"): _taylorseer_dit,
+}

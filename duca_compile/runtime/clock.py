@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import is_
 
 from torch import Tensor
@@ -12,11 +12,15 @@ MAX_PASSES = 8  # calls at one timestep beyond this are taken for new requests, 
 
 @dataclass(frozen=True)
 class Tick:
-    """Where one call falls: ``step`` of the request and ``pass_index`` among the calls at that timestep."""
+    """Where one call falls: ``step`` of the request and ``pass_index`` among the calls at that timestep.
+
+    ``timestep`` is its value, the same for all rows; None where it differs by row or was not read.
+    """
 
     step: int
     pass_index: int
     new_request: bool
+    timestep: float | None = field(default=None, compare=False)
 
 
 class StepClock:
@@ -51,15 +55,15 @@ class StepClock:
             if self._pass + 1 >= MAX_PASSES:
                 return self._start(now)
             self._pass += 1
-            return Tick(self._step, self._pass, False)
+            return Tick(self._step, self._pass, False, now.single)
         if self._turns_back(self._first, self._last, now):
             return self._start(now)
         self._step, self._pass, self._last = self._step + 1, 0, now
-        return Tick(self._step, 0, False)
+        return Tick(self._step, 0, False, now.single)
 
     def _start(self, now: _Seen) -> Tick:
         self._step, self._pass, self._first, self._last = 0, 0, now, now
-        return Tick(0, 0, True)
+        return Tick(0, 0, True, now.single)
 
     def _turns_back(self, first: _Seen, last: _Seen, now: _Seen) -> bool:
         if self._step == 0 or now.rewrites(last):  # no direction yet, or none to be had
@@ -83,6 +87,11 @@ class _Seen:
         if self._value is None:
             self._value = _values(self._tensor)
         return self._value
+
+    @property
+    def single(self) -> float | None:
+        """The value, where it is one for all rows and has been read."""
+        return self._value[0] if self._value is not None and len(self._value) == 1 else None
 
     @property
     def place(self) -> int:

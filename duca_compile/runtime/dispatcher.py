@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
+from typing import Protocol
 
+import torch
 from torch import Tensor, fx
 
+from duca_compile.errors import first_line
 from duca_compile.graph import Action, Facts, Variant, VariantFunction, VariantSpec, cache_input, tokens_input
 from duca_compile.lock import COMPILING
 from duca_compile.policies.base import Policy, Step, StepKind
 from duca_compile.runtime.clock import Sight, Tick
+from duca_compile.runtime.forecasting import ForecastInputs
 from duca_compile.runtime.planning import check_selection, plan_step
 from duca_compile.runtime.request import CacheState, Executed, Request
+from duca_compile.runtime.rows import Rows
 from duca_compile.runtime.selection import TokenSelector
+
+log = logging.getLogger("duca_compile")
 
 
 @dataclass(eq=False)
@@ -25,7 +33,8 @@ class Program:
     variant: Variant
     run: VariantFunction
     fetch: Callable[[Mapping[str, Tensor]], Iterable[Tensor]]  # the inputs, from the values by name
-    reads: frozenset[str]  # the caches among the inputs
+    reads: frozenset[str]  # the caches among the inputs that must be there
+    forecast: ForecastInputs
     own: int  # how many outputs are the model's own; they come first
     writes: dict[str, int]  # the caches to fill, and from which outputs
     waiting: tuple[int, ...]  # branches whose tokens a partial step chooses from, or leaves to grow stale
@@ -55,14 +64,27 @@ class Prologue:
     module: fx.GraphModule
 
     def compute(self, call: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(zip(self.outputs, self.module.forward(*[call[name] for name in self.inputs]), strict=True))
+        """They are contiguous, as compiled code wants them."""
+        values = self.module.forward(*[call[name] for name in self.inputs])
+        return {name: value.contiguous() for name, value in zip(self.outputs, values, strict=True)}
+
+
+class Builder(Protocol):
+    """Makes what a dispatcher runs, of one captured graph."""
+
+    def build(self, spec: VariantSpec) -> tuple[Variant, VariantFunction]:
+        """The variant of a spec, and what runs it."""
+
+    def build_rows(self, needed: frozenset[str] | None) -> Rows:
+        """What computes the timestep-only values called ``needed``, or all."""
 
 
 class Dispatcher:
     """Chooses, runs and accounts for one variant per call of one captured shape.
 
-    It holds nothing of any request: any number of threads may call it, each with a request of its own. ``build``
-    makes the program of a spec and is called once per spec.
+    It holds nothing of any request: any number of threads may call it, each with a request of its own. The builder is
+    asked once for each spec. ``foresees`` says whether the values of timesteps that are known are computed together:
+    another size of products may round differently.
     """
 
     def __init__(
@@ -70,12 +92,14 @@ class Dispatcher:
         facts: Facts,
         inputs: tuple[str, ...],
         policy: Policy,
-        build: Callable[[VariantSpec], tuple[Variant, VariantFunction]],
+        builder: Builder,
         prologue: Prologue,
+        foresees: bool,
     ) -> None:
         check_selection(facts, policy)
         self._facts, self._inputs, self._policy = facts, inputs, policy
-        self._build, self._prologue = build, prologue
+        self._builder, self._prologue, self._foresees = builder, prologue, foresees
+        self._rows: dict[frozenset[str] | None, Rows] = {}
         self._programs: dict[VariantSpec, Program] = {}
         self._plans: dict[Step, Plan] = {}
         self._selectable = [b for b in facts.branches if b.pointwise]
@@ -89,7 +113,12 @@ class Dispatcher:
         state = request.state(self, (name, tick.pass_index))
         self._hoist(state, call)
         plan = self._plan(request.step_at(tick.step), tick.step, state)
-        outputs = self._run(plan, state, call)
+        given = {
+            **call,
+            **self._timestep_values(plan.program, state, call, request, tick),
+            **plan.program.forecast.values(self._policy.forecast, state, tick.step),
+        }
+        outputs = self._run(plan, state, given)
         state.last_step = tick.step
         seconds = time.perf_counter() - started
         request.history.append(Executed(tick.step, tick.pass_index, plan.step.kind, plan.flops, seconds, name))
@@ -101,6 +130,40 @@ class Dispatcher:
         if state.hoisted and sources.unchanged_since(state.hoisted_from):
             return
         state.hoisted, state.hoisted_from = self._prologue.compute(call), sources
+        state.rows, state.foreseen = {}, False
+
+    def _timestep_values(
+        self, program: Program, state: CacheState, call: Mapping[str, Tensor], request: Request, tick: Tick
+    ) -> dict[str, Tensor]:
+        """The rows that the program reads: those computed before the loop, else computed now."""
+        needed = program.variant.pieces
+        if not needed:
+            return {}
+        if self._foresees and not state.foreseen:
+            state.foreseen = True
+            state.rows = self._foreseen(state, call, request.coming_times)
+        rows = None if tick.timestep is None else state.rows.get(tick.timestep)
+        if rows is None:
+            rows = self._row_program(needed).compute(call, state.hoisted)
+        return dict(zip(self._row_program(needed).outputs, rows, strict=True))
+
+    def _foreseen(
+        self, state: CacheState, call: Mapping[str, Tensor], times: tuple[float, ...]
+    ) -> dict[float, tuple[Tensor, ...]]:
+        try:
+            return self._row_program(None).compute_all(call, state.hoisted, times)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # an operator that vmap has no rule for
+            log.info("timestep-only values are computed step by step: %s", first_line(error))
+            self._foresees = False
+            return {}
+
+    def _row_program(self, needed: frozenset[str] | None) -> Rows:
+        if needed not in self._rows:
+            with COMPILING:
+                self._rows[needed] = self._builder.build_rows(needed)
+        return self._rows[needed]
 
     def _plan(self, step: Step, index: int, state: CacheState) -> Plan:
         """The plan of ``step``, or of a full one for a pass that has just joined or has missed steps."""
@@ -126,15 +189,18 @@ class Dispatcher:
 
     def _program(self, spec: VariantSpec) -> Program:
         if spec not in self._programs:
-            variant, run = self._build(spec)
+            variant, run = self._builder.build(spec)
             own = sum(name.startswith("output_") for name in variant.outputs)
             extra = [*enumerate(variant.outputs)][own:]
             waiting = tuple(b.index for b in self._selectable if spec.actions[b.index] is not Action.COMPUTE)
+            forecast = ForecastInputs.of(variant)
+            caches = frozenset(name for name in variant.inputs if name.startswith(cache_input("")))
             self._programs[spec] = Program(
                 variant,
                 run,
                 _getter(variant.inputs),
-                reads=frozenset(name for name in variant.inputs if name.startswith(cache_input(""))),
+                reads=caches - forecast.old.keys(),
+                forecast=forecast,
                 own=own,
                 writes={cache_input(name): i for i, name in extra if not name.startswith("score_")},
                 waiting=waiting,
@@ -154,9 +220,9 @@ class Dispatcher:
                 found[self._position[branch.index]] = slot
         return found
 
-    def _run(self, plan: Plan, state: CacheState, call: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def _run(self, plan: Plan, state: CacheState, given: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         program = plan.program
-        values = {**call, **state.hoisted, **state.caches, **self._tokens(plan, state)}
+        values = {**given, **state.hoisted, **state.caches, **self._tokens(plan, state)}
         results = program.run(*program.fetch(values))
         state.caches.update({name: results[i] for name, i in program.writes.items()})
         if program.loose is None:  # a property of the variant, so looked up once

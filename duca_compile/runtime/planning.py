@@ -12,6 +12,7 @@ _ACTIONS = {
     StepKind.PARTIAL: Action.PARTIAL,
     StepKind.REUSE: Action.REUSE,
     StepKind.SKIP: Action.REUSE,
+    StepKind.FORECAST: Action.FORECAST,
 }
 
 
@@ -20,7 +21,12 @@ def plan_step(facts: Facts, policy: Policy, step: Step) -> tuple[VariantSpec, di
     counts: dict[int, int] = {}
     actions = tuple(_action(facts, policy, step, branch, counts) for branch in facts.branches)
     scores = score_kind(policy) if Action.COMPUTE in actions else None
-    return VariantSpec(actions, step.kind is StepKind.SKIP, scores, policy.caches), counts
+    forecast = policy.forecast
+    if forecast is None:
+        return VariantSpec(actions, step.kind is StepKind.SKIP, scores, policy.caches), counts
+    skip = step.kind is StepKind.SKIP or (step.kind is StepKind.FORECAST and forecast.lite)
+    emit = policy.caches and step.kind is StepKind.FULL  # between full steps, caches stay as the last one made them
+    return VariantSpec(actions, skip, scores, emit, forecast.order, forecast.lite), counts
 
 
 def _action(facts: Facts, policy: Policy, step: Step, branch: Branch, counts: dict[int, int]) -> Action:

@@ -15,9 +15,12 @@ from torch import Tensor
 from duca_compile.graph import Facts
 from duca_compile.policies.base import Policy, Step, StepKind
 from duca_compile.runtime.clock import Sight, StepClock, Tick, version
+from duca_compile.runtime.forecasting import Past
 from duca_compile.runtime.selection import TokenSelector
 
 log = logging.getLogger("duca_compile")
+
+REMEMBERED_LOOPS = 8
 
 PassKey = tuple[str | None, int]  # the pass's name, and which call of that name at the step
 
@@ -43,7 +46,10 @@ class CacheState:
     last_step: int = -1
     hoisted: dict[str, Tensor] = field(default_factory=dict)
     hoisted_from: Sight | None = None
+    rows: dict[float, tuple[Tensor, ...]] = field(default_factory=dict)  # timestep -> the values it alone determines
+    foreseen: bool = False  # whether the rows of the coming timesteps were computed
     selector: TokenSelector | None = None
+    past: Past = field(default_factory=Past)
 
     @property
     def bytes(self) -> int:
@@ -68,8 +74,17 @@ class Request:
     held by whoever runs them, weakly: those of a captured shape that is dropped go with it.
     """
 
-    def __init__(self, policy: Policy, total: int | None, schedule: Schedule | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        total: int | None,
+        schedule: Schedule | None = None,
+        loops: Loops | None = None,
+    ) -> None:
         self._policy, self._given, self._schedule = policy, total, schedule
+        self._loops = Loops() if loops is None else loops
+        self._times: list[float | None] = []  # of this request, as they came
+        self.coming_times: tuple[float, ...] = ()  # of this request, as far as they are known when it starts
         self._clock = StepClock(total)
         self._run: object | None = None  # held, so that its identity is not handed to the next run
         self._warned = False
@@ -119,16 +134,20 @@ class Request:
             self._clock.reset()
             tick = self._clock.tick(timestep)
         if tick.new_request:
-            self._start(timestep)
+            self._start(timestep, tick.timestep)
+        if tick.step == len(self._times):
+            self._times.append(tick.timestep)
         if tick.pass_index == 0:
             self._passes.clear()
         if tick.step == 0 and run is None:
             self._opening = {name: (tensor, version(tensor)) for name, tensor in call.items()}
         index = self._passes.get(name, 0)
         self._passes[name] = index + 1
-        return Tick(tick.step, index, tick.new_request)
+        return Tick(tick.step, index, tick.new_request, tick.timestep)
 
-    def _start(self, timestep: Tensor) -> None:
+    def _start(self, timestep: Tensor, first: float | None) -> None:
+        self._loops.remember(self._times)
+        self._times.clear()
         self._states.clear()
         self.history.clear()
         self._opening.clear()
@@ -137,6 +156,9 @@ class Request:
         if self._schedule is not None and self._run is not None:
             times = [time for time, _ in groupby(self._schedule.timesteps(timestep))]
             self._total, monotone = len(times), times in (sorted(times), sorted(times, reverse=True))
+            self.coming_times = () if first is None else _as_called(times, timestep, first)
+        else:
+            self.coming_times = () if first is None else _viewed(timestep) or self._loops.starting_at(first)
         self._clock.expect(self._total, monotone)
         self._coming = self._policy.steps(self._total)
 
@@ -172,6 +194,43 @@ class Request:
                 index + 1,
                 self._total,
             )
+
+
+class Loops:
+    """The timesteps of earlier requests: a loop that starts as one before will go on as that did, most often."""
+
+    def __init__(self) -> None:
+        self._known: dict[float, tuple[float, ...]] = {}  # by the first timestep
+
+    def remember(self, times: Sequence[float | None]) -> None:
+        values = tuple(time for time in times if time is not None)
+        if len(values) < 2 or len(values) < len(times):
+            return
+        self._known.pop(values[0], None)
+        self._known[values[0]] = values
+        while len(self._known) > REMEMBERED_LOOPS:
+            self._known.pop(next(iter(self._known)), None)
+
+    def starting_at(self, first: float) -> tuple[float, ...]:
+        return self._known.get(first, ())
+
+
+def _as_called(times: Sequence[float], timestep: Tensor, first: float) -> tuple[float, ...]:
+    """The schedule's timesteps as the model is given them: as they are, or as a part of the training's thousand."""
+    values = torch.tensor(times, dtype=torch.float64).to(timestep.dtype)
+    for each in (values, values / 1000, torch.tensor(times) / 1000):
+        listed = tuple(map(float, each.tolist()))
+        if listed[0] == first:
+            return listed
+    return ()
+
+
+def _viewed(timestep: Tensor) -> tuple[float, ...]:
+    """The timesteps from this one on, where it is a view of all, as ``for t in scheduler.timesteps`` gives."""
+    base = timestep._base
+    if base is None or base.dim() != 1 or base.numel() < 2 or base.is_inference() or not base.is_contiguous():
+        return ()
+    return tuple(map(float, base[timestep.storage_offset() - base.storage_offset() :].tolist()))
 
 
 def _unchanged(tensor: Tensor, known: Tensor, at_version: int) -> bool:

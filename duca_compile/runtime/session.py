@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from duca_compile.policies.base import Policy
-from duca_compile.runtime.request import Executed, Request, Schedule
+from duca_compile.runtime.request import Executed, Loops, Request, Schedule
 
 
 class Requests:
@@ -23,10 +23,11 @@ class Requests:
 
     def __init__(self, policy: Policy, total: int | None, schedule: Schedule | None = None) -> None:
         self._policy, self._total, self._schedule = policy, total, schedule
+        self._loops = Loops()
         self._local = threading.local()
 
     def new(self) -> Request:
-        return Request(self._policy, self._total, self._schedule)
+        return Request(self._policy, self._total, self._schedule, self._loops)
 
     def current(self) -> Request:
         for session in reversed(_SESSIONS.get()):

@@ -23,9 +23,10 @@ POLICIES: dict[str, Policy] = {
     "duca_attention_n3": published("duca", "dit", interval=3, fresh_ratio=0.05, selection="attention", latched=True),
     "duca_vnorm_n4": published("duca", "dit", interval=4, fresh_ratio=0.05, selection="v_norm", latched=True),
     "duca_vnorm_n3_released": published("duca", "dit", interval=3, fresh_ratio=0.05, selection="v_norm", latched=False),
+    "taylorseer_n4_o2": published("taylorseer", "dit", interval=4, max_order=2),
 }
 # The files label a cached step by the code path that ran it; FORA was recorded as ToCa with no fresh tokens.
-KINDS = {"full": "full", "ToCa": "partial", "aggressive": "skip"}
+KINDS = {"full": "full", "ToCa": "partial", "aggressive": "skip", "Taylor": "forecast"}
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812
-from tracing import COMPUTE, PARTIAL, REUSE, analysed, module, names, node, raw
+from tracing import COMPUTE, FORECAST, PARTIAL, REUSE, analysed, module, names, node, raw
 
 from duca_compile.errors import InternalError
 from duca_compile.graph import Action, CapturedGraph, Facts, VariantSpec, copy_graph, op_name
@@ -19,8 +19,10 @@ from duca_compile.passes.base import Draft, Pass, VariantDraft
 from duca_compile.passes.clean import Clean
 from duca_compile.passes.dead_code import RemoveDeadCode
 from duca_compile.passes.deduplicate import Deduplicate
+from duca_compile.passes.differences import EmitDifferences
 from duca_compile.passes.emit import EmitCaches
-from duca_compile.passes.hoist import HoistInvariants
+from duca_compile.passes.forecast import Forecast
+from duca_compile.passes.hoist import Hoist
 from duca_compile.passes.partial import RecomputeTokens
 from duca_compile.passes.pipeline import PREPARE, run_passes, to_module
 from duca_compile.passes.reuse import ReuseBranches
@@ -197,19 +199,21 @@ class TestCaching:
     def test_hoisting_reads_the_frontier_from_inputs(self) -> None:
         captured, facts = analysed(models.build(models.CrossBlock), **models.example())
         draft = VariantDraft(copy_graph(captured.graph), facts, VariantSpec((COMPUTE,) * 6), ["output_0"])
-        assert self.apply(HoistInvariants(), draft)
+        assert self.apply(Hoist(), draft)
         hoisted = [n.name for n in draft.graph.nodes if n.name.startswith("hoisted_")]
         assert len(hoisted) == 4 + 1, "keys and values of two blocks, and the frequencies of the timestep"
+        assert {n.name for n in draft.graph.nodes if n.name.startswith("timestep_")} == {"timestep_float32"}
         RemoveDeadCode().apply(draft)
         assert "text" not in [n.name for n in draft.graph.nodes], "the text itself is not read in the step"
+        assert "timestep" not in [n.name for n in draft.graph.nodes], "nor is the timestep"
 
     def test_hoisting_has_nothing_to_do(self) -> None:
         def forward(self: nn.Module, x: Tensor, timestep: Tensor) -> Tensor:
-            return x + timestep.sin()[:, None, None] * self.a(x)
+            return x + self.a(x * timestep[:, None, None])
 
         captured, facts = analysed(module(forward, a=nn.Linear(8, 8)), x=X, timestep=torch.ones(2))
         draft = VariantDraft(copy_graph(captured.graph), facts, VariantSpec((COMPUTE,)), ["output_0"])
-        assert self.unchanged(HoistInvariants(), draft)
+        assert self.unchanged(Hoist(), draft)
 
     def test_computed_branches_and_the_end_of_the_stream_are_returned(self) -> None:
         _, facts = self.model
@@ -256,6 +260,90 @@ class TestCaching:
     def test_skip_has_nothing_to_do(self) -> None:
         assert self.unchanged(SkipBlocks(), self.draft(*[REUSE] * 4))
 
+    def test_only_what_forecasts_read_is_returned(self) -> None:
+        for lite, expected in ((False, ["branch_0", "branch_1", "branch_2", "branch_3"]), (True, ["stream_end"])):
+            draft = self.draft(*[COMPUTE] * 4, order=1, lite=lite)
+            assert self.apply(EmitCaches(), draft)
+            assert list(self.returned(draft)) == ["output_0", *expected]
+
+    def test_differences_are_returned_beside_the_caches(self) -> None:
+        _, facts = self.model
+        draft = self.draft(*[COMPUTE] * 4, order=2)
+        EmitCaches().apply(draft)
+        assert self.apply(EmitDifferences(), draft)
+        returned = self.returned(draft)
+        slots = [f"branch_{i}{difference}" for i in range(4) for difference in ("", "_d1", "_d2")]
+        assert sorted(returned) == sorted(["output_0", *slots])
+        for branch in facts.branches:
+            first, second = (node(draft.graph, returned[f"branch_{branch.index}_d{order}"]) for order in (1, 2))
+            assert op_name(first) == op_name(second) == "where"
+            assert returned[branch.slot] == branch.core
+            changes = [n.args[1].args[0] for n in (first, second)]
+            now = [node(draft.graph, branch.core), first]
+            old = [node(draft.graph, f"cache_branch_{branch.index}{difference}") for difference in ("", "_d1")]
+            assert [change.args for change in changes] == [*zip(now, old, strict=True)]
+            assert second.meta["val"].shape == branch.shape
+        numbers = [n.name for n in draft.graph.nodes if n.name.startswith("forecast_")]
+        assert sorted(numbers) == ["forecast_gap", "forecast_orders"]
+        assert all(node(draft.graph, name).meta["val"].shape == () for name in numbers)
+
+    def test_differences_of_the_end_alone(self) -> None:
+        draft = self.draft(*[COMPUTE] * 4, order=1, lite=True)
+        EmitCaches().apply(draft)
+        assert self.apply(EmitDifferences(), draft)
+        assert list(self.returned(draft)) == ["output_0", "stream_end", "stream_end_d1"]
+
+    @pytest.mark.parametrize("spec", [{}, {"order": 0}, {"order": 2, "emit": False}])
+    def test_no_differences_are_asked_for(self, spec: dict[str, Any]) -> None:
+        draft = self.draft(*[COMPUTE] * 4, **spec)
+        EmitCaches().apply(draft)
+        assert self.unchanged(EmitDifferences(), draft)
+
+    def test_a_forecast_replaces_the_core_and_keeps_the_gate(self) -> None:
+        _, facts = self.model
+        draft = self.draft(COMPUTE, FORECAST, REUSE, FORECAST, order=2, emit=False)
+        gates = {b.index: self.readers(draft, b.core) for b in facts.branches}
+        assert self.apply(Forecast(), draft)
+        for branch in facts.branches:
+            if branch.index % 2 == 0:
+                assert self.readers(draft, branch.core) == gates[branch.index], "computed and reused ones are not its"
+                continue
+            assert self.readers(draft, branch.core) == set()
+            (first,) = node(draft.graph, f"cache_{branch.slot}").users
+            (second,) = first.users
+            assert [n.args[1].name for n in (first, second)] == [f"cache_{branch.slot}_d1", f"cache_{branch.slot}_d2"]
+            assert [n.kwargs["value"] for n in (first, second)] == [1, 0.5]
+            assert {user.name for user in second.users} == gates[branch.index]
+            assert second.meta["val"].shape == branch.shape
+        distance = node(draft.graph, "forecast_distance")
+        assert (distance.op, distance.meta["val"].shape) == ("placeholder", ())
+        assert len(names(draft.graph, "addcmul")) == 4
+
+    def test_a_lite_forecast_replaces_the_end_of_the_stream(self) -> None:
+        _, facts = self.model
+        draft = self.draft(*[FORECAST] * 4, skip=True, order=1, lite=True, emit=False)
+        head = self.readers(draft, facts.stream_end)
+        assert self.apply(Forecast(), draft)
+        assert self.unchanged(SkipBlocks(), draft), "the end is replaced already"
+        assert self.readers(draft, facts.stream_end) == set()
+        (total,) = node(draft.graph, "cache_stream_end").users
+        assert {user.name for user in total.users} == head
+        assert not [n for n in draft.graph.nodes if n.name.startswith("cache_branch")]
+
+    def test_a_forecast_of_order_zero_is_the_cache(self) -> None:
+        forecast, reuse = self.draft(*[FORECAST] * 4, order=0), self.draft(*[REUSE] * 4)
+        assert self.apply(Forecast(), forecast)
+        assert self.apply(ReuseBranches(), reuse)
+        assert str(forecast.graph) == str(reuse.graph)
+
+    @pytest.mark.parametrize("skip", [False, True])
+    def test_forecasting_has_nothing_to_do(self, skip: bool) -> None:
+        assert self.unchanged(Forecast(), self.draft(COMPUTE, REUSE, PARTIAL, REUSE, skip=skip, order=2))
+
+    def test_a_forecast_without_an_order_is_a_bug(self) -> None:
+        with pytest.raises(InternalError, match="a forecast needs to know its order"):
+            Forecast().apply(self.draft(*[FORECAST] * 4))
+
     def test_recomputed_tokens_are_scattered_into_the_cache(self) -> None:
         _, facts = self.model
         draft = self.draft(REUSE, PARTIAL, REUSE, PARTIAL)
@@ -264,7 +352,7 @@ class TestCaching:
         returned = self.returned(draft)
         assert list(returned) == ["output_0", "branch_1", "branch_3"]
         updated = node(draft.graph, returned["branch_1"])
-        assert op_name(updated) == "scatter"
+        assert op_name(updated) == "index_put_"
         assert updated.args[0] is node(draft.graph, "cache_branch_1")
         assert {user.name for user in updated.users} == gate | {"output"}
         assert self.readers(draft, facts.branches[1].core) == set()
@@ -340,8 +428,8 @@ def test_scores_equal_their_formulas(kind: str, mask: Tensor | None, scale: floa
 
 def test_passes_are_frozen_options() -> None:
     every: Sequence[type[Pass[Any]]] = [
-        Clean, Deduplicate, RemoveDeadCode, HoistInvariants, EmitCaches, EmitScores, RecomputeTokens, ReuseBranches,
-        SkipBlocks,
+        Clean, Deduplicate, RemoveDeadCode, Hoist, EmitCaches, EmitDifferences, EmitScores,
+        RecomputeTokens, Forecast, ReuseBranches, SkipBlocks,
     ]  # fmt: skip
     for each in every:
         assert each() == each()

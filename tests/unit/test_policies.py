@@ -22,16 +22,17 @@ from duca_compile.policies import (
     Selection,
     Step,
     StepKind,
+    TaylorSeer,
     TokenQuery,
     Uncached,
     published,
 )
 
-LETTERS = {StepKind.FULL: "F", StepKind.PARTIAL: "C", StepKind.SKIP: "A", StepKind.REUSE: "R"}
+LETTERS = {StepKind.FULL: "F", StepKind.PARTIAL: "C", StepKind.SKIP: "A", StepKind.REUSE: "R", StepKind.FORECAST: "T"}
 
 
 def schedule(policy: Policy, total: int | None = 50) -> str:
-    """One letter per step: Full, Conservative, Aggressive, Reuse."""
+    """One letter per step: Full, Conservative, Aggressive, Reuse, Taylor."""
     return "".join(LETTERS[step.kind] for step in islice(policy.steps(total), total or 50))
 
 
@@ -92,6 +93,20 @@ def test_partial_and_skip_steps_alternate_between_full_ones(length: int, total: 
         assert step.interval == length
 
 
+def test_taylorseer_starts_with_full_steps_and_then_counts_the_interval() -> None:
+    released = published("taylorseer", "dit", interval=4, max_order=2)
+    assert schedule(released) == "F" + "FTTT" * 12 + "F", "the recorded one"
+    assert schedule(TaylorSeer(6, first_full_steps=3), 20) == "FFFTTTTTFTTTTTFTTTTT"
+    assert schedule(TaylorSeer(5, first_full_steps=1), None) == "FTTTT" * 10
+    assert schedule(released).replace("T", "R") == schedule(published("fora", "dit", interval=4))
+
+
+@given(length=st.integers(1, 12), first=st.integers(1, 5), total=st.integers(1, 60))
+def test_full_steps_of_taylorseer(length: int, first: int, total: int) -> None:
+    full = [step.kind is StepKind.FULL for step in TaylorSeer(length, first_full_steps=first).steps(total)]
+    assert full == [i < first or (i - first + 1) % length == 0 for i in range(total)]
+
+
 @given(length=st.integers(1, 12), total=st.integers(1, 60))
 def test_descending_schedules_are_anchored_at_the_last_step(length: int, total: int) -> None:
     kinds = [step.kind for step in FORA(Interval(length, descending=True)).steps(total)]
@@ -100,7 +115,9 @@ def test_descending_schedules_are_anchored_at_the_last_step(length: int, total: 
     assert kinds[-1] is StepKind.FULL
 
 
-@pytest.mark.parametrize("policy", [FORA(1), DuCa(1), DuCa(1, first="skip"), published("fora", "dit", interval=1)])
+@pytest.mark.parametrize(
+    "policy", [FORA(1), DuCa(1), DuCa(1, first="skip"), published("fora", "dit", interval=1), TaylorSeer(1)]
+)
 def test_an_interval_of_one_is_all_full(policy: Policy) -> None:
     assert schedule(policy) == "F" * 50
 
@@ -177,7 +194,15 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: DuCa(selection=None), "selection=None is unknown"),
     (lambda: Selection("norm"), "selection='norm' is unknown"),
     (lambda: DuCa(first="full"), "first='full' is unknown; choose 'partial' or 'skip'"),
-    (lambda: published("duca", "flux"), "nothing is published here for duca/flux; there is ['duca/dit', 'fora/dit']"),
+    (lambda: published("duca", "flux"), "nothing is published here for duca/flux; there is ['duca/dit', 'fora/dit', "
+     "'taylorseer/dit']"),
+    *((lambda v=v: TaylorSeer(v), f"interval={v!r} is impossible: it must be a whole number of at least 1")
+      for v in (0, True, 2.5, Interval(3))),
+    *((lambda v=v: TaylorSeer(max_order=v), f"max_order={v!r} is impossible: it must be a whole number from 0 to 4")
+      for v in (-1, 5, True, 1.0, None)),
+    *((lambda v=v: TaylorSeer(first_full_steps=v), f"first_full_steps={v!r} is impossible") for v in (0, -1, 1.5)),
+    (lambda: TaylorSeer(lite="no"), "lite='no' is impossible: it must be True or False"),
+    (lambda: published("taylorseer", "dit", lite=True), "published('taylorseer', 'dit'): "),
     (lambda: published("taylor", "dit"), "nothing is published here for taylor/dit"),
     (lambda: published("fora", "dit", fresh_ratio=0.1), "published('fora', 'dit'): "),
     (lambda: published("duca", "dit", interval=0), "interval=0 is impossible"),
@@ -205,5 +230,7 @@ def test_policies_are_values() -> None:
     assert DuCa(selection="random") == DuCa(selection=Selection("random"))
     assert DuCa(3).selection == Selection("random")
     assert [p.name for p in (DuCa(4), FORA(Interval(6)), Uncached())] == ["DuCa (N=4)", "FORA (N=6)", "uncached"]
+    seers = [TaylorSeer(6, 1), TaylorSeer(lite=True)]
+    assert [p.name for p in seers] == ["TaylorSeer (N=6, order 1)", "TaylorSeer lite (N=5, order 2)"]
     with pytest.raises(AttributeError):
         DuCa().interval = 3  # type: ignore[misc]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import models
 import pytest
 import torch
@@ -13,7 +15,7 @@ from duca_compile.analysis.operators import argument, is_random
 from duca_compile.analysis.variance import latent_input, timestep_input, variances
 from duca_compile.errors import StructureError, UsageError
 from duca_compile.graph import CapturedGraph, Variance
-from duca_compile.passes.hoist import frontier
+from duca_compile.passes.hoist import ALIGNMENT, frontier, row_layout
 from duca_compile.passes.pipeline import prepare
 
 X, T = torch.randn(2, 4, 8), torch.full((2,), 3.0)
@@ -60,12 +62,21 @@ def test_random_values_are_never_hoisted_and_attention_without_dropout_is_not_ra
 def test_the_frontier_is_what_the_loop_reads_of_the_loop_invariant_values() -> None:
     captured, facts = analysed(models.build(models.CrossBlock), **models.example())
     found = frontier(captured.graph, facts)
-    users = {user.name for n in found for user in n.users}
     assert {facts.variance[n.name] for n in found} == {Variance.INVARIANT}
-    assert all(facts.variance[name] > Variance.INVARIANT for name in users)
-    readers = [user.name for n in found for user in n.users]
-    attended = [name for name in readers if name.startswith("scaled_dot_product_attention")]
-    assert len(attended) == 4, "two blocks project the text to keys and values"
+    assert len([n for n in found if n.name.startswith("linear")]) == 4, "two blocks project the text to keys and values"
+    assert not [n for n in found if n.name.startswith(("reshape", "view", "transpose", "unsqueeze"))], (
+        "views are made in the loop, of what they are views of"
+    )
+
+
+def test_timestep_only_values_lie_apart_in_the_row_and_are_those_that_the_loop_reads() -> None:
+    captured, facts = analysed(models.build(models.CrossBlock), **models.example())
+    (row,) = row_layout(captured.graph, facts).values()
+    assert {facts.variance[piece.name] for piece in row} == {Variance.TIMESTEP}
+    assert len(row) == 2 + 1, "the modulation of two blocks and of the head"
+    for piece, after in pairwise(row):
+        assert piece.stop <= after.start
+        assert after.start * 4 % ALIGNMENT == 0
 
 
 def embedded(*arguments: str) -> str:

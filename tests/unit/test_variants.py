@@ -125,9 +125,11 @@ def test_any_mix_of_actions_with_a_changed_latent_equals_the_model_by_hand(run: 
 def test_a_partial_step_changes_exactly_the_chosen_tokens_of_the_cache(run: Runner) -> None:
     cached = caches(run.run(run.variant(COMPUTE), models.example()))
     index = chosen_tokens(run, {1: 3, 2: 5, 4: 7, 5: 2})
-    got = run.run(run.variant(REUSE, PARTIAL, PARTIAL, REUSE, PARTIAL, PARTIAL), models.example(1), **cached, **index)
+    written = {name: value.clone() for name, value in cached.items()}
+    got = run.run(run.variant(REUSE, PARTIAL, PARTIAL, REUSE, PARTIAL, PARTIAL), models.example(1), **written, **index)
     for name, positions in index.items():
         place = name.removeprefix("tokens_")
+        assert got[f"branch_{place}"].data_ptr() == written[f"cache_branch_{place}"].data_ptr(), "written in place"
         changed = (got[f"branch_{place}"] != cached[f"cache_branch_{place}"]).any(-1)
         expected = torch.zeros(BATCH, TOKENS, dtype=torch.bool)
         expected[torch.arange(BATCH)[:, None], positions] = True
@@ -139,7 +141,7 @@ def test_skip_runs_the_head_on_the_cached_end_with_the_current_timestep(run: Run
     call = models.example(seed=1, timestep=2.0)
     variant = run.variant(REUSE, skip=True)
     assert set(variant.inputs) - {n for n in variant.inputs if n.startswith("hoisted_")} == {
-        "timestep",
+        "timestep_float32",
         "cache_stream_end",
     }
     condition = F.silu(run.model.embed_t(models.embed(call["timestep"], WIDTH)))
@@ -188,7 +190,10 @@ def test_every_variant_is_well_formed_and_shares_the_weights(run: Runner) -> Non
         assert len(set(variant.inputs)) == len(variant.inputs)
         assert len(set(variant.outputs)) == len(variant.outputs)
         assert not [n for n in variant.module.graph.nodes if not n.users and n.op != "output"], "dead nodes"
-    assert len(seen) == len(live) - 2 - 2 * 4, "all but what is hoisted: the text's embedding, keys and values"
+    invariant, timestep = 2 + 2 * 4, 2 + 2 * 2 + 2
+    assert len(seen) == len(live) - invariant - timestep, (
+        "all but what is hoisted: the text's embedding, keys and values; the timestep's embedding and modulations"
+    )
 
 
 def test_a_changed_weight_is_seen_by_variants_built_before(run: Runner) -> None:

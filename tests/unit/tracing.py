@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 from duca_compile.analysis import analyze
 from duca_compile.capture import Binder, capture
 from duca_compile.graph import Action, CapturedGraph, Facts, Variant, VariantSpec
-from duca_compile.passes.pipeline import build_prologue, build_variant, prepare
+from duca_compile.passes.pipeline import build_prologue, build_variant, make_rows, prepare
 
-COMPUTE, PARTIAL, REUSE = Action.COMPUTE, Action.PARTIAL, Action.REUSE
+COMPUTE, PARTIAL, REUSE, FORECAST = Action.COMPUTE, Action.PARTIAL, Action.REUSE, Action.FORECAST
 
 
 def module(forward: Callable[..., Any], **children: nn.Module | Tensor) -> nn.Module:
@@ -63,6 +63,8 @@ class Runner:
         order = ["hoisted_" + n.name for n in self._prologue.graph.output_node().all_input_nodes]
         values = call | dict(zip(order, produced, strict=True)) | extra
         assert set(hoisted) <= set(order)
+        rows = make_rows(self.captured, self.facts)
+        values |= dict(zip(rows.outputs, rows.compute(values, values), strict=True))
         results = variant.module(*[values[name] for name in variant.inputs])
         return dict(zip(variant.outputs, results, strict=True))
 

@@ -1,0 +1,49 @@
+"""Makes full steps return the differences that forecasts are made of (TaylorSeer, arXiv 2503.06923)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from duca_compile.graph import FORECAST_GAP, FORECAST_ORDERS, STREAM_END, Action, cache_input, difference_slot
+from duca_compile.passes.base import ExactPass, VariantDraft
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class EmitDifferences(ExactPass[VariantDraft]):
+    """Returns D_1 to D_m beside each emitted cache D_0: D_{i+1} = (D_i - D_i of the last full step) / gap.
+
+    The gap between the two steps divides all orders, as published, also where earlier gaps were others. Orders that
+    the full steps so far do not allow are zeros, whatever the old values are, so one variant serves every full step.
+    """
+
+    requires = frozenset({"caches_emitted"})
+    ensures = frozenset({"differences_emitted"})
+
+    def apply(self, draft: VariantDraft) -> bool:
+        order = draft.spec.order or 0
+        kept = {STREAM_END, *(b.slot for b in draft.branches(Action.COMPUTE))}
+        slots = [n for n in draft.results if n in kept and difference_slot(n, order) not in draft.results]
+        if not slots:
+            return False
+        (results,) = draft.graph.output_node().args
+        assert isinstance(results, tuple)
+        emitted = dict(zip(draft.results, results, strict=True))
+        number = emitted[slots[0]].meta["val"].new_empty((), dtype=torch.float32)
+        gap, orders = draft.add_input(FORECAST_GAP, number), draft.add_input(FORECAST_ORDERS, number)
+        with draft.graph.inserting_before(draft.graph.output_node()):
+            allowed = [draft.graph.call_function(aten.gt.Scalar, (orders, i)) for i in range(order)]
+        for slot in slots:
+            now, like = emitted[slot], emitted[slot].meta["val"]
+            for i in range(order):
+                old = draft.add_input(cache_input(difference_slot(slot, i)), like)
+                with draft.graph.inserting_before(draft.graph.output_node()):
+                    change = draft.graph.call_function(aten.sub.Tensor, (now, old))
+                    slope = draft.graph.call_function(aten.div.Tensor, (change, gap))
+                    now = draft.graph.call_function(aten.where.ScalarOther, (allowed[i], slope, 0.0))
+                now.meta["val"] = like
+                draft.add_result(difference_slot(slot, i + 1), now)
+        return True

@@ -1,0 +1,55 @@
+"""TaylorSeer (arXiv 2503.06923): between full steps, features are forecast by a Taylor series of their differences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+
+from duca_compile.errors import PolicyError
+from duca_compile.policies.base import Forecast, Policy, Step, StepKind
+from duca_compile.policies.checks import check_whole
+
+
+@dataclass(frozen=True)
+class TaylorSeer(Policy):
+    """The first steps in full, then a full step every ``interval``; forecasts in between.
+
+    Attributes:
+        interval: steps from one full step to the next.
+        max_order: the highest difference used, 0 to 4; 0 is reuse. Caches hold this many tensors more for each branch.
+            Orders come one by one: a forecast has one for each full step after the first, from the last of
+            ``first_full_steps`` on.
+        first_full_steps: how many steps at the start are full; released with 2 for DiT, 3 for FLUX and 1 for
+            HunyuanVideo.
+        lite: forecasts the end of the residual stream alone, which is then all that is cached, and runs no block.
+
+    Raises:
+        PolicyError: impossible numbers.
+    """
+
+    interval: int = 5
+    max_order: int = 2
+    first_full_steps: int = 2
+    lite: bool = False
+
+    def __post_init__(self) -> None:
+        check_whole("interval", self.interval, least=1)
+        check_whole("max_order", self.max_order, least=0, most=4)
+        check_whole("first_full_steps", self.first_full_steps, least=1)
+        if not isinstance(self.lite, bool):
+            raise PolicyError(f"lite={self.lite!r} is impossible: it must be True or False")
+
+    @property
+    def name(self) -> str:
+        return f"TaylorSeer{' lite' if self.lite else ''} (N={self.interval}, order {self.max_order})"
+
+    @property
+    def forecast(self) -> Forecast:
+        return Forecast(self.max_order, self.lite, first=self.first_full_steps - 1)
+
+    def steps(self, total: int | None) -> Iterator[Step]:
+        last = self.first_full_steps - 1
+        for index in count() if total is None else range(total):
+            full = index < last or (index - last) % self.interval == 0
+            yield Step(StepKind.FULL if full else StepKind.FORECAST, self.interval)
