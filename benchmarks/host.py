@@ -1,46 +1,47 @@
-"""Time what the dispatcher adds to a step: all of a call but the compiled graph's own time.
+"""What a step costs where there is next to nothing to compute: the host's work for it.
 
-    python benchmarks/host.py --out benchmarks/results/host.json
-
-The model is a tiny FLUX of 57 blocks (19 double, 38 single, as the real one has), so that the graphs take next to no
-time and the host's work per block shows. Steps of all kinds alternate, so they share the machine's load.
+The model is a tiny FLUX of 57 blocks (19 double, 38 single, as the real one has), so that its graphs take next to no
+time and the work per block shows. All ways of running it alternate, so they share the machine's load.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
 import time
 from collections import defaultdict
-from dataclasses import asdict
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import diffusers
 import torch
-from loop import KINDS, EachKind, InnerTime, Spread, surroundings
-from rich.console import Console
-from rich.table import Table
+from measure import KINDS, EachKind, InnerTime, Model, Spread, message
+from peers import CacheDit, FirstBlockCache, Peer, Setting, TaylorSeerHooks, periodic
+from runners import ORDER, Mode
 from torch import Tensor, nn
 
 import duca_compile
-from duca_compile import OptimizedModel
-from duca_compile.policies import StepKind
-from duca_compile.runtime.dispatcher import Program
+from duca_compile import OptimizedModel, Policy
 
 DOUBLE, SINGLE, TEXT, SIDE = 19, 38, 8, 4
 TARGET = 0.2e-3  # seconds beyond the graph's own
+WARM = ORDER + 2  # rounds that are not counted: they compile, and a forecast gains an order with each full step
+
+PEERS = {
+    "cache-dit, static mask": CacheDit,
+    "diffusers, FirstBlockCache": FirstBlockCache,
+    "diffusers, TaylorSeer": lambda model: TaylorSeerHooks(model, ORDER, lite=False),
+    "diffusers, TaylorSeer lite": lambda model: TaylorSeerHooks(model, ORDER),
+}
 
 
-def build(seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
+def build(seed: int, double: int = DOUBLE, single: int = SINGLE) -> tuple[nn.Module, dict[str, Tensor]]:
     """The model and the arguments of one call but the latent and the timestep."""
     torch.manual_seed(seed)
     model = diffusers.FluxTransformer2DModel(
         patch_size=1,
         in_channels=4,
-        num_layers=DOUBLE,
-        num_single_layers=SINGLE,
+        num_layers=double,
+        num_single_layers=single,
         attention_head_dim=16,
         num_attention_heads=2,
         joint_attention_dim=32,
@@ -58,72 +59,91 @@ def build(seed: int) -> tuple[nn.Module, dict[str, Tensor]]:
     }
 
 
-class GraphTime(InnerTime):
-    """Adds up the time spent inside the variants' compiled code: what is around Inductor's callable is ours."""
-
-    def _wrap(self, program: Program) -> None:
-        if hasattr(program.run, "_compiled"):
-            program.run._compiled = self._timed(program.run._compiled)
-        else:
-            super()._wrap(program)
+def _policies() -> list[Policy]:
+    found: list[Policy] = [EachKind(fresh_ratio=0.25)]
+    if hasattr(duca_compile, "TaylorSeer"):
+        found += [duca_compile.TaylorSeer(2, ORDER, 1, lite=lite) for lite in (False, True)]
+    return found
 
 
-@torch.no_grad()
-def measure(optimized: OptimizedModel, arguments: dict[str, Tensor], rounds: int) -> dict[str, Any]:
-    """One call of each kind per round; the first round compiles and is not counted."""
-    outside: dict[str, list[float]] = defaultdict(list)
-    total: dict[str, list[float]] = defaultdict(list)
-    graph: GraphTime | None = None
-    for index in range(rounds + 1):
-        for place, kind in enumerate(KINDS):
-            step = index * len(KINDS) + place
-            latent, timestep = torch.randn(1, SIDE * SIDE, 4), torch.full((1,), 1 - step / 1e5)
-            before = graph.seconds if graph else 0.0
-            started = time.perf_counter()
-            optimized(hidden_states=latent, timestep=timestep, **arguments)
-            seconds = time.perf_counter() - started
-            assert optimized.history[-1].kind is kind
-            if graph:
-                assert graph.seconds > before, "the timed programs did not run"
-                outside[kind.value].append(seconds - (graph.seconds - before))
-                total[kind.value].append(seconds)
-        graph = graph or GraphTime(optimized)
-    return {
-        kind: {"host_seconds_outside_the_graph": asdict(Spread.of(values)), "seconds": asdict(Spread.of(total[kind]))}
-        for kind, values in outside.items()
-    }
+@dataclass
+class Own:
+    """One of our models, with the time inside of its graphs once they are all there."""
+
+    model: OptimizedModel
+    prefix: str
+    period: int
+    graph: InnerTime | None = None
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    parser.add_argument("--rounds", type=int, default=200)
-    parser.add_argument("--backend", default="inductor", choices=("inductor", "eager"))
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    found: dict[str, Any] = {
-        "surroundings": surroundings(1),
-        "model": {"double": DOUBLE, "single": SINGLE, "image_tokens": SIDE * SIDE, "text_tokens": TEXT, "batch": 1},
-        "backend": args.backend,
-        "seed": args.seed,
-        "load_average_at_start": os.getloadavg(),
-    }
-    model, arguments = build(args.seed)
-    optimized = duca_compile.optimize(model, EachKind(fresh_ratio=0.25), args.backend, strict=True)
-    found["variants"] = measure(optimized, arguments, args.rounds)
-    found["load_average_at_end"] = os.getloadavg()
-    table = Table("step", "call, ms", "outside of the graph, ms", f"at most {1e3 * TARGET} ms")
-    for kind, times in found["variants"].items():
-        seconds, outside = (Spread(**times[name]) for name in ("seconds", "host_seconds_outside_the_graph"))
-        cached = kind != StepKind.FULL.value
-        met = ("yes" if outside.median <= TARGET else "no") if cached else ""
-        table.add_row(kind, seconds.milliseconds(), outside.milliseconds(), met)
-    Console(width=120).print(table)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(found, indent=2) + "\n")
+class Host:
+    """Takes turns: a period of each of our policies, then a computed and a skipped step of each peer."""
 
+    def __init__(self, mode: Mode, rounds: int, seed: int, double: int = DOUBLE, single: int = SINGLE) -> None:
+        self.model, self.arguments = build(seed, double, single)
+        self.mode, self.rounds = mode, rounds
+        self.errors: dict[str, str] = {}
+        self.seconds: dict[str, list[float]] = defaultdict(list)
+        self.outside: dict[str, list[float]] = defaultdict(list)
+        backend = "inductor" if mode == "compile" else "eager"
+        self.own = [
+            Own(
+                duca_compile.optimize(self.model, policy, backend, strict=True),
+                "lite " if getattr(policy, "lite", False) else "",
+                len(KINDS) if isinstance(policy, EachKind) else 2,
+            )
+            for policy in _policies()
+        ]
+        self.peers = dict(self._peers())
 
-if __name__ == "__main__":
-    main()
+    def _peers(self) -> Iterator[tuple[str, Model]]:
+        for name, make in PEERS.items():
+            try:
+                peer: Peer = make(self.model)
+                peer.start(Setting(mask=periodic(2 * (self.rounds + WARM), 2), interval=2))
+            except ModuleNotFoundError:
+                self.errors[name] = "not installed"
+            except Exception as error:
+                self.errors[name] = message(error)
+            else:
+                yield name, torch.compile(peer.model) if self.mode == "compile" else peer.model
+
+    def _call(self, model: Model, step: int) -> float:
+        latent, timestep = torch.randn(1, SIDE * SIDE, 4), torch.full((1,), 1 - step / 1e5)
+        started = time.perf_counter()
+        model(hidden_states=latent, timestep=timestep, **self.arguments)
+        return time.perf_counter() - started
+
+    def _own_round(self, own: Own, index: int) -> None:
+        for place in range(own.period):
+            before = own.graph.seconds if own.graph else 0.0
+            seconds = self._call(own.model, index * own.period + place)
+            if own.graph:
+                assert own.graph.seconds > before, "the timed programs did not run"
+                kind = f"duca_compile, {own.prefix}{own.model.history[-1].kind.value}"
+                self.outside[kind].append(seconds - (own.graph.seconds - before))
+                self.seconds[kind].append(seconds)
+        if index + 1 == WARM:
+            own.graph = InnerTime(own.model)
+
+    def _peer_round(self, name: str, model: Model, index: int) -> None:
+        self._call(model, 2 * index)
+        seconds = self._call(model, 2 * index + 1)
+        if index >= WARM:
+            self.seconds[name].append(seconds)
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, Any]:
+        for index in range(self.rounds + WARM):
+            for own in self.own:
+                self._own_round(own, index)
+            for name, model in [*self.peers.items()]:
+                try:
+                    self._peer_round(name, model, index)
+                except Exception as error:
+                    self.errors[name] = message(error)
+                    del self.peers[name]
+        found: dict[str, Any] = {name: {"seconds": asdict(Spread.of(each))} for name, each in self.seconds.items()}
+        for name, each in self.outside.items():
+            found[name]["host_seconds_outside_the_graph"] = asdict(Spread.of(each))
+        return found | {name: {"status": text} for name, text in self.errors.items()}

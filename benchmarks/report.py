@@ -6,144 +6,441 @@ python benchmarks/report.py benchmarks/results > benchmarks/README.md
 from __future__ import annotations
 
 import json
+import re
 import sys
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PLAIN = {"eager": "model, eager", "torch.compile": "model, torch.compile"}
+from host import TARGET as HOST
+from pareto import TARGET, Match, frontier, matches, peers_of, speed, split
+
 LIMITS = {"reuse": 0.05, "skip": 0.01}  # of a full step
 EFFICIENCY = 0.9
-HOST = 0.2e-3  # seconds
 CAPTURE_SECONDS, CAPTURE_MEMORY = 20.0, 1.3  # the latter over the memory of the parameters
+OK, OWN, FEWER = "ok", "duca_compile", "fewer steps"
+COMPILE, EAGER = "PyTorch, plain, compile", "PyTorch, plain, eager"
+MIB = 2**20
+
+Found = dict[str, Any]
 
 INTRODUCTION = """# Benchmarks
 
-`quality.py` measures how far each policy takes the embedded model from its uncached images.
-`loop.py` times the variants of a larger model and its whole denoising loop. Its weights are random, so it says nothing
-of images. It needs a C++ compiler and takes about seven minutes on one free core. `host.py` times what is around the
-compiled graphs, on a tiny model of many blocks, in two minutes. `scale.py` measures what comes before compiling, on a
-model of real size; it takes a minute, and 4 GB of memory.
-
 ```
-OMP_NUM_THREADS=1 .venv/bin/python benchmarks/loop.py --rounds 3 --out benchmarks/results/loop.json
-OMP_NUM_THREADS=1 .venv/bin/python benchmarks/host.py --out benchmarks/results/host.json
-OMP_NUM_THREADS=1 .venv/bin/python benchmarks/scale.py --out benchmarks/results/scale.json
-.venv/bin/python benchmarks/quality.py --seeds 2 --out benchmarks/results/quality.json
+python -m venv .venv && .venv/bin/pip install -c constraints.txt -e '.[bench]'
+.venv/bin/python benchmarks/suite.py --out benchmarks/results/suite.json
+.venv/bin/python benchmarks/pareto.py --out benchmarks/results/pareto.json
 .venv/bin/python benchmarks/report.py benchmarks/results > benchmarks/README.md
 ```
 
-The last command writes this file. All figures below are from [results](results).
+`suite.py` measures time, start-up, memory and the host's work, on models with random weights. `pareto.py` sets speed
+against fidelity, on the trained model in the package. Both run on one thread of a CPU and need a C++ compiler. With
+`--quick` each tries everything on tiny models or with few settings, in minutes. cache-dit is needed for its own rows
+alone. The last command writes this file. All figures below are from [results](results).
+
+| file | holds |
+|---|---|
+| `suite.py`, `pareto.py` | the two commands |
+| `workloads.py` | the models, their sizes and their loops |
+| `runners.py`, `peers.py` | the ways of running them: PyTorch, duca_compile, other libraries |
+| `scale.py` | what comes before compiling, on a model of real size: `benchmarks/scale.py --out benchmarks/results/scale.json` |
+| `host.py` | the host's work for a step, on a tiny FLUX of 57 blocks |
+| `measure.py` | clocks, memory, FLOPs |
+| `report.py` | this page |
 """
 
 METHOD = """
-Everything is interleaved in one process: each round has one call of each variant, or one loop of each kind. A first
-round, which compiles, is not counted. Times are wall-clock medians with the interquartile range. CPU time was taken
-too: it leaves out waiting for a core that another process has. Where the two differ, CPU time is the one to read."""
+**Schedules.** All that cache compute the first step and each {nth} after it; TaylorSeer, ours and diffusers', computes
+one more near the start. cache-dit runs a static mask with one block before its decision, the fewest that it takes.
+FirstBlockCache has no schedule, so its decision is computed as ever, and then that of the same mask is taken. By its
+own patterns TaylorSeer of diffusers matches next to nothing in some of these models, so it is told the names of
+attention and MLPs or, *lite*, of the blocks and the last projection. Other libraries compile with
+`torch.compile(model)`, whose graphs their hooks break; the limit of recompilations is raised for them. Ours is
+`backend="inductor"`, and the plain model is compiled with `fullgraph=True`.
+
+**Time.** All rows of a model are interleaved in one process: each round has one loop of each. Loops that compile are
+not counted. Rounds counted: {rounds}. Times are their medians with the interquartile range; ratios are medians of the
+ratios within each round. CPU time leaves out waiting for a core that another process has. Where it differs, it is the
+one to read.
+
+**Ideal.** FLOPs of the plain loop over those of the row's own, as torch's counter sees them while the loop runs under
+eager: what is counted was executed. *Blocks* counts calls of the first projection of each block's attention, in the
+same loop. *Achieved / ideal* sets the speed-up over the plain model in the same mode against that.
+
+**Start.** A fresh process with an empty folder for what Inductor compiles, then another with the folder that the first
+left. {calls} calls are enough for every variant to run, and for a full step after them. Importing and building the
+model are not counted.
+
+**Memory.** The kernel's record of the process's highest resident set, without mapped files, less what the process held
+before the model was built; in a second request of the warm process, so compiling does not count."""
+
+
+def prose(*sentences: str) -> str:
+    """A paragraph with empty lines around it."""
+    return "\n" + textwrap.fill(" ".join(sentences), 120, break_on_hyphens=False, break_long_words=False) + "\n"
 
 
 def row(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def spread(seconds: dict[str, Any], scale: float = 1.0) -> str:
-    return f"{scale * seconds['median']:.2f} ({scale * seconds['q1']:.2f} to {scale * seconds['q3']:.2f})"
+def head(*cells: str) -> list[str]:
+    return [row(*cells), f"|{'---|' * len(cells)}"]
+
+
+def spread(value: Found, scale: float = 1.0) -> str:
+    return f"{scale * value['median']:.2f} ({scale * value['q1']:.2f} to {scale * value['q3']:.2f})"
+
+
+def times(value: Found | None) -> str:
+    return f"{value['median']:.2f}x" if value else ""
+
+
+def mib(size: float) -> str:
+    return f"{size / MIB:.0f}"
 
 
 def verdict(met: bool, target: str) -> str:
     return f"{target}: {'met' if met else 'missed'}"
 
 
-def setting(found: dict[str, Any]) -> list[str]:
-    where, model = found["surroundings"], found["model"]
-    width = model["num_attention_heads"] * model["attention_head_dim"]
-    size = f"{model['num_layers']} blocks, width {width}, {model['tokens']} tokens, batch {model['batch']}"
-    before, after = found["load_average_at_start"][0], found["load_average_at_end"][0]
-    software = f"Python {where['python']}, torch {where['torch']}, diffusers {where['diffusers']}"
+def of_part(model: Found, part: str) -> Found:
+    """The rows of a part that ran."""
+    return model.get(part, {}).get("found", {})
+
+
+def ran(rows: Found) -> Found:
+    return {name: each for name, each in rows.items() if each.get("status", OK) == OK}
+
+
+def setting(suite: Found) -> list[str]:
+    where, before, after = suite["surroundings"], suite["load_average_at_start"][0], suite["load_average_at_end"][0]
+    packages = ", ".join(f"{name} {where[name]}" for name in ("torch", "diffusers", "cache-dit") if where[name])
     machine = f"{where['cpu']}, {where['cores']} cores, {', '.join(where['vector_extensions'])}"
+    given = suite["arguments"]
     return [
         "## What was measured\n",
-        row("", ""),
-        "|---|---|",
-        row("model", f"diffusers `{model['class']}`: {size} (both halves of guidance), float32"),
-        row("loop", f"diffusers `DDIMScheduler`, {found['arguments']['steps']} steps"),
-        row("seed", f"{found['arguments']['seed']}, of weights and latents"),
+        *head("", ""),
         row("machine", f"{machine}; {where['threads']} thread used"),
-        row("software", f"{software}, duca_compile at {where['commit']}"),
-        row("load average", f"{before:.1f} at the start, {after:.1f} at the end, with other processes on the machine"),
-        METHOD,
-    ]
-
-
-def calls(variants: dict[str, Any]) -> list[str]:
-    lines = [
-        "\n## One call\n",
-        f"Medians of {variants['full']['seconds']['runs']} calls. *Host* is the wall-clock time of a call outside",
-        "of the compiled variant: telling the step, planning, choosing tokens, handing caches over.\n",
-        row("call", "time, ms (IQR)", "of full", "by CPU time", "FLOPs of full", "host, ms", "target"),
-        "|---|---|---|---|---|---|---|",
-    ]
-    for name, each in variants.items():
-        host, flops, limit = each["host_seconds_outside_the_graph"], each["flops_of_full"], LIMITS.get(name)
-        share, by_cpu = each["of_full"], each["of_full_by_cpu_time"]
-        cells = [PLAIN.get(name, name), spread(each["seconds"], 1e3), f"{share:.4f}", f"{by_cpu:.4f}"]
-        cells.append("" if flops is None else f"{flops:.4f}")
-        cells.append("" if host is None else f"{1e3 * host['median']:.2f}")
-        cells.append("" if limit is None else verdict(max(share, by_cpu) <= limit, f"at most {limit}"))
-        lines.append(row(*cells))
-    return lines
-
-
-def loops(found: dict[str, Any]) -> list[str]:
-    lines = [
-        "\n## The whole loop\n",
-        f"Medians of {found['eager']['seconds']['runs']} loops. Speed-up is over `torch.compile` of the plain model,",
-        "as the median of the ratios within each round. The ideal is the ratio of FLOPs; efficiency is speed-up over",
-        "ideal.",
-        f"The target is an efficiency of at least {EFFICIENCY}, by both clocks.\n",
-        row("loop", "time, s (IQR)", "CPU time, s", "speed-up", "by CPU time", "ideal", "efficiency", "by CPU time"),
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    notes = []
-    for name, each in found.items():
-        cells = [PLAIN.get(name, name), spread(each["seconds"]), f"{each['cpu_seconds']['median']:.2f}"]
-        cells += [f"{each['speedup']:.2f}x", f"{each['speedup_by_cpu_time']:.2f}x"]
-        if "flop_ideal" not in each:
-            lines.append(row(*cells, "", "", ""))
-            continue
-        wall, cpu, ideal = each["efficiency"], each["efficiency_by_cpu_time"], each["flop_ideal"]
-        lines.append(row(*cells, f"{ideal:.2f}x", f"{wall:.2f}", f"{cpu:.2f}"))
-        kinds = ", ".join(f"{count} {kind}" for kind, count in each["calls"].items())
-        target = f"; {verdict(min(wall, cpu) >= EFFICIENCY, 'target')}" if ideal > 1 else ""
-        policy = f" (`{each['policy']}`)" if "policy" in each else ""
-        notes.append(f"- {name}{policy}: {kinds}; caches {each['cache_bytes'] / 2**20:.2f} MiB{target}.")
-    if any(
-        each.get("efficiency", 0) > max(1.02, each.get("efficiency_by_cpu_time", 0) + 0.02) for each in found.values()
-    ):
-        notes.append("\nWall-clock efficiencies above 1 are not real: the plain loops waited longer for a core.")
-    return [*lines, "", *notes]
-
-
-def host(found: dict[str, Any]) -> list[str]:
-    model, before, after = found["model"], found["load_average_at_start"][0], found["load_average_at_end"][0]
-    blocks = model["double"] + model["single"]
-    lines = [
-        "\n## The host's work per step\n",
-        f"A FLUX of {blocks} blocks ({model['double']} double, {model['single']} single), so small that its graphs",
-        "take next to no time, under `host.py`: one call of each kind in turn, so that each finds the processor's",
-        f"caches as the one before left them. Load {before:.1f} at the start, {after:.1f} at the end. *Outside*",
-        "is what is left of a call when the compiled graph's own time is taken off.\n",
-        row("step", "call, ms (IQR)", "outside, ms (IQR)", "target"),
-        "|---|---|---|---|",
-    ]
-    for kind, each in found["variants"].items():
-        outside = each["host_seconds_outside_the_graph"]
-        met = "" if kind == "full" else verdict(outside["median"] <= HOST, f"at most {1e3 * HOST:.1f} ms")
-        lines.append(row(kind, spread(each["seconds"], 1e3), spread(outside, 1e3), met))
-    return [
-        *lines,
+        row("software", f"Python {where['python']}, {packages}, duca_compile at {where['commit']}"),
+        row("seed", f"{given['seed']}, of weights, prompts and latents"),
+        row("load average", f"{before:.1f} at the start, {after:.1f} at the end"),
+        row("date", where["started"]),
         "",
-        "A partial step also chooses tokens, and hands over one index tensor for each branch that it recomputes.",
+        *head("model", "class of diffusers", "size", "loop"),
+        *(
+            row(
+                name,
+                f"`{each['config']['class']}`",
+                each["shape"],
+                f"`{each['loop']['scheduler']}`, {each['steps']} steps",
+            )
+            for name, each in suite["models"].items()
+        ),
+        "",
+        "Weights are random and float32. A batch of 2 is both halves of classifier-free guidance.",
+        *method(suite),
     ]
+
+
+def described(model: Found) -> tuple[str, str, str]:
+    return f"`{model['config']['class']}`", model["shape"], f"`{model['loop']['scheduler']}`, {model['steps']} steps"
+
+
+def method(suite: Found) -> list[str]:
+    known = {
+        "nth": ordinal(suite["interval"]),
+        "rounds": suite["arguments"]["rounds"],
+        "calls": suite["starting_calls"],
+    }
+    return [prose(paragraph.format(**known)) for paragraph in METHOD.split("\n\n")]
+
+
+def ordinal(number: int) -> str:
+    return {2: "second", 3: "third", 4: "fourth", 5: "fifth", 6: "sixth", 7: "seventh"}.get(number, f"{number}th")
+
+
+def loops(suite: Found) -> Iterator[str]:
+    yield "\n## The whole loop\n"
+    yield f"The target for ours is {EFFICIENCY} of the ideal, by both clocks."
+    for name, model in suite["models"].items():
+        rows = of_part(model, "loops")
+        if not rows:
+            continue
+        before, after = model["load_average_before_and_after_the_loops"]
+        yield f"\n### {name}\n"
+        yield f"Load {before:.1f} before, {after:.1f} after.\n"
+        columns = (
+            "run",
+            "time, s (IQR)",
+            "over torch.compile",
+            "over eager",
+            "ideal",
+            "achieved / ideal",
+            "by CPU time",
+        )
+        yield from head(*columns, "executed")
+        for label, each in rows.items():
+            yield loop_row(label, each)
+    yield ""
+
+
+def loop_row(label: str, each: Found) -> str:
+    if each["status"] != OK:
+        return row(label, escaped(each["status"]), *[""] * 6)
+    over = [times(each.get(f"speedup_over_{mode}")) for mode in ("compile", "eager")]
+    achieved = [f"{each[name]:.2f}" if name in each else "" for name in ("efficiency", "cpu_efficiency")]
+    done = ", ".join(f"{count} {kind}" for kind, count in each.get("steps", {}).items())
+    if "blocks_run" in each:
+        done = f"{each['blocks_run']} of {each['blocks_uncached']} blocks"
+    return row(label, spread(each["seconds"]), *over, f"{each['ideal']:.2f}x", *achieved, done)
+
+
+def escaped(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def starts(suite: Found) -> Iterator[str]:
+    calls = suite["starting_calls"]
+    yield "## Start and memory"
+    yield prose(
+        f"Seconds of the first call, and of the first {calls}, with nothing compiled (cold) and with what an earlier",
+        "process compiled (warm). Where nothing is compiled, there is one process.",
+    )
+    for name, model in suite["models"].items():
+        rows = model.get("start", {})
+        if not rows:
+            continue
+        yield f"\n### {name}\n"
+        yield from head("run", "first call: cold", "warm", f"first {calls}: cold", "warm", "later", "peak memory, MiB")
+        for label, each in rows.items():
+            if each["status"] != OK:
+                yield row(label, escaped(each["status"]), *[""] * 5)
+                continue
+            cold, warm = each["cold"], each.get("warm")
+            seconds = [
+                f"{run[which]:.1f}" if run else ""
+                for which in ("first_call_seconds", "first_calls_seconds")
+                for run in (cold, warm)
+            ]
+            last = warm or cold
+            yield row(label, *seconds, f"{last['later_calls_seconds']:.1f}", mib(last["peak_bytes"]))
+    yield ""
+
+
+def calls(suite: Found) -> Iterator[str]:
+    yield "## One call of each kind"
+    yield prose(
+        f"Medians of {suite['arguments']['calls']} calls. *Host* is the wall-clock time of a call outside of the",
+        "compiled variant: telling the step, planning, choosing tokens, handing caches over.",
+    )
+    yield from head("model", "call", "time, ms (IQR)", "of full", "by CPU time", "FLOPs of full", "host, ms", "target")
+    for name, model in suite["models"].items():
+        for kind, each in of_part(model, "calls").items():
+            host, flops, limit = each["host_seconds_outside_the_graph"], each["flops_of_full"], LIMITS.get(kind)
+            share, by_cpu = each["of_full"], each["of_full_by_cpu_time"]
+            cells = [name, kind, spread(each["seconds"], 1e3), f"{share:.4f}", f"{by_cpu:.4f}"]
+            cells.append("" if flops is None else f"{flops:.4f}")
+            cells.append("" if host is None else f"{1e3 * host['median']:.2f}")
+            cells.append("" if limit is None else verdict(max(share, by_cpu) <= limit, f"at most {limit}"))
+            yield row(*cells)
+    yield ""
+
+
+def hosts(host: Found) -> Iterator[str]:
+    model, (before, after) = host["model"], host["load_average_before_and_after"]
+    sizes = f"{model['double'] + model['single']} blocks ({model['double']} double, {model['single']} single)"
+    yield "## The host's work per step"
+    yield prose(
+        f"A FLUX of {sizes}, so small that its graphs take next to no time. All alternate, so that each finds the",
+        f"processor's caches as another left them. Load {before:.1f} before, {after:.1f} after. Of others, the call is",
+        "that of a skipped step. *Outside* is what is left of a call of ours when the compiled graph's own time is",
+        "taken off.",
+    )
+    yield from head("step", "mode", "call, ms (IQR)", "outside, ms (IQR)", "target")
+    for mode, rows in host.get("found", {}).items():
+        for label, each in rows.items():
+            if "status" in each:
+                yield row(label, mode, escaped(each["status"]), "", "")
+                continue
+            outside = each.get("host_seconds_outside_the_graph")
+            held = outside and mode == "compile" and not label.endswith("full")
+            met = verdict(outside["median"] <= HOST, f"at most {1e3 * HOST:.1f} ms") if outside and held else ""
+            yield row(label, mode, spread(each["seconds"], 1e3), spread(outside, 1e3) if outside else "", met)
+    yield "\nA partial step also chooses tokens, and hands over one index tensor for each branch that it recomputes.\n"
+
+
+def quality(pareto: Found) -> Iterator[str]:
+    where, seeds, classes = pareto["surroundings"], pareto["seeds"], pareto["classes"]
+    before, after = pareto["load_average_at_start"][0], pareto["load_average_at_end"][0]
+    yield "## Speed against fidelity"
+    yield prose(
+        f"The trained model in the package, {seeds * classes} images ({seeds} of each class), DDIM, duca_compile at",
+        f"{where['commit']}, load {before:.1f} at the start, {after:.1f} at the end. Speed is over `torch.compile` of",
+        "the plain model in the same round. PSNR is to its images of the same noise; it says how much changed, not how",
+        "good an image is, and counts to a tenth. Other libraries ran under eager and under `torch.compile`; the",
+        "faster counts. Points that skip nothing are left out.",
+    )
+    yield "![Time against PSNR of all settings](results/pareto.png)"
+    for steps in pareto["steps"]:
+        by_library = split(pareto["points"], steps)
+        yield f"\n### {steps} steps"
+        yield prose(claim(by_library, steps))
+        yield "The others' settings that no other one of theirs beats, and the fastest of ours at no lower PSNR:\n"
+        yield from versus(matches(by_library[OWN], frontier(peers_of(by_library))))
+        yield "\nOurs that no other one of ours beats, and simply fewer steps at no lower PSNR:\n"
+        yield from against_fewer(by_library)
+    failed = {**pareto["failed"], **failures(pareto)}
+    if failed:
+        yield "\nWhat did not run:\n"
+        yield from (f"- {name}: {text}" for name, text in failed.items())
+    yield ""
+
+
+def failures(pareto: Found) -> dict[str, str]:
+    failed = [point for point in pareto["points"] if point["status"] != OK]
+    return {f"{named(point)}, {point['mode']}, {point['steps']} steps": point["status"] for point in failed}
+
+
+def named(point: Found) -> str:
+    parts = dict.fromkeys(point[name] for name in ("library", "method", "setting"))
+    return point["setting"] if point["library"] in (OWN, FEWER) else ", ".join(parts)
+
+
+def claim(by_library: dict[str, list[Found]], steps: int) -> str:
+    found = matches(by_library[OWN], frontier(peers_of(by_library)))
+    if not found:
+        return "No other library ran."
+    ratios = sorted(match.ratio for match in found)
+    held = sum(ratio >= TARGET for ratio in ratios)
+    middle = ratios[len(ratios) // 2]
+    return (
+        f"At least {TARGET} times the speed of the best of the others, at an equal or higher PSNR: held at {held} of "
+        f"{len(found)} points (lowest ratio {ratios[0]:.2f}, median {middle:.2f}, highest {ratios[-1]:.2f})."
+    )
+
+
+def versus(found: list[Match]) -> Iterator[str]:
+    yield from head("other", "mode", "speed-up", "PSNR, dB", "ours", "speed-up", "PSNR, dB", "ratio")
+    for match in found:
+        other, own = match.other, match.own
+        cells = [named(other), other["mode"], times(other["speedup"]), f"{other['psnr']:.1f}"]
+        cells += [named(own), times(own["speedup"]), f"{own['psnr']:.1f}"] if own else ["none", "", ""]
+        yield row(*cells, f"{match.ratio:.2f}")
+
+
+def against_fewer(by_library: dict[str, list[Found]]) -> Iterator[str]:
+    yield from head("ours", "speed-up", "PSNR, dB", "fewer steps", "speed-up", "PSNR, dB", "ratio")
+    for match in matches(by_library.get(FEWER, []), frontier(by_library[OWN])):
+        own, plain = match.other, match.own
+        cells = [named(own), times(own["speedup"]), f"{own['psnr']:.1f}"]
+        cells += [plain["setting"], times(plain["speedup"]), f"{plain['psnr']:.1f}"] if plain else ["none", "", ""]
+        yield row(*cells, f"{1 / match.ratio:.2f}" if plain else "")
+
+
+def losses(suite: Found, pareto: Found | None) -> Iterator[str]:
+    yield "## Where we lose"
+    yield prose("Whatever the rules in `report.py` find in the files, by name.")
+    found = [*loop_losses(suite), *start_losses(suite), *host_losses(suite), *quality_losses(pareto)]
+    yield from (f"- {line}" for line in found)
+    if not found:
+        yield "No rule found anything."
+
+
+def loop_losses(suite: Found) -> Iterator[str]:
+    for name, model in suite["models"].items():
+        rows = ran(of_part(model, "loops"))
+        own = {label: each for label, each in rows.items() if each["library"] == OWN}
+        for label, each in own.items():
+            worse = min(each.get("efficiency", 1), each.get("cpu_efficiency", 1))
+            if worse < EFFICIENCY:
+                yield f"{name}: {label} reaches {worse:.2f} of its ideal {each['ideal']:.2f}x, below {EFFICIENCY}."
+        for mode in ("compile", "eager"):
+            yield from faster_others(name, mode, {label: each for label, each in rows.items() if each["mode"] == mode})
+
+
+def faster_others(name: str, mode: str, rows: Found) -> Iterator[str]:
+    own = {label: each for label, each in rows.items() if each["library"] == OWN}
+    best = max(own, key=lambda label: -own[label]["seconds"]["median"], default=None)
+    if best is None:
+        return
+    for label, each in rows.items():
+        mine, theirs = own[best]["seconds"]["median"], each["seconds"]["median"]
+        if each["library"] != OWN and theirs < mine:
+            yield f"{name}: {label} takes {theirs:.2f} s, {best} {mine:.2f} s."
+        better = each.get("efficiency", 0) > own[best].get("efficiency", 0) and each["ideal"] > 1.01
+        if each["library"] != OWN and better:
+            yield (
+                f"{name}: {label} comes nearer to its ideal ({each['efficiency']:.2f}) than {best} to its own "
+                f"({own[best]['efficiency']:.2f})."
+            )
+
+
+def start_losses(suite: Found) -> Iterator[str]:
+    for name, model in suite["models"].items():
+        rows = ran(model.get("start", {}))
+        for run, which in (("cold", "first_calls_seconds"), ("warm", "first_calls_seconds")):
+            timed = {label: each[run][which] for label, each in rows.items() if run in each and ", compile" in label}
+            own = {label: value for label, value in timed.items() if label.startswith(OWN)}
+            others = {label: value for label, value in timed.items() if not label.startswith(OWN)}
+            if own and others and max(own.values()) > min(others.values()):
+                slowest, fastest = max(own, key=lambda each: own[each]), min(others, key=lambda each: others[each])
+                yield (
+                    f"{name}, {run} start: {slowest} takes {own[slowest]:.1f} s for its first calls, "
+                    f"{fastest} {others[fastest]:.1f} s."
+                )
+        yield from memory_losses(name, rows)
+
+
+def memory_losses(name: str, rows: Found) -> Iterator[str]:
+    peaks = {label: each.get("warm", each["cold"])["peak_bytes"] for label, each in rows.items()}
+    own = {label: value for label, value in peaks.items() if label.startswith(OWN)}
+    others = {label: value for label, value in peaks.items() if not label.startswith((OWN, "PyTorch"))}
+    if own and COMPILE in peaks:
+        most = max(own, key=lambda each: own[each])
+        line = f"{name}: {most} holds {mib(own[most])} MiB at most, the plain compiled model {mib(peaks[COMPILE])} MiB"
+        if others:
+            least = min(others, key=lambda each: others[each])
+            line += f", {least} {mib(others[least])} MiB"
+        if own[most] > peaks[COMPILE]:
+            yield f"{line}."
+
+
+def host_losses(suite: Found) -> Iterator[str]:
+    for mode, rows in suite.get("host", {}).get("found", {}).items():
+        timed = {label: each for label, each in rows.items() if "seconds" in each}
+        others = {label: each for label, each in timed.items() if not label.startswith(OWN)}
+        for label, each in timed.items():
+            if not label.startswith(OWN) or label.endswith(("full", "partial")):
+                continue
+            for other, theirs in others.items():
+                if theirs["seconds"]["median"] < each["seconds"]["median"]:
+                    yield (
+                        f"Host, {mode}: {label} takes {1e3 * each['seconds']['median']:.2f} ms a call, "
+                        f"a skipped step of {other} {1e3 * theirs['seconds']['median']:.2f} ms."
+                    )
+            outside = each["host_seconds_outside_the_graph"]["median"]
+            if mode == "compile" and outside > HOST:
+                yield f"Host: {label} takes {1e3 * outside:.2f} ms outside of its graph, above {1e3 * HOST:.1f} ms."
+
+
+def quality_losses(pareto: Found | None) -> Iterator[str]:
+    for steps in pareto["steps"] if pareto else []:
+        by_library = split(pareto["points"], steps)
+        for match in matches(by_library[OWN], frontier(peers_of(by_library))):
+            if match.ratio < TARGET:
+                ours = f"{named(match.own)}, {speed(match.own):.2f}x" if match.own else "nothing of ours"
+                yield (
+                    f"{steps} steps, {match.other['psnr']:.1f} dB: {named(match.other)} is {speed(match.other):.2f}x; "
+                    f"at that PSNR ours is {ours}: {match.ratio:.2f} times as fast, below {TARGET}."
+                )
+        for match in matches(by_library.get(FEWER, []), frontier(by_library[OWN])):
+            if match.own and match.ratio > 1:
+                yield (
+                    f"{steps} steps: {named(match.own)} without any cache are {match.ratio:.2f} times as fast as "
+                    f"{named(match.other)} ({match.own['psnr']:.1f} and {match.other['psnr']:.1f} dB)."
+                )
 
 
 def scale(found: dict[str, Any]) -> list[str]:
@@ -185,46 +482,25 @@ def scale(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def losses(found: dict[str, Any]) -> list[str]:
-    partial, reuse = found["variants"]["partial"], found["variants"]["reuse"]
-    uncached = found["loops"]["duca_compile, uncached"]
-    first = [each["first_seconds"] for each in found["loops"].values() if "first_seconds" in each]
-    return [
-        "\n## What loses\n",
-        f"- Uncached, there is little to gain: {uncached['speedup_by_cpu_time']:.2f}x of `torch.compile`, by CPU time.",
-        f"- A partial step takes {partial['of_full']:.3f} of a full one where its FLOPs are",
-        f"  {partial['flops_of_full']:.3f}; a reuse step {reuse['of_full']:.3f} where they are",
-        f"  {reuse['flops_of_full']:.3f}. Norms, gates, gathers and scatters are not FLOPs, and products of few",
-        "  rows read every weight all the same.",
-        *(f"- The first loop also compiles, and takes up to {seconds:.0f} s." for seconds in sorted(first)[-1:]),
-    ]
-
-
-def quality(found: dict[str, Any]) -> list[str]:
-    images = found["seeds"] * found["classes"]
-    cells = [(str(r["steps"]), r["run"], f"{r['flop_ideal']:.2f}x", f"{r['psnr']:.1f} dB") for r in found["rows"]]
-    return [
-        "\n## Quality on the embedded model\n",
-        f"{images} images ({found['seeds']} seeds of each class), DDIM, eager, torch {found['surroundings']['torch']}.",
-        "PSNR is to the uncached images of the same noise and all steps; it says how much changed, not how good it is.",
-        "*plain* is the uncached loop with fewer steps. *Ideal* is the ratio of FLOPs.\n",
-        row("steps", "run", "ideal", "PSNR"),
-        "|---|---|---|---|",
-        *(row(*each) for each in cells),
-        "",
-        "Read each policy beside the plain rows of about its speed: what it gains over them is what caching is worth",
-        "on this model. It is small, and its 28x28 images of one garment are settled early.",
-    ]
+def page(folder: Path) -> str:
+    suite = json.loads((folder / "suite.json").read_text())
+    path = folder / "pareto.json"
+    pareto = json.loads(path.read_text()) if path.exists() else None
+    parts = [INTRODUCTION, *setting(suite), *loops(suite), *starts(suite)]
+    if any(of_part(model, "calls") for model in suite["models"].values()):
+        parts += calls(suite)
+    if suite.get("host", {}).get("found"):
+        parts += hosts(suite["host"])
+    if (folder / "scale.json").exists():
+        parts += scale(json.loads((folder / "scale.json").read_text()))
+    if pareto:
+        parts += quality(pareto)
+    text = "\n".join([*parts, *losses(suite, pareto)])
+    return re.sub(r"\n{3,}", "\n\n", text).rstrip()
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
-    found = json.loads((folder / "loop.json").read_text())
-    parts = [*setting(found), *calls(found["variants"]), *loops(found["loops"]), *losses(found)]
-    parts += host(json.loads((folder / "host.json").read_text()))
-    parts += scale(json.loads((folder / "scale.json").read_text()))
-    parts += quality(json.loads((folder / "quality.json").read_text()))
-    print(INTRODUCTION, *parts, sep="\n")
+    print(page(Path(sys.argv[1])))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from unittest.mock import patch
 import host
 import torch
 from diffusers import DiTTransformer2DModel
-from loop import surroundings
+from measure import surroundings
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn

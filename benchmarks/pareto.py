@@ -1,0 +1,411 @@
+"""Speed against fidelity on the trained model in the package: duca_compile's policies, other libraries, fewer steps.
+
+    python benchmarks/pareto.py --out benchmarks/results/pareto.json
+
+Speed is wall-clock time over that of ``torch.compile`` of the plain model in the same round. Fidelity is the PSNR, over
+the pixel range, to that model's images of the same noise and all steps; it says how much changed, not whether the
+picture is good. Each round has a seed of its own and one image of each class. Other libraries run under eager and under
+``torch.compile``; the faster counts. A picture is written beside the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from measure import Model, Spread, message, of_pairs, surroundings, timed, write
+from peers import CacheDit, FirstBlockCache, Peer, Setting, TaylorSeerHooks, periodic
+from rich.console import Console
+from rich.table import Table
+from runners import configure
+from suite import ABSENT, OK, in_process
+from torch import Tensor, nn
+
+import duca_compile
+from duca_compile import FORA, DuCa, Policy, Uncached, published
+from duca_compile.demo import DemoModel
+from duca_compile.errors import PolicyError
+
+TARGET = 1.2  # times the speed of the best of the others at an equal or higher PSNR
+BASE_EVERY = 12
+EXACT = 80.0  # dB; what is above differs by rounding: it skipped nothing
+INTERVALS = (2, 3, 4, 5, 6, 7, 8)
+THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
+PRESETS = ("slow", "medium", "fast", "ultra")
+COLORS = {"duca_compile": "#c0392b", "cache-dit": "#2e86c1", "diffusers": "#28a745", "fewer steps": "#7f8c8d"}
+Sample = Callable[[int], Tensor]  # the images of a seed
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of making the images, in one mode."""
+
+    method: str
+    setting: str
+    mode: str
+    sample: Sample
+
+
+# ---- duca_compile
+
+
+def label(policy: Policy) -> str:
+    if not isinstance(policy, DuCa) or policy.selection is None:
+        return policy.name
+    kind = policy.selection if isinstance(policy.selection, str) else policy.selection.kind
+    return f"{policy.name} {kind}, ratio {policy.fresh_ratio:g}, {policy.first} first"
+
+
+def policies() -> dict[str, Policy]:
+    """The sweep, by what is shown of each."""
+    chosen: list[Policy] = [FORA(interval) for interval in INTERVALS]
+    chosen += [DuCa(interval, fresh_ratio=0.1) for interval in INTERVALS]
+    chosen += [DuCa(interval, fresh_ratio=0.4) for interval in (3, 5, 7)]
+    chosen += [DuCa(interval, fresh_ratio=0.1, first="skip") for interval in (3, 5)]
+    chosen += [
+        DuCa(interval, fresh_ratio=0.1, selection=each) for interval in (3, 5) for each in ("v_norm", "attention")
+    ]
+    if hasattr(duca_compile, "TaylorSeer"):
+        seer = duca_compile.TaylorSeer
+        chosen += [seer(n, order, lite=lite) for lite in (False, True) for order in (1, 2) for n in INTERVALS]
+    found = {label(policy): policy for policy in [Uncached(), *chosen]}
+    found |= {f"published DuCa-DiT (N={n})": published("duca", "dit", interval=n) for n in (3, 4)}
+    return found | {f"published FORA-DiT (N={n})": published("fora", "dit", interval=n) for n in (3, 5)}
+
+
+def own_ways(demo: DemoModel, steps: int, every: int, quick: bool) -> Iterator[Way]:
+    chosen = policies()
+    for name in [*chosen][::every]:
+        policy, backend = chosen[name], "eager" if quick else "inductor"
+        try:
+            model = duca_compile.optimize(demo.transformer, policy, backend, strict=True)
+        except PolicyError:  # its pattern depends on the number of steps
+            model = duca_compile.optimize(demo.transformer, policy, backend, steps, strict=True)
+
+        def sample(seed: int, model: Any = model) -> Tensor:
+            model.reset()
+            images = demo.sample(model, steps, demo.noise(seed), _ignore)
+            model.reset()
+            return images
+
+        yield Way("duca_compile", name, "compile", sample)
+
+
+def fewer_ways(demo: DemoModel, base: Model, steps: int, every: int) -> Iterator[Way]:
+    counts = sorted({math.ceil(steps / share) for share in (1.25, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8)}, reverse=True)
+    for count in counts[::every]:
+
+        def sample(seed: int, count: int = count) -> Tensor:
+            return demo.sample(base, count, demo.noise(seed), _ignore)
+
+        yield Way("fewer steps", f"{count} steps", "compile", sample)
+
+
+# ---- other libraries
+
+
+def _masks(steps: int) -> dict[str, Setting]:
+    return {f"N={n}": Setting(mask=periodic(steps, n)) for n in INTERVALS}
+
+
+def _presets(steps: int) -> dict[str, Setting]:
+    import cache_dit
+
+    masks = {name: cache_dit.steps_mask(total_steps=steps, mask_policy=name) for name in PRESETS}
+    return {f"mask {name}": Setting(mask=tuple(map(bool, mask))) for name, mask in masks.items()}
+
+
+def _thresholds(steps: int, chosen: Iterable[float] = THRESHOLDS, warmup: int = 1) -> dict[str, Setting]:
+    return {f"threshold {each:g}": Setting(threshold=each, steps=steps, warmup=warmup) for each in chosen}
+
+
+def _intervals(steps: int) -> dict[str, Setting]:
+    return {f"N={n}": Setting(interval=n) for n in INTERVALS}
+
+
+@dataclass(frozen=True)
+class Group:
+    """The settings that one hooked copy of the model can serve; ``settings`` is given the number of steps."""
+
+    library: str
+    method: str
+    make: Callable[[nn.Module], Peer]
+    settings: Callable[[int], dict[str, Setting]]
+    available: Callable[[], bool]
+
+
+def _cache_dit(calibrator: str, settings: Callable[[int], dict[str, Setting]]) -> Group:
+    name = f"DBCache {calibrator}".strip()
+    return Group("cache-dit", name, lambda model: CacheDit(model, calibrator), settings, CacheDit.installed)
+
+
+def _seer(order: int, lite: bool) -> Group:
+    name = f"TaylorSeer{' lite' if lite else ''}, order {order}"
+    return Group("diffusers", name, lambda m: TaylorSeerHooks(m, order, lite), _intervals, TaylorSeerHooks.installed)
+
+
+GROUPS = (
+    _cache_dit("", lambda steps: _masks(steps) | _presets(steps) | _thresholds(steps)),
+    _cache_dit("taylorseer-1", lambda steps: _masks(steps) | _presets(steps) | _thresholds(steps)),
+    _cache_dit("taylorseer-2", lambda steps: _masks(steps) | _presets(steps)),
+    _cache_dit("dmd", _masks),
+    Group("diffusers", "FirstBlockCache", FirstBlockCache, _thresholds, FirstBlockCache.installed),
+    *(_seer(order, lite) for lite in (True, False) for order in (1, 2)),
+)
+
+
+def peer_ways(
+    demo: DemoModel, group: Group, steps: int, every: int, model: Peer, calls: dict[str, Model]
+) -> Iterator[Way]:
+    chosen = group.settings(steps)
+    for name in [*chosen][::every]:
+        for mode, call in calls.items():
+
+            def sample(seed: int, call: Any = call, setting: Setting = chosen[name]) -> Tensor:
+                model.start(setting)
+                return demo.sample(call, steps, demo.noise(seed), _ignore)
+
+            yield Way(group.method, name, mode, sample)
+
+
+def _ignore(seconds: float) -> None:
+    pass
+
+
+# ---- measuring
+
+
+def measure(base: Sample, ways: list[Way], seeds: int) -> list[dict[str, Any]]:
+    """Each way once per seed, after one run that compiles; what fails is a point that says so.
+
+    ``base`` runs before every few of them, so that what a time is compared with is near to it.
+    """
+    status = dict.fromkeys(ways, OK)
+    seconds: dict[Way, list[float]] = defaultdict(list)
+    bases: dict[Way, list[float]] = defaultdict(list)
+    errors: dict[Way, float] = defaultdict(float)
+    base(0)
+    for way in ways:
+        _attempt(way, 0, status)
+    for seed in range(seeds):
+        for index, way in enumerate(ways):
+            if index % BASE_EVERY == 0:
+                taken, reference = _timed(base, seed)
+            result = _attempt(way, seed, status)
+            if result is not None:
+                bases[way].append(taken)
+                seconds[way].append(result[0])
+                errors[way] += (result[1] - reference).square().mean().item() / seeds
+    points = []
+    for way in ways:
+        point: dict[str, Any] = {"method": way.method, "setting": way.setting, "mode": way.mode, "status": status[way]}
+        if status[way] == OK:
+            point |= {
+                "seconds": asdict(Spread.of(seconds[way])),
+                "speedup": asdict(of_pairs(bases[way], seconds[way])),
+                "psnr": 10 * math.log10(4 / max(errors[way], 1e-12)),
+            }
+        points.append(point)
+    return points
+
+
+def _timed(sample: Sample, seed: int) -> tuple[float, Tensor]:
+    images: list[Tensor] = []
+    return timed(lambda: images.append(sample(seed))).wall, images[0]
+
+
+def _attempt(way: Way, seed: int, status: dict[Way, str]) -> tuple[float, Tensor] | None:
+    if status[way] != OK:
+        return None
+    try:
+        return _timed(way.sample, seed)
+    except Exception as error:
+        status[way] = message(error)
+        return None
+
+
+def perform(task: dict[str, Any]) -> list[dict[str, Any]]:
+    """The points of one group for all numbers of steps, in this process."""
+    demo, quick, every = DemoModel.load(), task["quick"], task["every"]
+    plain = demo.transformer if quick else torch.compile(demo.transformer, fullgraph=True)
+    group = None if task["group"] is None else GROUPS[task["group"]]
+    peer = group.make(demo.transformer) if group else None
+    calls: dict[str, Model] = {"eager": peer.model} if peer else {}
+    if peer and not quick:
+        calls["compile"] = torch.compile(peer.model)
+    points = []
+    for steps in task["steps"]:
+        if group and peer:
+            ways = [*peer_ways(demo, group, steps, every, peer, calls)]
+        else:
+            ways = [*own_ways(demo, steps, every, quick), *fewer_ways(demo, plain, steps, every)]
+
+        def base(seed: int, steps: int = steps) -> Tensor:
+            return demo.sample(plain, steps, demo.noise(seed), _ignore)
+
+        library = {"library": group.library} if group else {}
+        for point in measure(base, ways, task["seeds"]):
+            points.append({"steps": steps, "library": point["method"], **library, **point})
+    return points
+
+
+# ---- comparing
+
+
+def best_of_modes(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each setting, the faster mode."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for point in points:
+        if point["status"] == OK:
+            name = tuple(point[each] for each in ("steps", "library", "method", "setting"))
+            if name not in found or speed(point) > speed(found[name]):
+                found[name] = point
+    return [*found.values()]
+
+
+def speed(point: dict[str, Any]) -> float:
+    return float(point["speedup"]["median"])
+
+
+def frontier(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The points that no other one beats in speed at an equal or higher PSNR, the fastest first."""
+    found: list[dict[str, Any]] = []
+    for point in sorted(points, key=lambda each: (-speed(each), -each["psnr"])):
+        if not found or point["psnr"] > found[-1]["psnr"]:
+            found.append(point)
+    return found
+
+
+@dataclass(frozen=True)
+class Match:
+    """Another's point, the fastest of ours at an equal or higher PSNR (to a tenth), and how much faster it is."""
+
+    other: dict[str, Any]
+    own: dict[str, Any] | None
+
+    @property
+    def ratio(self) -> float:
+        return speed(self.own) / speed(self.other) if self.own else 0.0
+
+
+def matches(own: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[Match]:
+    found = []
+    for other in others:
+        able = [point for point in own if round(point["psnr"], 1) >= round(other["psnr"], 1)]
+        found.append(Match(other, max(able, key=speed, default=None)))
+    return found
+
+
+def split(points: list[dict[str, Any]], steps: int) -> dict[str, list[dict[str, Any]]]:
+    """By library, the faster mode of each setting."""
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for point in best_of_modes(points):
+        if point["steps"] == steps:
+            found[point["library"]].append(point)
+    return found
+
+
+def peers_of(by_library: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    found = [point for library in ("cache-dit", "diffusers") for point in by_library.get(library, [])]
+    return [point for point in found if point["psnr"] < EXACT]
+
+
+def table(points: list[dict[str, Any]], steps: int) -> Table:
+    by_library = split(points, steps)
+    title = f"DDIM-{steps}: the best of the others, and the fastest of ours at an equal or higher PSNR"
+    result = Table("other", "mode", "speed-up", "PSNR", "ours", "speed-up", "PSNR", "ratio", title=title)
+    for match in matches(by_library["duca_compile"], frontier(peers_of(by_library))):
+        other, own = match.other, match.own
+        name = f"{other['library']}, {other['method']}, {other['setting']}"
+        cells = [name, other["mode"], f"{speed(other):.2f}x", f"{other['psnr']:.1f} dB"]
+        cells += [own["setting"], f"{speed(own):.2f}x", f"{own['psnr']:.1f} dB"] if own else ["none", "", ""]
+        result.add_row(*cells, f"{match.ratio:.2f}")
+    return result
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Time against PSNR, one panel for each number of steps; lines join what nothing of the same library beats."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5 * len(found["steps"]), 5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, steps in enumerate(found["steps"]):
+        axes = figure.add_subplot(1, len(found["steps"]), index + 1)
+        for library, points in split(found["points"], steps).items():
+            shown = [point for point in points if point["psnr"] < EXACT]
+            if shown:
+                times, psnrs = ([1 / speed(point) for point in shown], [point["psnr"] for point in shown])
+                axes.scatter(times, psnrs, s=14, alpha=0.5, color=COLORS[library])
+                edge = frontier(shown)
+                line = ([1 / speed(point) for point in edge], [point["psnr"] for point in edge])
+                axes.plot(*line, color=COLORS[library], label=library)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.set_title(f"DDIM, {steps} steps")
+        axes.set_xlabel("time, of torch.compile of the plain model")
+        axes.set_ylabel("PSNR to its images, dB")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    figure.savefig(path, format="png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON file for the results; a PNG of the same name beside it")
+    parser.add_argument("--steps", type=int, nargs="+", default=[50, 20])
+    parser.add_argument("--seeds", type=int, default=3, help="rounds; each is one image of each class")
+    parser.add_argument("--every", type=int, default=1, help="run each so many-th setting alone")
+    parser.add_argument("--quick", action="store_true", help="a few points, under eager, one seed")
+    parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)  # for its own processes
+    args = parser.parse_args()
+    if args.task is not None:
+        configure()
+        print(json.dumps(perform(args.task)))
+        return
+    seeds, every = (1, 6) if args.quick else (args.seeds, args.every)
+    console = Console(width=170)
+    found: dict[str, Any] = {
+        "what": __doc__.splitlines()[0],
+        "surroundings": surroundings(1),
+        "load_average_at_start": os.getloadavg(),
+        "steps": args.steps,
+        "seeds": seeds,
+        "every": every,
+        "classes": len(DemoModel.load().class_names),
+        "failed": {},
+        "points": [],
+    }
+    with tempfile.TemporaryDirectory(prefix="duca_pareto_") as folder:
+        for index in (None, *range(len(GROUPS))):
+            group = None if index is None else GROUPS[index]
+            name = f"{group.library}, {group.method}" if group else "duca_compile and fewer steps"
+            if group and not group.available():
+                found["failed"][name] = ABSENT
+                continue
+            task = {"group": index, "steps": args.steps, "seeds": seeds, "quick": args.quick, "every": every}
+            done = in_process(task, Path(folder), Path(__file__))
+            if done["status"] != OK:
+                found["failed"][name] = done["status"]
+            found["points"] += done.get("found", [])
+            console.print(f"{name}: {done['status']}")
+    found["load_average_at_end"] = os.getloadavg()
+    for steps in args.steps:
+        console.print(table(found["points"], steps))
+    if args.out:
+        write(found, args.out)
+        draw(found, args.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,455 @@
+"""Time, start-up and memory of the denoising loop: plain, with duca_compile, and with other libraries' caches.
+
+    python benchmarks/suite.py --out benchmarks/results/suite.json
+
+The weights are random, so nothing is said here about images; pareto.py does that. Each part runs in processes of its
+own, on one thread. What is not installed, and what fails, is a row that says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from host import DOUBLE, SIDE, SINGLE, TEXT, WARM, Host
+from measure import (
+    KINDS,
+    EachKind,
+    InnerTime,
+    Model,
+    Spread,
+    Timing,
+    forget_peak,
+    memory,
+    message,
+    of_pairs,
+    peak_anonymous,
+    surroundings,
+    timed,
+    write,
+)
+from rich.console import Console
+from rich.table import Table
+from runners import INTERVAL, METHODS, MODES, PLAIN, Method, MissingError, Mode, Runner, configure, work
+from workloads import WORKLOADS, Workload, quick
+
+import duca_compile
+
+OK, ABSENT = "ok", "not installed"
+PARTS = ("start", "loops", "calls", "host")
+STARTING = INTERVAL + 2  # calls in which all variants have run, and a full step again
+WARMING = 2  # loops that are not counted; some peers compile again in the second
+HERE = Path(__file__).resolve()
+
+
+def workloads(is_quick: bool) -> dict[str, Workload]:
+    return quick() if is_quick else WORKLOADS
+
+
+def rows(modes: list[Mode]) -> list[tuple[Method, Mode]]:
+    return [(method, mode) for mode in modes for method in METHODS]
+
+
+def key(method: Method, mode: Mode) -> str:
+    return f"{method.label}, {mode}"
+
+
+# ---- the whole loop
+
+
+class Loops:
+    """All ways of running one model's loop, in turn."""
+
+    def __init__(self, workload: Workload, modes: list[Mode], seed: int) -> None:
+        self.workload, self.arguments, self.noise = workload, workload.arguments(seed), workload.noise(seed)
+        self.model = workload.build(seed)
+        self.found: dict[str, dict[str, Any]] = {}
+        self.runners: dict[str, Runner] = {}
+        self.timings: dict[str, list[Timing]] = defaultdict(list)
+        for method, mode in rows(modes):
+            self.found[key(method, mode)] = {"library": method.library, "method": method.name, "mode": mode}
+            self._attempt(key(method, mode), lambda method=method, mode=mode: self._make(method, mode))
+        done: dict[str, dict[str, Any]] = {}
+        for method, mode in rows(modes):  # what a request executes is the same in both modes
+            if key(method, mode) in self.runners:
+                self._attempt(key(method, mode), lambda method=method, mode=mode: self._work(method, mode, done))
+
+    def _attempt(self, name: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except MissingError:
+            self.found[name]["status"] = ABSENT
+        except Exception as error:
+            self.found[name]["status"] = message(error)
+            self.runners.pop(name, None)
+        else:
+            self.found[name]["status"] = OK
+
+    def _make(self, method: Method, mode: Mode) -> None:
+        if not method.available():
+            raise MissingError
+        self.runners[key(method, mode)] = method.build(self.model, self.workload.steps, mode)
+
+    def _work(self, method: Method, mode: Mode, done: dict[str, dict[str, Any]]) -> None:
+        if method.label not in done:
+            runner = self.runners[key(method, mode)]
+            if mode == "compile" and runner.optimized is not None:  # one that is not compiled is counted in its place
+                runner = method.build(self.model, self.workload.steps, "eager")
+            done[method.label] = work(runner, self.workload, self.arguments, self.noise)
+        self.found[key(method, mode)] |= done[method.label]
+
+    def _loop(self, name: str, calls: int | None = None) -> None:
+        runner = self.runners[name]
+        runner.start()
+        self.timings[name].append(timed(self.workload.denoise, runner.call, self.arguments, self.noise, calls))
+        runner.start()  # drops what it holds
+
+    def run(self, rounds: int) -> dict[str, dict[str, Any]]:
+        uncached = {key(method, mode) for method, mode in rows([*MODES]) if not method.caches}
+        for _ in range(WARMING):  # compiles: not counted
+            for name in [*self.runners]:
+                self._attempt(name, lambda name=name: self._loop(name, calls=2 if name in uncached else None))
+        self.timings.clear()
+        gc.collect()
+        for _ in range(rounds):
+            for name in [*self.runners]:
+                self._attempt(name, lambda name=name: self._loop(name))
+        for name in self.runners:
+            self._judge(name)
+        return self.found
+
+    def _judge(self, name: str) -> None:
+        row, own = self.found[name], self.timings[name]
+        wall, cpu = [each.wall for each in own], [each.cpu for each in own]
+        row |= {"seconds": asdict(Spread.of(wall)), "cpu_seconds": asdict(Spread.of(cpu)), "rounds": wall}
+        for mode in MODES:
+            base = self.timings.get(f"PyTorch, {PLAIN}, {mode}")
+            if base:
+                row[f"speedup_over_{mode}"] = asdict(of_pairs([each.wall for each in base], wall))
+                row[f"cpu_speedup_over_{mode}"] = asdict(of_pairs([each.cpu for each in base], cpu))
+        plain = next(each for each in self.found.values() if each["method"] == PLAIN and "flops" in each)
+        row["ideal"] = plain["flops"] / row["flops"]
+        over = row.get(f"speedup_over_{row['mode']}")
+        if over:  # of the plain model in the same mode
+            row["efficiency"] = over["median"] / row["ideal"]
+            row["cpu_efficiency"] = row[f"cpu_speedup_over_{row['mode']}"]["median"] / row["ideal"]
+
+
+def run_loops(workload: Workload, modes: list[Mode], rounds: int, seed: int) -> dict[str, Any]:
+    return Loops(workload, modes, seed).run(rounds)
+
+
+# ---- single calls of each kind of step
+
+
+@torch.no_grad()
+def run_calls(workload: Workload, mode: Mode, rounds: int, seed: int) -> dict[str, Any]:
+    """One call of the plain model and of each variant per round; the first round compiles and is not counted."""
+    model, arguments, noise = workload.build(seed), workload.arguments(seed), workload.noise(seed)
+    optimized = duca_compile.optimize(model, EachKind(), "inductor" if mode == "compile" else "eager", strict=True)
+    plain = torch.compile(model, fullgraph=True) if mode == "compile" else model
+    timings: dict[str, list[Timing]] = defaultdict(list)
+    outside: dict[str, list[float]] = defaultdict(list)
+    inner: InnerTime | None = None
+    latent = torch.cat([noise] * workload.rows)
+
+    def call(of: Model, step: int) -> Timing:
+        timestep = torch.full((workload.rows,), 999.0 - step) * workload.time_scale
+        return timed(of, hidden_states=latent, timestep=timestep, **arguments)
+
+    for index in range(rounds + 1):
+        found = {PLAIN: call(plain, 0)}
+        for place, kind in enumerate(KINDS):
+            before = inner.seconds if inner else 0.0
+            found[kind.value] = call(optimized, len(KINDS) * index + place)
+            assert optimized.history[-1].kind is kind
+            if inner:
+                assert inner.seconds > before, "the timed programs did not run"
+                outside[kind.value].append(found[kind.value].wall - (inner.seconds - before))
+        if inner:
+            for name, value in found.items():
+                timings[name].append(value)
+        inner = inner or InnerTime(optimized)
+    flops = {each.kind.value: each.flops for each in optimized.history}
+    full = {clock: statistics.median(getattr(each, clock) for each in timings["full"]) for clock in ("wall", "cpu")}
+    return {
+        name: {
+            "seconds": asdict(Spread.of([each.wall for each in own])),
+            "of_full": statistics.median(each.wall for each in own) / full["wall"],
+            "of_full_by_cpu_time": statistics.median(each.cpu for each in own) / full["cpu"],
+            "flops_of_full": flops[name] / flops["full"] if name in flops else None,
+            "host_seconds_outside_the_graph": asdict(Spread.of(outside[name])) if name in outside else None,
+        }
+        for name, own in timings.items()
+    }
+
+
+# ---- the first request of a process, and memory
+
+
+def run_start(workload: Workload, method: Method, mode: Mode, seed: int) -> dict[str, Any]:
+    """What the first calls of this process take, and what a later request holds at most."""
+    before = memory("RssAnon")
+    model, arguments, noise = workload.build(seed), workload.arguments(seed), workload.noise(seed)
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
+    started = time.perf_counter()
+    runner = method.build(model, workload.steps, mode)
+    runner.start()
+    ready = time.perf_counter() - started
+    seconds: list[float] = []
+
+    def call(**kwargs: Any) -> Any:
+        began = time.perf_counter()
+        result = runner.call(**kwargs)
+        seconds.append(time.perf_counter() - began)
+        return result
+
+    workload.denoise(call, arguments, noise, calls=STARTING)
+    first = [*seconds]
+    whole = peak_anonymous() - before
+    forget_peak()
+    runner.start()
+    workload.denoise(call, arguments, noise, calls=STARTING)
+    return {
+        "set_up_seconds": ready,
+        "first_call_seconds": first[0],
+        "first_calls_seconds": sum(first),
+        "later_calls_seconds": sum(seconds[len(first) :]),
+        "weight_bytes": weights,
+        "peak_bytes_with_start": whole,
+        "peak_bytes": peak_anonymous() - before,
+    }
+
+
+# ---- processes
+
+
+def in_process(task: dict[str, Any], folder: Path, script: Path = HERE) -> dict[str, Any]:
+    """Runs one task of a script in a fresh process; what Inductor compiles goes to, or comes from, ``folder``."""
+    single = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    single["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+    command = [sys.executable, str(script), "--task", json.dumps(task)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **single})
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return {"status": last[:300]}
+    return {"status": OK, "found": json.loads(done.stdout.splitlines()[-1])}
+
+
+def perform(task: dict[str, Any]) -> Any:
+    configure()
+    what, seed = task["what"], task["seed"]
+    if what == "host":
+        return {mode: Host(mode, task["rounds"], seed, *task["size"]).measure() for mode in task["modes"]}
+    workload = workloads(task["quick"])[task["workload"]]
+    if what == "loops":
+        return run_loops(workload, task["modes"], task["rounds"], seed)
+    if what == "calls":
+        return run_calls(workload, task["mode"], task["rounds"], seed)
+    method = next(each for each in METHODS if each.label == task["method"])
+    return run_start(workload, method, task["mode"], seed)
+
+
+class Suite:
+    """Runs the parts one after the other and writes what is there after each."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.modes: list[Mode] = args.modes
+        self.console = Console(width=170)
+        self.workloads = workloads(args.quick)
+        names = args.models or [*self.workloads]
+        self.found: dict[str, Any] = {
+            "what": __doc__.splitlines()[0],
+            "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+            "surroundings": surroundings(1),
+            "interval": INTERVAL,
+            "starting_calls": STARTING,
+            "load_average_at_start": os.getloadavg(),
+            "models": {name: self._describe(self.workloads[name]) for name in names},
+        }
+
+    @staticmethod
+    def _describe(workload: Workload) -> dict[str, Any]:
+        loop = {"scheduler": workload.scheduler, "scheduler_options": workload.scheduler_options}
+        config = {"class": workload.model_class, **workload.config}
+        return {"shape": workload.shape(), "steps": workload.steps, "loop": loop, "config": config}
+
+    def run(self) -> None:
+        for name in self.found["models"]:
+            with tempfile.TemporaryDirectory(prefix="duca_suite_") as folder:
+                self._model(name, Path(folder))
+        if "host" in self.args.parts:
+            self._host()
+        self.found["load_average_at_end"] = os.getloadavg()
+        self._save()
+
+    def _model(self, name: str, folder: Path) -> None:
+        common = {"seed": self.args.seed, "quick": self.args.quick, "workload": name}
+        found, warm = self.found["models"][name], folder / "all"
+        if "start" in self.args.parts:
+            found["start"] = {}
+            for method, mode in rows(self.modes):
+                found["start"][key(method, mode)] = self._start(method, mode, common, folder, warm)
+            self.console.print(start_table(name, found["start"]))
+        load = os.getloadavg()
+        if "loops" in self.args.parts:
+            task = {**common, "what": "loops", "modes": self.modes, "rounds": self.args.rounds}
+            found["loops"] = in_process(task, warm)
+            if "found" in found["loops"]:
+                self.console.print(loops_table(name, found["loops"]["found"]))
+            else:
+                self.console.print(name, found["loops"]["status"])
+        if "calls" in self.args.parts:
+            task = {**common, "what": "calls", "mode": self.modes[-1], "rounds": self.args.calls}
+            found["calls"] = in_process(task, warm)
+        found["load_average_before_and_after_the_loops"] = [load[0], os.getloadavg()[0]]
+        self._save()
+
+    def _start(self, method: Method, mode: Mode, common: dict[str, Any], folder: Path, warm: Path) -> dict[str, Any]:
+        """A process with nothing compiled, and where something is compiled a second one that finds it."""
+        if not method.available():
+            return {"status": ABSENT}
+        task = {**common, "what": "start", "method": method.label, "mode": mode}
+        own = folder / "own"
+        found: dict[str, Any] = {"status": OK}
+        for run in ("cold", "warm") if mode == "compile" else ("cold",):
+            each = in_process(task, own)
+            if each["status"] != OK:
+                return {"status": each["status"]}
+            found[run] = each["found"]
+        if own.exists():
+            shutil.copytree(own, warm, dirs_exist_ok=True)  # the process that times loops need not compile again
+            shutil.rmtree(own)
+        return found
+
+    def _host(self) -> None:
+        size = (2, 2) if self.args.quick else (DOUBLE, SINGLE)
+        with tempfile.TemporaryDirectory(prefix="duca_suite_") as folder:
+            task = {
+                "what": "host",
+                "modes": self.modes,
+                "rounds": self.args.host_rounds,
+                "size": size,
+                "seed": self.args.seed,
+            }
+            load = os.getloadavg()[0]
+            found = in_process(task, Path(folder))
+        model = {"double": size[0], "single": size[1], "image_tokens": SIDE * SIDE, "text_tokens": TEXT, "batch": 1}
+        self.found["host"] = {
+            "model": model,
+            "rounds_not_counted": WARM,
+            **found,
+            "load_average_before_and_after": [load, os.getloadavg()[0]],
+        }
+        if "found" in found:
+            self.console.print(host_table(found["found"]))
+        else:
+            self.console.print("host", found["status"])
+
+    def _save(self) -> None:
+        if self.args.out:
+            write(self.found, self.args.out)
+
+
+# ---- what is printed
+
+
+def loops_table(name: str, found: dict[str, Any]) -> Table:
+    columns = (
+        "time, s: median (IQR)",
+        "over compile",
+        "over eager",
+        "ideal",
+        "achieved / ideal",
+        "by CPU time",
+        "blocks run",
+    )
+    result = Table("run", *columns, title=f"{name}: the whole loop")
+    for label, row in found.items():
+        if row["status"] != OK:
+            result.add_row(label, row["status"])
+            continue
+        over = [
+            f"{row[f'speedup_over_{mode}']['median']:.2f}x" if f"speedup_over_{mode}" in row else ""
+            for mode in ("compile", "eager")
+        ]
+        efficiency = [f"{row[each]:.2f}" if each in row else "" for each in ("efficiency", "cpu_efficiency")]
+        ran = f"{row['blocks_run']} of {row['blocks_uncached']}" if "blocks_run" in row else ""
+        steps = ", ".join(f"{count} {kind}" for kind, count in row.get("steps", {}).items())
+        seconds = Spread(**row["seconds"]).whole_seconds()
+        result.add_row(label, seconds, *over, f"{row['ideal']:.2f}x", *efficiency, ran or steps)
+    return result
+
+
+def start_table(name: str, found: dict[str, Any]) -> Table:
+    columns = ("first call, s: cold", "warm", f"first {STARTING} calls, s: cold", "warm", "later", "peak memory, MiB")
+    result = Table("run", *columns, title=f"{name}: the first request of a process")
+    for label, row in found.items():
+        if row["status"] != OK:
+            result.add_row(label, row["status"])
+            continue
+        cold, warm = row["cold"], row.get("warm")
+        pairs = [
+            f"{each[name]:.1f}" if each else ""
+            for name in ("first_call_seconds", "first_calls_seconds")
+            for each in (cold, warm)
+        ]
+        last = warm or cold
+        peak = f"{last['peak_bytes'] / 2**20:.0f}"
+        result.add_row(label, *pairs, f"{last['later_calls_seconds']:.1f}", peak)
+    return result
+
+
+def host_table(found: dict[str, Any]) -> Table:
+    result = Table("step", "mode", "call, ms", "outside of the graph, ms", title="The host's work, on a tiny FLUX")
+    for mode, each in found.items():
+        for name, row in each.items():
+            if "status" in row:
+                result.add_row(name, mode, row["status"])
+                continue
+            outside = row.get("host_seconds_outside_the_graph")
+            cells = [Spread(**spread).milliseconds() if spread else "" for spread in (row["seconds"], outside)]
+            result.add_row(name, mode, *cells)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--models", nargs="+", help="some of the models; all without it")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=[*MODES])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
+    parser.add_argument("--rounds", type=int, default=3, help="timed loops of each row")
+    parser.add_argument("--calls", type=int, default=25, help="timed calls of each variant")
+    parser.add_argument("--host-rounds", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0, help="of the weights, prompts and latents")
+    parser.add_argument("--quick", action="store_true", help="tiny models and one round, to try everything")
+    parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)  # for its own processes
+    args = parser.parse_args()
+    if args.task is not None:
+        print(json.dumps(perform(args.task)))
+        return
+    del args.task
+    if args.quick:
+        args.rounds, args.calls, args.host_rounds = 1, 2, 5
+    configure()
+    Suite(args).run()
+
+
+if __name__ == "__main__":
+    main()
