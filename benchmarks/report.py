@@ -16,7 +16,7 @@ from typing import Any
 from host import TARGET as HOST
 from pareto import TARGET, Match, frontier, matches, peers_of, speed, split
 
-LIMITS = {"reuse": 0.05, "skip": 0.01}  # of a full step
+LIMITS = {"partial": 0.10, "reuse": 0.02, "skip": 0.01}  # of a full step
 EFFICIENCY = 0.9
 CAPTURE_SECONDS, CAPTURE_MEMORY = 20.0, 1.3  # the latter over the memory of the parameters
 OK, OWN, FEWER = "ok", "duca_compile", "fewer steps"
@@ -44,7 +44,7 @@ alone. The last command writes this file. All figures below are from [results](r
 | `suite.py`, `pareto.py` | the two commands |
 | `workloads.py` | the models, their sizes and their loops |
 | `runners.py`, `peers.py` | the ways of running them: PyTorch, duca_compile, other libraries |
-| `scale.py` | what comes before compiling, on a model of real size: `benchmarks/scale.py --out benchmarks/results/scale.json` |
+| `scale.py` | a third command: what comes before compiling, on a model of real size (`results/scale.json`) |
 | `host.py` | the host's work for a step, on a tiny FLUX of 57 blocks |
 | `measure.py` | clocks, memory, FLOPs |
 | `report.py` | this page |
