@@ -7,10 +7,13 @@ from pathlib import Path
 
 import torch
 from rich.progress import track
+from torch import Tensor
 
 import duca_compile
 from duca_compile import DuCa, Explanation
+from duca_compile.captures import Compiled
 from duca_compile.graph import Action
+from duca_compile.passes.pipeline import make_rows
 from duca_compile.policies import Step, StepKind
 from duca_compile.runtime.planning import plan_step
 from tests.zoo import ZOO, Entry
@@ -38,6 +41,14 @@ asserted against numbers taken from each model's source by hand ([tests/zoo.py](
 | model | branches | traced with real values | partial step | FLOPs, partial | FLOPs, skip |
 |---|---|---|---|---|---|
 """
+
+
+def step_values(compiled: Compiled, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """What a variant may read of one call but caches: its tensors, and what is computed outside of the step."""
+    values = compiled.named(tensors)
+    values |= compiled.dispatcher._prologue.compute(values)
+    rows = make_rows(compiled.captured, compiled.facts)
+    return values | dict(zip(rows.outputs, rows.compute(values, values), strict=True))
 
 
 def explained(entry: Entry) -> Explanation:
