@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Protocol, cast
@@ -157,8 +158,20 @@ def _compiled(
     module = fx.GraphModule({}, lifted.graph)
     FakeTensorProp(module, mode).propagate_dont_convert_inputs(*inputs)
     outline(module, cuts)
-    with torch._guards.tracing(torch._guards.TracingContext(mode)):
+    with torch._guards.tracing(torch._guards.TracingContext(mode)), _without_hints():
         return cast(Callable[..., Any], compile_fx(module, inputs))
+
+
+@contextmanager
+def _without_hints() -> Iterator[None]:
+    """torch logs where a lowering asks for the value of a token count, and then does without it."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic: bool) -> Tensor:
