@@ -158,7 +158,11 @@ def run_loops(workload: Workload, modes: list[Mode], rounds: int, seed: int) -> 
 
 @torch.no_grad()
 def run_calls(workload: Workload, mode: Mode, rounds: int, seed: int) -> dict[str, Any]:
-    """One call of the plain model and of each variant per round; the first round compiles and is not counted."""
+    """One call of the plain model, and a request of one step of each kind, per round; the first round compiles.
+
+    All requests have the same timesteps, as those of a schedule have: the values that these determine are computed
+    together when a request starts.
+    """
     model, arguments, noise = workload.build(seed), workload.arguments(seed), workload.noise(seed)
     optimized = duca_compile.optimize(model, EachKind(), "inductor" if mode == "compile" else "eager", strict=True)
     plain = torch.compile(model, fullgraph=True) if mode == "compile" else model
@@ -173,9 +177,10 @@ def run_calls(workload: Workload, mode: Mode, rounds: int, seed: int) -> dict[st
 
     for index in range(rounds + 1):
         found = {PLAIN: call(plain, 0)}
+        optimized.reset()
         for place, kind in enumerate(KINDS):
             before = inner.seconds if inner else 0.0
-            found[kind.value] = call(optimized, len(KINDS) * index + place)
+            found[kind.value] = call(optimized, place)
             assert optimized.history[-1].kind is kind
             if inner:
                 assert inner.seconds > before, "the timed programs did not run"
