@@ -175,7 +175,7 @@ def run_calls(workload: Workload, mode: Mode, rounds: int, seed: int) -> dict[st
         timestep = torch.full((workload.rows,), 999.0 - step) * workload.time_scale
         return timed(of, hidden_states=latent, timestep=timestep, **arguments)
 
-    for index in range(rounds + 1):
+    for _ in range(rounds + 1):
         found = {PLAIN: call(plain, 0)}
         optimized.reset()
         for place, kind in enumerate(KINDS):
