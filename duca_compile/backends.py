@@ -88,7 +88,6 @@ class _FirstCall:
         self._compiled: Callable[..., Any] | None = None
         self._lifted = _lift(variant.module)
         self._weights: list[Tensor] = []
-        self._of: object = None
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         # Inductor builds strides into its code, and a caller's latent or expanded timestep may come with any.

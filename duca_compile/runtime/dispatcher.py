@@ -143,7 +143,7 @@ class Dispatcher:
     def _hoist(self, state: CacheState, call: Mapping[str, Tensor]) -> None:
         """Computes loop-invariant values at the start of a request and when their inputs changed."""
         sources = Sight.of(tuple(call[name] for name in self._prologue.inputs))
-        if state.hoisted and sources.unchanged_since(state.hoisted_from):
+        if sources.unchanged_since(state.hoisted_from):
             return
         state.hoisted, state.hoisted_from = self._prologue.compute(call), sources
         state.rows, state.foreseen = {}, False
