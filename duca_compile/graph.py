@@ -218,6 +218,11 @@ class VariantSpec:
     emit: bool = True  # whether later steps will read caches
     order: int | None = None  # the highest difference kept of each cache; None where nothing is forecast
     lite: bool = False  # where forecast: the stream's end is all that is cached
+    chosen_with: tuple[int, ...] = ()  # for each branch, the one whose token input it shares; empty: each its own
+
+    def tokens_input(self, index: int) -> str:
+        """Name of the (batch, k) int64 input that says which tokens of branch ``index`` to recompute."""
+        return f"tokens_{self.chosen_with[index] if self.chosen_with else index}"
 
 
 @dataclass(frozen=True)
@@ -239,11 +244,6 @@ class Variant:
 
 
 VariantFunction = Callable[..., tuple[Tensor, ...]]
-
-
-def tokens_input(index: int) -> str:
-    """Name of the (batch, k) int64 input that says which tokens of branch ``index`` to recompute."""
-    return f"tokens_{index}"
 
 
 def cache_input(slot: str) -> str:

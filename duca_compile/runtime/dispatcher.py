@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from duca_compile.errors import first_line
-from duca_compile.graph import Action, Facts, Variant, VariantFunction, VariantSpec, cache_input, tokens_input
+from duca_compile.graph import Action, Facts, Variant, VariantFunction, VariantSpec, cache_input
 from duca_compile.lock import COMPILING
 from duca_compile.policies.base import Policy, Step, StepKind
 from duca_compile.runtime.clock import Sight, Tick
@@ -233,7 +233,7 @@ class Dispatcher:
                 replaces=frozenset(writes.keys() - set(variant.inputs)),
                 waiting=waiting,
                 rows=tuple(self._position[index] for index in waiting),
-                tokens=tuple(map(tokens_input, waiting)),
+                tokens=tuple(map(spec.tokens_input, waiting)),
                 computed=self._computed(variant),
             )
         return self._programs[spec]

@@ -99,13 +99,14 @@ class _Group:
             return ()
         if self._selection.kind == "random" and not self._selection.staleness and not self._selection.patch_bonus:
             drawn = self._drawn(most)
-            return [
-                drawn[p] if n == most else drawn[p][:, :n].contiguous() for p, n in zip(positions, counts, strict=True)
-            ]
+            own = [drawn[0 if self._selection.shared else position] for position in positions]
+            return [each if n == most else each[:, :n].contiguous() for each, n in zip(own, counts, strict=True)]
         rows = self._rows(positions)
         score = self._base()[rows]
         if self._selection.staleness:
             score = score + self._selection.staleness * self._staleness[rows] / interval
+        if self._selection.shared:
+            score = score.mean(0, keepdim=True).expand_as(score)
         if self._selection.patch_bonus and most:
             score = self._favour_patches(score)
         order = score.topk(most, dim=-1).indices
@@ -119,6 +120,7 @@ class _Group:
         """Random tokens, (batch, count) for each branch. Drawing for many steps takes little longer than for one."""
         if count != self._stocked or not self._stock:
             branches, batch, tokens = self._shape
+            branches = 1 if self._selection.shared else branches
             steps = AHEAD if count == self._stocked else 1
             draws = torch.rand(steps, branches, 1, tokens, generator=self._generator, device=self._device)
             order = draws.topk(count, dim=-1).indices.expand(-1, -1, batch, -1).contiguous()
