@@ -71,8 +71,8 @@ class Selection:
         patch_bonus: the best token of each patch has its score multiplied by 1 + this (ToCa's s4, lambda 4).
         patch: side of those patches in tokens.
         seed: of the random selection; one draw serves every row of the batch, so both CFG halves agree.
-        shared: one choice for all layers, by the mean of their scores. The tokens that are not chosen then cost one
-            pass over the caches instead of one for each layer.
+        shared: one choice for all layers, by the mean of their scores; by default where it is random. The other tokens
+            then cost one pass over the caches instead of one for each layer.
 
     Raises:
         PolicyError: an unknown kind or impossible numbers.
@@ -83,7 +83,7 @@ class Selection:
     patch_bonus: float = 0.0
     patch: int = 2
     seed: int = 0
-    shared: bool = False
+    shared: bool | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(SelectionKind):
@@ -92,6 +92,8 @@ class Selection:
         check_number("patch_bonus", self.patch_bonus, least=0)
         check_whole("patch", self.patch, least=1)
         check_whole("seed", self.seed, least=0)
+        if self.shared is None:
+            object.__setattr__(self, "shared", self.kind == "random")
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,9 @@ def _shared(facts: Facts, counts: dict[int, int]) -> tuple[int, ...]:
         return ()
     first: dict[tuple[int, int, int], int] = {}
     return tuple(
-        first.setdefault((*branch.shape[:2], counts[branch.index]), branch.index) if branch.index in counts else branch.index
+        first.setdefault((*branch.shape[:2], counts[branch.index]), branch.index)
+        if branch.index in counts
+        else branch.index
         for branch in facts.branches
     )
 

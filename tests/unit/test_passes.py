@@ -28,6 +28,7 @@ from duca_compile.passes.pipeline import PREPARE, run_passes, to_module
 from duca_compile.passes.reuse import ReuseBranches
 from duca_compile.passes.scores import EmitScores
 from duca_compile.passes.skip import SkipBlocks
+from duca_compile.passes.write_last import WriteLast
 
 X = torch.randn(2, 4, 8)
 
@@ -160,6 +161,37 @@ class TestPipeline:
     def test_properties_are_what_the_passes_ensured(self) -> None:
         captured = raw(module(lambda self, x: x.sin()), x=X)
         assert run_passes(Draft(captured.graph), PREPARE).properties == {"clean", "no_dead_code"}
+
+
+class TestWriteLast:
+    @staticmethod
+    def write(cache: Tensor, index: Tensor, tokens: Tensor) -> Tensor:
+        rows = torch.arange(index.shape[0])[:, None]
+        return torch.ops.aten.index_put_(cache, [rows, index], tokens)
+
+    def test_computes_what_is_written_before_what_reads_the_whole(self) -> None:
+        def forward(self: nn.Module, x: Tensor, index: Tensor, one: Tensor, two: Tensor) -> Tensor:
+            some = x.gather(1, index[..., None].expand(-1, -1, 8)).sin()
+            whole = x + TestWriteLast.write(one.clone(), index, some)
+            return whole.cos() + TestWriteLast.write(two.clone(), index, some.exp())
+
+        index = torch.tensor([[1, 3], [2, 0]])
+        before, after, changed = exact(WriteLast(), module(forward), x=X, index=index, one=X + 1, two=X + 2)
+        assert changed
+        assert before.index("exp") > before.index("cos")
+        assert after.index("exp") < min(after.index(name) for name in ("index_put_", "clone", "add", "cos"))
+
+    def test_leaves_a_token_that_depends_on_an_earlier_write(self) -> None:
+        def forward(self: nn.Module, x: Tensor, index: Tensor, one: Tensor, two: Tensor) -> Tensor:
+            whole = x + TestWriteLast.write(one.clone(), index, x[:, :2])
+            return x.cos() + TestWriteLast.write(two.clone(), index, whole.sin()[:, :2])
+
+        index = torch.tensor([[1, 3], [2, 0]])
+        before, after, changed = exact(WriteLast(), module(forward), x=X, index=index, one=X + 1, two=X + 2)
+        assert (after, changed) == (before, False)
+
+    def test_has_nothing_to_do(self) -> None:
+        assert exact(WriteLast(), module(lambda self, x: x.sin()), x=X) == (["sin"], ["sin"], False)
 
 
 class TestCaching:
