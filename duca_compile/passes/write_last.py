@@ -11,7 +11,7 @@ _WRITE = torch.ops.aten.index_put_.default
 
 
 @dataclass(frozen=True)
-class WriteLast(ExactPass):
+class WriteLast(ExactPass[Draft]):
     """Moves all but the ancestors of what is written into caches to the end of the graph.
 
     Only where no chosen token depends on a written cache, that is where all branches recompute the same tokens.

@@ -51,7 +51,7 @@ def _shared(facts: Facts, counts: dict[int, int]) -> tuple[int, ...]:
     """For each branch the first that recomputes as many of the same number of tokens."""
     if not counts:
         return ()
-    first: dict[tuple[int, int, int], int] = {}
+    first: dict[tuple[int, ...], int] = {}
     return tuple(
         first.setdefault((*branch.shape[:2], counts[branch.index]), branch.index)
         if branch.index in counts

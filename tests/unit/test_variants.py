@@ -157,7 +157,7 @@ def test_one_choice_for_all_branches_gives_the_bits_of_equal_choices_of_each(nam
     call, found = models.example(seed=1, timestep=6.0), []
     for variant in (own, one):
         given = {key: value.clone() for key, value in cached.items()}
-        found.append(run.run(variant, call, **given, **{key: index for key in variant.dynamic_inputs}))
+        found.append(run.run(variant, call, **given, **dict.fromkeys(variant.dynamic_inputs, index)))
     assert found[0].keys() == found[1].keys()
     for key, value in found[0].items():
         assert torch.equal(value, found[1][key]), key
