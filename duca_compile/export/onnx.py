@@ -131,7 +131,13 @@ def write_graph(graph: OpenGraph, folder: Path, pool: PoolWriter, opset: int) ->
             continue
         chunk = pool.add(tensor.tobytes())
         value.const_value = onnx_ir.ExternalTensor(
-            POOL, chunk.start, chunk.bytes, tensor.dtype, name=value.name, shape=tensor.shape, base_dir=folder
+            POOL,
+            chunk.start,
+            chunk.bytes,
+            tensor.dtype,
+            name=value.name or "",
+            shape=onnx_ir.Shape(tensor.shape.numpy()),
+            base_dir=folder,
         )
     path = folder / f"{graph.name}.onnx"
     onnx_ir.save(model, path)

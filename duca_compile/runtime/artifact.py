@@ -347,7 +347,7 @@ def _result(structure: Mapping[str, Any], outputs: Sequence[Array]) -> Any:
         return dict(zip(structure["names"], items, strict=True))
     key = kind, tuple(structure["names"])
     if key not in _TYPES:
-        _TYPES[key] = namedtuple(*key)  # type: ignore[misc]
+        _TYPES[key] = namedtuple(*key)
     return _TYPES[key](*items)
 
 

@@ -99,7 +99,7 @@ class _Function:
         if not self._rows:
             return 1  # no size depends on it
         place, axis, size = self._rows[0]
-        return (given[place].shape()[axis] - size.plus) // size.factor
+        return (int(given[place].shape()[axis]) - size.plus) // size.factor
 
 
 def _shared(array: Array) -> ort.OrtValue:
