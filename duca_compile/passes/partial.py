@@ -146,7 +146,7 @@ class _Gather:
 
 
 def _has_tokens(operand: fx.Node, rank: int, place: TokenPlace) -> bool:
-    """Whether an operand of an elementwise result of ``rank`` has the tokens, rather than being broadcast along them."""
+    """Whether an operand of an elementwise result of this rank has the tokens, and is not broadcast along them."""
     shape = value_shape(operand) or ()
     axis = place.axis - (rank - len(shape))  # operands broadcast from the right
     return axis >= 0 and shape[axis] == place.length

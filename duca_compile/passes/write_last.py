@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from duca_compile.passes.base import Draft, ExactPass
 
 _WRITE = torch.ops.aten.index_put_.default
