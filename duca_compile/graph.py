@@ -14,6 +14,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from duca_compile.policies.base import Kept
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, fx
@@ -226,6 +228,7 @@ class VariantSpec:
     order: int | None = None  # the highest difference kept of each cache; None where nothing is forecast
     lite: bool = False  # where forecast: the stream's end is all that is cached
     chosen_with: tuple[int, ...] = ()  # for each branch, the one whose token input it shares; empty: each its own
+    keeps: Kept = Kept.ALL  # the kinds of caches that later steps will read
 
     def tokens_input(self, index: int) -> str:
         """Name of the (batch, k) int64 input that says which tokens of branch ``index`` to recompute."""

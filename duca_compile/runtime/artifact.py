@@ -71,6 +71,10 @@ class Recorded(Policy):
         for place in self._schedule.steps:
             yield self._schedule.plans[place].step
 
+    def planned(self, total: int | None) -> Iterator[Step]:
+        """They were recorded so."""
+        return self.steps(total)
+
 
 class _Rows:
     """Computes the timestep-only values of one call."""

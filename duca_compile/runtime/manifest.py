@@ -346,8 +346,11 @@ def _typed(value: Any, kind: Any, place: str) -> Any:
         return {key: _typed(each, arguments[1], f"{place}.{key}") for key, each in value.items()}
     if origin is Literal and value in arguments:
         return value
-    if isinstance(kind, type) and issubclass(kind, Enum) and value in [each.value for each in kind]:
-        return kind(value)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        try:
+            return kind(value)
+        except ValueError:
+            raise _wrong(value, kind.__name__, place) from None
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):

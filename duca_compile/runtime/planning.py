@@ -24,7 +24,9 @@ def plan_step(facts: Facts, policy: Policy, step: Step) -> tuple[VariantSpec, di
     forecast = policy.forecast
     if forecast is None:
         shared = _shared(facts, counts) if policy.selection is not None and policy.selection.shared else ()
-        return VariantSpec(actions, step.kind is StepKind.SKIP, scores, policy.caches, chosen_with=shared), counts
+        return VariantSpec(
+            actions, step.kind is StepKind.SKIP, scores, policy.caches, chosen_with=shared, keeps=step.kept
+        ), counts
     skip = step.kind is StepKind.SKIP or (step.kind is StepKind.FORECAST and forecast.lite)
     emit = policy.caches and step.kind is StepKind.FULL  # between full steps, caches stay as the last one made them
     return VariantSpec(actions, skip, scores, emit, forecast.order, forecast.lite), counts
