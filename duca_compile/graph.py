@@ -229,6 +229,7 @@ class VariantSpec:
     lite: bool = False  # where forecast: the stream's end is all that is cached
     chosen_with: tuple[int, ...] = ()  # for each branch, the one whose token input it shares; empty: each its own
     keeps: Kept = Kept.ALL  # the kinds of caches that later steps will read
+    cache_dtype: torch.dtype | None = None  # what caches are kept in, where that is narrower
 
     def tokens_input(self, index: int) -> str:
         """Name of the (batch, k) int64 input that says which tokens of branch ``index`` to recompute."""

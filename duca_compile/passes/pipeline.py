@@ -12,6 +12,7 @@ from duca_compile.analysis.closure import ancestors
 from duca_compile.errors import InternalError
 from duca_compile.graph import Action, CapturedGraph, Facts, Variance, Variant, VariantSpec, copy_graph
 from duca_compile.passes.base import D, Draft, Pass, VariantDraft
+from duca_compile.passes.cast import CastCaches
 from duca_compile.passes.clean import Clean
 from duca_compile.passes.dead_code import RemoveDeadCode
 from duca_compile.passes.deduplicate import Deduplicate
@@ -38,6 +39,7 @@ REWRITE: tuple[Pass[VariantDraft], ...] = (
     Forecast(),
     ReuseBranches(),
     SkipBlocks(),
+    CastCaches(),
     RemoveDeadCode(),
     WriteLast(),
 )
