@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from duca_compile.opaque import CallSite
 
 STREAM_END = "stream_end"
+BRANCH = "branch_"
 # 0-dimensional float32 inputs of the variants of policies that forecast (TaylorSeer).
 FORECAST_GAP = "forecast_gap"  # steps from the last full step to this one
 FORECAST_ORDERS = "forecast_orders"  # how many differences the full steps so far allow; the others stay zero
@@ -172,7 +173,7 @@ class Branch:
 
     @property
     def slot(self) -> str:
-        return f"branch_{self.index}"
+        return f"{BRANCH}{self.index}"
 
     @property
     def score_slot(self) -> str:
@@ -246,6 +247,7 @@ class Variant:
     outputs: tuple[str, ...]
     dynamic_inputs: tuple[str, ...]  # token index inputs: their second dimension changes from step to step
     pieces: frozenset[str]  # the timestep-only values that it reads
+    kept: Mapping[str, int]  # bytes of each cache that it returns
     flops_fixed: int
     flops_per_token: Mapping[int, float]  # branch index -> FLOPs for one recomputed token position, all batch rows
 

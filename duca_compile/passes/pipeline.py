@@ -88,6 +88,7 @@ def build_variant(captured: CapturedGraph, facts: Facts, spec: VariantSpec) -> V
         outputs=tuple(draft.results),
         dynamic_inputs=tuple(name for name in inputs if name in partial),
         pieces=pieces,
+        kept=_kept(draft),
         flops_fixed=fixed + _timestep_flops(captured.graph, facts, pieces),
         flops_per_token=per_token,
     )
@@ -113,6 +114,18 @@ def to_module(captured: CapturedGraph, graph: fx.Graph) -> fx.GraphModule:
     """A module over ``graph`` that shares every weight with the source model."""
     used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
     return fx.GraphModule({name: captured.attributes[name] for name in used}, graph)
+
+
+def _kept(draft: VariantDraft) -> dict[str, int]:
+    """Bytes of the results that are kept until the next step: all but the model's own and scores."""
+    (results,) = draft.graph.output_node().args
+    assert isinstance(results, tuple)
+    found: dict[str, int] = {}
+    for name, node in zip(draft.results, results, strict=True):
+        if not name.startswith(("output_", "score_")):
+            value = node.meta["val"]
+            found[name] = value.numel() * value.element_size()
+    return found
 
 
 def _timestep_flops(graph: fx.Graph, facts: Facts, pieces: frozenset[str]) -> int:

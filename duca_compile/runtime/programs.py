@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from duca_compile.graph import FORECAST_GAP, Action, Facts, Variant, VariantFunction, VariantSpec, cache_input
 from duca_compile.lock import COMPILING
 from duca_compile.policies.base import Policy, Step
+from duca_compile.policies.end_only import EndOnly
 from duca_compile.runtime.arrays import TorchArrays
 from duca_compile.runtime.dispatcher import Plan, Program
 from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
@@ -35,9 +37,9 @@ class Programs:
         PolicyError: this graph cannot serve the policy.
     """
 
-    def __init__(self, facts: Facts, policy: Policy, builder: Builder) -> None:
+    def __init__(self, facts: Facts, policy: Policy, builder: Builder, cache_dtype: torch.dtype | None = None) -> None:
         check_selection(facts, policy)
-        self._facts, self._policy, self._builder = facts, policy, builder
+        self._facts, self._policy, self._builder, self._cache_dtype = facts, policy, builder, cache_dtype
         self._rows: dict[frozenset[str] | None, Rows] = {}
         self._plans: dict[Step, Plan] = {}
         self.by_spec: dict[VariantSpec, tuple[Variant, Program]] = {}
@@ -64,10 +66,11 @@ class Programs:
         if plan is not None:
             return plan
         with COMPILING:
-            spec, counts = plan_step(self._facts, self._policy, step)
-            variant, program = self._program(spec)
+            run = self._policy.instead_of(step) if isinstance(self._policy, EndOnly) else step
+            spec, counts = plan_step(self._facts, self._policy, run)
+            variant, program = self._program(replace(spec, cache_dtype=self._cache_dtype))
             waiting = tuple(counts.get(index, 0) for index in program.waiting)
-            plan = self._plans[step] = Plan(step, program, waiting, variant.flops(counts))
+            plan = self._plans[step] = Plan(run, program, waiting, variant.flops(counts))
         return plan
 
     def _program(self, spec: VariantSpec) -> tuple[Variant, Program]:
