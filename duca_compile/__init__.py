@@ -11,7 +11,20 @@ from duca_compile.errors import (
     UsageError,
 )
 from duca_compile.explain import Explanation, explain
-from duca_compile.policies import FORA, DuCa, Interval, Linear, Policy, Selection, TaylorSeer, Uncached, published
+from duca_compile.policies import (
+    FORA,
+    DuCa,
+    Interval,
+    Linear,
+    Policy,
+    ResidualGate,
+    Selection,
+    SpeCa,
+    TaylorSeer,
+    ToCa,
+    Uncached,
+    published,
+)
 from duca_compile.runtime.session import Session
 
 __all__ = [
@@ -27,10 +40,13 @@ __all__ = [
     "OptimizedModel",
     "Policy",
     "PolicyError",
+    "ResidualGate",
     "Selection",
     "Session",
+    "SpeCa",
     "StructureError",
     "TaylorSeer",
+    "ToCa",
     "Uncached",
     "UsageError",
     "explain",

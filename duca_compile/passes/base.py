@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import ClassVar, Generic, TypeVar
 
@@ -48,6 +49,12 @@ class VariantDraft(Draft):
             node = self.graph.placeholder(name)
         node.meta["val"] = value
         return node
+
+    def behind(self, node: fx.Node) -> AbstractContextManager[None]:
+        """Where nodes computed from ``node`` go: right behind it, and behind all inputs."""
+        if node.op != "placeholder":
+            return self.graph.inserting_after(node)
+        return self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder"))
 
     def add_result(self, name: str, node: fx.Node) -> None:
         output = self.graph.output_node()
