@@ -44,17 +44,17 @@ class VariantDraft(Draft):
 
     def add_input(self, name: str, value: torch.Tensor) -> fx.Node:
         """A new placeholder; ``value`` (fake or meta) says its shape and dtype."""
-        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
-        with self.graph.inserting_after(last):
+        with self.graph.inserting_after(self._last_input()):
             node = self.graph.placeholder(name)
         node.meta["val"] = value
         return node
 
+    def _last_input(self) -> fx.Node:
+        return next(n for n in reversed(self.graph.nodes) if n.op == "placeholder")
+
     def behind(self, node: fx.Node) -> AbstractContextManager[None]:
         """Where nodes computed from ``node`` go: right behind it, and behind all inputs."""
-        if node.op != "placeholder":
-            return self.graph.inserting_after(node)
-        return self.graph.inserting_before(next(n for n in self.graph.nodes if n.op != "placeholder"))
+        return self.graph.inserting_after(self._last_input() if node.op == "placeholder" else node)
 
     def add_result(self, name: str, node: fx.Node) -> None:
         output = self.graph.output_node()
