@@ -278,9 +278,9 @@ def difference_slot(slot: str, order: int) -> str:
     return f"{slot}_d{order}" if order else slot
 
 
-def change_slot(chain: int) -> str:
-    """The slot of what the branches of a stream add to it together."""
-    return f"change_{chain}"
+def change_slot(index: int) -> str:
+    """The slot of what a stretch of a stream's branches, of which this is the last, add to it together."""
+    return f"change_{index}"
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

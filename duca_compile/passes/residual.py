@@ -21,9 +21,9 @@ class AddChanges(CachingPass):
         if not draft.spec.change or not draft.spec.skip:
             return False
         known = {n.target for n in draft.graph.nodes if n.op == "placeholder"}
-        new = {chain: ends for chain, ends in stretches(draft).items() if cache_input(change_slot(chain)) not in known}
-        for chain, (start, end) in new.items():
-            change = draft.add_input(cache_input(change_slot(chain)), end.meta["val"])
+        new = {i: ends for i, ends in stretches(draft).items() if cache_input(change_slot(i)) not in known}
+        for index, (start, end) in new.items():
+            change = draft.add_input(cache_input(change_slot(index)), end.meta["val"])
             with draft.graph.inserting_before(end):
                 restored = draft.graph.call_function(aten.add.Tensor, (start, change))
             restored.meta["val"] = end.meta["val"]

@@ -29,8 +29,9 @@ class KeepRows(CachingPass):
         known = {n.target: n for n in draft.graph.nodes if n.op == "placeholder"}
         if FULL_ROWS in known:
             return False
-        kind = torch.empty(draft.facts.batch, dtype=torch.bool, device="meta")
-        rows = draft.add_input(FULL_ROWS, kind)
+        rows = draft.add_input(
+            FULL_ROWS, results[own].meta["val"].new_empty(draft.facts.batch, dtype=torch.bool)
+        )
         kept = list(results[:own])
         for name, new in zip(draft.results[own:], results[own:], strict=True):
             like = new.meta["val"]

@@ -40,14 +40,15 @@ class ForecastInputs:
     """The inputs that a variant has for forecasts and for chosen rows alone, by name, with fake tensors of their kind."""
 
     numbers: Mapping[str, Tensor]
-    old: Mapping[str, Tensor]  # caches that a full step takes differences to or keeps rows of, where they are there
+    old: Mapping[str, Tensor]  # caches that it compares with or keeps rows of; zeros where they are not there yet
 
     @staticmethod
     def of(variant: Variant) -> ForecastInputs:
         kinds = {n.name: n.meta["val"] for n in variant.module.graph.nodes if n.op == "placeholder"}
         caches = {name: like for name, like in kinds.items() if name.startswith(cache_input(""))}
         numbers = {name: kinds[name] for name in _NUMBERS if name in kinds}
-        return ForecastInputs(numbers, caches if numbers.keys() & {FORECAST_GAP, FULL_ROWS} else {})
+        compares = variant.spec.probing or numbers.keys() & {FORECAST_GAP, FULL_ROWS}
+        return ForecastInputs(numbers, caches if compares else {})
 
     def values(
         self, forecast: Forecast | None, state: CacheState, step: int, rows: Sequence[bool] | None = None
