@@ -22,7 +22,7 @@ from duca_compile.graph import Branch, Role, Stream, Variance, module_path, op_n
 _SUMS = {"add", "addcmul"}
 _SOFTMAX = {"softmax", "_softmax"}
 _PRODUCTS = {"scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum"}
-_PASSTHROUGH = {"to", "_to_copy", "clone", "contiguous", "dropout", "alias", "detach", "clamp", "type_as"}
+_PASSTHROUGH = {"to", "_to_copy", "clone", "contiguous", "dropout", "alias", "detach", "clamp"}
 
 
 @dataclass(frozen=True)

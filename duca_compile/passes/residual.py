@@ -22,7 +22,7 @@ class AddChanges(CachingPass):
             return False
         known = {n.target for n in draft.graph.nodes if n.op == "placeholder"}
         new = {i: ends for i, ends in stretches(draft).items() if cache_input(change_slot(i)) not in known}
-        for index, (start, end) in new.items():
+        for index, (start, end) in sorted(new.items(), reverse=True):  # a start that is an earlier end is replaced too
             change = draft.add_input(cache_input(change_slot(index)), end.meta["val"])
             with draft.graph.inserting_before(end):
                 restored = draft.graph.call_function(aten.add.Tensor, (start, change))
