@@ -74,9 +74,7 @@ def find_branches(
         path = module_path(residual.add)
         same_block = bool(branches) and branches[-1].path == path
         block = branches[-1].block + (not same_block) if branches else 0
-        branches.append(
-            _branch(index, block, chain_of[residual.add], role_of[residual.add], residual, variance, order)
-        )
+        branches.append(_branch(index, block, chain_of[residual.add], role_of[residual.add], residual, variance, order))
     streams = [_stream(chain, role, chain in main) for chain, role in zip(latent, roles, strict=True)]
     streams += [_stream(chain, Role.ENCODER, cached=False) for chain in encoders]
     return tuple(branches), cached[-1].add.name, tuple(streams)

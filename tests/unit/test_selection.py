@@ -112,7 +112,9 @@ def test_branches_that_are_not_asked_keep_their_state() -> None:
 
 def test_branches_over_other_tokens_choose_on_their_own() -> None:
     """Image and text branches in turn: each gets indices of its own range, in the order asked for."""
-    chosen = TokenSelector(Selection("attention"), [Tokens(BATCH, 16), Tokens(BATCH, 5), Tokens(BATCH, 16)], torch.device("cpu"))
+    chosen = TokenSelector(
+        Selection("attention"), [Tokens(BATCH, 16), Tokens(BATCH, 5), Tokens(BATCH, 16)], torch.device("cpu")
+    )
     chosen.refresh({0: torch.arange(16.0).expand(BATCH, -1), 1: -torch.arange(5.0).expand(BATCH, -1), 2: None})
     image, text = chosen.select([0, 1], [2, 3], 3)
     assert image[0].tolist() == [15, 14]
