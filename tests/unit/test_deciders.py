@@ -107,7 +107,7 @@ class TestSpeCaAsReleased:
                 p.max_order,
                 p.first_full_steps,
                 p.min_threshold,
-            )  # fmt: skip
+            )
             for family, p in found.items()
             if isinstance(p, SpeCa)
         }

@@ -221,9 +221,7 @@ def test_the_scores_of_an_mlp_come_from_the_self_attention_before_it() -> None:
     sources = [facts.score_source(b, "v_norm") for b in facts.branches]
     assert [s and s.index for s in sources] == [0, 0, 0, 3, 3, 3]
     spread = [facts.score_source(b, "entropy") for b in facts.branches]
-    assert [s and s.index for s in spread] == [None, 1, 1, 1, 4, 4], (
-        "a cross-attention's map chooses its own tokens too"
-    )
+    assert [s and s.index for s in spread] == [None, 1, 1, 1, 4, 4], "its own tokens too"
 
 
 def test_no_residual_is_an_error() -> None:
