@@ -22,7 +22,18 @@ from duca_compile.policies.adaptive import Probe
 
 aten = torch.ops.aten
 
-_PRODUCTS = {"addmm", "bmm", "conv1d", "conv2d", "conv3d", "einsum", "linear", "matmul", "mm", "scaled_dot_product_attention"}
+_PRODUCTS = {
+    "addmm",
+    "bmm",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "einsum",
+    "linear",
+    "matmul",
+    "mm",
+    "scaled_dot_product_attention",
+}
 
 
 @dataclass(frozen=True)
