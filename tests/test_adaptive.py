@@ -314,10 +314,10 @@ def test_it_warms_up_every_variant_and_touches_no_request(model: nn.Module) -> N
         optimized = optimize(model, policy)
         optimized.warm_up(**call(0))
         (compiled,) = optimized._compiled.values()
-        built = set(compiled.dispatcher._programs)
+        built = set(compiled.dispatcher.planner.by_spec)
         assert optimized.history == ()
         assert all(map(torch.equal, loop(optimized), loop(optimize(model, policy))))
-        assert set(compiled.dispatcher._programs) == built
+        assert set(compiled.dispatcher.planner.by_spec) == built
         assert len(built) == 3, "full, cheap, and the probe or the verified draft"
 
 
