@@ -12,7 +12,20 @@ from duca_compile.errors import (
 )
 from duca_compile.explanation import Explanation, explain
 from duca_compile.export.artifact import save
-from duca_compile.policies import FORA, DuCa, Interval, Linear, Policy, Selection, TaylorSeer, Uncached, published
+from duca_compile.policies import (
+    FORA,
+    DuCa,
+    Interval,
+    Linear,
+    Policy,
+    ResidualGate,
+    Selection,
+    SpeCa,
+    TaylorSeer,
+    ToCa,
+    Uncached,
+    published,
+)
 from duca_compile.runtime.artifact import Artifact, load
 from duca_compile.runtime.session import Session
 
@@ -34,10 +47,13 @@ __all__ = [
     "OptimizedModel",
     "Policy",
     "PolicyError",
+    "ResidualGate",
     "Selection",
     "Session",
+    "SpeCa",
     "StructureError",
     "TaylorSeer",
+    "ToCa",
     "Uncached",
     "UsageError",
     "explain",

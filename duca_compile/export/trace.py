@@ -18,6 +18,7 @@ from duca_compile.errors import ExportError, UsageError
 from duca_compile.export.batch import Fit, OpenGraph, Seen, open_graph
 from duca_compile.graph import Action, CapturedGraph, Facts, Variant, VariantSpec
 from duca_compile.passes.pipeline import build_variant, make_rows
+from duca_compile.policies.adaptive import AdaptivePolicy
 from duca_compile.policies.base import Policy, Step, StepKind
 from duca_compile.policies.checks import check_whole
 from duca_compile.runtime import manifest
@@ -68,7 +69,7 @@ class Traced:
             check_whole("num_inference_steps", num_inference_steps, least=1)
         if model.cache_options != CacheOptions():
             raise UsageError(
-                "an artifact keeps caches as they are; optimize without cache_dtype and cache_budget_bytes"
+                "an artifact has no cache_dtype and no cache_budget_bytes: optimize the model without them"
             )
         self.model: torch.nn.Module = model.source
         self.policy: Policy = model.policy
@@ -84,6 +85,11 @@ class Traced:
             # An odd multiple, so that the same powers of two divide both: values are packed alike then.
             self.other = self._capture(self._with_rows(given.batch, 3 * self.one.batch))
         check_selection(self.facts, self.policy)
+        if isinstance(self.policy, AdaptivePolicy):
+            raise ExportError(
+                f"{self.policy.name} decides its steps while it runs, and an artifact's steps are fixed; export a "
+                "policy with a schedule, such as TaylorSeer"
+            )
         self.variants: dict[str, TracedVariant] = {}
         self._names: dict[VariantSpec, str] = {}
 
@@ -190,7 +196,7 @@ class TracedVariant:
             if self.spec.actions[branch.index] is not Action.COMPUTE:
                 waiting.append(branch.index)
                 continue
-            source = facts.score_source(branch)
+            source = facts.score_source(branch, self.spec.scores)
             emitted = source is not None and source.score_slot in outputs
             computed[str(branch.index)] = source.score_slot if source is not None and emitted else None
         tokens = tuple(map(self.spec.tokens_input, waiting))

@@ -8,6 +8,7 @@ import torch
 
 from duca_compile.graph import FORECAST_GAP, FORECAST_ORDERS, STREAM_END, Action, cache_input, difference_slot
 from duca_compile.passes.base import ExactPass, VariantDraft
+from duca_compile.passes.rows import beside, number_input
 
 aten = torch.ops.aten
 
@@ -32,12 +33,12 @@ class EmitDifferences(ExactPass[VariantDraft]):
         (results,) = draft.graph.output_node().args
         assert isinstance(results, tuple)
         emitted = dict(zip(draft.results, results, strict=True))
-        number = emitted[slots[0]].meta["val"].new_empty((), dtype=torch.float32)
-        gap, orders = draft.add_input(FORECAST_GAP, number), draft.add_input(FORECAST_ORDERS, number)
-        with draft.graph.inserting_before(draft.graph.output_node()):
-            allowed = [draft.graph.call_function(aten.gt.Scalar, (orders, i)) for i in range(order)]
+        numbers = [number_input(draft, name, emitted[slots[0]].meta["val"]) for name in (FORECAST_GAP, FORECAST_ORDERS)]
         for slot in slots:
             now, like = emitted[slot], emitted[slot].meta["val"]
+            gap, orders = (beside(draft, number, like) for number in numbers)
+            with draft.graph.inserting_before(draft.graph.output_node()):
+                allowed = [draft.graph.call_function(aten.gt.Scalar, (orders, i)) for i in range(order)]
             for i in range(order):
                 old = draft.add_input(cache_input(difference_slot(slot, i)), like)
                 with draft.graph.inserting_before(draft.graph.output_node()):

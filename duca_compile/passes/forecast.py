@@ -10,6 +10,7 @@ import torch
 from duca_compile.errors import InternalError
 from duca_compile.graph import FORECAST_DISTANCE, STREAM_END, Action, cache_input, difference_slot
 from duca_compile.passes.base import CachingPass, VariantDraft
+from duca_compile.passes.rows import beside, number_input
 
 aten = torch.ops.aten
 
@@ -34,16 +35,17 @@ class Forecast(CachingPass):
         graph, orders = draft.graph, range(1, draft.spec.order + 1)
         powers = []
         if orders:
-            number = next(iter(values.values())).meta["val"].new_empty((), dtype=torch.float32)
-            powers = [draft.add_input(FORECAST_DISTANCE, number)]
+            powers = [number_input(draft, FORECAST_DISTANCE, next(iter(values.values())).meta["val"])]
         for slot, value in values.items():
             like = value.meta["val"]
             total = draft.add_input(cache_input(slot), like)
             differences = [draft.add_input(cache_input(difference_slot(slot, i)), like) for i in orders]
-            with graph.inserting_before(value):
-                while 0 < len(powers) < len(orders):
+            while 0 < len(powers) < len(orders):
+                with draft.behind(powers[-1]):
                     powers.append(graph.call_function(aten.mul.Tensor, (powers[-1], powers[0])))
-                for i, difference, power in zip(orders, differences, powers, strict=True):
+            own = [beside(draft, power, like) for power in powers]
+            with graph.inserting_before(value):
+                for i, difference, power in zip(orders, differences, own, strict=True):
                     terms = (total, difference, power)
                     total = graph.call_function(aten.addcmul.default, terms, {"value": 1 / factorial(i)})
             total.meta["val"] = like

@@ -10,9 +10,20 @@ from torch import fx
 
 from duca_compile.analysis.closure import ancestors
 from duca_compile.errors import InternalError
-from duca_compile.graph import Action, CapturedGraph, Facts, Variance, Variant, VariantSpec, copy_graph
+from duca_compile.graph import (
+    MEASURED,
+    PROBE_SEEN,
+    Action,
+    CapturedGraph,
+    Facts,
+    Variance,
+    Variant,
+    VariantSpec,
+    copy_graph,
+)
 from duca_compile.passes.base import D, Draft, Pass, VariantDraft
 from duca_compile.passes.cast import CastCaches
+from duca_compile.passes.changes import EmitChanges
 from duca_compile.passes.clean import Clean
 from duca_compile.passes.dead_code import RemoveDeadCode
 from duca_compile.passes.deduplicate import Deduplicate
@@ -21,9 +32,13 @@ from duca_compile.passes.emit import EmitCaches
 from duca_compile.passes.forecast import Forecast
 from duca_compile.passes.hoist import Hoist, invariant_graph, row_input, row_layout, timestep_graph
 from duca_compile.passes.partial import RecomputeTokens
+from duca_compile.passes.probe import GoOn, LookAhead
+from duca_compile.passes.residual import AddChanges
 from duca_compile.passes.reuse import ReuseBranches
+from duca_compile.passes.rows import KeepRows
 from duca_compile.passes.scores import EmitScores
 from duca_compile.passes.skip import SkipBlocks
+from duca_compile.passes.verification import VerifyForecast
 from duca_compile.passes.write_last import WriteLast
 from duca_compile.runtime.rows import Rows
 
@@ -32,13 +47,19 @@ PREPARE: tuple[Pass[Draft], ...] = (Clean(), Deduplicate(), RemoveDeadCode())
 # branches come first of the replacements: their bodies are copied from the nodes that reuse leaves dead.
 REWRITE: tuple[Pass[VariantDraft], ...] = (
     Hoist(),
+    LookAhead(),
     EmitCaches(),
+    EmitChanges(),
     EmitDifferences(),
+    KeepRows(),
     EmitScores(),
+    VerifyForecast(),
     RecomputeTokens(),
     Forecast(),
     ReuseBranches(),
     SkipBlocks(),
+    AddChanges(),
+    GoOn(),
     CastCaches(),
     RemoveDeadCode(),
     WriteLast(),
@@ -117,12 +138,12 @@ def to_module(captured: CapturedGraph, graph: fx.Graph) -> fx.GraphModule:
 
 
 def _kept(draft: VariantDraft) -> dict[str, int]:
-    """Bytes of the results that are kept until the next step: all but the model's own and scores."""
+    """Bytes of the results that are kept until the next step: all but the model's own, scores and measures."""
     (results,) = draft.graph.output_node().args
     assert isinstance(results, tuple)
     found: dict[str, int] = {}
     for name, node in zip(draft.results, results, strict=True):
-        if not name.startswith(("output_", "score_")):
+        if name == PROBE_SEEN or (not name.startswith(("output_", "score_")) and name not in MEASURED):
             value = node.meta["val"]
             found[name] = value.numel() * value.element_size()
     return found
@@ -142,5 +163,5 @@ def _variant_flops(graph: fx.Graph, facts: Facts) -> tuple[int, dict[int, float]
             index, origin = node.meta["tokens_of"]
             per_token[index] += facts.flops[origin] / facts.branches[index].tokens
         else:
-            fixed += facts.flops.get(node.name, 0)
+            fixed += facts.flops.get(node.meta.get("copy_of", node.name), 0)
     return fixed, dict(per_token)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -9,15 +10,25 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from duca_compile.graph import FORECAST_GAP, Action, Facts, Variant, VariantFunction, VariantSpec, cache_input
+from duca_compile.graph import (
+    FORECAST_GAP,
+    FULL_ROWS,
+    Action,
+    Facts,
+    Variant,
+    VariantFunction,
+    VariantSpec,
+    cache_input,
+)
 from duca_compile.lock import COMPILING
-from duca_compile.policies.base import Policy, Step
+from duca_compile.policies.base import Policy, Step, StepKind
 from duca_compile.policies.end_only import EndOnly
 from duca_compile.runtime.arrays import TorchArrays
 from duca_compile.runtime.dispatcher import Plan, Program
 from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
-from duca_compile.runtime.planning import check_selection, plan_step
+from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec, tokens_of
 from duca_compile.runtime.rows import Rows
+from duca_compile.runtime.selection import Tokens
 
 
 class Builder(Protocol):
@@ -39,17 +50,25 @@ class Programs:
 
     def __init__(self, facts: Facts, policy: Policy, builder: Builder, cache_dtype: torch.dtype | None = None) -> None:
         check_selection(facts, policy)
+        check_rows(facts, policy)
         self._facts, self._policy, self._builder, self._cache_dtype = facts, policy, builder, cache_dtype
         self._rows: dict[frozenset[str] | None, Rows] = {}
         self._plans: dict[Step, Plan] = {}
+        self._look: Plan | None = None
         self.by_spec: dict[VariantSpec, tuple[Variant, Program]] = {}
         self._selectable = [b for b in facts.branches if b.pointwise]
         self._position = {b.index: i for i, b in enumerate(self._selectable)}
 
     @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """(batch, tokens) of each branch whose tokens can be chosen."""
-        return [(b.shape[0], b.tokens) for b in self._selectable]
+    def batch(self) -> int:
+        """The rows of the latent."""
+        return self._facts.batch
+
+    @property
+    def tokens(self) -> list[Tokens]:
+        """The tokens of each branch whose tokens can be chosen."""
+        selection = self._policy.selection
+        return [] if selection is None else [tokens_of(self._facts, selection, b) for b in self._selectable]
 
     def arrays(self, like: Tensor) -> TorchArrays:
         return TorchArrays(like.device)
@@ -73,6 +92,15 @@ class Programs:
             plan = self._plans[step] = Plan(run, program, waiting, variant.flops(counts))
         return plan
 
+    def look(self) -> Plan | None:
+        """What measures before a step is decided; None where the policy does not ask for it."""
+        spec = probe_spec(self._facts, self._policy)
+        if self._look is None and spec is not None:
+            with COMPILING:
+                variant, program = self._program(spec)
+            self._look = Plan(Step(StepKind.FULL), program, (), variant.flops({}))
+        return self._look
+
     def _program(self, spec: VariantSpec) -> tuple[Variant, Program]:
         if spec not in self.by_spec:
             variant, run = self._builder.build(spec)
@@ -95,7 +123,7 @@ class Programs:
         found: dict[int, int | None] = {}
         for branch in self._selectable:
             if variant.spec.actions[branch.index] is Action.COMPUTE:
-                source = self._facts.score_source(branch)
+                source = self._facts.score_source(branch, variant.spec.scores)
                 emitted = source is not None and source.score_slot in variant.outputs
                 slot = variant.outputs.index(source.score_slot) if source is not None and emitted else None
                 found[self._position[branch.index]] = slot
@@ -106,12 +134,16 @@ def _forecast_inputs(variant: Variant) -> ForecastInputs:
     kinds = {n.name: n.meta["val"] for n in variant.module.graph.nodes if n.op == "placeholder"}
     numbers = {name: partial(_number, kinds[name]) for name in NUMBERS if name in kinds}
     caches = {name: partial(_zeros, like) for name, like in kinds.items() if name.startswith(cache_input(""))}
-    return ForecastInputs(numbers, caches if FORECAST_GAP in numbers else {})
+    compares = variant.spec.probing or numbers.keys() & {FORECAST_GAP, FULL_ROWS}
+    rows = max((kinds[name].numel() for name in numbers), default=1)
+    return ForecastInputs(numbers, caches if compares else {}, rows)
 
 
-def _number(like: Tensor, value: int) -> Tensor:
-    """Made on the device that reads it: a copy from the host would wait for it."""
-    return torch.full((), value, dtype=like.dtype, device=like.device)
+def _number(like: Tensor, values: Sequence[int]) -> Tensor:
+    """Made on the device that reads it, where all are the same: a copy from the host would wait for it."""
+    if len(set(values)) > 1:
+        return torch.tensor(values, dtype=like.dtype).to(like.device)
+    return torch.full(like.shape, values[0], dtype=like.dtype, device=like.device)
 
 
 def _zeros(like: Tensor) -> Tensor:
