@@ -1,4 +1,4 @@
-"""The command line: ``duca-compile demo`` and ``duca-compile explain``."""
+"""The command line: ``duca-compile demo``, ``explain`` and ``flops``."""
 
 from __future__ import annotations
 
@@ -23,8 +23,10 @@ from torch import nn
 from duca_compile import demo as demonstration
 from duca_compile.backends import BACKENDS
 from duca_compile.errors import DucaError, UsageError, first_line
+from duca_compile.explain import Explanation
 from duca_compile.explain import explain as explain_model
-from duca_compile.policies import StepKind
+from duca_compile.paper_flops import explain_dit_xl, loop_flops, published_policies
+from duca_compile.policies import StepKind, Uncached
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
@@ -90,12 +92,43 @@ def explain(
         _fail(error)
 
 
+@app.command()
+def flops(
+    target: Annotated[
+        str | None,
+        typer.Argument(help="package.module:function returning (model, kwargs of one call); else DiT-XL/2 at 256x256."),
+    ] = None,
+    steps: Steps = 50,
+    interval: Annotated[
+        list[int] | None, typer.Option(min=1, help="Steps between full steps; may be repeated. 3 to 7 by default.")
+    ] = None,
+) -> None:
+    """Count the loops of the papers' settings on a DiT: as the papers count, and every product of the graph."""
+    try:
+        found = explain_dit_xl() if target is None else _explain_target(target)
+        policies = [Uncached(), *published_policies(tuple(interval or range(3, 8)))]
+        rows = [loop_flops(found, policy, steps) for policy in policies]
+    except DucaError as error:
+        _fail(error)
+    table = Table(Column("policy", no_wrap=True), "papers' TFLOPs", "speed-up", "counted TFLOPs", "speed-up")
+    for row in rows:
+        papers, counted = f"{row.papers / 1e12:.2f}", f"{row.counted / 1e12:.2f}"
+        table.add_row(row.policy, papers, f"{row.papers_speedup:.2f}x", counted, f"{row.counted_speedup:.2f}x")
+    console.print(f"{found.model}: {steps} steps of {found.branches[0].shape[0]} rows")
+    console.print(table)
+
+
 def _embedded(device: str) -> tuple[nn.Module, dict[str, Any]]:
     model = demonstration.DemoModel.load(_device(device))
     latent = model.noise(seed=0)
     labels = torch.arange(len(latent), device=latent.device)
     arguments = {"hidden_states": latent, "timestep": torch.full_like(labels, 999), "class_labels": labels}
     return model.transformer, arguments
+
+
+def _explain_target(target: str) -> Explanation:
+    model, arguments = _load_target(target)
+    return explain_model(model, **arguments)
 
 
 def _load_target(target: str) -> tuple[nn.Module, dict[str, Any]]:
