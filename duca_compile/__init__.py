@@ -11,11 +11,24 @@ from duca_compile.errors import (
     UsageError,
 )
 from duca_compile.explain import Explanation, explain
-from duca_compile.policies import FORA, DuCa, Interval, Linear, Policy, Selection, TaylorSeer, Uncached, published
+from duca_compile.policies import (
+    FORA,
+    RFC,
+    DuCa,
+    Interval,
+    Linear,
+    Policy,
+    RelationalFeatureCaching,
+    Selection,
+    TaylorSeer,
+    Uncached,
+    published,
+)
 from duca_compile.runtime.session import Session
 
 __all__ = [
     "FORA",
+    "RFC",
     "BackendError",
     "CaptureError",
     "DuCa",
@@ -27,6 +40,7 @@ __all__ = [
     "OptimizedModel",
     "Policy",
     "PolicyError",
+    "RelationalFeatureCaching",
     "Selection",
     "Session",
     "StructureError",

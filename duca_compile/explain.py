@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,12 @@ from torch import nn
 from duca_compile.api import OptimizedModel, analyze_call, check_model, check_parts, resolve_policy
 from duca_compile.capture import Binder
 from duca_compile.errors import UsageError
-from duca_compile.graph import Branch, CapturedGraph, Facts, Role, Variance
+from duca_compile.graph import Branch, CapturedGraph, Facts, Role, Variance, Variant, VariantSpec
 from duca_compile.passes.hoist import frontier
 from duca_compile.passes.pipeline import build_variant
 from duca_compile.pipelines import is_pipeline
 from duca_compile.policies import Policy, Step, StepKind
-from duca_compile.runtime.planning import check_selection, plan_step
+from duca_compile.runtime.planning import check_selection, plan_step, probe_spec
 
 _UNCACHED = {
     Role.TEXT: "only attention reads it, and that is",
@@ -56,6 +56,7 @@ class ScheduleReport:
     steps: tuple[PlannedStep, ...]
     uncached_flops: float  # of one step
     cache_bytes: int  # of one pass, once all is there that the policy keeps
+    gated: int = 0  # steps that are decided when they are reached, and shown here as the cheaper of the two
 
     @property
     def full_steps(self) -> int:
@@ -82,6 +83,8 @@ class ScheduleReport:
         yield table
         yield f"ideal speed-up {self.ideal_speedup:.2f}x (by FLOPs; elementwise work counts as none)"
         yield f"caches hold {_size(self.cache_bytes)}"
+        if self.gated:
+            yield f"at best: {self.gated} of these steps are decided when they are reached, and may run in full"
 
     def __str__(self) -> str:
         return _rendered(self)
@@ -109,16 +112,16 @@ class Explanation:
     def cache_bytes(self) -> int:
         """Bytes that all branch caches and the cached end of the stream hold.
 
-        Of an optimized model whose policy forecasts: the caches that its forecasts read, with their differences.
+        Of an optimized model whose policy forecasts: what its full steps keep for that.
         """
         return self._cache_bytes(self.policy)
 
     def _cache_bytes(self, policy: Policy | None) -> int:
+        if policy is not None and policy.forecast is not None:
+            spec, _ = plan_step(self.facts, policy, Step(StepKind.FULL))
+            return build_variant(self.captured, self.facts, spec).cache_bytes
         value = next(n for n in self.captured.graph.nodes if n.name == self.facts.stream_end).meta["val"]
-        branches, end = sum(b.cache_bytes for b in self.branches), int(value.numel() * value.dtype.itemsize)
-        if policy is None or policy.forecast is None:
-            return branches + end
-        return (policy.forecast.order + 1) * (end if policy.forecast.lite else branches)
+        return sum(b.cache_bytes for b in self.branches) + int(value.numel() * value.dtype.itemsize)
 
     @property
     def hoisted(self) -> tuple[str, ...]:
@@ -142,18 +145,24 @@ class Explanation:
         """
         chosen = resolve_policy(policy if policy is not None else self.policy or "duca")
         check_selection(self.facts, chosen)
-        variants: dict[Any, Any] = {}
+        variants: dict[VariantSpec, Variant] = {}
+
+        def flops(spec: VariantSpec, counts: Mapping[int, int]) -> float:
+            if spec not in variants:
+                variants[spec] = build_variant(self.captured, self.facts, spec)
+            return variants[spec].flops(counts)
 
         def planned(index: int, step: Step) -> PlannedStep:
             spec, counts = plan_step(self.facts, chosen, step)
-            if spec not in variants:
-                variants[spec] = build_variant(self.captured, self.facts, spec)
             shares = [counts[i] / self.branches[i].tokens for i in counts]
             fresh = sum(shares) / len(shares) if shares else 0.0
-            return PlannedStep(index, step.kind, variants[spec].flops(counts), fresh)
+            probe = flops(probe_spec(self.facts, chosen), {}) if step.gated else 0.0
+            return PlannedStep(index, step.kind, flops(spec, counts) + probe, fresh)
 
-        steps = tuple(planned(i, step) for i, step in enumerate(chosen.steps(num_inference_steps)))
-        return ScheduleReport(chosen.name, steps, self.flops, self._cache_bytes(chosen) if chosen.caches else 0)
+        steps = list(chosen.steps(num_inference_steps))
+        found = tuple(planned(i, step) for i, step in enumerate(steps))
+        held = self._cache_bytes(chosen) if chosen.caches else 0
+        return ScheduleReport(chosen.name, found, self.flops, held, sum(step.gated for step in steps))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         facts = self.facts

@@ -23,6 +23,7 @@ STREAM_END = "stream_end"
 FORECAST_GAP = "forecast_gap"  # steps from the last full step to this one
 FORECAST_ORDERS = "forecast_orders"  # how many differences the full steps so far allow; the others stay zero
 FORECAST_DISTANCE = "forecast_distance"  # steps from the last full step to the forecast
+PROBE_ERROR = "probe_error"  # what a probe returns: one float32 for each row of the first branch
 _OURS = str(Path(__file__).parent)
 
 
@@ -157,6 +158,7 @@ class Branch:
     shape: tuple[int, ...]
     dtype: torch.dtype
     flops: int
+    input: str  # what its first product reads: in a transformer, the stream behind norm, scale and shift
     attention: str | None  # the scaled_dot_product_attention whose keys hold the branch's tokens one for one
     token_places: Mapping[str, TokenPlace] | None  # body node -> where its tokens are; None where they mix
     mixing_reason: str | None
@@ -164,6 +166,14 @@ class Branch:
     @property
     def slot(self) -> str:
         return f"branch_{self.index}"
+
+    @property
+    def input_slot(self) -> str:
+        return f"input_{self.index}"
+
+    @property
+    def scale_slot(self) -> str:
+        return f"scale_{self.index}"
 
     @property
     def score_slot(self) -> str:
@@ -201,6 +211,11 @@ class Facts:
     def blocks(self) -> int:
         return self.branches[-1].block + 1
 
+    @property
+    def first(self) -> Branch:
+        """The first branch whose tokens are the latent's: what it reads tells soonest how far the latent has moved."""
+        return next((b for b in self.branches if b.role is not Role.TEXT), self.branches[0])
+
     def score_source(self, branch: Branch) -> Branch | None:
         """The self-attention whose token scores choose the tokens of ``branch``: the nearest one before it."""
         earlier = [b for b in self.branches[: branch.index + 1] if b.attention and "self" in b.kind]
@@ -218,6 +233,8 @@ class VariantSpec:
     emit: bool = True  # whether later steps will read caches
     order: int | None = None  # the highest difference kept of each cache; None where nothing is forecast
     lite: bool = False  # where forecast: the stream's end is all that is cached
+    relational: bool = False  # where forecast: the change of each branch's input says how far (RFC)
+    probe: bool = False  # returns nothing but how far the first branch's input is from its forecast
 
 
 @dataclass(frozen=True)
@@ -232,6 +249,13 @@ class Variant:
     pieces: frozenset[str]  # the timestep-only values that it reads
     flops_fixed: int
     flops_per_token: Mapping[int, float]  # branch index -> FLOPs for one recomputed token position, all batch rows
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of all that it returns for later steps to read."""
+        results = zip(self.outputs, self.module.graph.output_node().args[0], strict=True)  # type: ignore[arg-type]
+        kept = [n.meta["val"] for name, n in results if not name.startswith(("output_", "score_"))]  # type: ignore[union-attr]
+        return sum(value.numel() * value.dtype.itemsize for value in kept)
 
     def flops(self, tokens: Mapping[int, int]) -> float:
         """FLOPs of one call that recomputes ``tokens[branch]`` positions of each partial branch."""

@@ -12,7 +12,8 @@ from duca_compile.passes.base import ExactPass, VariantDraft
 class EmitCaches(ExactPass[VariantDraft]):
     """Returns the output of every computed branch, and the stream's end unless that comes from the cache.
 
-    Where features are forecast it is either the branches or the end: whatever the forecasts read.
+    Where features are forecast it is either the branches or the end: whatever the forecasts read. Where inputs say how
+    far they have moved, these too.
     """
 
     ensures = frozenset({"caches_emitted"})
@@ -24,6 +25,8 @@ class EmitCaches(ExactPass[VariantDraft]):
         wanted = {} if spec.lite else {branch.slot: branch.core for branch in draft.branches(Action.COMPUTE)}
         if spec.lite or (spec.order is None and not spec.skip):
             wanted[STREAM_END] = draft.facts.stream_end
+        if spec.relational:
+            wanted |= {branch.input_slot: branch.input for branch in draft.branches(Action.COMPUTE)}
         new = {slot: name for slot, name in wanted.items() if slot not in draft.results}
         for slot, name in new.items():
             draft.add_result(slot, draft.node(name))

@@ -20,6 +20,8 @@ from duca_compile.passes.emit import EmitCaches
 from duca_compile.passes.forecast import Forecast
 from duca_compile.passes.hoist import Hoist, invariant_graph, row_input, row_layout, timestep_graph
 from duca_compile.passes.partial import RecomputeTokens
+from duca_compile.passes.probe import ProbeInput
+from duca_compile.passes.relate import EmitRelations, ForecastFromInputs
 from duca_compile.passes.reuse import ReuseBranches
 from duca_compile.passes.scores import EmitScores
 from duca_compile.passes.skip import SkipBlocks
@@ -32,11 +34,14 @@ REWRITE: tuple[Pass[VariantDraft], ...] = (
     Hoist(),
     EmitCaches(),
     EmitDifferences(),
+    EmitRelations(),
     EmitScores(),
     RecomputeTokens(),
     Forecast(),
+    ForecastFromInputs(),
     ReuseBranches(),
     SkipBlocks(),
+    ProbeInput(),
     RemoveDeadCode(),
 )
 

@@ -1,20 +1,24 @@
 """Which variant runs at which step. No graph code here."""
 
-from duca_compile.policies.base import Forecast, Policy, Selection, Step, StepKind, TokenQuery
+from duca_compile.policies.base import Forecast, Gate, Policy, Selection, Step, StepKind, TokenQuery
 from duca_compile.policies.duca import DuCa
 from duca_compile.policies.fora import FORA
 from duca_compile.policies.published import published
+from duca_compile.policies.rfc import RFC, RelationalFeatureCaching
 from duca_compile.policies.schedule import Interval, Linear
 from duca_compile.policies.taylorseer import TaylorSeer
 from duca_compile.policies.uncached import Uncached
 
 __all__ = [
     "FORA",
+    "RFC",
     "DuCa",
     "Forecast",
+    "Gate",
     "Interval",
     "Linear",
     "Policy",
+    "RelationalFeatureCaching",
     "Selection",
     "Step",
     "StepKind",

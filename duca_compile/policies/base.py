@@ -39,12 +39,14 @@ class Step:
         ratio: share of tokens to recompute in a partial step, before per-block and per-kind factors.
         leading_full: blocks at the front that run in full regardless of ``kind`` (the released ToCa and DuCa code
             changes its mind after the first block of some full steps).
+        gated: the policy's gate decides when the step is reached: in full, or as ``kind`` says.
     """
 
     kind: StepKind
     interval: int = 1
     ratio: float = 0.0
     leading_full: int = 0
+    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,25 @@ class Forecast:
         order: the highest difference that is kept and used; 0 reuses what the last full step computed.
         lite: only the end of the stream is kept and forecast, and all blocks are skipped.
         first: the step, counted from 0, from which on differences are built.
+        relational: a series gives the direction of a branch's change alone; how far it goes follows from how far its
+            input has gone, which is computed (RFC).
     """
 
     order: int
     lite: bool = False
     first: int = 1
+    relational: bool = False
+
+
+@dataclass(frozen=True)
+class Gate:
+    """When a gated step runs in full: once the errors that probes found since the last full step exceed this in sum.
+
+    A probe computes what the first branch reads, and its error is the distance from what was forecast of it, relative
+    to it, both as sums of absolute values (RFC). Each row of the batch has its own sum; the largest decides for all.
+    """
+
+    threshold: float
 
 
 class Policy(ABC):
@@ -127,6 +143,11 @@ class Policy(ABC):
     @property
     def forecast(self) -> Forecast | None:
         """How forecast steps extrapolate; None where there are none. Only full steps fill the caches then."""
+        return None
+
+    @property
+    def gate(self) -> Gate | None:
+        """How gated steps are decided; None where there are none."""
         return None
 
     @abstractmethod
