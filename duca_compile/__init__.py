@@ -14,6 +14,7 @@ from duca_compile.explain import Explanation, explain
 from duca_compile.policies import (
     FORA,
     RFC,
+    DisCa,
     DuCa,
     Interval,
     Linear,
@@ -24,13 +25,16 @@ from duca_compile.policies import (
     Uncached,
     published,
 )
+from duca_compile.predictor import Predictor
 from duca_compile.runtime.session import Session
+from duca_compile.training import TrainingSettings, prediction_error, train_predictor
 
 __all__ = [
     "FORA",
     "RFC",
     "BackendError",
     "CaptureError",
+    "DisCa",
     "DuCa",
     "DucaError",
     "Explanation",
@@ -40,15 +44,19 @@ __all__ = [
     "OptimizedModel",
     "Policy",
     "PolicyError",
+    "Predictor",
     "RelationalFeatureCaching",
     "Selection",
     "Session",
     "StructureError",
     "TaylorSeer",
+    "TrainingSettings",
     "Uncached",
     "UsageError",
     "explain",
     "optimize",
+    "prediction_error",
     "published",
     "restore",
+    "train_predictor",
 ]

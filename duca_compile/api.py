@@ -335,7 +335,7 @@ def optimize(
     chosen, engine = resolve_policy(policy), make_backend(backend, strict)
     if is_pipeline(model):
         return _optimize_pipeline(model, chosen, engine, num_inference_steps, timestep)
-    _check_plain(model)
+    check_plain(model)
     if num_inference_steps is not None:
         check_whole("num_inference_steps", num_inference_steps, least=1)
     next(chosen.steps(num_inference_steps))  # a policy that cannot plan says so now, not at the first call
@@ -350,14 +350,14 @@ def _optimize_pipeline(
         raise UsageError("a pipeline's scheduler says how many steps a request has; leave num_inference_steps out")
     found = transformers(pipe)
     for model in found.values():
-        _check_plain(model)
+        check_plain(model)
     requests = Requests(policy, None, PipelineSchedule(pipe))
     for name, model in found.items():
         set_component(pipe, name, OptimizedModel(model, policy, backend, requests, timestep))
     return pipe
 
 
-def _check_plain(model: Any) -> None:
+def check_plain(model: Any) -> None:
     check_model(model, "an nn.Module or a diffusers pipeline")
     if isinstance(model, OptimizedModel):
         raise UsageError("this model is optimized already; duca_compile.restore it first")

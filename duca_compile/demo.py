@@ -28,6 +28,7 @@ COLORS = {
     StepKind.REUSE: "#5dade2",
     StepKind.SKIP: "#58b368",
     StepKind.FORECAST: "#9b59b6",
+    StepKind.PREDICT: "#2c3e50",
 }
 
 

@@ -18,6 +18,7 @@ from duca_compile.errors import UsageError
 from duca_compile.graph import Branch, CapturedGraph, Facts, Role, Variance, Variant, VariantSpec
 from duca_compile.passes.hoist import frontier
 from duca_compile.passes.pipeline import build_variant
+from duca_compile.passes.predict import fitted
 from duca_compile.pipelines import is_pipeline
 from duca_compile.policies import Policy, Step, StepKind
 from duca_compile.runtime.planning import check_selection, plan_step, probe_spec
@@ -35,6 +36,7 @@ KIND_STYLES = {
     StepKind.REUSE: "cyan",
     StepKind.SKIP: "green",
     StepKind.FORECAST: "magenta",
+    StepKind.PREDICT: "blue",
 }
 
 
@@ -117,7 +119,7 @@ class Explanation:
         return self._cache_bytes(self.policy)
 
     def _cache_bytes(self, policy: Policy | None) -> int:
-        if policy is not None and policy.forecast is not None:
+        if policy is not None and (policy.forecast or policy.predictor) is not None:
             spec, _ = plan_step(self.facts, policy, Step(StepKind.FULL))
             return build_variant(self.captured, self.facts, spec).cache_bytes
         value = next(n for n in self.captured.graph.nodes if n.name == self.facts.stream_end).meta["val"]
@@ -145,11 +147,12 @@ class Explanation:
         """
         chosen = resolve_policy(policy if policy is not None else self.policy or "duca")
         check_selection(self.facts, chosen)
+        captured = fitted(self.captured, self.facts, chosen.predictor)
         variants: dict[VariantSpec, Variant] = {}
 
         def flops(spec: VariantSpec, counts: Mapping[int, int]) -> float:
             if spec not in variants:
-                variants[spec] = build_variant(self.captured, self.facts, spec)
+                variants[spec] = build_variant(captured, self.facts, spec)
             return variants[spec].flops(counts)
 
         def planned(index: int, step: Step) -> PlannedStep:

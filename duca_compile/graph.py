@@ -232,8 +232,9 @@ class VariantSpec:
     scores: str | None = None  # "v_norm" or "attention": emitted for computed self-attentions
     emit: bool = True  # whether later steps will read caches
     order: int | None = None  # the highest difference kept of each cache; None where nothing is forecast
-    lite: bool = False  # where forecast: the stream's end is all that is cached
+    lite: bool = False  # the stream's end is all that is cached
     relational: bool = False  # where forecast: the change of each branch's input says how far (RFC)
+    predict: frozenset[str] = frozenset()  # where a trained network gives the stream's end: its weights' names (DisCa)
     probe: bool = False  # returns nothing but how far the first branch's input is from its forecast
 
 
@@ -254,7 +255,7 @@ class Variant:
     def cache_bytes(self) -> int:
         """Bytes of all that it returns for later steps to read."""
         results = zip(self.outputs, self.module.graph.output_node().args[0], strict=True)  # type: ignore[arg-type]
-        kept = [n.meta["val"] for name, n in results if not name.startswith(("output_", "score_"))]  # type: ignore[union-attr]
+        kept = [n.meta["val"] for name, n in results if not name.startswith(("output_", "score_"))]
         return sum(value.numel() * value.dtype.itemsize for value in kept)
 
     def flops(self, tokens: Mapping[int, int]) -> float:

@@ -68,8 +68,8 @@ class Series:
         return total
 
     def _add(self, total: fx.Node, order: int, difference: fx.Node, power: fx.Node) -> fx.Node:
-        weight = {"value": 1 / factorial(order)}
-        return self._draft.graph.call_function(aten.addcmul.default, (total, difference, power), weight)
+        terms = (total, difference, power)
+        return self._draft.graph.call_function(aten.addcmul.default, terms, {"value": 1 / factorial(order)})
 
     def _terms(self, slot: str, like: torch.Tensor) -> list[tuple[fx.Node, fx.Node]]:
         differences = [self._draft.cache(difference_slot(slot, i), like) for i in self._orders]

@@ -20,6 +20,7 @@ from duca_compile.passes.emit import EmitCaches
 from duca_compile.passes.forecast import Forecast
 from duca_compile.passes.hoist import Hoist, invariant_graph, row_input, row_layout, timestep_graph
 from duca_compile.passes.partial import RecomputeTokens
+from duca_compile.passes.predict import PredictStream
 from duca_compile.passes.probe import ProbeInput
 from duca_compile.passes.relate import EmitRelations, ForecastFromInputs
 from duca_compile.passes.reuse import ReuseBranches
@@ -41,6 +42,7 @@ REWRITE: tuple[Pass[VariantDraft], ...] = (
     ForecastFromInputs(),
     ReuseBranches(),
     SkipBlocks(),
+    PredictStream(),
     ProbeInput(),
     RemoveDeadCode(),
 )
@@ -130,5 +132,5 @@ def _variant_flops(graph: fx.Graph, facts: Facts) -> tuple[int, dict[int, float]
             index, origin = node.meta["tokens_of"]
             per_token[index] += facts.flops[origin] / facts.branches[index].tokens
         else:
-            fixed += facts.flops.get(node.name, 0)
+            fixed += node.meta.get("flops", facts.flops.get(node.name, 0))
     return fixed, dict(per_token)

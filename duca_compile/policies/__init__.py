@@ -1,6 +1,7 @@
 """Which variant runs at which step. No graph code here."""
 
 from duca_compile.policies.base import Forecast, Gate, Policy, Selection, Step, StepKind, TokenQuery
+from duca_compile.policies.disca import DisCa
 from duca_compile.policies.duca import DuCa
 from duca_compile.policies.fora import FORA
 from duca_compile.policies.published import published
@@ -12,6 +13,7 @@ from duca_compile.policies.uncached import Uncached
 __all__ = [
     "FORA",
     "RFC",
+    "DisCa",
     "DuCa",
     "Forecast",
     "Gate",

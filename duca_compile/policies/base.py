@@ -6,10 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from duca_compile.errors import PolicyError
 from duca_compile.policies.checks import check_number, check_whole
+
+if TYPE_CHECKING:
+    from duca_compile.predictor import Predictor
 
 SelectionKind = Literal["v_norm", "attention", "random"]
 
@@ -22,11 +25,12 @@ class StepKind(Enum):
     REUSE = "reuse"  # every branch from the cache, gates fresh
     SKIP = "skip"  # the end of the stream from the cache (DuCa's aggressive step)
     FORECAST = "forecast"  # every branch, or the end of the stream, extrapolated from the last full steps (TaylorSeer)
+    PREDICT = "predict"  # the end of the stream from a trained network (DisCa)
 
     @property
     def letter(self) -> str:
-        """One letter for schedules; that of a forecast is T, as in Taylor, since F is a full step."""
-        return "T" if self is StepKind.FORECAST else self.value[0].upper()
+        """One letter for schedules; T, as in Taylor, is a forecast, and L, as in learned, a prediction."""
+        return {StepKind.FORECAST: "T", StepKind.PREDICT: "L"}.get(self, self.value[0].upper())
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,11 @@ class Policy(ABC):
     @property
     def forecast(self) -> Forecast | None:
         """How forecast steps extrapolate; None where there are none. Only full steps fill the caches then."""
+        return None
+
+    @property
+    def predictor(self) -> Predictor | None:
+        """The trained network of predict steps; None where there are none. Only the stream's end is cached then."""
         return None
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Protocol
@@ -115,6 +115,11 @@ class Dispatcher:
         self._probed: Program | None = None
         self._selectable = [b for b in facts.branches if b.pointwise]
         self._position = {b.index: i for i, b in enumerate(self._selectable)}
+
+    @property
+    def programs(self) -> Collection[Program]:
+        """All that was built so far."""
+        return self._programs.values()
 
     def __call__(
         self, request: Request, tick: Tick, call: Mapping[str, Tensor], name: str | None = None

@@ -13,6 +13,7 @@ _ACTIONS = {
     StepKind.REUSE: Action.REUSE,
     StepKind.SKIP: Action.REUSE,
     StepKind.FORECAST: Action.FORECAST,
+    StepKind.PREDICT: Action.COMPUTE,
 }
 
 
@@ -20,6 +21,9 @@ def plan_step(facts: Facts, policy: Policy, step: Step) -> tuple[VariantSpec, di
     """The variant that ``step`` needs, and how many tokens each of its partial branches recomputes."""
     counts: dict[int, int] = {}
     actions = tuple(_action(facts, policy, step, branch, counts) for branch in facts.branches)
+    if policy.predictor is not None:
+        names = frozenset(policy.predictor.weights) if step.kind is StepKind.PREDICT else frozenset[str]()
+        return VariantSpec(actions, emit=step.kind is StepKind.FULL, lite=True, predict=names), counts
     scores = score_kind(policy) if Action.COMPUTE in actions else None
     forecast = policy.forecast
     if forecast is None:
