@@ -73,8 +73,9 @@ def _leave_out(draft: VariantDraft, branches: list[Branch]) -> None:
 def _weight(draft: VariantDraft, name: str) -> fx.Node:
     """The predictor's weight, made where the graph begins."""
     target = _PREFIX + name
-    for found in draft.graph.find_nodes(op="get_attr", target=target):
-        return found
+    known: list[fx.Node] = draft.graph.find_nodes(op="get_attr", target=target)
+    if known:
+        return known[0]
     with draft.graph.inserting_before(next(iter(draft.graph.nodes))):
         return draft.graph.get_attr(target)
 
