@@ -21,7 +21,7 @@ from duca_compile.passes.pipeline import build_variant
 from duca_compile.passes.predict import fitted
 from duca_compile.pipelines import is_pipeline
 from duca_compile.policies import Policy, Step, StepKind
-from duca_compile.runtime.planning import check_selection, plan_step, probe_spec
+from duca_compile.runtime.planning import check_selection, plan_step
 
 _UNCACHED = {
     Role.TEXT: "only attention reads it, and that is",
@@ -58,7 +58,6 @@ class ScheduleReport:
     steps: tuple[PlannedStep, ...]
     uncached_flops: float  # of one step
     cache_bytes: int  # of one pass, once all is there that the policy keeps
-    gated: int = 0  # steps that are decided when they are reached, and shown here as the cheaper of the two
 
     @property
     def full_steps(self) -> int:
@@ -85,8 +84,6 @@ class ScheduleReport:
         yield table
         yield f"ideal speed-up {self.ideal_speedup:.2f}x (by FLOPs; elementwise work counts as none)"
         yield f"caches hold {_size(self.cache_bytes)}"
-        if self.gated:
-            yield f"at best: {self.gated} of these steps are decided when they are reached, and may run in full"
 
     def __str__(self) -> str:
         return _rendered(self)
@@ -159,13 +156,10 @@ class Explanation:
             spec, counts = plan_step(self.facts, chosen, step)
             shares = [counts[i] / self.branches[i].tokens for i in counts]
             fresh = sum(shares) / len(shares) if shares else 0.0
-            probe = flops(probe_spec(self.facts, chosen), {}) if step.gated else 0.0
-            return PlannedStep(index, step.kind, flops(spec, counts) + probe, fresh)
+            return PlannedStep(index, step.kind, flops(spec, counts), fresh)
 
-        steps = list(chosen.steps(num_inference_steps))
-        found = tuple(planned(i, step) for i, step in enumerate(steps))
-        held = self._cache_bytes(chosen) if chosen.caches else 0
-        return ScheduleReport(chosen.name, found, self.flops, held, sum(step.gated for step in steps))
+        steps = tuple(planned(i, step) for i, step in enumerate(chosen.steps(num_inference_steps)))
+        return ScheduleReport(chosen.name, steps, self.flops, self._cache_bytes(chosen) if chosen.caches else 0)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         facts = self.facts

@@ -23,7 +23,6 @@ STREAM_END = "stream_end"
 FORECAST_GAP = "forecast_gap"  # steps from the last full step to this one
 FORECAST_ORDERS = "forecast_orders"  # how many differences the full steps so far allow; the others stay zero
 FORECAST_DISTANCE = "forecast_distance"  # steps from the last full step to the forecast
-PROBE_ERROR = "probe_error"  # what a probe returns: one float32 for each row of the first branch
 _OURS = str(Path(__file__).parent)
 
 
@@ -235,7 +234,6 @@ class VariantSpec:
     lite: bool = False  # the stream's end is all that is cached
     relational: bool = False  # where forecast: the change of each branch's input says how far (RFC)
     predict: frozenset[str] = frozenset()  # where a trained network gives the stream's end: its weights' names (DisCa)
-    probe: bool = False  # returns nothing but how far the first branch's input is from its forecast
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from duca_compile.passes.forecast import Forecast
 from duca_compile.passes.hoist import Hoist, invariant_graph, row_input, row_layout, timestep_graph
 from duca_compile.passes.partial import RecomputeTokens
 from duca_compile.passes.predict import PredictStream
-from duca_compile.passes.probe import ProbeInput
 from duca_compile.passes.relate import EmitRelations, ForecastFromInputs
 from duca_compile.passes.reuse import ReuseBranches
 from duca_compile.passes.scores import EmitScores
@@ -43,7 +42,6 @@ REWRITE: tuple[Pass[VariantDraft], ...] = (
     ReuseBranches(),
     SkipBlocks(),
     PredictStream(),
-    ProbeInput(),
     RemoveDeadCode(),
 )
 

@@ -1,6 +1,6 @@
 """Which variant runs at which step. No graph code here."""
 
-from duca_compile.policies.base import Forecast, Gate, Policy, Selection, Step, StepKind, TokenQuery
+from duca_compile.policies.base import Forecast, Policy, Selection, Step, StepKind, TokenQuery
 from duca_compile.policies.disca import DisCa
 from duca_compile.policies.duca import DuCa
 from duca_compile.policies.fora import FORA
@@ -16,7 +16,6 @@ __all__ = [
     "DisCa",
     "DuCa",
     "Forecast",
-    "Gate",
     "Interval",
     "Linear",
     "Policy",

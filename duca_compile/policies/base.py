@@ -43,14 +43,12 @@ class Step:
         ratio: share of tokens to recompute in a partial step, before per-block and per-kind factors.
         leading_full: blocks at the front that run in full regardless of ``kind`` (the released ToCa and DuCa code
             changes its mind after the first block of some full steps).
-        gated: the policy's gate decides when the step is reached: in full, or as ``kind`` says.
     """
 
     kind: StepKind
     interval: int = 1
     ratio: float = 0.0
     leading_full: int = 0
-    gated: bool = False
 
 
 @dataclass(frozen=True)
@@ -115,17 +113,6 @@ class Forecast:
     relational: bool = False
 
 
-@dataclass(frozen=True)
-class Gate:
-    """When a gated step runs in full: once the errors that probes found since the last full step exceed this in sum.
-
-    A probe computes what the first branch reads, and its error is the distance from what was forecast of it, relative
-    to it, both as sums of absolute values (RFC). Each row of the batch has its own sum; the largest decides for all.
-    """
-
-    threshold: float
-
-
 class Policy(ABC):
     """A caching method. Policies are immutable; one object may serve any number of models."""
 
@@ -152,11 +139,6 @@ class Policy(ABC):
     @property
     def predictor(self) -> Predictor | None:
         """The trained network of predict steps; None where there are none. Only the stream's end is cached then."""
-        return None
-
-    @property
-    def gate(self) -> Gate | None:
-        """How gated steps are decided; None where there are none."""
         return None
 
     @abstractmethod

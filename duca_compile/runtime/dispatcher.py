@@ -13,21 +13,12 @@ import torch
 from torch import Tensor, fx
 
 from duca_compile.errors import first_line
-from duca_compile.graph import (
-    PROBE_ERROR,
-    Action,
-    Facts,
-    Variant,
-    VariantFunction,
-    VariantSpec,
-    cache_input,
-    tokens_input,
-)
+from duca_compile.graph import Action, Facts, Variant, VariantFunction, VariantSpec, cache_input, tokens_input
 from duca_compile.lock import COMPILING
 from duca_compile.policies.base import Policy, Step, StepKind
 from duca_compile.runtime.clock import Sight, Tick
 from duca_compile.runtime.forecasting import ForecastInputs
-from duca_compile.runtime.planning import check_selection, plan_step, probe_spec
+from duca_compile.runtime.planning import check_selection, plan_step
 from duca_compile.runtime.request import CacheState, Executed, Request
 from duca_compile.runtime.rows import Rows
 from duca_compile.runtime.selection import TokenSelector
@@ -112,7 +103,6 @@ class Dispatcher:
         self._rows: dict[frozenset[str] | None, Rows] = {}
         self._programs: dict[VariantSpec, Program] = {}
         self._plans: dict[Step, Plan] = {}
-        self._probed: Program | None = None
         self._selectable = [b for b in facts.branches if b.pointwise]
         self._position = {b.index: i for i, b in enumerate(self._selectable)}
 
@@ -129,30 +119,11 @@ class Dispatcher:
         state = request.state(self, (name, tick.pass_index))
         self._hoist(state, call)
         plan = self._plan(request.step_at(tick.step), tick.step, state)
-        flops = plan.flops
-        if plan.step.gated:
-            probe = self._probe()
-            if self._gate(probe, state, call, request, tick):
-                plan = self._planned(Step(StepKind.FULL))
-            flops = probe.variant.flops({}) + plan.flops
-        if plan.step.kind is StepKind.FULL:
-            state.errors = None
-        outputs = self._run(plan, state, self._given(plan.program, state, call, request, tick))
+        outputs = self._run(plan, state, self._given(plan, state, call, request, tick))
         state.last_step = tick.step
         seconds = time.perf_counter() - started
-        request.history.append(Executed(tick.step, tick.pass_index, plan.step.kind, flops, seconds, name))
+        request.history.append(Executed(tick.step, tick.pass_index, plan.step.kind, plan.flops, seconds, name))
         return outputs
-
-    def _gate(
-        self, probe: Program, state: CacheState, call: Mapping[str, Tensor], request: Request, tick: Tick
-    ) -> bool:
-        """Whether the step must run in full, by the errors so far. Reads them: on an accelerator, this waits for it."""
-        gate = self._policy.gate
-        assert gate is not None  # a policy without one has no gated steps
-        values = {**self._given(probe, state, call, request, tick), **state.hoisted, **state.caches}
-        (error,) = probe.run(*probe.fetch(values))
-        state.errors = error if state.errors is None else state.errors + error
-        return bool((state.errors > gate.threshold).any())
 
     def warm_up(
         self,
@@ -171,9 +142,7 @@ class Dispatcher:
         indices = {id(plan): index for index, plan in first.values()}
         for plan in watch([plan for _, plan in first.values()]):
             tick = Tick(indices[id(plan)], 0, False)
-            if plan.step.gated:
-                self._gate(self._probe(), state, call, request, tick)
-            self._run(plan, state, self._given(plan.program, state, call, request, tick))
+            self._run(plan, state, self._given(plan, state, call, request, tick))
             state.last_step = tick.step
 
     def _hoist(self, state: CacheState, call: Mapping[str, Tensor]) -> None:
@@ -185,13 +154,13 @@ class Dispatcher:
         state.rows, state.foreseen = {}, False
 
     def _given(
-        self, program: Program, state: CacheState, call: Mapping[str, Tensor], request: Request, tick: Tick
+        self, plan: Plan, state: CacheState, call: Mapping[str, Tensor], request: Request, tick: Tick
     ) -> dict[str, Tensor]:
         """The inputs that this step alone determines."""
         return {
             **call,
-            **self._timestep_values(program, state, call, request, tick),
-            **program.forecast.values(self._policy.forecast, state, tick.step),
+            **self._timestep_values(plan.program, state, call, request, tick),
+            **plan.program.forecast.values(self._policy.forecast, state, tick.step),
         }
 
     def _timestep_values(
@@ -249,19 +218,12 @@ class Dispatcher:
             plan = self._plans[step] = Plan(step, program, waiting, program.variant.flops(counts))
         return plan
 
-    def _probe(self) -> Program:
-        """What a gated step is decided by."""
-        if self._probed is None:
-            with COMPILING:
-                self._probed = self._program(probe_spec(self._facts, self._policy))
-        return self._probed
-
     def _program(self, spec: VariantSpec) -> Program:
         if spec not in self._programs:
             variant, run = self._builder.build(spec)
             own = sum(name.startswith("output_") for name in variant.outputs)
             extra = [*enumerate(variant.outputs)][own:]
-            writes = {cache_input(name): i for i, name in extra if not name.startswith(("score_", PROBE_ERROR))}
+            writes = {cache_input(name): i for i, name in extra if not name.startswith("score_")}
             waiting = tuple(b.index for b in self._selectable if spec.actions[b.index] is not Action.COMPUTE)
             forecast = ForecastInputs.of(variant)
             caches = frozenset(name for name in variant.inputs if name.startswith(cache_input("")))

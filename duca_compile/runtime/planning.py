@@ -33,13 +33,6 @@ def plan_step(facts: Facts, policy: Policy, step: Step) -> tuple[VariantSpec, di
     return VariantSpec(actions, skip, scores, emit, forecast.order, forecast.lite, forecast.relational), counts
 
 
-def probe_spec(facts: Facts, policy: Policy) -> VariantSpec:
-    """The variant that gives the error which a gated step is decided by."""
-    assert policy.forecast is not None  # a probe compares with a forecast
-    actions = (Action.COMPUTE,) * len(facts.branches)
-    return VariantSpec(actions, emit=False, order=policy.forecast.order, relational=True, probe=True)
-
-
 def _action(facts: Facts, policy: Policy, step: Step, branch: Branch, counts: dict[int, int]) -> Action:
     if branch.block < step.leading_full:
         return Action.COMPUTE

@@ -50,7 +50,6 @@ class CacheState:
     foreseen: bool = False  # whether the rows of the coming timesteps were computed
     selector: TokenSelector | None = None
     past: Past = field(default_factory=Past)
-    errors: Tensor | None = None  # what probes found since the last full step, summed; one number for each row
 
     @property
     def bytes(self) -> int:
