@@ -24,7 +24,7 @@ from duca_compile.lock import COMPILING
 from duca_compile.passes.hoist import frontier, hoisted_input
 from duca_compile.passes.pipeline import build_prologue, make_rows, prepare
 from duca_compile.pipelines import PipelineSchedule, is_pipeline, set_component, transformers
-from duca_compile.policies import FORA, RFC, DuCa, Policy, TaylorSeer, Uncached
+from duca_compile.policies import FORA, RFC, DuCa, Policy, ResidualGate, SpeCa, TaylorSeer, ToCa, Uncached
 from duca_compile.policies.checks import check_whole
 from duca_compile.runtime.dispatcher import Plan, Prologue
 from duca_compile.runtime.request import Executed
@@ -34,9 +34,12 @@ from duca_compile.verify import verified
 POLICIES: dict[str, type[Policy]] = {
     "duca": DuCa,
     "fora": FORA,
+    "gate": ResidualGate,
     "none": Uncached,
     "rfc": RFC,
+    "speca": SpeCa,
     "taylorseer": TaylorSeer,
+    "toca": ToCa,
     "uncached": Uncached,
 }
 LOOKED_AHEAD = 1000  # steps that a warm-up looks at for variants that they need
@@ -316,7 +319,7 @@ def optimize(
     Args:
         model: a Diffusion Transformer in eval mode, that is any nn.Module that takes a latent and a timestep; or a
             diffusers pipeline, whose components named ``transformer...`` are replaced.
-        policy: "duca", "fora", "taylorseer", "rfc", "none", or a Policy object such as
+        policy: "duca", "toca", "fora", "taylorseer", "rfc", "speca", "gate", "none", or a Policy object such as
             ``DuCa(interval=5, fresh_ratio=0.1)``.
         backend: "inductor" (the compiler of torch.compile) or "eager".
         num_inference_steps: steps of a request; needed by schedules that depend on it. Not for a pipeline.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,8 @@ from duca_compile.passes.hoist import frontier
 from duca_compile.passes.pipeline import build_variant
 from duca_compile.passes.predict import fitted
 from duca_compile.pipelines import is_pipeline
-from duca_compile.policies import Policy, Step, StepKind
-from duca_compile.runtime.planning import check_selection, plan_step
+from duca_compile.policies import AdaptivePolicy, Policy, Step, StepKind
+from duca_compile.runtime.planning import cache_bytes, check_rows, check_selection, plan_step, probe_spec
 
 _UNCACHED = {
     Role.TEXT: "only attention reads it, and that is",
@@ -58,6 +58,7 @@ class ScheduleReport:
     steps: tuple[PlannedStep, ...]
     uncached_flops: float  # of one step
     cache_bytes: int  # of one pass, once all is there that the policy keeps
+    adaptive: bool = False  # these are the cheapest steps that the policy may choose
 
     @property
     def full_steps(self) -> int:
@@ -82,6 +83,8 @@ class ScheduleReport:
                 tokens = f"{fresh:.1%} of each MLP" if kind is StepKind.PARTIAL else ""
                 table.add_row(Text(kind.value, style=KIND_STYLES[kind]), str(len(chosen)), f"{mean:.2%}", tokens)
         yield table
+        if self.adaptive:
+            yield "decided while it runs: these are the fewest full steps that there can be"
         yield f"ideal speed-up {self.ideal_speedup:.2f}x (by FLOPs; elementwise work counts as none)"
         yield f"caches hold {_size(self.cache_bytes)}"
 
@@ -111,16 +114,12 @@ class Explanation:
     def cache_bytes(self) -> int:
         """Bytes that all branch caches and the cached end of the stream hold.
 
-        Of an optimized model whose policy forecasts: what its full steps keep for that.
+        Of an optimized model: those that its policy keeps.
         """
-        return self._cache_bytes(self.policy)
-
-    def _cache_bytes(self, policy: Policy | None) -> int:
-        if policy is not None and (policy.forecast or policy.predictor) is not None:
-            spec, _ = plan_step(self.facts, policy, Step(StepKind.FULL))
-            return build_variant(self.captured, self.facts, spec).cache_bytes
-        value = next(n for n in self.captured.graph.nodes if n.name == self.facts.stream_end).meta["val"]
-        return sum(b.cache_bytes for b in self.branches) + int(value.numel() * value.dtype.itemsize)
+        if self.policy is not None:
+            return self.schedule(self.policy).cache_bytes
+        end = next(n for n in self.captured.graph.nodes if n.name == self.facts.stream_end).meta["val"]
+        return sum(b.cache_bytes for b in self.branches) + int(end.numel() * end.dtype.itemsize)
 
     @property
     def hoisted(self) -> tuple[str, ...]:
@@ -144,22 +143,27 @@ class Explanation:
         """
         chosen = resolve_policy(policy if policy is not None else self.policy or "duca")
         check_selection(self.facts, chosen)
+        check_rows(self.facts, chosen)
         captured = fitted(self.captured, self.facts, chosen.predictor)
         variants: dict[VariantSpec, Variant] = {}
 
-        def flops(spec: VariantSpec, counts: Mapping[int, int]) -> float:
+        def variant(spec: VariantSpec) -> Variant:
             if spec not in variants:
                 variants[spec] = build_variant(captured, self.facts, spec)
-            return variants[spec].flops(counts)
+            return variants[spec]
+
+        look = probe_spec(self.facts, chosen)
+        looking = 0.0 if look is None else variant(look).flops({})
 
         def planned(index: int, step: Step) -> PlannedStep:
             spec, counts = plan_step(self.facts, chosen, step)
             shares = [counts[i] / self.branches[i].tokens for i in counts]
             fresh = sum(shares) / len(shares) if shares else 0.0
-            return PlannedStep(index, step.kind, flops(spec, counts), fresh)
+            return PlannedStep(index, step.kind, looking + variant(spec).flops(counts), fresh)
 
         steps = tuple(planned(i, step) for i, step in enumerate(chosen.steps(num_inference_steps)))
-        return ScheduleReport(chosen.name, steps, self.flops, self._cache_bytes(chosen) if chosen.caches else 0)
+        kept = cache_bytes(self.facts, chosen, variants.values())
+        return ScheduleReport(chosen.name, steps, self.flops, kept, isinstance(chosen, AdaptivePolicy))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         facts = self.facts

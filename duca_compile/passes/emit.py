@@ -13,7 +13,7 @@ class EmitCaches(ExactPass[VariantDraft]):
     """Returns the output of every computed branch, and the stream's end unless that comes from the cache.
 
     Where features are forecast it is either the branches or the end: whatever the forecasts read. Where inputs say how
-    far they have moved, these too.
+    far they have moved, these too. Where the streams' change is cached it is neither.
     """
 
     ensures = frozenset({"caches_emitted"})
@@ -22,8 +22,9 @@ class EmitCaches(ExactPass[VariantDraft]):
         spec = draft.spec
         if not spec.emit:
             return False
-        wanted = {} if spec.lite else {branch.slot: branch.core for branch in draft.branches(Action.COMPUTE)}
-        if spec.lite or (spec.order is None and not spec.skip):
+        whole = spec.lite or spec.change  # what is cached are whole streams, no branches
+        wanted = {} if whole else {branch.slot: branch.core for branch in draft.branches(Action.COMPUTE)}
+        if spec.lite or (spec.order is None and not spec.skip and not spec.change):
             wanted[STREAM_END] = draft.facts.stream_end
         if spec.relational:
             wanted |= {branch.input_slot: branch.input for branch in draft.branches(Action.COMPUTE)}

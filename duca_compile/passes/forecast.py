@@ -11,6 +11,7 @@ from torch import fx
 from duca_compile.errors import InternalError
 from duca_compile.graph import FORECAST_DISTANCE, STREAM_END, Action, difference_slot
 from duca_compile.passes.base import CachingPass, VariantDraft
+from duca_compile.passes.rows import beside, number_input
 
 aten = torch.ops.aten
 
@@ -72,11 +73,12 @@ class Series:
         return self._draft.graph.call_function(aten.addcmul.default, terms, {"value": 1 / factorial(order)})
 
     def _terms(self, slot: str, like: torch.Tensor) -> list[tuple[fx.Node, fx.Node]]:
-        differences = [self._draft.cache(difference_slot(slot, i), like) for i in self._orders]
+        draft = self._draft
+        differences = [draft.cache(difference_slot(slot, i), like) for i in self._orders]
         if differences and not self._powers:
-            number = like.new_empty((), dtype=torch.float32)
-            self._powers.append(self._draft.add_input(FORECAST_DISTANCE, number))
+            self._powers.append(number_input(draft, FORECAST_DISTANCE, like))
         while 0 < len(self._powers) < len(differences):
-            product = (self._powers[-1], self._powers[0])
-            self._powers.append(self._draft.graph.call_function(aten.mul.Tensor, product))
-        return list(zip(differences, self._powers, strict=True))
+            with draft.behind(self._powers[-1]):
+                product = draft.graph.call_function(aten.mul.Tensor, (self._powers[-1], self._powers[0]))
+            self._powers.append(product)
+        return [(d, beside(draft, power, like)) for d, power in zip(differences, self._powers, strict=True)]

@@ -14,7 +14,7 @@ from duca_compile.policies.checks import check_number, check_whole
 if TYPE_CHECKING:
     from duca_compile.predictor import Predictor
 
-SelectionKind = Literal["v_norm", "attention", "random"]
+SelectionKind = Literal["v_norm", "attention", "entropy", "random"]
 
 
 class StepKind(Enum):
@@ -43,12 +43,14 @@ class Step:
         ratio: share of tokens to recompute in a partial step, before per-block and per-kind factors.
         leading_full: blocks at the front that run in full regardless of ``kind`` (the released ToCa and DuCa code
             changes its mind after the first block of some full steps).
+        verified: whether a forecast is held to what the last block computes of it (SpeCa).
     """
 
     kind: StepKind
     interval: int = 1
     ratio: float = 0.0
     leading_full: int = 0
+    verified: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,15 @@ class Selection:
     """How a partial step chooses its tokens.
 
     Attributes:
-        kind: "v_norm" (small value norms first), "attention" (most attended first) or "random".
+        kind: "v_norm" (small value norms first), "attention" (most attended first; ToCa's s1), "entropy" (most spread
+            out cross-attention first; ToCa's s2) or "random".
         staleness: weight of the steps since a token was last computed, over the interval (ToCa's s3, lambda 3).
         patch_bonus: the best token of each patch has its score multiplied by 1 + this (ToCa's s4, lambda 4).
         patch: side of those patches in tokens.
+        grid: (height, width) or (frames, height, width) of the tokens, for those patches, where the graph does not
+            show it.
+        paired: rows i and i + batch / 2 are the two halves of guidance and share one choice, by the mean of their
+            attention maps or value norms.
         seed: of the random selection; one draw serves every row of the batch, so both CFG halves agree.
 
     Raises:
@@ -85,6 +92,8 @@ class Selection:
     patch_bonus: float = 0.0
     patch: int = 2
     seed: int = 0
+    grid: tuple[int, ...] | None = None
+    paired: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(SelectionKind):
@@ -93,6 +102,13 @@ class Selection:
         check_number("patch_bonus", self.patch_bonus, least=0)
         check_whole("patch", self.patch, least=1)
         check_whole("seed", self.seed, least=0)
+        if self.grid is not None:
+            if len(self.grid) not in (2, 3):
+                raise PolicyError(f"grid={self.grid!r} is impossible: it is (height, width) or (frames, height, width)")
+            for i, size in enumerate(self.grid):
+                check_whole(f"grid[{i}]", size, least=1)
+        if not isinstance(self.paired, bool):
+            raise PolicyError(f"paired={self.paired!r} is impossible: it must be True or False")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Protocol
 
@@ -13,12 +13,26 @@ import torch
 from torch import Tensor, fx
 
 from duca_compile.errors import first_line
-from duca_compile.graph import Action, Facts, Variant, VariantFunction, VariantSpec, cache_input, tokens_input
+from duca_compile.graph import (
+    MEASURED,
+    PROBE_CHANGE,
+    PROBE_SEEN,
+    VERIFY_ERROR,
+    Action,
+    Facts,
+    Variant,
+    VariantFunction,
+    VariantSpec,
+    cache_input,
+    tokens_input,
+)
 from duca_compile.lock import COMPILING
+from duca_compile.policies.adaptive import AdaptivePolicy, Probe
 from duca_compile.policies.base import Policy, Step, StepKind
+from duca_compile.runtime.adaptive import Decisions, merged
 from duca_compile.runtime.clock import Sight, Tick
 from duca_compile.runtime.forecasting import ForecastInputs
-from duca_compile.runtime.planning import check_selection, plan_step
+from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec, tokens_of
 from duca_compile.runtime.request import CacheState, Executed, Request
 from duca_compile.runtime.rows import Rows
 from duca_compile.runtime.selection import TokenSelector
@@ -43,6 +57,7 @@ class Program:
     tokens: tuple[str, ...]  # the names of the inputs that say which tokens
     computed: Mapping[int, int | None]  # positions that are computed in full -> the output with their scores
     loose: tuple[str, ...] | None = None  # the caches whose outputs are views of larger tensors
+    measures: tuple[tuple[str, int], ...] = ()  # what decisions are made from, and from which outputs
     aliases: tuple[int, ...] | None = None  # the model's own outputs that share memory with the state or each other
 
 
@@ -98,11 +113,13 @@ class Dispatcher:
         foresees: bool,
     ) -> None:
         check_selection(facts, policy)
+        check_rows(facts, policy)
         self._facts, self._inputs, self._policy = facts, inputs, policy
         self._builder, self._prologue, self._foresees = builder, prologue, foresees
         self._rows: dict[frozenset[str] | None, Rows] = {}
         self._programs: dict[VariantSpec, Program] = {}
         self._plans: dict[Step, Plan] = {}
+        self._probe: Plan | None = None
         self._selectable = [b for b in facts.branches if b.pointwise]
         self._position = {b.index: i for i, b in enumerate(self._selectable)}
 
@@ -118,12 +135,75 @@ class Dispatcher:
         started = time.perf_counter()
         state = request.state(self, (name, tick.pass_index))
         self._hoist(state, call)
-        plan = self._plan(request.step_at(tick.step), tick.step, state)
-        outputs = self._run(plan, state, self._given(plan, state, call, request, tick))
+        if isinstance(self._policy, AdaptivePolicy):
+            outputs, done = self._decided(self._policy, state, call, request, tick)
+        else:
+            plan = self._plan(request.step_at(tick.step), tick.step, state)
+            outputs = self._run(plan, state, self._given(plan, state, call, request, tick))
+            done = Executed(tick.step, tick.pass_index, plan.step.kind, plan.flops, 0.0)
         state.last_step = tick.step
-        seconds = time.perf_counter() - started
-        request.history.append(Executed(tick.step, tick.pass_index, plan.step.kind, plan.flops, seconds, name))
+        request.history.append(replace(done, seconds=time.perf_counter() - started, pass_name=name))
         return outputs
+
+    def _decided(
+        self, policy: AdaptivePolicy, state: CacheState, call: Mapping[str, Tensor], request: Request, tick: Tick
+    ) -> tuple[tuple[Tensor, ...], Executed]:
+        """Measures, decides, and runs what was decided: all within this step."""
+        if state.decisions is None or tick.step - state.last_step > 1:
+            state.decisions = Decisions(policy, request.total, self._facts.batch)
+        flops = 0.0
+
+        def run(step: Step, rows: Sequence[bool] | None = None) -> tuple[Tensor, ...]:
+            nonlocal flops
+            plan = self._planned(step)
+            flops += plan.flops
+            return self._run(plan, state, self._given(plan, state, call, request, tick, rows))
+
+        proposed = state.decisions.propose(tick.step)
+        drafts = sorted((s for s in proposed if s.kind is not StepKind.FULL), key=lambda s: s.verified)
+        measured: list[float] = []
+        cheap: tuple[Tensor, ...] | None = None
+        if isinstance(policy.measure, Probe):
+            known = bool(state.past) if policy.measure.of == "forecast" else cache_input(PROBE_SEEN) in state.caches
+            flops += self._look(state, call, request, tick)
+            measured = state.measured[PROBE_CHANGE].tolist() if known else []
+        elif drafts:
+            cheap = run(drafts[-1])
+            measured = state.measured[VERIFY_ERROR].tolist() if drafts[-1].verified else []
+        steps = state.decisions.decide(tick.step, proposed, measured)
+        full = [step.kind is StepKind.FULL for step in steps]
+        if cheap is None and not all(full):
+            cheap = run(steps[full.index(False)])
+        if isinstance(policy.measure, Probe) and policy.measure.of != "forecast":
+            self._remember_look(policy.measure, state, full)
+        if any(full):
+            computed = run(Step(StepKind.FULL), full)
+            outputs = computed if cheap is None or all(full) else merged(full, computed, cheap)
+        else:
+            assert cheap is not None
+            outputs = cheap
+        state.measured.clear()
+        kind = StepKind.FULL if any(full) else steps[0].kind
+        rows = () if policy.per == "batch" else tuple(step.kind for step in steps)
+        return outputs, Executed(tick.step, tick.pass_index, kind, flops, 0.0, None, tuple(measured), rows)
+
+    def _look(self, state: CacheState, call: Mapping[str, Tensor], request: Request, tick: Tick) -> float:
+        """Runs the probe; what it found is in ``state.measured``. Returns its FLOPs."""
+        if self._probe is None:
+            spec = probe_spec(self._facts, self._policy)
+            assert spec is not None
+            with COMPILING:
+                program = self._program(spec)
+            self._probe = Plan(Step(StepKind.FULL), program, (), program.variant.flops({}))
+        self._run(self._probe, state, self._given(self._probe, state, call, request, tick))
+        return self._probe.flops
+
+    def _remember_look(self, probe: Probe, state: CacheState, full: Sequence[bool]) -> None:
+        """What the next look compares with: this one, or where it is to be of a full step, that of the full rows."""
+        name, seen = cache_input(PROBE_SEEN), state.measured[PROBE_SEEN]
+        if probe.to_last_full and not all(full):
+            (seen,) = merged(full, (seen,), (state.caches[name],)) if any(full) else (state.caches[name],)
+        state.caches[name] = seen
 
     def warm_up(
         self,
@@ -140,6 +220,8 @@ class Dispatcher:
         state = CacheState()
         self._hoist(state, call)
         indices = {id(plan): index for index, plan in first.values()}
+        if probe_spec(self._facts, self._policy) is not None:
+            self._look(state, call, request, Tick(0, 0, False))
         for plan in watch([plan for _, plan in first.values()]):
             tick = Tick(indices[id(plan)], 0, False)
             self._run(plan, state, self._given(plan, state, call, request, tick))
@@ -154,13 +236,20 @@ class Dispatcher:
         state.rows, state.foreseen = {}, False
 
     def _given(
-        self, plan: Plan, state: CacheState, call: Mapping[str, Tensor], request: Request, tick: Tick
+        self,
+        plan: Plan,
+        state: CacheState,
+        call: Mapping[str, Tensor],
+        request: Request,
+        tick: Tick,
+        rows: Sequence[bool] | None = None,
     ) -> dict[str, Tensor]:
-        """The inputs that this step alone determines."""
+        """The inputs that this step alone determines; a full step may be for some ``rows`` of the batch."""
         return {
             **call,
+            **state.measured,
             **self._timestep_values(plan.program, state, call, request, tick),
-            **plan.program.forecast.values(self._policy.forecast, state, tick.step),
+            **plan.program.forecast.values(self._policy.forecast, state, tick.step, rows),
         }
 
     def _timestep_values(
@@ -223,7 +312,9 @@ class Dispatcher:
             variant, run = self._builder.build(spec)
             own = sum(name.startswith("output_") for name in variant.outputs)
             extra = [*enumerate(variant.outputs)][own:]
-            writes = {cache_input(name): i for i, name in extra if not name.startswith("score_")}
+            measures = tuple((name, i) for i, name in extra if name in MEASURED)
+            kept = [(i, name) for i, name in extra if not name.startswith("score_") and name not in MEASURED]
+            writes = {cache_input(name): i for i, name in kept}
             waiting = tuple(b.index for b in self._selectable if spec.actions[b.index] is not Action.COMPUTE)
             forecast = ForecastInputs.of(variant)
             caches = frozenset(name for name in variant.inputs if name.startswith(cache_input("")))
@@ -240,6 +331,7 @@ class Dispatcher:
                 rows=tuple(self._position[index] for index in waiting),
                 tokens=tuple(map(tokens_input, waiting)),
                 computed=self._computed(variant),
+                measures=measures,
             )
         return self._programs[spec]
 
@@ -247,7 +339,8 @@ class Dispatcher:
         found: dict[int, int | None] = {}
         for branch in self._selectable:
             if variant.spec.actions[branch.index] is Action.COMPUTE:
-                source = self._facts.score_source(branch)
+                scores = variant.spec.scores
+                source = None if scores is None else self._facts.score_source(branch, scores)
                 emitted = source is not None and source.score_slot in variant.outputs
                 slot = variant.outputs.index(source.score_slot) if source is not None and emitted else None
                 found[self._position[branch.index]] = slot
@@ -260,6 +353,7 @@ class Dispatcher:
         values = {**given, **state.hoisted, **state.caches, **self._tokens(plan, state)}
         results = program.run(*program.fetch(values))
         state.caches.update({name: results[i] for name, i in program.writes.items()})
+        state.measured.update({name: results[i] for name, i in program.measures})
         if program.loose is None:  # a property of the variant, so looked up once
             program.loose = tuple(name for name, i in program.writes.items() if _is_loose(results[i]))
         for name in program.loose:
@@ -292,8 +386,8 @@ class Dispatcher:
         if selection is None:
             return
         if state.selector is None:
-            shapes = [(b.shape[0], b.tokens) for b in self._selectable]
-            state.selector = TokenSelector(selection, shapes, results[0].device)
+            tokens = [tokens_of(self._facts, selection, branch) for branch in self._selectable]
+            state.selector = TokenSelector(selection, tokens, results[0].device)
         state.selector.refresh({row: None if slot is None else results[slot] for row, slot in computed.items()})
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from duca_compile.graph import FORECAST_DISTANCE, FORECAST_GAP, FORECAST_ORDERS, Variant, cache_input
+from duca_compile.graph import FORECAST_DISTANCE, FORECAST_GAP, FORECAST_ORDERS, FULL_ROWS, Variant, cache_input
 from duca_compile.policies.base import Forecast
 
 if TYPE_CHECKING:
     from duca_compile.runtime.request import CacheState
 
-_NUMBERS = (FORECAST_GAP, FORECAST_ORDERS, FORECAST_DISTANCE)
+_NUMBERS = (FORECAST_GAP, FORECAST_ORDERS, FORECAST_DISTANCE, FULL_ROWS)
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,10 @@ class Past:
     last_full: int | None = None
     orders: int = 0  # how many differences of each cache are built; the others are zero
 
+    def distance(self, step: int) -> int:
+        """Steps since the last full one; 1 where there was none, since it divides."""
+        return 1 if self.last_full is None else step - self.last_full
+
     def after(self, step: int, forecast: Forecast) -> Past:
         """The same after a full step: one order more, if differences are built yet."""
         built = self.last_full is not None and step >= forecast.first
@@ -33,39 +37,51 @@ class Past:
 
 @dataclass(frozen=True)
 class ForecastInputs:
-    """The inputs that a variant has for forecasts alone, by name, with fake tensors of their kind."""
+    """The inputs that a variant has for forecasts and for chosen rows alone, by name, with fake tensors of their kind."""
 
     numbers: Mapping[str, Tensor]
-    old: Mapping[str, Tensor]  # caches that a full step takes differences to, where they are there
+    old: Mapping[str, Tensor]  # caches that it compares with or keeps rows of; zeros where they are not there yet
 
     @staticmethod
     def of(variant: Variant) -> ForecastInputs:
         kinds = {n.name: n.meta["val"] for n in variant.module.graph.nodes if n.op == "placeholder"}
         caches = {name: like for name, like in kinds.items() if name.startswith(cache_input(""))}
         numbers = {name: kinds[name] for name in _NUMBERS if name in kinds}
-        return ForecastInputs(numbers, caches if FORECAST_GAP in numbers else {})
+        compares = variant.spec.probing or numbers.keys() & {FORECAST_GAP, FULL_ROWS}
+        return ForecastInputs(numbers, caches if compares else {})
 
-    def values(self, forecast: Forecast | None, state: CacheState, step: int) -> dict[str, Tensor]:
+    def values(
+        self, forecast: Forecast | None, state: CacheState, step: int, rows: Sequence[bool] | None = None
+    ) -> dict[str, Tensor]:
         """The numbers for ``step``, which before a full step is noted in ``state``, with zeros for old caches.
 
-        A pass that is new or missed a step has no differences: its full step counts as a first one.
+        A pass that is new or missed a step has no differences: its full step counts as a first one. Where rows differ,
+        ``rows`` says which of them a full step is for.
         """
-        if forecast is None or not self.numbers:
-            return {}
-        if FORECAST_GAP not in self.numbers:
-            assert state.past.last_full is not None  # caches that a forecast reads come from a full step
-            return self._filled({FORECAST_DISTANCE: step - state.past.last_full})
-        past = state.past if step - state.last_step <= 1 else Past()
-        state.past = past.after(step, forecast)
         for name in self.old.keys() - state.caches.keys():
             like = self.old[name]
             state.caches[name] = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-        gap = 1 if past.last_full is None else step - past.last_full
-        return self._filled({FORECAST_GAP: gap, FORECAST_ORDERS: state.past.orders})
+        if not self.numbers:
+            return {}
+        count = next(iter(self.numbers.values())).numel()
+        full = (True,) * count if rows is None or count == 1 else tuple(rows)
+        numbers: dict[str, Sequence[int]] = {FULL_ROWS: full}
+        if FORECAST_DISTANCE in self.numbers:
+            numbers[FORECAST_DISTANCE] = [past.distance(step) for past in state.past or (Past(),) * count]
+        elif forecast is not None:
+            past = state.past if state.past and step - state.last_step <= 1 else (Past(),) * count
+            state.past = tuple(p.after(step, forecast) if f else p for p, f in zip(past, full, strict=True))
+            numbers[FORECAST_GAP] = [p.distance(step) for p in past]
+            numbers[FORECAST_ORDERS] = [p.orders for p in state.past]
+        return self._filled({name: numbers[name] for name in self.numbers})
 
-    def _filled(self, numbers: Mapping[str, int]) -> dict[str, Tensor]:
-        """Made on the device that reads them: a copy from the host would wait for it."""
-        likes = self.numbers
-        return {
-            name: torch.full((), n, dtype=likes[name].dtype, device=likes[name].device) for name, n in numbers.items()
-        }
+    def _filled(self, numbers: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+        """Made on the device that reads them, where all are the same: a copy from the host would wait for it."""
+        found: dict[str, Tensor] = {}
+        for name, values in numbers.items():
+            like = self.numbers[name]
+            if len(set(values)) == 1:
+                found[name] = torch.full(like.shape, values[0], dtype=like.dtype, device=like.device)
+            else:
+                found[name] = torch.tensor(values, dtype=like.dtype).to(like.device)
+        return found

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from duca_compile.graph import Facts
 from duca_compile.policies.base import Policy, Step, StepKind
+from duca_compile.runtime.adaptive import Decisions
 from duca_compile.runtime.clock import Sight, StepClock, Tick, version
 from duca_compile.runtime.forecasting import Past
 from duca_compile.runtime.selection import TokenSelector
@@ -35,6 +36,8 @@ class Executed:
     flops: float
     seconds: float  # of host time; on an accelerator work may still be queued
     pass_name: str | None = None
+    measured: tuple[float, ...] = ()  # of adaptive policies: what was measured, one value for each row
+    rows: tuple[StepKind, ...] = ()  # of those whose rows decide for themselves: what each row did
 
 
 @dataclass
@@ -49,11 +52,14 @@ class CacheState:
     rows: dict[float, tuple[Tensor, ...]] = field(default_factory=dict)  # timestep -> the values it alone determines
     foreseen: bool = False  # whether the rows of the coming timesteps were computed
     selector: TokenSelector | None = None
-    past: Past = field(default_factory=Past)
+    past: tuple[Past, ...] = ()  # of the batch, or of each row where rows decide for themselves
+    decisions: Decisions | None = None
+    measured: dict[str, Tensor] = field(default_factory=dict)  # what this step's variants measured, by name
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.caches.values())
+        held = 0 if self.selector is None else self.selector.bytes
+        return held + sum(t.numel() * t.element_size() for t in self.caches.values())
 
 
 class Schedule(Protocol):
@@ -100,6 +106,11 @@ class Request:
         """Drops every cache; the next call starts a new request."""
         self._clock.reset()
         self._states.clear()
+
+    @property
+    def total(self) -> int | None:
+        """The steps of the running request, where they are known."""
+        return self._total
 
     @property
     def cache_bytes(self) -> int:
