@@ -18,7 +18,7 @@ from duca_compile.backends import make_backend
 from duca_compile.capture import Binder, live_tensors
 from duca_compile.captures import Captures, Compiled
 from duca_compile.policies import AdaptivePolicy, StepKind
-from tests.test_models import sample
+from tests.test_models import sample, same
 from tests.zoo import ZOO, Entry
 
 STEPS, DEPTH = 12, 2
@@ -62,9 +62,7 @@ class Case:
         """The arguments of each step of a loop: timesteps fall, and the latent moves a little."""
         for step in range(STEPS):
             torch.manual_seed(step)
-            latent = tree_map(
-                lambda x: x * (1 + 0.02 * step) + 0.05 * torch.randn_like(x), self.arguments["hidden_states"]
-            )
+            latent = tree_map(lambda x: x * (1 + 0.02 * step) + 0.05 * torch.randn_like(x), self.arguments["hidden_states"])
             time = self.arguments["timestep"]
             time = time - 10 * step if time.max() > 1 else time * (1 - step / STEPS)
             yield self.arguments | {"hidden_states": latent, "timestep": time}
@@ -105,9 +103,7 @@ def test_twelve_steps_are_those_that_were_planned(case: Case, name: str) -> None
         rows = done.rows or (done.kind,) * len(own[0])
         full = torch.tensor([kind is StepKind.FULL for kind in rows])
         assert all(torch.equal(a[full], b[full]) for a, b in zip(outputs, own, strict=True))
-        assert not any(
-            torch.equal(a[i], b[i]) for a, b in zip(outputs, own, strict=True) for i in range(len(full)) if not full[i]
-        )
+        assert not any(torch.equal(a[i], b[i]) for a, b in zip(outputs, own, strict=True) for i in range(len(full)) if not full[i])
     kinds = [done.kind for done in optimized.history]
     if isinstance(policy, AdaptivePolicy):
         assert set(kinds) <= {step.kind for step in plan.steps}

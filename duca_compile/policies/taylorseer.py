@@ -44,8 +44,8 @@ class TaylorSeer(Policy):
             raise PolicyError(f"lite={self.lite!r} is impossible: it must be True or False")
         if not isinstance(self.relational, bool) or (self.relational and (self.lite or self.max_order == 0)):
             raise PolicyError(
-                f"relational={self.relational!r} is impossible: it must be True or False, and needs branches (lite=False) "
-                "and a direction (max_order of at least 1)"
+                f"relational={self.relational!r} is impossible: it must be True or False, and needs branches "
+                "(lite=False) and a direction (max_order of at least 1)"
             )
 
     @property
