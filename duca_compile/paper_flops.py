@@ -18,7 +18,7 @@ from duca_compile.graph import CapturedGraph, Facts, op_name, value_shape
 from duca_compile.policies import Policy, Step, StepKind, TokenQuery, Uncached, published
 
 _UNLATCHED = {"latched": False}  # the published figures are those of the code as it was released
-METHODS: dict[str, dict[str, bool]] = {"fora": {}, "duca": _UNLATCHED, "taylorseer": {}}
+METHODS: dict[str, dict[str, bool]] = {"fora": {}, "toca": _UNLATCHED, "duca": _UNLATCHED, "taylorseer": {}}
 
 
 @dataclass(frozen=True)

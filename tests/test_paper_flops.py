@@ -26,6 +26,7 @@ UNCACHED = 23.74
 # TFLOPs by method and interval, from the tables of the papers and of arXiv 2602.19506.
 PUBLISHED = {
     "fora": {3: 8.59, 4: 6.66, 5: 5.24, 6: 4.76},
+    "toca": {3: 10.23, 4: 8.73, 5: 7.43, 6: 7.01, 7: 6.25},
     "duca": {4: 7.66, 5: 6.32, 6: 5.86, 7: 4.96},
     "taylorseer": {4: 6.66, 5: 5.24, 7: 3.82},
 }
