@@ -1,4 +1,4 @@
-"""The command line: ``duca-compile demo``, ``explain`` and ``flops``."""
+"""The command line: ``duca-compile demo``, ``explain``, ``flops`` and ``train-predictor``."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from duca_compile.explain import Explanation
 from duca_compile.explain import explain as explain_model
 from duca_compile.paper_flops import explain_dit_xl, loop_flops, published_policies
 from duca_compile.policies import StepKind, Uncached
+from duca_compile.training import TrainingSettings, train_predictor
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
@@ -92,6 +93,44 @@ def explain(
         _fail(error)
 
 
+@app.command("train-predictor")
+def train(
+    target: Annotated[
+        str | None,
+        typer.Argument(help="package.module:function returning (model, sample); else the embedded model."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the predictor goes; ends in .safetensors.")] = Path(
+        "predictor.safetensors"
+    ),
+    loops: Annotated[int, typer.Option(min=1, help="Denoising loops to train on.")] = 50,
+    updates: Annotated[int, typer.Option(min=1, help="Gradient steps for each loop.")] = 20,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Of AdamW, at the start.")] = 1e-3,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of steps.")] = 0,
+    steps: Annotated[int, typer.Option(min=2, help="Denoising steps of a loop of the embedded model.")] = 20,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint, if there is one.")] = False,
+    device: Device = "cpu",
+) -> None:
+    """Train the predictor that DisCa needs, on the model's own denoising loops; sample(drop_in, number) runs one."""
+    try:
+        settings = TrainingSettings(loops, updates, learning_rate=learning_rate, seed=seed)
+        model, sample = _embedded_loops(device, steps) if target is None else _load_target(target)
+        predictor = train_predictor(model, sample, out, settings, resume=resume)
+    except DucaError as error:
+        _fail(error)
+    errors = [f"{loss**0.5:.4f}" for loss in predictor.config.losses]
+    console.print(f"relative error of the model's output: {errors[0]} in the first loop, {errors[-1]} in the last")
+    console.print(f"predictor: {out}")
+
+
+def _embedded_loops(device: str, steps: int) -> tuple[nn.Module, Callable[[nn.Module, int], Any]]:
+    model = demonstration.DemoModel.load(_device(device))
+
+    def sample(drop_in: nn.Module, number: int) -> None:
+        model.sample(drop_in, steps, model.noise(number), lambda seconds: None)
+
+    return model.transformer, sample
+
+
 @app.command()
 def flops(
     target: Annotated[
@@ -131,15 +170,15 @@ def _explain_target(target: str) -> Explanation:
     return explain_model(model, **arguments)
 
 
-def _load_target(target: str) -> tuple[nn.Module, dict[str, Any]]:
+def _load_target(target: str) -> tuple[nn.Module, Any]:
     sys.path.insert(0, os.getcwd())
     try:
-        model, arguments = resolve_name(target)()
+        model, other = resolve_name(target)()
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"cannot load {target!r}: {error}; name it as package.module:function") from error
     except TypeError as error:
-        raise UsageError(f"{target!r} must take no arguments and return (model, kwargs): {error}") from error
-    return model, arguments
+        raise UsageError(f"{target!r} must take no arguments and return two values: {error}") from error
+    return model, other
 
 
 def _device(name: str) -> str:

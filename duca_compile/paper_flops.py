@@ -15,7 +15,7 @@ import torch
 from duca_compile.errors import PolicyError, StructureError
 from duca_compile.explain import Explanation, explain
 from duca_compile.graph import CapturedGraph, Facts, op_name, value_shape
-from duca_compile.policies import Policy, Step, StepKind, TokenQuery, Uncached, published
+from duca_compile.policies import AdaptivePolicy, Policy, Step, StepKind, TokenQuery, Uncached, published
 
 _UNLATCHED = {"latched": False}  # the published figures are those of the code as it was released
 METHODS: dict[str, dict[str, bool]] = {"fora": {}, "toca": _UNLATCHED, "duca": _UNLATCHED, "taylorseer": {}}
@@ -83,8 +83,10 @@ def paper_flops(blocks: Blocks, policy: Policy, num_inference_steps: int) -> flo
     """FLOPs of a whole loop under ``policy``, as the papers count.
 
     Raises:
-        PolicyError: a kind of step that these papers do not have.
+        PolicyError: it decides its steps as it runs, or has a kind of step that these papers do not have.
     """
+    if isinstance(policy, AdaptivePolicy):
+        raise PolicyError(f"{policy.name} decides its steps as it runs, so its FLOPs are known when it has run")
     return blocks.rows * float(sum(_step(blocks, policy, step) for step in policy.steps(num_inference_steps)))
 
 

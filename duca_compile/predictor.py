@@ -66,7 +66,8 @@ class Predictor:
         """
         weights, metadata = read(path)
         try:
-            config = PredictorConfig(**json.loads(metadata[_KEY]))
+            values = json.loads(metadata[_KEY])
+            config = PredictorConfig(**{**values, "losses": tuple(values["losses"])})
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise UsageError(f"{path} holds no predictor: train one with duca-compile train-predictor") from error
         if config.format != FORMAT or not set(FUSE) <= weights.keys():

@@ -29,6 +29,8 @@ from duca_compile.runtime.session import Requests
 
 Sample = Callable[[Any, int], Any]  # runs the denoising loop of this number, with this in the place of the model
 
+aten = torch.ops.aten
+
 _BEND = 2.3994  # where SiLU's second derivative is zero, so where it is straightest
 _SLOPE = 1.0998  # its derivative there
 _SPREAD = 0.25  # how far from there one standard deviation of the hidden state reaches
@@ -200,8 +202,23 @@ class _Graphs:
             spliced = fitted(captured, facts, Predictor(self._config, plain))
             actions = (Action.COMPUTE,) * len(facts.branches)
             spec = VariantSpec(actions, emit=False, lite=True, predict=frozenset(weights))
-            self._variants[id(compiled)] = compiled, build_variant(spliced, facts, spec)
+            variant = build_variant(spliced, facts, spec)
+            _make_differentiable(variant.module)
+            self._variants[id(compiled)] = compiled, variant
         return self._variants[id(compiled)][1]
+
+
+def _make_differentiable(module: fx.GraphModule) -> None:
+    """PyTorch has no derivative of ``copy``, which a trace makes of assignments to a part of a tensor."""
+    for node in module.graph.find_nodes(op="call_function", target=aten.copy.default):
+        place, value = node.args[:2]
+        like = place.meta["val"]
+        with module.graph.inserting_before(node):
+            value = module.graph.call_function(aten.expand.default, (value, list(like.shape)))
+            value = module.graph.call_function(aten.to.dtype, (value, like.dtype))
+        node.replace_all_uses_with(value)
+        module.graph.erase_node(node)
+    module.recompile()
 
 
 def _at(module: fx.GraphModule, name: str) -> Tensor:
@@ -275,18 +292,27 @@ class _Trainer:
         self._graphs = _Graphs(self._config)
         self._optimizer = torch.optim.AdamW(self._weights.values(), settings.learning_rate, weight_decay=0.0)
 
+    @property
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same where a training goes on."""
+        config = self._config
+        return {**asdict(self._settings), "model": config.model, "width": config.width, "blocks": config.blocks}
+
     def resume(self) -> None:
+        """Takes the state of the checkpoint.
+
+        Raises:
+            UsageError: it is of another training; names what differs.
+        """
         tensors, metadata = read(checkpoint_path(self._path))
         saved = json.loads(metadata.get(_STATE, "{}"))
-        wanted = {"settings": asdict(self._settings), "config": asdict(self._config)}
-        for part, values in wanted.items():
-            for name, value in values.items():
-                before = saved.get(part, {}).get(name)
-                if before != value and name != "updates":
-                    raise UsageError(
-                        f"{checkpoint_path(self._path)} is of a training with {name}={before!r}, and now it is "
-                        f"{value!r}; go on with the same, or remove it and start anew"
-                    )
+        for name, value in self._identity.items():
+            before = saved.get("of", {}).get(name)
+            if before != value:
+                raise UsageError(
+                    f"{checkpoint_path(self._path)} is of a training with {name}={before!r}, and now it is {value!r}; "
+                    "go on with the same, or remove it and start anew"
+                )
         self._seen, self._losses = saved["seen"], saved["losses"]
         with torch.no_grad():
             for name, weight in self._weights.items():
@@ -302,8 +328,7 @@ class _Trainer:
         moments = sorted(state[0])
         tensors = {f"weight.{name}": weight for name, weight in weights.items()}
         tensors |= {f"{k}.{name}": state[i][k] for i, name in enumerate(weights) for k in moments}
-        saved: dict[str, Any] = {"settings": asdict(self._settings), "config": asdict(self._config)}
-        saved |= {"moments": moments, "seen": self._seen, "losses": self._losses}
+        saved = {"of": self._identity, "moments": moments, "seen": self._seen, "losses": self._losses}
         write(checkpoint_path(self._path), tensors, {_STATE: json.dumps(saved)})
         predictor.save(self._path)
         return predictor

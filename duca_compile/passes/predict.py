@@ -12,6 +12,7 @@ from duca_compile.analysis.closure import ancestors
 from duca_compile.errors import PolicyError
 from duca_compile.graph import STREAM_END, Branch, CapturedGraph, Facts, op_name
 from duca_compile.passes.base import CachingPass, VariantDraft
+from duca_compile.passes.hoist import hoisted_input
 from duca_compile.predictor import FUSE, Predictor
 
 aten = torch.ops.aten
@@ -63,9 +64,11 @@ def _fuse(draft: VariantDraft, entry: fx.Node) -> None:
 
 
 def _leave_out(draft: VariantDraft, branches: list[Branch]) -> None:
+    inputs = {n.name: n for n in draft.graph.nodes if n.op == "placeholder"}
     starts: dict[fx.Node, fx.Node] = {}
     for branch in branches:
         end, start = draft.node(branch.add), draft.node(branch.stream)
+        start = inputs.get(hoisted_input(branch.stream), start)  # what text starts from is an input by now
         starts[end] = starts.get(start, start)
         end.replace_all_uses_with(starts[end])
 
@@ -84,7 +87,7 @@ def _check_alone(draft: VariantDraft, tail: tuple[Branch, ...]) -> None:
     """Raises PolicyError where earlier blocks are needed for more than the stream."""
     alive = {n.name for n in ancestors(draft.graph.output_node())}
     for branch in draft.facts.branches:
-        if branch not in tail and branch.core in alive:
+        if branch not in tail and branch.body & alive:
             raise PolicyError(
                 f"the last {DEPTH} blocks need more of the earlier ones than the stream: {branch.path or 'a branch'} at "
                 f"{branch.source} would still be computed. A predictor cannot stand for them; use another policy."
@@ -106,7 +109,9 @@ def last_blocks(facts: Facts) -> tuple[Branch, ...]:
         raise PolicyError(f"a predictor has {DEPTH} blocks, and so has this model: there is nothing to leave out")
     end = facts.branches[-1]
     if len(end.shape) != 3:
-        raise PolicyError(f"a predictor needs a stream of (batch, tokens, channels); this one has the shape {end.shape}")
+        raise PolicyError(
+            f"a predictor needs a stream of (batch, tokens, channels); this one has the shape {end.shape}"
+        )
     return tail
 
 
