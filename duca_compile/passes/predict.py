@@ -89,8 +89,8 @@ def _check_alone(draft: VariantDraft, tail: tuple[Branch, ...]) -> None:
     for branch in draft.facts.branches:
         if branch not in tail and branch.body & alive:
             raise PolicyError(
-                f"the last {DEPTH} blocks need more of the earlier ones than the stream: {branch.path or 'a branch'} at "
-                f"{branch.source} would still be computed. A predictor cannot stand for them; use another policy."
+                f"the last {DEPTH} blocks need more of the earlier ones than the stream: {branch.path or 'a branch'} "
+                f"at {branch.source} would still be computed. A predictor cannot stand for them; use another policy."
             )
 
 
@@ -164,8 +164,9 @@ def fitted(captured: CapturedGraph, facts: Facts, predictor: Predictor | None) -
         names = sorted(name for name in given.keys() | shapes.keys() if given.get(name) != shapes.get(name))
         detail = f"; {names[0]} is {given.get(names[0])} there and {shapes.get(names[0])} here" if names else ""
         raise PolicyError(
-            f"this predictor was trained for {config.model} of {config.blocks} blocks and width {config.width}, and this "
-            f"model has {facts.blocks} blocks and width {width}{detail}. Train one for it: duca-compile train-predictor."
+            f"this predictor was trained for {config.model} of {config.blocks} blocks and width {config.width}, and "
+            f"this model has {facts.blocks} blocks and width {width}{detail}. Train one for it: duca-compile "
+            "train-predictor."
         )
     weights = {
         _PREFIX + name: weight.to(device=like.device, dtype=own[name].dtype if name in own else like.dtype)
