@@ -29,11 +29,11 @@ class KeepRows(CachingPass):
         known = {n.target: n for n in draft.graph.nodes if n.op == "placeholder"}
         if FULL_ROWS in known:
             return False
-        rows = draft.add_input(
-            FULL_ROWS, results[own].meta["val"].new_empty(draft.facts.batch, dtype=torch.bool)
-        )
+        emitted = [node for node in results[own:] if isinstance(node, fx.Node)]
+        kind = emitted[0].meta["val"].new_empty(draft.facts.batch, dtype=torch.bool)
+        rows = draft.add_input(FULL_ROWS, kind)
         kept = list(results[:own])
-        for name, new in zip(draft.results[own:], results[own:], strict=True):
+        for name, new in zip(draft.results[own:], emitted, strict=True):
             like = new.meta["val"]
             old = known.get(cache_input(name)) or draft.add_input(cache_input(name), like)
             chosen = beside(draft, rows, like)

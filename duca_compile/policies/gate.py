@@ -8,7 +8,7 @@ from itertools import count
 from typing import Literal
 
 from duca_compile.errors import PolicyError
-from duca_compile.policies.adaptive import AdaptivePolicy, Decider, DecidePer, Probe, check_per
+from duca_compile.policies.adaptive import AdaptivePolicy, DecidePer, Decider, Probe, check_per
 from duca_compile.policies.base import Forecast, Step, StepKind
 from duca_compile.policies.checks import check_number, check_whole
 

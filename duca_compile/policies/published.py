@@ -48,7 +48,7 @@ def _fora_flux(*, interval: int = 3) -> FORA:
 
 
 def _dit_interval(interval: int) -> Interval:
-    """ToCa and DuCa on DiT with DDIM: denser full steps towards the end, every second step in the last but one fifth."""
+    """ToCa and DuCa on DiT: denser full steps towards the end, every second step at s/T in [0.2, 0.4)."""
     return Interval(interval, factor=Linear(1.4, -0.8), forced=(0.2, 0.4, 2), descending=True)
 
 

@@ -8,7 +8,7 @@ from itertools import count
 from typing import Literal
 
 from duca_compile.errors import PolicyError
-from duca_compile.policies.adaptive import AdaptivePolicy, Decider, DecidePer, Verify, check_per
+from duca_compile.policies.adaptive import AdaptivePolicy, DecidePer, Decider, Verify, check_per
 from duca_compile.policies.base import Forecast, Step, StepKind
 from duca_compile.policies.checks import check_number, check_whole
 
@@ -39,7 +39,7 @@ class SpeCa(AdaptivePolicy):
             A request's result then does not depend on what else is in the batch.
 
     Raises:
-        PolicyError: impossible numbers.
+        PolicyError: impossible numbers, or an unknown number of steps.
     """
 
     max_order: int = 2
@@ -87,6 +87,7 @@ class SpeCa(AdaptivePolicy):
         return self.decide_per
 
     def decider(self, total: int | None) -> Decider:
+        self.threshold(0, total)  # which says so now where it needs to know the number of steps
         return _Released(self, total) if self.compat == "released" else _Paper(self, total)
 
     def steps(self, total: int | None) -> Iterator[Step]:

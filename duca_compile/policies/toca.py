@@ -1,4 +1,4 @@
-"""ToCa, token-wise feature caching (arXiv 2410.05317): between full steps, the tokens that matter most are recomputed."""
+"""ToCa, token-wise feature caching (arXiv 2410.05317): cached steps recompute the tokens that matter most."""
 
 from __future__ import annotations
 

@@ -45,9 +45,7 @@ def _largest(values: Sequence[float]) -> float | None:
     return next((value for value in values if value != value), max(values))
 
 
-def merged(
-    full: Sequence[bool], computed: tuple[Tensor, ...], cheap: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
+def merged(full: Sequence[bool], computed: tuple[Tensor, ...], cheap: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """Each result with the rows of ``computed`` where the row's step is full, and of ``cheap`` elsewhere.
 
     Raises:

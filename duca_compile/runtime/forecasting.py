@@ -37,7 +37,7 @@ class Past:
 
 @dataclass(frozen=True)
 class ForecastInputs:
-    """The inputs that a variant has for forecasts and for chosen rows alone, by name, with fake tensors of their kind."""
+    """The inputs of a variant that the step's number and decisions alone determine, by name, as fake tensors."""
 
     numbers: Mapping[str, Tensor]
     old: Mapping[str, Tensor]  # caches that it compares with or keeps rows of; zeros where they are not there yet

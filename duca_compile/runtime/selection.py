@@ -22,7 +22,7 @@ class Tokens(NamedTuple):
     """
 
     batch: int
-    count: int
+    number: int
     grid: tuple[int, ...] | None = None
 
 
@@ -101,7 +101,7 @@ class _Group:
 
     def __init__(self, selection: Selection, branches: int, tokens: Tokens, device: torch.device) -> None:
         self._selection = selection
-        self._shape = (branches, tokens.batch, tokens.count)
+        self._shape = (branches, tokens.batch, tokens.number)
         self._grid = tokens.grid
         self._device = device
         self._scores: Tensor | None = None
