@@ -56,7 +56,8 @@ class VariantDraft(Draft):
         return self._nodes[name] if name in self._nodes else self.add_input(name, value)
 
     def _last_input(self) -> fx.Node:
-        return [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        inputs: list[fx.Node] = [n for n in self.graph.nodes if n.op == "placeholder"]
+        return inputs[-1]
 
     def behind(self, node: fx.Node) -> AbstractContextManager[None]:
         """Where nodes computed from ``node`` go: right behind it, and behind all inputs."""

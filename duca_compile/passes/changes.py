@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from duca_compile.analysis.closure import closure
 from duca_compile.graph import Branch, change_slot
 from duca_compile.passes.base import ExactPass, VariantDraft
 from duca_compile.passes.probe import probed_stream
@@ -48,16 +47,15 @@ def stretches(draft: VariantDraft) -> dict[int, tuple[fx.Node, fx.Node]]:
         names = [branch.add for branch in chains[chain]]
         seen = names.index(starts[chain].name) + 1 if starts[chain].name in names else 0
         chains[chain] = chains[chain][seen:]
-    adds = {draft.node(b.add): b.index for branches in chains.values() for b in branches}
-    cuts = {draft.node(branches[-1].add) for branches in chains.values() if branches}
-    while True:
-        found: dict[fx.Node, fx.Node] = {}
-        for chain, branches in chains.items():
-            start = starts[chain]
-            for end in [node for b in branches if (node := draft.node(b.add)) in cuts]:
-                found[end], start = start, end
-        reached = set(closure(draft.graph.output_node(), lambda n: [found[n]] if n in found else n.all_input_nodes))  # noqa: B023
-        read = {node for node in adds if node in reached and node not in cuts}
-        if not read:
-            return {adds[end]: (start, end) for end, start in found.items() if end in reached}
-        cuts |= read
+    adds = {draft.node(b.add): b for branches in chains.values() for b in branches}
+    ends: dict[int, list[fx.Node]] = {chain: [] for chain in chains}
+    needed = {draft.graph.output_node()}
+    for node in reversed(draft.graph.nodes):  # so that all readers of a value are met before it
+        if node in needed and node in adds:
+            chain = adds[node].chain
+            ends[chain].insert(0, node)
+            needed.add(starts[chain])
+        elif node in needed:
+            needed.update(node.all_input_nodes)
+    pairs = [pair for chain in chains for pair in zip([starts[chain], *ends[chain]], ends[chain], strict=False)]
+    return {adds[end].index: (start, end) for start, end in pairs}

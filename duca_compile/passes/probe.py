@@ -110,7 +110,8 @@ def _modulated(draft: VariantDraft) -> fx.Node:
     stream = draft.node(branch.stream)
     for node in draft.graph.nodes:
         if node.name in branch.body and op_name(node) in _PRODUCTS:
-            return [n for n in node.all_input_nodes if n is stream or n.name in branch.body][0]
+            read: list[fx.Node] = [n for n in node.all_input_nodes if n is stream or n.name in branch.body]
+            return read[0]
     raise PolicyError(
         f"probe='modulated' looks for the first matrix product of {branch.path or 'the first branch'} at "
         f"{branch.source}, and there is none that it knows; use probe='first_block'"

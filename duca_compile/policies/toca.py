@@ -27,7 +27,7 @@ class ToCa(TokenCaching):
     staleness: ClassVar[float] = 0.25
 
     interval: int | Interval = 4
-    selection: SelectionKind | Selection = "attention"  # type: ignore[assignment]
+    selection: SelectionKind | Selection = "attention"
 
     @property
     def name(self) -> str:
