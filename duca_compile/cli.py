@@ -33,7 +33,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 console = Console()
 
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps of the loop.")]
-PolicyOption = Annotated[str, typer.Option(help="duca, toca, fora, taylorseer, speca or gate.")]
+PolicyOption = Annotated[str, typer.Option(help="duca, toca, fora, taylorseer, rfc, speca or gate.")]
 Interval = Annotated[int | None, typer.Option(min=1, help="Steps from one full step to the next.")]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
 

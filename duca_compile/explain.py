@@ -18,7 +18,7 @@ from duca_compile.errors import UsageError
 from duca_compile.graph import Branch, CapturedGraph, Facts, Role, Variance, Variant, VariantSpec
 from duca_compile.passes.hoist import frontier
 from duca_compile.passes.pipeline import build_variant
-from duca_compile.passes.predict import fitted
+from duca_compile.passes.predict import fitted, predictor_bytes
 from duca_compile.pipelines import is_pipeline
 from duca_compile.policies import AdaptivePolicy, Policy, Step, StepKind
 from duca_compile.runtime.planning import cache_bytes, check_rows, check_selection, plan_step, probe_spec
@@ -59,6 +59,7 @@ class ScheduleReport:
     uncached_flops: float  # of one step
     cache_bytes: int  # of one pass, once all is there that the policy keeps
     adaptive: bool = False  # these are the cheapest steps that the policy may choose
+    weight_bytes: int = 0  # of a learned predictor, once for all requests
 
     @property
     def full_steps(self) -> int:
@@ -87,6 +88,8 @@ class ScheduleReport:
             yield "decided while it runs: these are the fewest full steps that there can be"
         yield f"ideal speed-up {self.ideal_speedup:.2f}x (by FLOPs; elementwise work counts as none)"
         yield f"caches hold {_size(self.cache_bytes)}"
+        if self.weight_bytes:
+            yield f"the predictor's weights hold {_size(self.weight_bytes)}"
 
     def __str__(self) -> str:
         return _rendered(self)
@@ -163,7 +166,8 @@ class Explanation:
 
         steps = tuple(planned(i, step) for i, step in enumerate(chosen.steps(num_inference_steps)))
         kept = cache_bytes(self.facts, chosen, variants.values())
-        return ScheduleReport(chosen.name, steps, self.flops, kept, isinstance(chosen, AdaptivePolicy))
+        adaptive, weights = isinstance(chosen, AdaptivePolicy), predictor_bytes(captured)
+        return ScheduleReport(chosen.name, steps, self.flops, kept, adaptive, weights)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         facts = self.facts

@@ -287,6 +287,9 @@ def test_caches_and_flops_are_as_announced(model: nn.Module, trained: Path) -> N
     found = duca_compile.explain(optimized, latent(0), timestep=torch.full((4,), 5), class_labels=LABELS)
     plan = found.schedule(num_inference_steps=STEPS)
     assert optimized.cache_bytes == plan.cache_bytes == found.cache_bytes == stream
+    weights = Predictor.load(trained).weights.values()
+    assert plan.weight_bytes == sum(weight.numel() * 4 for weight in weights)
+    assert f"the predictor's weights hold {plan.weight_bytes / 2**20:.2f} MiB" in str(plan)
     assert [(s.kind, s.flops) for s in plan.steps] == [(e.kind, e.flops) for e in optimized.history]
     rows, tokens, width = 4, 16, 32
     block = rows * (24 * tokens * width**2 + 4 * tokens**2 * width)

@@ -175,6 +175,12 @@ def fitted(captured: CapturedGraph, facts: Facts, predictor: Predictor | None) -
     return replace(captured, attributes={**captured.attributes, **weights})
 
 
+def predictor_bytes(captured: CapturedGraph) -> int:
+    """What a predictor's weights hold, as ``fitted`` put them there."""
+    own = [weight for name, weight in captured.attributes.items() if name.startswith(_PREFIX)]
+    return sum(weight.numel() * weight.element_size() for weight in own)
+
+
 def _stream_like(captured: CapturedGraph, facts: Facts) -> Tensor:
     node = next(n for n in captured.graph.nodes if n.name == facts.stream_end)
     value: Tensor = node.meta["val"]
