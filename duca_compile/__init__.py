@@ -1,68 +1,62 @@
-"""duca_compile: a compiler for the denoising loop of Diffusion Transformers."""
+"""duca_compile: a compiler for the denoising loop of Diffusion Transformers.
 
-from duca_compile.api import OptimizedModel, optimize, restore
-from duca_compile.errors import (
-    BackendError,
-    CaptureError,
-    DucaError,
-    InternalError,
-    PolicyError,
-    StructureError,
-    UsageError,
-)
-from duca_compile.explain import Explanation, explain
-from duca_compile.policies import (
-    FORA,
-    RFC,
-    DisCa,
-    DuCa,
-    Interval,
-    Linear,
-    Policy,
-    RelationalFeatureCaching,
-    ResidualGate,
-    Selection,
-    SpeCa,
-    TaylorSeer,
-    ToCa,
-    Uncached,
-    published,
-)
-from duca_compile.predictor import Predictor
-from duca_compile.runtime.session import Session
-from duca_compile.training import TrainingSettings, prediction_error, train_predictor
+Names are imported when they are first used, so that an artifact can be run where torch is not installed. Their types
+are in ``__init__.pyi``.
+"""
 
-__all__ = [
-    "FORA",
-    "RFC",
-    "BackendError",
-    "CaptureError",
-    "DisCa",
-    "DuCa",
-    "DucaError",
-    "Explanation",
-    "InternalError",
-    "Interval",
-    "Linear",
-    "OptimizedModel",
-    "Policy",
-    "PolicyError",
-    "Predictor",
-    "RelationalFeatureCaching",
-    "ResidualGate",
-    "Selection",
-    "Session",
-    "SpeCa",
-    "StructureError",
-    "TaylorSeer",
-    "ToCa",
-    "TrainingSettings",
-    "Uncached",
-    "UsageError",
-    "explain",
-    "optimize",
-    "prediction_error",
-    "published",
-    "restore",
-    "train_predictor",
-]
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "api": ("OptimizedModel", "optimize", "restore"),
+    "errors": (
+        "ArtifactError",
+        "BackendError",
+        "CaptureError",
+        "DucaError",
+        "ExportError",
+        "InternalError",
+        "PolicyError",
+        "StructureError",
+        "UsageError",
+    ),
+    "explanation": ("Explanation", "explain"),
+    "export.artifact": ("save",),
+    "policies": (
+        "FORA",
+        "RFC",
+        "DisCa",
+        "DuCa",
+        "Interval",
+        "Linear",
+        "Policy",
+        "RelationalFeatureCaching",
+        "ResidualGate",
+        "Selection",
+        "SpeCa",
+        "TaylorSeer",
+        "ToCa",
+        "Uncached",
+        "published",
+    ),
+    "predictor": ("Predictor",),
+    "runtime.artifact": ("Artifact", "load"),
+    "runtime.session": ("Session",),
+    "training": ("TrainingSettings", "prediction_error", "train_predictor"),
+}
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -23,8 +23,8 @@ from torch import nn
 from duca_compile import demo as demonstration
 from duca_compile.backends import BACKENDS
 from duca_compile.errors import DucaError, UsageError, first_line
-from duca_compile.explain import Explanation
-from duca_compile.explain import explain as explain_model
+from duca_compile.explanation import Explanation
+from duca_compile.explanation import explain as explain_model
 from duca_compile.paper_flops import explain_dit_xl, loop_flops, published_policies
 from duca_compile.policies import StepKind, Uncached
 from duca_compile.training import TrainingSettings, train_predictor

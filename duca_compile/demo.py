@@ -117,8 +117,8 @@ class Run:
 
 def make_policy(name: str, interval: int | None) -> Policy:
     """The policy called ``name``; those that decide while they run have no interval."""
-    fixed = {"duca": DuCa, "fora": FORA, "taylorseer": TaylorSeer, "toca": ToCa}
-    adaptive = {"gate": ResidualGate, "rfc": RFC, "speca": SpeCa}
+    fixed: dict[str, Callable[..., Policy]] = {"duca": DuCa, "fora": FORA, "taylorseer": TaylorSeer, "toca": ToCa}
+    adaptive: dict[str, Callable[..., Policy]] = {"gate": ResidualGate, "rfc": RFC, "speca": SpeCa}
     if name in adaptive:
         if interval is not None:
             raise UsageError(f"policy={name!r} has no interval: it decides while it runs; leave --interval out")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from duca_compile.errors import PolicyError, StructureError
-from duca_compile.explain import Explanation, explain
+from duca_compile.explanation import Explanation, explain
 from duca_compile.graph import CapturedGraph, Facts, op_name, value_shape
 from duca_compile.policies import AdaptivePolicy, Policy, Step, StepKind, TokenQuery, Uncached, published
 

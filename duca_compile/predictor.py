@@ -7,10 +7,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from duca_compile.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT = 1
 FUSE = ("fuse.0.weight", "fuse.0.bias", "fuse.2.weight", "fuse.2.bias")  # Linear(2C, C), SiLU, Linear(C, C)

@@ -172,7 +172,7 @@ class _Recorder(EagerBackend):
                 f"sample(model, {number}) must run one denoising loop of two steps or more with the model that it is "
                 f"given; it made {len(self._calls)} calls, and the last loop has {len(history)} of them"
             )
-        owners = {id(program.variant): c for c in self._model._compiled.values() for program in c.dispatcher.programs}
+        owners = {id(v): c for c in self._model._compiled.values() for v, _ in c.programs.by_spec.values()}
         found: dict[tuple[int, str | None, int], list[Call]] = {}
         for (variant, call), executed in zip(self._calls, history, strict=True):
             found.setdefault((id(variant), executed.pass_name, executed.pass_index), []).append(call)

@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class EmitChanges(ExactPass[VariantDraft]):
-    """Returns end - start of each stretch of a stream that a skip step needs the end of (TeaCache, arXiv 2411.19108)."""
+    """Returns end - start of each stretch of a stream whose end a skip step needs (TeaCache, arXiv 2411.19108)."""
 
     ensures = frozenset({"changes_emitted"})
 

@@ -12,6 +12,8 @@ from duca_compile.passes.base import ExactPass, VariantDraft
 class EmitCaches(ExactPass[VariantDraft]):
     """Returns the output of every computed branch, and the stream's end unless that comes from the cache.
 
+    Only what later steps read of these, as the spec says.
+
     Where features are forecast it is either the branches or the end: whatever the forecasts read. Where inputs say how
     far they have moved, these too. Where the streams' change is cached it is neither.
     """
@@ -23,8 +25,9 @@ class EmitCaches(ExactPass[VariantDraft]):
         if not spec.emit:
             return False
         whole = spec.lite or spec.change  # what is cached are whole streams, no branches
-        wanted = {} if whole else {branch.slot: branch.core for branch in draft.branches(Action.COMPUTE)}
-        if spec.lite or (spec.order is None and not spec.skip and not spec.change):
+        branches = draft.branches(Action.COMPUTE) if spec.keeps.branches and not whole else []
+        wanted = {branch.slot: branch.core for branch in branches}
+        if spec.lite or (spec.order is None and not spec.skip and not spec.change and spec.keeps.end):
             wanted[STREAM_END] = draft.facts.stream_end
         if spec.relational:
             wanted |= {branch.input_slot: branch.input for branch in draft.branches(Action.COMPUTE)}

@@ -24,7 +24,18 @@ from duca_compile.policies.adaptive import Probe
 
 aten = torch.ops.aten
 
-_PRODUCTS = {"addmm", "bmm", "conv1d", "conv2d", "conv3d", "einsum", "linear", "matmul", "mm", "scaled_dot_product_attention"}
+_PRODUCTS = {
+    "addmm",
+    "bmm",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "einsum",
+    "linear",
+    "matmul",
+    "mm",
+    "scaled_dot_product_attention",
+}
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,6 @@ class LookAhead(ExactPass[VariantDraft]):
         output.args = ((change, seen, stream),)
         draft.results[:] = [PROBE_CHANGE, PROBE_SEEN, PROBE_STREAM]
         return True
-
 
     def _against_forecast(self, draft: VariantDraft) -> bool:
         """The change is ||I - F||_1 / ||I||_1 for each row: I is what the first branch reads, and F its forecast."""

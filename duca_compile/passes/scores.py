@@ -21,7 +21,7 @@ _LEAST = 1e-7  # added to a weight before its logarithm is taken, as released
 
 @dataclass(frozen=True)
 class EmitScores(ExactPass[VariantDraft]):
-    """Returns a (batch, tokens) float tensor per computed attention that tokens are chosen by.
+    """Returns a (batch, tokens) float32 tensor per computed attention that tokens are chosen by.
 
     ``v_norm``: sum over heads of 1 - ||v||2, so the smallest value vectors score highest (DuCa, arXiv 2412.18911,
     the released code's sign). ``attention``: attention received, summed over queries, mean over heads (ToCa's s1).
@@ -41,6 +41,9 @@ class EmitScores(ExactPass[VariantDraft]):
         for branch in scored:
             with draft.graph.inserting_before(draft.graph.output_node()):
                 score = _score(draft, branch, scores)
+                if branch.dtype is not torch.float32:
+                    score = _call(draft, aten.to.dtype, score, torch.float32)
+            score.meta["val"] = draft.node(branch.core).meta["val"].new_empty(branch.shape[:2], dtype=torch.float32)
             draft.add_result(branch.score_slot, score)
         return bool(scored)
 

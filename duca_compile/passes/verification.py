@@ -62,6 +62,8 @@ def _relative_l1(draft: VariantDraft, forecast: fx.Node, computed: fx.Node) -> f
 def _norm_ratio(draft: VariantDraft, forecast: fx.Node, computed: fx.Node) -> fx.Node:
     """One value for each row: the norm of the difference over the norm of what was computed."""
     call = draft.graph.call_function
-    flat = [call(aten.flatten.using_ints, (node, 1)) for node in (call(aten.sub.Tensor, (forecast, computed)), computed)]
+    flat = [
+        call(aten.flatten.using_ints, (node, 1)) for node in (call(aten.sub.Tensor, (forecast, computed)), computed)
+    ]
     difference, size = (call(aten.linalg_vector_norm.default, (node, 2, [1])) for node in flat)
     return call(aten.div.Tensor, (difference, call(aten.add.Tensor, (size, _LEAST))))

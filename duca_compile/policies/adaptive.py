@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -71,6 +72,10 @@ class AdaptivePolicy(Policy):
     @abstractmethod
     def per(self) -> DecidePer:
         """Who decides: the strictest row for all, each row for itself, or both halves of guidance together."""
+
+    def planned(self, total: int | None) -> Iterator[Step]:
+        """The same as ``steps``: what is cached is kept to the end."""
+        return self.steps(total)
 
     @property
     def change(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, Flag, auto
 from typing import TYPE_CHECKING, Literal, get_args
 
 from duca_compile.errors import PolicyError
@@ -33,6 +33,23 @@ class StepKind(Enum):
         return {StepKind.FORECAST: "T", StepKind.PREDICT: "L"}.get(self, self.value[0].upper())
 
 
+class Kept(Flag):
+    """Kinds of cached features."""
+
+    NOTHING = 0
+    BRANCHES = auto()  # what partial and reuse steps read
+    END = auto()  # the end of the stream, which skip steps read
+    ALL = BRANCHES | END
+
+    @property
+    def branches(self) -> bool:
+        return bool(self & Kept.BRANCHES)
+
+    @property
+    def end(self) -> bool:
+        return bool(self & Kept.END)
+
+
 @dataclass(frozen=True)
 class Step:
     """One step of a schedule.
@@ -44,6 +61,8 @@ class Step:
         leading_full: blocks at the front that run in full regardless of ``kind`` (the released ToCa and DuCa code
             changes its mind after the first block of some full steps).
         verified: whether a forecast is held to what the last block computes of it (SpeCa).
+        kept: what steps of the schedule have to keep for later ones.
+        live: what later steps read of that which is there after this one; the rest is dropped.
     """
 
     kind: StepKind
@@ -51,6 +70,8 @@ class Step:
     ratio: float = 0.0
     leading_full: int = 0
     verified: bool = False
+    kept: Kept = Kept.ALL
+    live: Kept = Kept.ALL
 
 
 @dataclass(frozen=True)
@@ -82,6 +103,8 @@ class Selection:
         paired: rows i and i + batch / 2 are the two halves of guidance and share one choice, by the mean of their
             attention maps or value norms.
         seed: of the random selection; one draw serves every row of the batch, so both CFG halves agree.
+        shared: one choice for all layers, by the mean of their scores; by default where it is random. The other tokens
+            then cost one pass over the caches instead of one for each layer.
 
     Raises:
         PolicyError: an unknown kind or impossible numbers.
@@ -94,6 +117,7 @@ class Selection:
     seed: int = 0
     grid: tuple[int, ...] | None = None
     paired: bool = False
+    shared: bool | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(SelectionKind):
@@ -109,6 +133,8 @@ class Selection:
                 check_whole(f"grid[{i}]", size, least=1)
         if not isinstance(self.paired, bool):
             raise PolicyError(f"paired={self.paired!r} is impossible: it must be True or False")
+        if self.shared is None:
+            object.__setattr__(self, "shared", self.kind == "random")
 
 
 @dataclass(frozen=True)
@@ -164,6 +190,13 @@ class Policy(ABC):
         Raises:
             PolicyError: this policy needs to know the number of steps.
         """
+
+    def planned(self, total: int | None) -> Iterator[Step]:
+        """The same steps, with what later ones read of each. Where features are forecast or predicted, all is kept."""
+        from duca_compile.policies.liveness import with_liveness
+
+        whole = self.forecast is not None or self.predictor is not None
+        return self.steps(total) if whole else with_liveness(self.steps(total))
 
     def fresh_tokens(self, step: Step, query: TokenQuery) -> int:
         """How many tokens of a branch to recompute in a partial step; 0 reuses the branch."""

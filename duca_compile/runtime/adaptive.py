@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from duca_compile.errors import PolicyError
 from duca_compile.policies.adaptive import AdaptivePolicy, Decider
 from duca_compile.policies.base import Step
+from duca_compile.runtime.arrays import Array
 
 
 class Decisions:
@@ -45,12 +43,14 @@ def _largest(values: Sequence[float]) -> float | None:
     return next((value for value in values if value != value), max(values))
 
 
-def merged(full: Sequence[bool], computed: tuple[Tensor, ...], cheap: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def merged(full: Sequence[bool], computed: Sequence[Array], cheap: Sequence[Array]) -> tuple[Array, ...]:
     """Each result with the rows of ``computed`` where the row's step is full, and of ``cheap`` elsewhere.
 
     Raises:
         PolicyError: a result has no rows.
     """
+    import torch
+
     for each in computed:
         if each.dim() == 0 or each.shape[0] != len(full):
             raise PolicyError(

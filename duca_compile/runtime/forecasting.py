@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from duca_compile.graph import FORECAST_DISTANCE, FORECAST_GAP, FORECAST_ORDERS, FULL_ROWS, Variant, cache_input
+from duca_compile.graph import FORECAST_DISTANCE, FORECAST_GAP, FORECAST_ORDERS, FULL_ROWS
 from duca_compile.policies.base import Forecast
+from duca_compile.runtime.arrays import Array
 
 if TYPE_CHECKING:
     from duca_compile.runtime.request import CacheState
 
-_NUMBERS = (FORECAST_GAP, FORECAST_ORDERS, FORECAST_DISTANCE, FULL_ROWS)
+NUMBERS = (FORECAST_GAP, FORECAST_ORDERS, FORECAST_DISTANCE, FULL_ROWS)
 
 
 @dataclass(frozen=True)
@@ -37,51 +35,31 @@ class Past:
 
 @dataclass(frozen=True)
 class ForecastInputs:
-    """The inputs of a variant that the step's number and decisions alone determine, by name, as fake tensors."""
+    """The inputs of a variant that the step's number and decisions alone determine, by name, with what makes them."""
 
-    numbers: Mapping[str, Tensor]
-    old: Mapping[str, Tensor]  # caches that it compares with or keeps rows of; zeros where they are not there yet
-
-    @staticmethod
-    def of(variant: Variant) -> ForecastInputs:
-        kinds = {n.name: n.meta["val"] for n in variant.module.graph.nodes if n.op == "placeholder"}
-        caches = {name: like for name, like in kinds.items() if name.startswith(cache_input(""))}
-        numbers = {name: kinds[name] for name in _NUMBERS if name in kinds}
-        compares = variant.spec.probing or numbers.keys() & {FORECAST_GAP, FULL_ROWS}
-        return ForecastInputs(numbers, caches if compares else {})
+    numbers: Mapping[str, Callable[[Sequence[int]], Array]]
+    old: Mapping[str, Callable[[], Array]]  # caches that it compares with or keeps rows of; zeros where there are none
+    rows: int = 1  # how many values each number has: one, or one for each row of the batch
 
     def values(
         self, forecast: Forecast | None, state: CacheState, step: int, rows: Sequence[bool] | None = None
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Array]:
         """The numbers for ``step``, which before a full step is noted in ``state``, with zeros for old caches.
 
         A pass that is new or missed a step has no differences: its full step counts as a first one. Where rows differ,
         ``rows`` says which of them a full step is for.
         """
         for name in self.old.keys() - state.caches.keys():
-            like = self.old[name]
-            state.caches[name] = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+            state.caches[name] = self.old[name]()
         if not self.numbers:
             return {}
-        count = next(iter(self.numbers.values())).numel()
-        full = (True,) * count if rows is None or count == 1 else tuple(rows)
+        full = (True,) * self.rows if rows is None or self.rows == 1 else tuple(rows)
         numbers: dict[str, Sequence[int]] = {FULL_ROWS: full}
         if FORECAST_DISTANCE in self.numbers:
             numbers[FORECAST_DISTANCE] = [past.distance(step) for past in state.past or (Past(),) * count]
         elif forecast is not None:
-            past = state.past if state.past and step - state.last_step <= 1 else (Past(),) * count
+            past = state.past if state.past and step - state.last_step <= 1 else (Past(),) * self.rows
             state.past = tuple(p.after(step, forecast) if f else p for p, f in zip(past, full, strict=True))
             numbers[FORECAST_GAP] = [p.distance(step) for p in past]
             numbers[FORECAST_ORDERS] = [p.orders for p in state.past]
-        return self._filled({name: numbers[name] for name in self.numbers})
-
-    def _filled(self, numbers: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-        """Made on the device that reads them, where all are the same: a copy from the host would wait for it."""
-        found: dict[str, Tensor] = {}
-        for name, values in numbers.items():
-            like = self.numbers[name]
-            if len(set(values)) == 1:
-                found[name] = torch.full(like.shape, values[0], dtype=like.dtype, device=like.device)
-            else:
-                found[name] = torch.tensor(values, dtype=like.dtype).to(like.device)
-        return found
+        return {name: make(numbers[name]) for name, make in self.numbers.items()}

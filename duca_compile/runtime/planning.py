@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-import torch
-
 from duca_compile.errors import PolicyError
 from duca_compile.graph import Action, Branch, Facts, Role, Variant, VariantSpec
 from duca_compile.policies.adaptive import AdaptivePolicy, Probe
-from duca_compile.policies.base import Policy, Selection, Step, StepKind, TokenQuery
-from duca_compile.runtime.selection import Tokens, check_grid
+from duca_compile.policies.base import Kept, Policy, Selection, Step, StepKind, TokenQuery
+from duca_compile.runtime.selection import SCORE_BYTES, Tokens, check_grid
 
 _ACTIONS = {
     StepKind.FULL: Action.COMPUTE,
@@ -27,22 +25,25 @@ def plan_step(facts: Facts, policy: Policy, step: Step) -> tuple[VariantSpec, di
     """The variant that ``step`` needs, and how many tokens each of its partial branches recomputes."""
     counts: dict[int, int] = {}
     actions = tuple(_action(facts, policy, step, branch, counts) for branch in facts.branches)
-    full, forecast = step.kind is StepKind.FULL, policy.forecast
+    adaptive, forecast, selection = isinstance(policy, AdaptivePolicy), policy.forecast, policy.selection
     if policy.predictor is not None:
         names = frozenset(policy.predictor.weights) if step.kind is StepKind.PREDICT else frozenset[str]()
-        return VariantSpec(actions, emit=full, lite=True, predict=names), counts
-    scores = score_kind(policy) if Action.COMPUTE in actions else None
+        return VariantSpec(actions, emit=step.kind is StepKind.FULL, lite=True, predict=names), counts
     lite = forecast is not None and forecast.lite
+    scores = score_kind(policy) if Action.COMPUTE in actions else None
     # Where forecasts or changes are cached, only full steps fill the caches: between them they stay as they are.
+    fills = step.kind is StepKind.FULL or (forecast is None and not adaptive)
     spec = VariantSpec(
         actions,
         skip=step.kind is StepKind.SKIP or (step.kind is StepKind.FORECAST and lite),
         scores=scores,
-        paired=scores is not None and policy.selection is not None and policy.selection.paired,
-        emit=policy.caches and (full or (forecast is None and not isinstance(policy, AdaptivePolicy))),
+        paired=scores is not None and selection is not None and selection.paired,
+        emit=policy.caches and fills,
         order=None if forecast is None else forecast.order,
         lite=lite,
         relational=forecast is not None and forecast.relational,
+        chosen_with=_shared(facts, counts) if selection is not None and selection.shared else (),
+        keeps=Kept.BRANCHES if adaptive else step.kept,
     )
     return (_adapted(spec, policy, step) if isinstance(policy, AdaptivePolicy) else spec), counts
 
@@ -86,6 +87,19 @@ def _action(facts: Facts, policy: Policy, step: Step, branch: Branch, counts: di
         return Action.REUSE
     counts[branch.index] = count
     return Action.PARTIAL
+
+
+def _shared(facts: Facts, counts: dict[int, int]) -> tuple[int, ...]:
+    """For each branch the first that recomputes as many of the same number of tokens."""
+    if not counts:
+        return ()
+    first: dict[tuple[int, ...], int] = {}
+    return tuple(
+        first.setdefault((*branch.shape[:2], counts[branch.index]), branch.index)
+        if branch.index in counts
+        else branch.index
+        for branch in facts.branches
+    )
 
 
 def score_kind(policy: Policy) -> str | None:
@@ -144,5 +158,5 @@ def cache_bytes(facts: Facts, policy: Policy, variants: Iterable[Variant]) -> in
     selection = policy.selection
     if selection is not None:
         tensors = (selection.staleness > 0) + (score_kind(policy) is not None)
-        held["selection"] = tensors * scored * torch.float32.itemsize
+        held["selection"] = tensors * scored * SCORE_BYTES
     return sum(held.values())

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-from torch.nn import functional
+import numpy as np
 
 from duca_compile.errors import PolicyError
 from duca_compile.policies.base import Selection
+from duca_compile.runtime.arrays import Array, Arrays
 
 
 class Tokens(NamedTuple):
@@ -46,33 +45,35 @@ def check_grid(selection: Selection, tokens: Tokens) -> None:
         )
 
 
+SCORE_BYTES = 4  # of each score and staleness, in float32
 AHEAD = 8  # steps that random tokens are drawn for at once
 
 
 class TokenSelector:
     """Chooses tokens for the selectable branches of one pass, which are known by their position among them.
 
-    Branches over the same tokens are scored together; ``tokens`` gives those of each branch.
+    Branches over the same tokens are scored together; ``tokens`` gives those of each branch. Random numbers
+    are numpy's, whatever the arrays are, so that one seed makes the same choice in every runtime.
     """
 
-    def __init__(self, selection: Selection, tokens: Sequence[Tokens], device: torch.device) -> None:
-        groups = {each: _Group(selection, count, each, device) for each, count in Counter(tokens).items()}
+    def __init__(self, selection: Selection, tokens: Sequence[Tokens], arrays: Arrays) -> None:
+        groups = {each: _Group(selection, count, each, arrays) for each, count in Counter(tokens).items()}
         self._groups = list(groups.values())
         self._places = [(groups[each], tokens[:i].count(each)) for i, each in enumerate(tokens)]
         self._split: dict[tuple[int, ...], list[tuple[_Group, list[int], list[int]]]] = {}
 
-    def refresh(self, raw: Mapping[int, Tensor | None]) -> None:
+    def refresh(self, raw: Mapping[int, Array | None]) -> None:
         """Branches that were computed in full: ``raw`` maps their position to a new (batch, tokens) score."""
         scores = list(raw.values())
         for group, own, rows in self._by_group(tuple(raw)):
             group.refresh(dict(zip(rows, [scores[i] for i in own], strict=True)))
 
-    def select(self, positions: Sequence[int], counts: Sequence[int], interval: int) -> list[Tensor | None]:
+    def select(self, positions: Sequence[int], counts: Sequence[int], interval: int) -> list[Array | None]:
         """Token indices, int64 (batch, count), for each branch in ``positions``; the others grow one step staler.
 
         None where the count is 0 for all branches over the same tokens.
         """
-        chosen: list[Tensor | None] = [None] * len(positions)
+        chosen: list[Array | None] = [None] * len(positions)
         for group, own, rows in self._by_group(tuple(positions)):
             for i, tokens in zip(own, group.select(rows, [counts[i] for i in own], interval), strict=False):
                 chosen[i] = tokens
@@ -97,35 +98,35 @@ class TokenSelector:
 
 
 class _Group:
-    """Scores and staleness of branches over the same tokens, as (branches, batch, tokens) tensors."""
+    """Scores and staleness of branches over the same tokens, as (branches, batch, tokens) arrays."""
 
-    def __init__(self, selection: Selection, branches: int, tokens: Tokens, device: torch.device) -> None:
+    def __init__(self, selection: Selection, branches: int, tokens: Tokens, arrays: Arrays) -> None:
         self._selection = selection
         self._shape = (branches, tokens.batch, tokens.number)
         self._grid = tokens.grid
-        self._device = device
-        self._scores: Tensor | None = None
-        self._staleness = torch.zeros(self._shape, device=device) if selection.staleness else None
-        self._generator = torch.Generator(device).manual_seed(selection.seed)
-        self._stock: list[tuple[Tensor, ...]] = []  # random tokens for coming steps
+        self._arrays = arrays
+        self._scores: Array | None = None
+        self._staleness: Array | None = arrays.zeros(self._shape) if selection.staleness else None
+        self._random = np.random.default_rng(selection.seed)
+        self._stock: list[tuple[Array, ...]] = []  # random tokens for coming steps
         self._stocked = 0  # how many for each branch
 
     @property
     def bytes(self) -> int:
-        held = (self._staleness, self._scores)
-        return sum(tensor.numel() * tensor.element_size() for tensor in held if tensor is not None)
+        held = [array for array in (self._staleness, self._scores) if array is not None]
+        return len(held) * prod(self._shape) * SCORE_BYTES
 
-    def refresh(self, raw: Mapping[int, Tensor | None]) -> None:
+    def refresh(self, raw: Mapping[int, Array | None]) -> None:
         if self._staleness is not None:
             self._staleness[self._rows(list(raw))] = 0
         scores = {position: score for position, score in raw.items() if score is not None}
         if self._selection.kind == "random" or not scores:
             return
         if self._scores is None:
-            self._scores = torch.zeros(self._shape, device=self._device)
-        self._scores[self._rows(list(scores))] = functional.normalize(torch.stack([*scores.values()]).float(), dim=-1)
+            self._scores = self._arrays.zeros(self._shape)
+        self._scores[self._rows(list(scores))] = self._arrays.unit(list(scores.values()))
 
-    def select(self, positions: list[int], counts: list[int], interval: int) -> Sequence[Tensor]:
+    def select(self, positions: list[int], counts: list[int], interval: int) -> Sequence[Array]:
         most = max(counts)
         stale = self._staleness
         if not most and stale is None:
@@ -133,56 +134,57 @@ class _Group:
         bonus = self._grid is not None and self._selection.patch_bonus
         if self._selection.kind == "random" and stale is None and not bonus:
             drawn = self._drawn(most)
-            return [
-                drawn[p] if n == most else drawn[p][:, :n].contiguous() for p, n in zip(positions, counts, strict=True)
-            ]
+            own = [drawn[0 if self._selection.shared else position] for position in positions]
+            return [each if n == most else self._arrays.dense(each[:, :n]) for each, n in zip(own, counts, strict=True)]
         rows = self._rows(positions)
         score = self._base()[rows]
         if stale is not None:
             score = score + self._selection.staleness * stale[rows] / interval
+        if self._selection.shared:
+            score = self._arrays.zeros(score.shape) + score.mean(0)
         if bonus and most:
             score = self._favour_patches(score)
-        order = score.topk(most, dim=-1).indices
+        order = self._arrays.top(score, most)
         if stale is not None:
             self._age(stale, rows, order, counts)
-        if min(counts) == most:
-            return order.unbind()
-        return [chosen[:, :count].contiguous() for chosen, count in zip(order.unbind(), counts, strict=True)]
+        return [self._arrays.dense(chosen[:, :count]) for chosen, count in zip(order, counts, strict=True)]
 
-    def _drawn(self, count: int) -> tuple[Tensor, ...]:
+    def _drawn(self, count: int) -> tuple[Array, ...]:
         """Random tokens, (batch, count) for each branch. Drawing for many steps takes little longer than for one."""
         if count != self._stocked or not self._stock:
             branches, batch, tokens = self._shape
+            branches = 1 if self._selection.shared else branches
             steps = AHEAD if count == self._stocked else 1
-            draws = torch.rand(steps, branches, 1, tokens, generator=self._generator, device=self._device)
-            order = draws.topk(count, dim=-1).indices.expand(-1, -1, batch, -1).contiguous()
-            self._stock, self._stocked = [step.unbind() for step in order.unbind()], count
+            draws = self._random.random((steps, branches, 1, tokens), np.float32)
+            order = np.argsort(draws, axis=-1)[..., :count]
+            shared = np.repeat(order, batch, axis=2)
+            self._stock, self._stocked = [tuple(step) for step in self._arrays.of(shared)], count
         return self._stock.pop()
 
-    def _age(self, staleness: Tensor, rows: list[int] | slice, order: Tensor, counts: Sequence[int]) -> None:
-        limit = torch.tensor(counts, device=self._device).view(-1, 1, 1)
-        rank = torch.arange(order.shape[-1], device=self._device)
+    def _age(self, staleness: Array, rows: list[int] | slice, order: Array, counts: Sequence[int]) -> None:
+        limit = self._arrays.of(np.array(counts).reshape(-1, 1, 1))
+        rank = self._arrays.of(np.arange(order.shape[-1]))
         stale = staleness[rows] + 1
-        kept = stale.gather(-1, order)
-        staleness[rows] = stale.scatter(-1, order, torch.where(rank < limit, 0.0, kept))
+        kept = self._arrays.take(stale, order) * (rank >= limit)
+        staleness[rows] = self._arrays.put(stale, order, kept)
 
     def _rows(self, positions: list[int]) -> list[int] | slice:
         """An index of the branches; a slice where it is all of them, which copies nothing."""
         return slice(None) if positions == list(range(self._shape[0])) else positions
 
-    def _base(self) -> Tensor:
+    def _base(self) -> Array:
         if self._scores is not None:
             return self._scores
-        branches, batch, tokens = self._shape
-        draw = torch.rand(branches, 1, tokens, generator=self._generator, device=self._device)
-        return draw.expand(-1, batch, -1)
+        branches, _, tokens = self._shape
+        draw = self._random.random((branches, 1, tokens), np.float32)
+        return self._arrays.of(np.broadcast_to(draw, self._shape).copy())
 
-    def _favour_patches(self, score: Tensor) -> Tensor:
+    def _favour_patches(self, score: Array) -> Array:
         """Multiplies the highest score of each patch, of each frame where there are several, by 1 + patch_bonus."""
         assert self._grid is not None
         patch, (height, width) = self._selection.patch, self._grid[-2:]
         cells = (*score.shape[:2], prod(self._grid[:-2]), height // patch, width // patch)
-        grid = score.reshape(*cells[:-1], patch, cells[-1], patch).transpose(-3, -2)
-        best = functional.one_hot(grid.reshape(*cells, patch * patch).argmax(-1), patch * patch)
-        boosted = grid * (1 + self._selection.patch_bonus * best.view(*cells, patch, patch))
-        return boosted.transpose(-3, -2).reshape(score.shape)
+        grid = score.reshape(*cells[:-1], patch, cells[-1], patch).swapaxes(-3, -2)
+        best = self._arrays.one_hot(grid.reshape(*cells, patch * patch).argmax(-1), patch * patch)
+        boosted = grid * (1 + self._selection.patch_bonus * best.reshape(*cells, patch, patch))
+        return boosted.swapaxes(-3, -2).reshape(score.shape)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from duca_compile.errors import PolicyError
 from duca_compile.policies import Selection
+from duca_compile.runtime.arrays import TorchArrays
 from duca_compile.runtime.selection import Tokens, TokenSelector, check_grid
 
 BATCH, TOKENS = 2, 16
@@ -22,7 +23,7 @@ def selector(
     tokens: int = TOKENS,
     grid: tuple[int, ...] | None = None,
 ) -> TokenSelector:
-    return TokenSelector(selection, [Tokens(batch, tokens, grid)] * branches, torch.device("cpu"))
+    return TokenSelector(selection, [Tokens(batch, tokens, grid)] * branches, TorchArrays(torch.device("cpu")))
 
 
 def scored(selection: Selection, *scores: Tensor, grid: tuple[int, ...] | None = None) -> TokenSelector:
@@ -74,6 +75,15 @@ def test_staleness_adds_its_weight_for_each_step_over_the_interval() -> None:
     assert [slower.select([0], [1], 4)[0].item() for _ in range(6)] == [0, 0, 0, 0, 1, 0]
 
 
+def test_a_shared_choice_goes_by_the_mean_of_the_normalised_scores() -> None:
+    """The mean of (0.6, 0.8, 0) and (1, 0, 0): the first token leads, the second comes next in both branches."""
+    scores = torch.tensor([[3.0, 4.0, 0.0]]), torch.tensor([[7.0, 0.0, 0.0]])
+    shared = scored(Selection("attention", shared=True), *scores)
+    assert [index.tolist() for index in shared.select([0, 1], [2, 1], 3)] == [[[0, 1]], [[0]]]
+    own = scored(Selection("attention"), *scores)
+    assert [index.tolist() for index in own.select([0, 1], [1, 1], 3)] == [[[1]], [[0]]]
+
+
 def test_a_full_step_makes_every_token_fresh() -> None:
     scores = torch.tensor([[0.8, 0.6]])
     chosen = scored(Selection("attention", staleness=0.25), scores)
@@ -113,7 +123,9 @@ def test_branches_that_are_not_asked_keep_their_state() -> None:
 def test_branches_over_other_tokens_choose_on_their_own() -> None:
     """Image and text branches in turn: each gets indices of its own range, in the order asked for."""
     chosen = TokenSelector(
-        Selection("attention"), [Tokens(BATCH, 16), Tokens(BATCH, 5), Tokens(BATCH, 16)], torch.device("cpu")
+        Selection("attention"),
+        [Tokens(BATCH, 16), Tokens(BATCH, 5), Tokens(BATCH, 16)],
+        TorchArrays(torch.device("cpu")),
     )
     chosen.refresh({0: torch.arange(16.0).expand(BATCH, -1), 1: -torch.arange(5.0).expand(BATCH, -1), 2: None})
     image, text = chosen.select([0, 1], [2, 3], 3)
@@ -190,8 +202,8 @@ class TestPatchBonus:
 
 
 class TestRandom:
-    def draws(self, seed: int = 0, batch: int = 4, steps: int = 3) -> list[list[Tensor]]:
-        chosen = selector(Selection("random", seed=seed), 2, batch, 64)
+    def draws(self, seed: int = 0, batch: int = 4, steps: int = 3, shared: bool = False) -> list[list[Tensor]]:
+        chosen = selector(Selection("random", seed=seed, shared=shared), 2, batch, 64)
         chosen.refresh({0: None, 1: None})
         return [chosen.select([0, 1], [5, 9], 3) for _ in range(steps)]
 
@@ -208,6 +220,14 @@ class TestRandom:
         (a0, b0), (a1, _), _ = self.draws()
         assert not torch.equal(a0, a1)
         assert not torch.equal(a0, b0[:, :5])
+
+    def test_one_choice_serves_all_branches_where_it_is_shared(self) -> None:
+        (a0, b0), (a1, b1), _ = self.draws(shared=True)
+        assert not torch.equal(a0, a1)
+        assert torch.equal(a0, b0[:, :5])
+        assert torch.equal(a1, b1[:, :5])
+        assert Selection("random").shared
+        assert not Selection("v_norm").shared
 
     def test_draws_distinct_tokens_as_many_as_asked_for(self) -> None:
         for first, second in self.draws():

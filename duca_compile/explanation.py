@@ -164,7 +164,7 @@ class Explanation:
             fresh = sum(shares) / len(shares) if shares else 0.0
             return PlannedStep(index, step.kind, looking + variant(spec).flops(counts), fresh)
 
-        steps = tuple(planned(i, step) for i, step in enumerate(chosen.steps(num_inference_steps)))
+        steps = tuple(planned(i, step) for i, step in enumerate(chosen.planned(num_inference_steps)))
         kept = cache_bytes(self.facts, chosen, variants.values())
         adaptive, weights = isinstance(chosen, AdaptivePolicy), predictor_bytes(captured)
         return ScheduleReport(chosen.name, steps, self.flops, kept, adaptive, weights)

@@ -1,0 +1,77 @@
+from duca_compile.api import OptimizedModel, optimize, restore
+from duca_compile.errors import (
+    ArtifactError,
+    BackendError,
+    CaptureError,
+    DucaError,
+    ExportError,
+    InternalError,
+    PolicyError,
+    StructureError,
+    UsageError,
+)
+from duca_compile.explanation import Explanation, explain
+from duca_compile.export.artifact import save
+from duca_compile.policies import (
+    FORA,
+    RFC,
+    DisCa,
+    DuCa,
+    Interval,
+    Linear,
+    Policy,
+    RelationalFeatureCaching,
+    ResidualGate,
+    Selection,
+    SpeCa,
+    TaylorSeer,
+    ToCa,
+    Uncached,
+    published,
+)
+from duca_compile.predictor import Predictor
+from duca_compile.runtime.artifact import Artifact, load
+from duca_compile.runtime.session import Session
+from duca_compile.training import TrainingSettings, prediction_error, train_predictor
+
+__version__: str
+
+__all__ = [
+    "FORA",
+    "RFC",
+    "Artifact",
+    "ArtifactError",
+    "BackendError",
+    "CaptureError",
+    "DisCa",
+    "DuCa",
+    "DucaError",
+    "Explanation",
+    "ExportError",
+    "InternalError",
+    "Interval",
+    "Linear",
+    "OptimizedModel",
+    "Policy",
+    "PolicyError",
+    "Predictor",
+    "RelationalFeatureCaching",
+    "ResidualGate",
+    "Selection",
+    "Session",
+    "SpeCa",
+    "StructureError",
+    "TaylorSeer",
+    "ToCa",
+    "TrainingSettings",
+    "Uncached",
+    "UsageError",
+    "explain",
+    "load",
+    "optimize",
+    "prediction_error",
+    "published",
+    "restore",
+    "save",
+    "train_predictor",
+]
