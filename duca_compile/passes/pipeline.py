@@ -32,7 +32,9 @@ from duca_compile.passes.emit import EmitCaches
 from duca_compile.passes.forecast import Forecast
 from duca_compile.passes.hoist import Hoist, invariant_graph, row_input, row_layout, timestep_graph
 from duca_compile.passes.partial import RecomputeTokens
+from duca_compile.passes.predict import PredictStream
 from duca_compile.passes.probe import GoOn, LookAhead
+from duca_compile.passes.relate import EmitRelations, ForecastFromInputs
 from duca_compile.passes.residual import AddChanges
 from duca_compile.passes.reuse import ReuseBranches
 from duca_compile.passes.rows import KeepRows
@@ -51,15 +53,18 @@ REWRITE: tuple[Pass[VariantDraft], ...] = (
     EmitCaches(),
     EmitChanges(),
     EmitDifferences(),
+    EmitRelations(),
     KeepRows(),
     EmitScores(),
     VerifyForecast(),
     RecomputeTokens(),
     Forecast(),
+    ForecastFromInputs(),
     ReuseBranches(),
     SkipBlocks(),
     AddChanges(),
     GoOn(),
+    PredictStream(),
     CastCaches(),
     RemoveDeadCode(),
     WriteLast(),
@@ -163,5 +168,6 @@ def _variant_flops(graph: fx.Graph, facts: Facts) -> tuple[int, dict[int, float]
             index, origin = node.meta["tokens_of"]
             per_token[index] += facts.flops[origin] / facts.branches[index].tokens
         else:
-            fixed += facts.flops.get(node.meta.get("copy_of", node.name), 0)
+            own = facts.flops.get(node.meta.get("copy_of", node.name), 0)
+            fixed += node.meta.get("flops", own)
     return fixed, dict(per_token)

@@ -17,6 +17,7 @@ _ACTIONS = {
     StepKind.REUSE: Action.REUSE,
     StepKind.SKIP: Action.REUSE,
     StepKind.FORECAST: Action.FORECAST,
+    StepKind.PREDICT: Action.COMPUTE,
 }
 
 
@@ -25,6 +26,9 @@ def plan_step(facts: Facts, policy: Policy, step: Step) -> tuple[VariantSpec, di
     counts: dict[int, int] = {}
     actions = tuple(_action(facts, policy, step, branch, counts) for branch in facts.branches)
     adaptive, forecast, selection = isinstance(policy, AdaptivePolicy), policy.forecast, policy.selection
+    if policy.predictor is not None:
+        names = frozenset(policy.predictor.weights) if step.kind is StepKind.PREDICT else frozenset[str]()
+        return VariantSpec(actions, emit=step.kind is StepKind.FULL, lite=True, predict=names), counts
     lite = forecast is not None and forecast.lite
     scores = score_kind(policy) if Action.COMPUTE in actions else None
     # Where forecasts or changes are cached, only full steps fill the caches: between them they stay as they are.
@@ -37,6 +41,7 @@ def plan_step(facts: Facts, policy: Policy, step: Step) -> tuple[VariantSpec, di
         emit=policy.caches and fills,
         order=None if forecast is None else forecast.order,
         lite=lite,
+        relational=forecast is not None and forecast.relational,
         chosen_with=_shared(facts, counts) if selection is not None and selection.shared else (),
         keeps=Kept.BRANCHES if adaptive else step.kept,
     )
@@ -55,7 +60,16 @@ def probe_spec(facts: Facts, policy: Policy) -> VariantSpec | None:
     """The variant that looks before a step is decided; None where the policy has none."""
     if not isinstance(policy, AdaptivePolicy) or not isinstance(policy.measure, Probe):
         return None
-    return VariantSpec((Action.COMPUTE,) * len(facts.branches), emit=False, probe=policy.measure, probing=True)
+    actions, forecast = (Action.COMPUTE,) * len(facts.branches), policy.forecast
+    compares = forecast is not None and policy.measure.of == "forecast"
+    return VariantSpec(
+        actions,
+        emit=False,
+        order=forecast.order if compares and forecast is not None else None,
+        probe=policy.measure,
+        probing=True,
+        by_row=compares and policy.per != "batch",
+    )
 
 
 def _action(facts: Facts, policy: Policy, step: Step, branch: Branch, counts: dict[int, int]) -> Action:
