@@ -171,6 +171,16 @@ def _at(size: int | Size, batch: int) -> int:
     return size.at(batch) if isinstance(size, Size) else size
 
 
+class Config(dict[str, Any]):
+    """A config whose entries are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
 class Artifact:
     """A model that was exported: called like it, with numpy arrays or torch tensors, and returns what it is given.
 
@@ -217,6 +227,16 @@ class Artifact:
                 made = Dispatcher(planner, self.policy, self._prologue, foresees=False)
                 found = self._dispatchers.setdefault(batch, made)
         return found
+
+    @property
+    def config(self) -> Config:
+        """The source model's config, as pipelines read it."""
+        return Config(self.manifest.source.config)
+
+    @property
+    def dtype(self) -> Any:
+        """The type of most weights: torch's, where torch is loaded, else its name."""
+        return getattr(sys.modules.get("torch"), self.manifest.precision, self.manifest.precision)
 
     def cache_context(self, name: str, **options: Any) -> AbstractContextManager[None]:
         """Calls inside are of the pass called ``name``, with caches of its own."""
