@@ -9,8 +9,6 @@ Neither torch nor diffusers is imported: the loop is numpy's. Images of a batch 
 request gives what it would give alone, up to rounding.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib
@@ -84,7 +82,7 @@ def _signal() -> np.ndarray:
 
 @dataclass
 class Batcher:
-    """Gathers what is asked for within ``window`` seconds, at most ``limit`` images, and generates it together."""
+    """Waits ``window`` seconds for others after a first request, and generates at most ``limit`` images together."""
 
     sampler: Sampler
     limit: int
@@ -103,10 +101,9 @@ class Batcher:
         """Never ends; one batch runs at a time, in a thread of its own, while the next one gathers."""
         while True:
             batch = [await self._waiting.get()]
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self.window):
-                    while len(batch) < self.limit:
-                        batch.append(await self._waiting.get())
+            await asyncio.sleep(self.window)
+            while len(batch) < self.limit and not self._waiting.empty():
+                batch.append(self._waiting.get_nowait())
             labels, seeds, results = zip(*batch, strict=True)
             self.sizes.append(len(batch))
             try:

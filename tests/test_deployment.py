@@ -1,13 +1,13 @@
-"""From a trained model to a served one: the round trip without torch, memory, other policies and models, the examples."""
+"""From a trained model to a served one: the round trip without torch, memory, policies, models, and the examples."""
 
 from __future__ import annotations
 
 import concurrent.futures
+import importlib.metadata
 import importlib.util
 import io
 import json
 import math
-import os
 import socket
 import subprocess
 import sys
@@ -28,7 +28,7 @@ import duca_compile
 from duca_compile import FORA, DuCa, Policy, Selection, TaylorSeer, published
 from duca_compile.demo import DemoModel
 from duca_compile.runtime.manifest import read_manifest
-from tests.artifacts import BLOCKED, ROOT, STEPS, distance, export, loop, optimized, tiny_dit, without_torch
+from tests.artifacts import BLOCKED, ROOT, distance, export, loop, optimized, tiny_dit, without_torch
 from tests.zoo import ZOO
 
 pytestmark = pytest.mark.slow
@@ -166,7 +166,6 @@ def test_an_artifact_takes_the_place_of_a_pipelines_transformer(demo: DemoModel,
 POLICIES = [
     DuCa(interval=4, fresh_ratio=0.3, selection=Selection("v_norm", staleness=0.25, patch_bonus=0.4)),
     published("duca", "dit", interval=3, latched=False),  # attention scores, and full steps that change their mind
-    DuCa(interval=3, fresh_ratio=0.3, selection=Selection("random", staleness=0.5)),
     TaylorSeer(interval=4, max_order=2),
     TaylorSeer(interval=4, max_order=1, lite=True),
     FORA(3),
@@ -185,11 +184,10 @@ def test_every_policy_runs_as_it_does_in_torch(policy: Policy, tmp_path: Path) -
         assert artifact.cache_bytes == model.cache_bytes
 
 
-@pytest.mark.parametrize("opset", [18, 23])
-def test_other_opsets(opset: int, tmp_path: Path) -> None:
-    model = optimized(DuCa(interval=4))
-    found = export(model, tmp_path / "artifact", opset=opset)
-    assert ("Attention" in found.graphs["full"].operators) == (opset == 23)
+def test_attention_stays_whole_from_opset_23_on(tmp_path: Path) -> None:
+    model = optimized(FORA(3))
+    found = export(model, tmp_path / "artifact", opset=23)
+    assert found.graphs["full"].operators["Attention"] == 2
     assert distance(loop(model, 2), loop(duca_compile.load(tmp_path / "artifact", threads=1), 2)) < 1e-4
 
 
@@ -203,9 +201,9 @@ def test_a_fixed_batch_is_all_that_is_taken(tmp_path: Path) -> None:
         loop(artifact, 3)
 
 
-@pytest.mark.parametrize("name", ["PixArt", "FLUX", "Wan", "U-ViT"])
+@pytest.mark.parametrize("name", ["PixArt", "FLUX"])
 def test_models_with_prompts_and_joint_attention(name: str, tmp_path: Path) -> None:
-    """Cross-attention, text and image joined with rotary embeddings, video, long skip connections."""
+    """Cross-attention; text and image joined, with rotary embeddings."""
     torch.manual_seed(0)
     model, arguments = ZOO[name].build(2)
     fast = duca_compile.optimize(model.eval(), DuCa(interval=4, fresh_ratio=0.3, text_factor=1.0), "eager", 6)
@@ -228,7 +226,9 @@ def pss():
     with open("/proc/self/smaps_rollup") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("Pss:")) * 1024
 
-before = pss()
+zero = np.zeros(1, np.int64)
+duca_compile.load(sys.argv[3], threads=1)(np.zeros((1, 1, 28, 28), np.float32), zero, zero)
+before = pss()  # with what the runtime itself takes
 artifact = duca_compile.load(sys.argv[1], threads=1, share_weights=sys.argv[2] == "shared", verify=False)
 for t in (999, 949, 899, 849):
     artifact(np.zeros((1, 2, 8, 8), np.float32), np.full(1, t), np.zeros(1, np.int64))
@@ -238,42 +238,39 @@ print(json.dumps([pss() - before, artifact.manifest.weights.file.bytes, kinds]))
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's account of shared memory")
-def test_shared_weights_are_in_memory_once(tmp_path: Path) -> None:
+def test_shared_weights_are_in_memory_once(folder: Path, tmp_path: Path) -> None:
     """Three variants over one file: at most 1.1 times the pool, by proportional set size."""
     model = optimized(DuCa(interval=4, fresh_ratio=0.5), tiny_dit(layers=2, width=1024))
     export(model, tmp_path / "artifact")
-    taken, pool, kinds = json.loads(without_torch(MEMORY, tmp_path / "artifact", "shared"))
+    taken, pool, kinds = json.loads(without_torch(MEMORY, tmp_path / "artifact", "shared", folder))
     assert kinds == ["full", "partial", "skip"]
     assert pool > 100 * 2**20
     assert taken <= 1.1 * pool
-    copied, _, _ = json.loads(without_torch(MEMORY, tmp_path / "artifact", "copied"))
-    assert copied > 1.5 * pool  # so the option does something
+    copied, _, _ = json.loads(without_torch(MEMORY, tmp_path / "artifact", "copied", folder))
+    assert copied > 1.2 * pool  # so the option does something
 
 
 def test_an_environment_without_torch_runs_an_artifact(folder: Path, tmp_path: Path) -> None:
     """A virtual environment with this package's runtime needs alone, made from the installed packages."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     site = next((tmp_path / "venv").glob("lib/python*/site-packages"))
-    needed = ("numpy", "onnxruntime", "flatbuffers", "google", "packaging", "typing_extensions")
-    for name in needed:
-        origin = importlib.util.find_spec(name)
-        assert origin is not None
-        for place in origin.submodule_search_locations or [origin.origin]:
-            (site / Path(str(place)).name).symlink_to(str(place))
-    for libraries in Path(str(importlib.util.find_spec("numpy").origin)).parents[1].glob("numpy.libs"):  # type: ignore[union-attr]
-        (site / libraries.name).symlink_to(libraries)
+    for package in ("numpy", "onnxruntime", "flatbuffers", "protobuf", "packaging"):
+        for file in importlib.metadata.files(package) or ():
+            top = site / file.parts[0]
+            if file.parts[0] != ".." and not top.exists():
+                top.symlink_to(file.locate().parents[len(file.parts) - 2] if file.parts[1:] else file.locate())
     code = (
         "import sys, numpy as np, duca_compile; a = duca_compile.load(sys.argv[1], threads=1);"
         "[a(np.zeros((2, 1, 28, 28), np.float32), np.full(2, t), np.arange(2)) for t in (999, 949, 899)];"
         "print([e.kind.value for e in a.history], 'torch' in sys.modules)"
     )
     command = [tmp_path / "venv" / "bin" / "python", "-c", code, folder]
-    done = subprocess.run(command, cwd=ROOT, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env={}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "['full', 'partial', 'skip'] False"
 
 
 def test_blocking_blocks() -> None:
     """The processes of these tests cannot import torch."""
-    done = subprocess.run([sys.executable, "-c", BLOCKED + "import torch"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", BLOCKED + "import torch"], capture_output=True, text=True, check=False)
     assert "ModuleNotFoundError" in done.stderr or "ImportError" in done.stderr

@@ -269,6 +269,7 @@ class _Binder:
         self._specs = {spec.name: spec for spec in found.inputs}
         self._arguments = [each for each in found.signature.arguments if each.input in self._specs]
         self._latent = self._specs[found.signature.latent]
+        self._tensors = {each.path for each in found.signature.arguments}
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Array], int]:
         """The tensors of one call, and its batch size. Raises UsageError where they are of other kinds."""
@@ -293,15 +294,24 @@ class _Binder:
         return int(latent.shape[0])
 
     def _check_options(self, given: Mapping[str, Any]) -> None:
-        tensors = {each.path[0] for each in self._signature.arguments}
-        for name, value in given.items():
-            if name in tensors:
+        for path, value in _leaves(given):
+            if path in self._tensors:
                 continue
+            name = ".".join(map(str, path))
             if name not in self._signature.options:
                 raise UsageError(f"unknown argument {name!r}; the model takes {', '.join(self._signature.parameters)}")
             built_in = self._signature.options[name]
             if value != built_in:
                 raise UsageError(f"{name}={value!r}: the artifact was exported with {built_in!r}, which is built in")
+
+
+def _leaves(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """What is in dictionaries, lists and tuples, with the way to it."""
+    if isinstance(value, Mapping | list | tuple):
+        for key, each in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _leaves(each, (*path, key))
+    else:
+        yield path, value
 
 
 def _follow(given: Mapping[str, Any], path: tuple[str | int, ...]) -> Any:
