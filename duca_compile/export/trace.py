@@ -101,8 +101,8 @@ class Traced:
     def schedule(self) -> manifest.Schedule:
         """The policy's steps; the variants that they need are in ``variants`` afterwards."""
         plans: dict[Step, manifest.Plan] = {}
-        full = Step(StepKind.FULL)
-        steps = list(islice(self.policy.steps(self._total), LOOKED_AHEAD))
+        steps = list(islice(self.policy.planned(self._total), LOOKED_AHEAD))
+        full = Step(StepKind.FULL, kept=steps[0].kept)
         for step in (*steps, full):
             if step not in plans:
                 plans[step] = self._plan(step)
@@ -188,4 +188,5 @@ class TracedVariant:
             source = facts.score_source(branch)
             emitted = source is not None and source.score_slot in outputs
             computed[str(branch.index)] = source.score_slot if source is not None and emitted else None
-        return manifest.Variant(self.name, rows, tuple(waiting), computed)
+        tokens = tuple(map(self.spec.tokens_input, waiting))
+        return manifest.Variant(self.name, rows, tuple(waiting), tokens, computed)

@@ -71,6 +71,10 @@ class Recorded(Policy):
         for place in self._schedule.steps:
             yield self._schedule.plans[place].step
 
+    def planned(self, total: int | None) -> Iterator[Step]:
+        """They were recorded so."""
+        return self.steps(total)
+
 
 class _Rows:
     """Computes the timestep-only values of one call."""
@@ -144,6 +148,7 @@ class _Planner:
             forecast=self._forecast(graph),
             waiting=variant.waiting,
             rows=tuple(self._position[index] for index in variant.waiting),
+            tokens=variant.tokens,
             computed={
                 self._position[int(index)]: None if score is None else outputs.index(score)
                 for index, score in variant.computed.items()

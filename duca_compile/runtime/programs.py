@@ -82,6 +82,7 @@ class Programs:
                 forecast=_forecast_inputs(variant),
                 waiting=waiting,
                 rows=tuple(self._position[index] for index in waiting),
+                tokens=tuple(map(spec.tokens_input, waiting)),
                 computed=self._computed(variant),
             )
             self.by_spec[spec] = variant, program
