@@ -392,7 +392,7 @@ def load(
     *,
     providers: Sequence[str] | None = None,
     threads: int | None = None,
-    share_weights: bool = False,
+    share_weights: bool = True,
     verify: bool = True,
 ) -> Artifact:
     """An artifact that was written by ``duca_compile.save``, ready to be called like the model.
@@ -403,8 +403,8 @@ def load(
         providers: of ONNX Runtime, the first choice first; the CPU where it is None. One that cannot be used is an
             error, never a silent fall-back.
         threads: that one operator may use; as many as ONNX Runtime takes where it is None.
-        share_weights: hold the weights once, mapped from the file, for all graphs. Else every graph rearranges its own
-            copy for speed.
+        share_weights: hold the weights once, mapped from the file, for all graphs. Else each graph rearranges copies of
+            its own, which can be faster for wide models.
         verify: compare each file with its hash. This reads all of them.
 
     Raises:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from duca_compile.errors import PolicyError
 from duca_compile.graph import Action, Branch, Facts, Role, VariantSpec
 from duca_compile.policies.base import Policy, Step, StepKind, TokenQuery
@@ -60,6 +62,12 @@ def _shared(facts: Facts, counts: dict[int, int]) -> tuple[int, ...]:
         else branch.index
         for branch in facts.branches
     )
+
+
+def score_output(facts: Facts, branch: Branch, outputs: Collection[str]) -> str | None:
+    """The output among ``outputs`` that holds the scores of the tokens of ``branch``; None where there is none."""
+    source = facts.score_source(branch)
+    return source.score_slot if source is not None and source.score_slot in outputs else None
 
 
 def score_kind(policy: Policy) -> str | None:
