@@ -26,10 +26,13 @@ _NAMES = {
     "export.artifact": ("save",),
     "policies": (
         "FORA",
+        "RFC",
+        "DisCa",
         "DuCa",
         "Interval",
         "Linear",
         "Policy",
+        "RelationalFeatureCaching",
         "ResidualGate",
         "Selection",
         "SpeCa",
@@ -38,8 +41,10 @@ _NAMES = {
         "Uncached",
         "published",
     ),
+    "predictor": ("Predictor",),
     "runtime.artifact": ("Artifact", "load"),
     "runtime.session": ("Session",),
+    "training": ("TrainingSettings", "prediction_error", "train_predictor"),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -14,10 +14,13 @@ from duca_compile.explanation import Explanation, explain
 from duca_compile.export.artifact import save
 from duca_compile.policies import (
     FORA,
+    RFC,
+    DisCa,
     DuCa,
     Interval,
     Linear,
     Policy,
+    RelationalFeatureCaching,
     ResidualGate,
     Selection,
     SpeCa,
@@ -26,17 +29,21 @@ from duca_compile.policies import (
     Uncached,
     published,
 )
+from duca_compile.predictor import Predictor
 from duca_compile.runtime.artifact import Artifact, load
 from duca_compile.runtime.session import Session
+from duca_compile.training import TrainingSettings, prediction_error, train_predictor
 
 __version__: str
 
 __all__ = [
     "FORA",
+    "RFC",
     "Artifact",
     "ArtifactError",
     "BackendError",
     "CaptureError",
+    "DisCa",
     "DuCa",
     "DucaError",
     "Explanation",
@@ -47,6 +54,8 @@ __all__ = [
     "OptimizedModel",
     "Policy",
     "PolicyError",
+    "Predictor",
+    "RelationalFeatureCaching",
     "ResidualGate",
     "Selection",
     "Session",
@@ -54,12 +63,15 @@ __all__ = [
     "StructureError",
     "TaylorSeer",
     "ToCa",
+    "TrainingSettings",
     "Uncached",
     "UsageError",
     "explain",
     "load",
     "optimize",
+    "prediction_error",
     "published",
     "restore",
     "save",
+    "train_predictor",
 ]

@@ -25,7 +25,7 @@ from duca_compile.lock import COMPILING
 from duca_compile.passes.hoist import frontier, hoisted_input
 from duca_compile.passes.pipeline import build_prologue, make_rows, prepare
 from duca_compile.pipelines import PipelineSchedule, is_pipeline, set_component, transformers
-from duca_compile.policies import FORA, DuCa, Policy, ResidualGate, SpeCa, TaylorSeer, ToCa, Uncached
+from duca_compile.policies import FORA, RFC, DuCa, Policy, ResidualGate, SpeCa, TaylorSeer, ToCa, Uncached
 from duca_compile.policies.checks import check_whole
 from duca_compile.runtime.dispatcher import Plan, Prologue
 from duca_compile.runtime.request import Executed
@@ -37,6 +37,7 @@ POLICIES: dict[str, type[Policy]] = {
     "fora": FORA,
     "gate": ResidualGate,
     "none": Uncached,
+    "rfc": RFC,
     "speca": SpeCa,
     "taylorseer": TaylorSeer,
     "toca": ToCa,
@@ -329,7 +330,7 @@ def optimize(
     Args:
         model: a Diffusion Transformer in eval mode, that is any nn.Module that takes a latent and a timestep; or a
             diffusers pipeline, whose components named ``transformer...`` are replaced.
-        policy: "duca", "toca", "fora", "taylorseer", "speca", "gate", "none", or a Policy object such as
+        policy: "duca", "toca", "fora", "taylorseer", "rfc", "speca", "gate", "none", or a Policy object such as
             ``DuCa(interval=5, fresh_ratio=0.1)``.
         backend: "inductor" (the compiler of torch.compile) or "eager".
         num_inference_steps: steps of a request; needed by schedules that depend on it. Not for a pipeline.
@@ -354,7 +355,7 @@ def optimize(
     options = CacheOptions(cache_dtype, cache_budget_bytes)
     if is_pipeline(model):
         return _optimize_pipeline(model, chosen, engine, num_inference_steps, timestep, options)
-    _check_plain(model)
+    check_plain(model)
     if num_inference_steps is not None:
         check_whole("num_inference_steps", num_inference_steps, least=1)
     next(chosen.steps(num_inference_steps))  # a policy that cannot plan says so now, not at the first call
@@ -374,14 +375,14 @@ def _optimize_pipeline(
         raise UsageError("a pipeline's scheduler says how many steps a request has; leave num_inference_steps out")
     found = transformers(pipe)
     for model in found.values():
-        _check_plain(model)
+        check_plain(model)
     requests = Requests(policy, None, PipelineSchedule(pipe))
     for name, model in found.items():
         set_component(pipe, name, OptimizedModel(model, policy, backend, requests, timestep, options))
     return pipe
 
 
-def _check_plain(model: Any) -> None:
+def check_plain(model: Any) -> None:
     check_model(model, "an nn.Module or a diffusers pipeline")
     if isinstance(model, OptimizedModel):
         raise UsageError("this model is optimized already; duca_compile.restore it first")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from duca_compile.api import OptimizedModel, optimize
 from duca_compile.errors import UsageError
-from duca_compile.policies import FORA, DuCa, Policy, ResidualGate, SpeCa, StepKind, TaylorSeer, ToCa, Uncached
+from duca_compile.policies import FORA, RFC, DuCa, Policy, ResidualGate, SpeCa, StepKind, TaylorSeer, ToCa, Uncached
 
 COLORS = {
     StepKind.FULL: "#c0392b",
@@ -28,6 +28,7 @@ COLORS = {
     StepKind.REUSE: "#5dade2",
     StepKind.SKIP: "#58b368",
     StepKind.FORECAST: "#9b59b6",
+    StepKind.PREDICT: "#2c3e50",
 }
 
 
@@ -117,7 +118,7 @@ class Run:
 def make_policy(name: str, interval: int | None) -> Policy:
     """The policy called ``name``; those that decide while they run have no interval."""
     fixed: dict[str, Callable[..., Policy]] = {"duca": DuCa, "fora": FORA, "taylorseer": TaylorSeer, "toca": ToCa}
-    adaptive: dict[str, Callable[..., Policy]] = {"gate": ResidualGate, "speca": SpeCa}
+    adaptive: dict[str, Callable[..., Policy]] = {"gate": ResidualGate, "rfc": RFC, "speca": SpeCa}
     if name in adaptive:
         if interval is not None:
             raise UsageError(f"policy={name!r} has no interval: it decides while it runs; leave --interval out")

@@ -13,15 +13,16 @@ from rich.text import Text
 from torch import nn
 
 from duca_compile.api import OptimizedModel, analyze_call, check_model, check_parts, resolve_policy
-from duca_compile.budget import cache_bytes
+from duca_compile.budget import peak_of_request
 from duca_compile.capture import Binder
 from duca_compile.errors import UsageError
 from duca_compile.graph import Branch, CapturedGraph, Facts, Role, Variance, Variant, VariantSpec
 from duca_compile.passes.hoist import frontier
 from duca_compile.passes.pipeline import build_variant
+from duca_compile.passes.predict import fitted, predictor_bytes
 from duca_compile.pipelines import is_pipeline
 from duca_compile.policies import AdaptivePolicy, Policy, Step, StepKind
-from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec
+from duca_compile.runtime.planning import cache_bytes, check_rows, check_selection, plan_step, probe_spec
 
 _UNCACHED = {
     Role.TEXT: "only attention reads it, and that is",
@@ -36,6 +37,7 @@ KIND_STYLES = {
     StepKind.REUSE: "cyan",
     StepKind.SKIP: "green",
     StepKind.FORECAST: "magenta",
+    StepKind.PREDICT: "blue",
 }
 
 
@@ -58,6 +60,7 @@ class ScheduleReport:
     uncached_flops: float  # of one step
     cache_bytes: int  # of one pass, once all is there that the policy keeps
     adaptive: bool = False  # these are the cheapest steps that the policy may choose
+    weight_bytes: int = 0  # of a learned predictor, once for all requests
 
     @property
     def full_steps(self) -> int:
@@ -86,6 +89,8 @@ class ScheduleReport:
             yield "decided while it runs: these are the fewest full steps that there can be"
         yield f"ideal speed-up {self.ideal_speedup:.2f}x (by FLOPs; elementwise work counts as none)"
         yield f"caches hold {_size(self.cache_bytes)}"
+        if self.weight_bytes:
+            yield f"the predictor's weights hold {_size(self.weight_bytes)}"
 
     def __str__(self) -> str:
         return _rendered(self)
@@ -143,11 +148,12 @@ class Explanation:
         chosen = resolve_policy(policy if policy is not None else self.policy or "duca")
         check_selection(self.facts, chosen)
         check_rows(self.facts, chosen)
+        captured = fitted(self.captured, self.facts, chosen.predictor)
         variants: dict[VariantSpec, Variant] = {}
 
         def variant(spec: VariantSpec) -> Variant:
             if spec not in variants:
-                variants[spec] = build_variant(self.captured, self.facts, spec)
+                variants[spec] = build_variant(captured, self.facts, spec)
             return variants[spec]
 
         look = probe_spec(self.facts, chosen)
@@ -161,7 +167,22 @@ class Explanation:
 
         steps = tuple(planned(i, step) for i, step in enumerate(chosen.planned(num_inference_steps)))
         kept = cache_bytes(self.facts, chosen, variants.values())
-        return ScheduleReport(chosen.name, steps, self.flops, kept, isinstance(chosen, AdaptivePolicy))
+        adaptive, weights = isinstance(chosen, AdaptivePolicy), predictor_bytes(captured)
+        return ScheduleReport(chosen.name, steps, self.flops, kept, adaptive, weights)
+
+    def peak_bytes(self, policy: str | Policy | None = None, num_inference_steps: int = 50) -> int:
+        """The most that one pass of a request allocates at once under the eager backend.
+
+        That is caches, loop-invariant and timestep-only values, and what a step computes on its way; the model's
+        weights and the call's own tensors were there before. Compiled steps allocate less on their way.
+
+        Raises:
+            PolicyError: an unknown policy, or one that this model cannot serve.
+        """
+        chosen = resolve_policy(policy if policy is not None else self.policy or "duca")
+        check_selection(self.facts, chosen)
+        check_rows(self.facts, chosen)
+        return peak_of_request(self.captured, self.facts, chosen, num_inference_steps)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         facts = self.facts

@@ -176,6 +176,7 @@ class Branch:
     shape: tuple[int, ...]
     dtype: torch.dtype
     flops: int
+    input: str  # what its first product reads: in a transformer, the stream behind norm, scale and shift
     attention: str | None  # the scaled_dot_product_attention whose keys (in cross-attention, queries) are its tokens
     token_places: Mapping[str, TokenPlace] | None  # body node -> where its tokens are; None where they mix
     mixing_reason: str | None
@@ -183,6 +184,14 @@ class Branch:
     @property
     def slot(self) -> str:
         return f"{BRANCH}{self.index}"
+
+    @property
+    def input_slot(self) -> str:
+        return f"input_{self.index}"
+
+    @property
+    def scale_slot(self) -> str:
+        return f"scale_{self.index}"
 
     @property
     def score_slot(self) -> str:
@@ -222,6 +231,11 @@ class Facts:
     def blocks(self) -> int:
         return self.branches[-1].block + 1
 
+    @property
+    def first(self) -> Branch:
+        """The first branch whose tokens are the latent's: what it reads tells soonest how far the latent has moved."""
+        return next((b for b in self.branches if b.role is not Role.TEXT), self.branches[0])
+
     def score_source(self, branch: Branch, scores: str | None) -> Branch | None:
         """The attention whose token scores choose the tokens of ``branch``: the nearest one before it.
 
@@ -245,7 +259,9 @@ class VariantSpec:
     paired: bool = False  # scores are the mean of both halves of the batch
     emit: bool = True  # whether later steps will read caches
     order: int | None = None  # the highest difference kept of each cache; None where nothing is forecast
-    lite: bool = False  # where forecast: the stream's end is all that is cached
+    lite: bool = False  # the stream's end is all that is cached
+    relational: bool = False  # where forecast: the change of each branch's input says how far (RFC)
+    predict: frozenset[str] = frozenset()  # where a trained network gives the stream's end: its weights' names (DisCa)
     verify: Verify | None = None  # how a forecast is held to what the last block computes of it
     probe: Probe | None = None  # what was looked at before; the variant goes on from there
     probing: bool = False  # the variant is that look itself
@@ -292,9 +308,9 @@ def difference_slot(slot: str, order: int) -> str:
     return f"{slot}_d{order}" if order else slot
 
 
-def is_cache(result: str) -> bool:
-    """Whether a result of this name is kept until the next step: all but the model's own, scores and measures."""
-    return result == PROBE_SEEN or not (result.startswith(("output_", "score_")) or result in MEASURED)
+def is_live(slot: str, live: Kept) -> bool:
+    """Whether the cache of this slot is still read, where caches of the kinds ``live`` are."""
+    return not slot.startswith(((STREAM_END,) * (not live.end)) + ((BRANCH,) * (not live.branches)))
 
 
 def change_slot(index: int) -> str:

@@ -11,7 +11,7 @@ import torch
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
-from duca_compile import FORA, DuCa, ResidualGate, SpeCa, TaylorSeer, ToCa, UsageError, demo
+from duca_compile import FORA, RFC, DuCa, ResidualGate, SpeCa, TaylorSeer, ToCa, UsageError, demo
 from duca_compile.cli import app
 from duca_compile.explanation import KIND_STYLES
 from duca_compile.policies import StepKind
@@ -103,11 +103,11 @@ def test_every_policy_and_kind_of_step_can_be_shown() -> None:
     for name, policy in fixed.items():
         assert demo.make_policy(name, None) == policy()
         assert demo.make_policy(name, 4) == policy(4)
-    for name, adaptive in {"gate": ResidualGate, "speca": SpeCa}.items():
+    for name, adaptive in {"gate": ResidualGate, "rfc": RFC, "speca": SpeCa}.items():
         assert demo.make_policy(name, None) == adaptive()
         with pytest.raises(UsageError, match=f"policy='{name}' has no interval"):
             demo.make_policy(name, 4)
-    known = r"\['duca', 'fora', 'gate', 'speca', 'taylorseer', 'toca'\]"
+    known = r"\['duca', 'fora', 'gate', 'rfc', 'speca', 'taylorseer', 'toca'\]"
     with pytest.raises(UsageError, match=f"policy='rfc' is unknown; choose one of {known}"):
         demo.make_policy("rfc", None)
     assert set(demo.COLORS) == set(KIND_STYLES) == set(StepKind)

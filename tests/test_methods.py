@@ -14,6 +14,7 @@ from torch._inductor.compile_fx import compile_fx
 
 from duca_compile import (
     FORA,
+    RFC,
     DuCa,
     Explanation,
     OptimizedModel,
@@ -45,6 +46,9 @@ METHODS: dict[str, tuple[Policy, str]] = {  # and the model that it is compiled 
     "gate by row": (ResidualGate(threshold=0.4, decide_per="row"), "DiT"),
     "gate, first block": (ResidualGate(threshold=0.34, probe="first_block", accumulate=False), "HunyuanVideo"),
     "gate, forecast": (ResidualGate(threshold=0.4, cached="forecast", max_cached_steps=3), "DiT"),
+    "TaylorSeer relational": (TaylorSeer(interval=4, max_order=2, relational=True), "FLUX"),
+    "RFC": (RFC(threshold=0.5), "HunyuanVideo"),
+    "RFC by row": (RFC(threshold=0.5, decide_per="row"), "PixArt"),
 }
 
 

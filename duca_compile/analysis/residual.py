@@ -74,7 +74,9 @@ def find_branches(
         path = module_path(residual.add)
         same_block = bool(branches) and branches[-1].path == path
         block = branches[-1].block + (not same_block) if branches else 0
-        branches.append(_branch(index, block, chain_of[residual.add], role_of[residual.add], residual, variance, order))
+        branches.append(
+            _branch(index, block, chain_of[residual.add], role_of[residual.add], residual, variance, order, flops)
+        )
     streams = [_stream(chain, role, chain in main) for chain, role in zip(latent, roles, strict=True)]
     streams += [_stream(chain, Role.ENCODER, cached=False) for chain in encoders]
     return tuple(branches), cached[-1].add.name, tuple(streams)
@@ -269,6 +271,7 @@ def _branch(
     residual: _Residual,
     variance: dict[str, Variance],
     order: dict[fx.Node, int],
+    flops: dict[str, int],
 ) -> Branch:
     core, gated = _behind_gate(residual, variance)
     value = core.meta["val"]
@@ -300,10 +303,21 @@ def _branch(
         shape=shape,
         dtype=value.dtype,
         flops=residual.flops,
+        input=_input(residual.stream, inside, shape[0], flops).name,
         attention=scored[0].name if scored else None,
         token_places=places,
         mixing_reason=reason,
     )
+
+
+def _input(stream: fx.Node, inside: list[fx.Node], rows: int, flops: dict[str, int]) -> fx.Node:
+    """What the first product of a branch reads, in its form of one entry for each row of the branch."""
+    own = {stream, *inside}
+    product = next((n for n in inside if flops[n.name]), inside[0])
+    node = next(n for n in product.all_input_nodes if n in own)
+    while node is not stream and (value_shape(node) or (0,))[0] != rows:
+        node = next(n for n in node.all_input_nodes if n in own)
+    return node
 
 
 def _is_scored(attention: fx.Node, kind: str, batch: int, tokens: int) -> bool:

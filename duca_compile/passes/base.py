@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from duca_compile.errors import InternalError
-from duca_compile.graph import Action, Branch, Facts, VariantSpec
+from duca_compile.graph import Action, Branch, Facts, VariantSpec, cache_input
 
 
 @dataclass
@@ -47,7 +47,13 @@ class VariantDraft(Draft):
         with self.graph.inserting_after(self._last_input()):
             node = self.graph.placeholder(name)
         node.meta["val"] = value
+        self._nodes[name] = node
         return node
+
+    def cache(self, slot: str, value: torch.Tensor) -> fx.Node:
+        """The placeholder of a cache, which several passes may read."""
+        name = cache_input(slot)
+        return self._nodes[name] if name in self._nodes else self.add_input(name, value)
 
     def _last_input(self) -> fx.Node:
         inputs: list[fx.Node] = [n for n in self.graph.nodes if n.op == "placeholder"]

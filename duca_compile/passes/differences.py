@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from duca_compile.graph import FORECAST_GAP, FORECAST_ORDERS, STREAM_END, Action, cache_input, difference_slot
+from duca_compile.graph import FORECAST_GAP, FORECAST_ORDERS, STREAM_END, Action, difference_slot
 from duca_compile.passes.base import ExactPass, VariantDraft
 from duca_compile.passes.rows import beside, number_input
 
@@ -19,6 +19,7 @@ class EmitDifferences(ExactPass[VariantDraft]):
 
     The gap between the two steps divides all orders, as published, also where earlier gaps were others. Orders that
     the full steps so far do not allow are zeros, whatever the old values are, so one variant serves every full step.
+    Of the emitted inputs of branches, the first alone has differences, where a probe forecasts it.
     """
 
     requires = frozenset({"caches_emitted"})
@@ -27,6 +28,8 @@ class EmitDifferences(ExactPass[VariantDraft]):
     def apply(self, draft: VariantDraft) -> bool:
         order = draft.spec.order or 0
         kept = {STREAM_END, *(b.slot for b in draft.branches(Action.COMPUTE))}
+        if draft.spec.probe is not None and draft.spec.probe.of == "forecast":
+            kept.add(draft.facts.first.input_slot)
         slots = [n for n in draft.results if n in kept and difference_slot(n, order) not in draft.results]
         if not slots:
             return False
@@ -40,7 +43,7 @@ class EmitDifferences(ExactPass[VariantDraft]):
             with draft.graph.inserting_before(draft.graph.output_node()):
                 allowed = [draft.graph.call_function(aten.gt.Scalar, (orders, i)) for i in range(order)]
             for i in range(order):
-                old = draft.add_input(cache_input(difference_slot(slot, i)), like)
+                old = draft.cache(difference_slot(slot, i), like)
                 with draft.graph.inserting_before(draft.graph.output_node()):
                     change = draft.graph.call_function(aten.sub.Tensor, (now, old))
                     slope = draft.graph.call_function(aten.div.Tensor, (change, gap))

@@ -14,8 +14,8 @@ class EmitCaches(ExactPass[VariantDraft]):
 
     Only what later steps read of these, as the spec says.
 
-    Where features are forecast it is either the branches or the end: whatever the forecasts read. Where the streams'
-    change is cached it is neither.
+    Where features are forecast it is either the branches or the end: whatever the forecasts read. Where inputs say how
+    far they have moved, these too. Where the streams' change is cached it is neither.
     """
 
     ensures = frozenset({"caches_emitted"})
@@ -29,6 +29,8 @@ class EmitCaches(ExactPass[VariantDraft]):
         wanted = {branch.slot: branch.core for branch in branches}
         if spec.lite or (spec.order is None and not spec.skip and not spec.change and spec.keeps.end):
             wanted[STREAM_END] = draft.facts.stream_end
+        if spec.relational:
+            wanted |= {branch.input_slot: branch.input for branch in draft.branches(Action.COMPUTE)}
         new = {slot: name for slot, name in wanted.items() if slot not in draft.results}
         for slot, name in new.items():
             draft.add_result(slot, draft.node(name))

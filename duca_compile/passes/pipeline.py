@@ -11,6 +11,8 @@ from torch import fx
 from duca_compile.analysis.closure import ancestors
 from duca_compile.errors import InternalError
 from duca_compile.graph import (
+    MEASURED,
+    PROBE_SEEN,
     Action,
     CapturedGraph,
     Facts,
@@ -18,7 +20,6 @@ from duca_compile.graph import (
     Variant,
     VariantSpec,
     copy_graph,
-    is_cache,
 )
 from duca_compile.passes.base import D, Draft, Pass, VariantDraft
 from duca_compile.passes.cast import CastCaches
@@ -31,7 +32,9 @@ from duca_compile.passes.emit import EmitCaches
 from duca_compile.passes.forecast import Forecast
 from duca_compile.passes.hoist import Hoist, invariant_graph, row_input, row_layout, timestep_graph
 from duca_compile.passes.partial import RecomputeTokens
+from duca_compile.passes.predict import PredictStream
 from duca_compile.passes.probe import GoOn, LookAhead
+from duca_compile.passes.relate import EmitRelations, ForecastFromInputs
 from duca_compile.passes.residual import AddChanges
 from duca_compile.passes.reuse import ReuseBranches
 from duca_compile.passes.rows import KeepRows
@@ -50,15 +53,18 @@ REWRITE: tuple[Pass[VariantDraft], ...] = (
     EmitCaches(),
     EmitChanges(),
     EmitDifferences(),
+    EmitRelations(),
     KeepRows(),
     EmitScores(),
     VerifyForecast(),
     RecomputeTokens(),
     Forecast(),
+    ForecastFromInputs(),
     ReuseBranches(),
     SkipBlocks(),
     AddChanges(),
     GoOn(),
+    PredictStream(),
     CastCaches(),
     RemoveDeadCode(),
     WriteLast(),
@@ -142,7 +148,7 @@ def _kept(draft: VariantDraft) -> dict[str, int]:
     assert isinstance(results, tuple)
     found: dict[str, int] = {}
     for name, node in zip(draft.results, results, strict=True):
-        if is_cache(name):
+        if name == PROBE_SEEN or (not name.startswith(("output_", "score_")) and name not in MEASURED):
             value = node.meta["val"]
             found[name] = value.numel() * value.element_size()
     return found
@@ -162,5 +168,6 @@ def _variant_flops(graph: fx.Graph, facts: Facts) -> tuple[int, dict[int, float]
             index, origin = node.meta["tokens_of"]
             per_token[index] += facts.flops[origin] / facts.branches[index].tokens
         else:
-            fixed += facts.flops.get(node.meta.get("copy_of", node.name), 0)
+            own = facts.flops.get(node.meta.get("copy_of", node.name), 0)
+            fixed += node.meta.get("flops", own)
     return fixed, dict(per_token)

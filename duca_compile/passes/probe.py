@@ -18,6 +18,8 @@ from duca_compile.graph import (
     op_name,
 )
 from duca_compile.passes.base import CachingPass, ExactPass, VariantDraft
+from duca_compile.passes.forecast import Series
+from duca_compile.passes.relate import ratio, row_norm
 from duca_compile.policies.adaptive import Probe
 
 aten = torch.ops.aten
@@ -45,8 +47,10 @@ class LookAhead(ExactPass[VariantDraft]):
 
     def apply(self, draft: VariantDraft) -> bool:
         probe = draft.spec.probe
-        if not draft.spec.probing or probe is None or PROBE_SEEN in draft.results:
+        if not draft.spec.probing or probe is None or PROBE_CHANGE in draft.results:
             return False
+        if probe.of == "forecast":
+            return self._against_forecast(draft)
         _, stream = probed_stream(draft, probe)
         seen = _modulated(draft) if probe.of == "modulated" else None
         call, output = draft.graph.call_function, draft.graph.output_node()
@@ -63,6 +67,20 @@ class LookAhead(ExactPass[VariantDraft]):
             change = call(aten.div.Tensor, (moved, size))
         output.args = ((change, seen, stream),)
         draft.results[:] = [PROBE_CHANGE, PROBE_SEEN, PROBE_STREAM]
+        return True
+
+    def _against_forecast(self, draft: VariantDraft) -> bool:
+        """The change is ||I - F||_1 / ||I||_1 for each row: I is what the first branch reads, and F its forecast."""
+        branch, graph = draft.facts.first, draft.graph
+        given = draft.node(branch.input)
+        like = given.meta["val"]
+        start = draft.cache(branch.input_slot, like)
+        with graph.inserting_before(graph.output_node()):
+            expected = Series(draft).behind(start, branch.input_slot, like)
+            missed = row_norm(draft, graph.call_function(aten.sub.Tensor, (given, expected)), like, 1)
+            change = ratio(draft, missed, row_norm(draft, given, like, 1))
+        graph.output_node().args = ((change, draft.node(branch.stream)),)
+        draft.results[:] = [PROBE_CHANGE, PROBE_STREAM]
         return True
 
 
@@ -83,6 +101,8 @@ class GoOn(CachingPass):
 
 def probed_stream(draft: VariantDraft, probe: Probe) -> tuple[int, fx.Node]:
     """The main stream's number, and its value where the look ends: at the start, or behind the first block."""
+    if probe.of == "forecast":
+        return draft.facts.first.chain, draft.node(draft.facts.first.stream)
     branches = _first_branches(draft)
     name = branches[0].stream if probe.of == "modulated" else branches[-1].add
     return branches[0].chain, draft.node(name)

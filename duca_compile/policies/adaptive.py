@@ -32,12 +32,13 @@ class Probe:
     """What is looked at before a step is decided: a small part of the model, computed at every step.
 
     Attributes:
-        of: "modulated", the input of the first block's first branch behind norm and modulation; or "first_block", what
-            the first block adds to the stream.
-        to_last_full: it is compared with the last full step; else with the last step.
+        of: "modulated", the input of the first block's first branch behind norm and modulation; "first_block", what the
+            first block adds to the stream; or "forecast", what the first branch of the latent reads, against what the
+            last full steps let expect of it (relational feature caching).
+        to_last_full: it is compared with the last full step; else with the last step. Not for "forecast".
     """
 
-    of: Literal["modulated", "first_block"] = "modulated"
+    of: Literal["modulated", "first_block", "forecast"] = "modulated"
     to_last_full: bool = False
 
 

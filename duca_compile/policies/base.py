@@ -6,10 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, Flag, auto
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from duca_compile.errors import PolicyError
 from duca_compile.policies.checks import check_number, check_whole
+
+if TYPE_CHECKING:
+    from duca_compile.predictor import Predictor
 
 SelectionKind = Literal["v_norm", "attention", "entropy", "random"]
 
@@ -22,11 +25,12 @@ class StepKind(Enum):
     REUSE = "reuse"  # every branch from the cache, gates fresh
     SKIP = "skip"  # the end of the stream from the cache (DuCa's aggressive step)
     FORECAST = "forecast"  # every branch, or the end of the stream, extrapolated from the last full steps (TaylorSeer)
+    PREDICT = "predict"  # the end of the stream from a trained network (DisCa)
 
     @property
     def letter(self) -> str:
-        """One letter for schedules; that of a forecast is T, as in Taylor, since F is a full step."""
-        return "T" if self is StepKind.FORECAST else self.value[0].upper()
+        """One letter for schedules; T, as in Taylor, is a forecast, and L, as in learned, a prediction."""
+        return {StepKind.FORECAST: "T", StepKind.PREDICT: "L"}.get(self, self.value[0].upper())
 
 
 class Kept(Flag):
@@ -141,11 +145,14 @@ class Forecast:
         order: the highest difference that is kept and used; 0 reuses what the last full step computed.
         lite: only the end of the stream is kept and forecast, and all blocks are skipped.
         first: the step, counted from 0, from which on differences are built.
+        relational: a series gives the direction of a branch's change alone; how far it goes follows from how far its
+            input has gone, which is computed (RFC).
     """
 
     order: int
     lite: bool = False
     first: int = 1
+    relational: bool = False
 
 
 class Policy(ABC):
@@ -171,6 +178,11 @@ class Policy(ABC):
         """How forecast steps extrapolate; None where there are none. Only full steps fill the caches then."""
         return None
 
+    @property
+    def predictor(self) -> Predictor | None:
+        """The trained network of predict steps; None where there are none. Only the stream's end is cached then."""
+        return None
+
     @abstractmethod
     def steps(self, total: int | None) -> Iterator[Step]:
         """The steps of one request in order: ``total`` of them, or without end where ``total`` is None.
@@ -180,10 +192,11 @@ class Policy(ABC):
         """
 
     def planned(self, total: int | None) -> Iterator[Step]:
-        """The same steps, with what later ones read of each. Where features are forecast, all is kept."""
+        """The same steps, with what later ones read of each. Where features are forecast or predicted, all is kept."""
         from duca_compile.policies.liveness import with_liveness
 
-        return self.steps(total) if self.forecast is not None else with_liveness(self.steps(total))
+        whole = self.forecast is not None or self.predictor is not None
+        return self.steps(total) if whole else with_liveness(self.steps(total))
 
     def fresh_tokens(self, step: Step, query: TokenQuery) -> int:
         """How many tokens of a branch to recompute in a partial step; 0 reuses the branch."""

@@ -201,7 +201,7 @@ class Dispatcher:
         measured: list[float] = []
         cheap: Sequence[Array] | None = None
         if isinstance(policy.measure, Probe):
-            known = cache_input(PROBE_SEEN) in state.caches
+            known = bool(state.past) if policy.measure.of == "forecast" else cache_input(PROBE_SEEN) in state.caches
             flops += self._look(state, call, request, tick)
             measured = state.measured[PROBE_CHANGE].tolist() if known else []
         elif drafts:
@@ -211,7 +211,7 @@ class Dispatcher:
         full = [step.kind is StepKind.FULL for step in steps]
         if cheap is None and not all(full):
             cheap = run(steps[full.index(False)])
-        if isinstance(policy.measure, Probe):
+        if isinstance(policy.measure, Probe) and policy.measure.of != "forecast":
             self._remember_look(policy.measure, state, full)
         if any(full):
             computed = run(Step(StepKind.FULL), full)

@@ -56,7 +56,7 @@ class ForecastInputs:
         full = (True,) * self.rows if rows is None or self.rows == 1 else tuple(rows)
         numbers: dict[str, Sequence[int]] = {FULL_ROWS: full}
         if FORECAST_DISTANCE in self.numbers:
-            numbers[FORECAST_DISTANCE] = [past.distance(step) for past in state.past]
+            numbers[FORECAST_DISTANCE] = [past.distance(step) for past in state.past or (Past(),) * self.rows]
         elif forecast is not None:
             past = state.past if state.past and step - state.last_step <= 1 else (Past(),) * self.rows
             state.past = tuple(p.after(step, forecast) if f else p for p, f in zip(past, full, strict=True))

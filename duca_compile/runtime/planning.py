@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from duca_compile.errors import PolicyError
-from duca_compile.graph import Action, Branch, Facts, Role, VariantSpec
+from duca_compile.graph import Action, Branch, Facts, Role, Variant, VariantSpec
 from duca_compile.policies.adaptive import AdaptivePolicy, Probe
 from duca_compile.policies.base import Kept, Policy, Selection, Step, StepKind, TokenQuery
-from duca_compile.runtime.selection import Tokens, check_grid
+from duca_compile.runtime.selection import SCORE_BYTES, Tokens, check_grid
 
 _ACTIONS = {
     StepKind.FULL: Action.COMPUTE,
@@ -16,6 +17,7 @@ _ACTIONS = {
     StepKind.REUSE: Action.REUSE,
     StepKind.SKIP: Action.REUSE,
     StepKind.FORECAST: Action.FORECAST,
+    StepKind.PREDICT: Action.COMPUTE,
 }
 
 
@@ -24,6 +26,9 @@ def plan_step(facts: Facts, policy: Policy, step: Step) -> tuple[VariantSpec, di
     counts: dict[int, int] = {}
     actions = tuple(_action(facts, policy, step, branch, counts) for branch in facts.branches)
     adaptive, forecast, selection = isinstance(policy, AdaptivePolicy), policy.forecast, policy.selection
+    if policy.predictor is not None:
+        names = frozenset(policy.predictor.weights) if step.kind is StepKind.PREDICT else frozenset[str]()
+        return VariantSpec(actions, emit=step.kind is StepKind.FULL, lite=True, predict=names), counts
     lite = forecast is not None and forecast.lite
     scores = score_kind(policy) if Action.COMPUTE in actions else None
     # Where forecasts or changes are cached, only full steps fill the caches: between them they stay as they are.
@@ -36,6 +41,7 @@ def plan_step(facts: Facts, policy: Policy, step: Step) -> tuple[VariantSpec, di
         emit=policy.caches and fills,
         order=None if forecast is None else forecast.order,
         lite=lite,
+        relational=forecast is not None and forecast.relational,
         chosen_with=_shared(facts, counts) if selection is not None and selection.shared else (),
         keeps=Kept.BRANCHES if adaptive else step.kept,
     )
@@ -54,7 +60,16 @@ def probe_spec(facts: Facts, policy: Policy) -> VariantSpec | None:
     """The variant that looks before a step is decided; None where the policy has none."""
     if not isinstance(policy, AdaptivePolicy) or not isinstance(policy.measure, Probe):
         return None
-    return VariantSpec((Action.COMPUTE,) * len(facts.branches), emit=False, probe=policy.measure, probing=True)
+    actions, forecast = (Action.COMPUTE,) * len(facts.branches), policy.forecast
+    compares = forecast is not None and policy.measure.of == "forecast"
+    return VariantSpec(
+        actions,
+        emit=False,
+        order=forecast.order if compares and forecast is not None else None,
+        probe=policy.measure,
+        probing=True,
+        by_row=compares and policy.per != "batch",
+    )
 
 
 def _action(facts: Facts, policy: Policy, step: Step, branch: Branch, counts: dict[int, int]) -> Action:
@@ -85,6 +100,12 @@ def _shared(facts: Facts, counts: dict[int, int]) -> tuple[int, ...]:
         else branch.index
         for branch in facts.branches
     )
+
+
+def score_output(facts: Facts, branch: Branch, scores: str | None, outputs: Collection[str]) -> str | None:
+    """The output among ``outputs`` that holds the scores of the tokens of ``branch``; None where there is none."""
+    source = facts.score_source(branch, scores)
+    return source.score_slot if source is not None and source.score_slot in outputs else None
 
 
 def score_kind(policy: Policy) -> str | None:
@@ -132,3 +153,16 @@ def tokens_of(facts: Facts, selection: Selection, branch: Branch) -> Tokens:
     """The tokens that the branch chooses from. How they lie may be unknown, and is no question of text."""
     grid = None if branch.role is Role.TEXT else selection.grid or facts.grids.get(branch.tokens)
     return Tokens(branch.shape[0], branch.tokens, grid if selection.patch_bonus else None)
+
+
+def cache_bytes(facts: Facts, policy: Policy, variants: Iterable[Variant]) -> int:
+    """Bytes that one pass holds between steps, where these are the variants that the policy runs."""
+    held: dict[str, int] = {}
+    for variant in variants:
+        held.update(variant.kept)
+    scored = sum(branch.shape[0] * branch.tokens for branch in facts.branches if branch.pointwise)
+    selection = policy.selection
+    if selection is not None:
+        tensors = (selection.staleness > 0) + (score_kind(policy) is not None)
+        held["selection"] = tensors * scored * SCORE_BYTES
+    return sum(held.values())
