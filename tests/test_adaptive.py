@@ -363,7 +363,7 @@ def test_caches_may_be_narrow_and_measures_are_not(model: nn.Module, policy: Pol
 
 def test_a_budget_that_it_does_not_fit_is_refused_and_never_changes_the_method(model: nn.Module) -> None:
     optimized = duca_compile.optimize(model, ResidualGate(), "eager", STEPS, cache_budget_bytes=100)
-    with torch.no_grad(), pytest.raises(PolicyError, match="the least is 12288 bytes, for residual gate"):
+    with torch.no_grad(), pytest.raises(PolicyError, match="the least is 6144 bytes, for residual gate"):
         optimized(**call(0))
 
 
