@@ -16,6 +16,7 @@ from torch import nn
 
 from duca_compile.analysis import analyze
 from duca_compile.backends import Backend, make_backend
+from duca_compile.budget import CacheOptions, fitted
 from duca_compile.capture import Binder, Call, capture, live_tensors
 from duca_compile.captures import Captures, Compiled
 from duca_compile.errors import CaptureError, PolicyError, UsageError
@@ -121,6 +122,7 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
     source: nn.Module
     policy: Policy
     timestep_name: str | None
+    cache_options: CacheOptions
     _backend: Backend
     _requests: Requests
     _bind: Binder
@@ -132,12 +134,18 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
         return super().__new__(cast(type[OptimizedModel], _Guise(cls.__name__, (cls,), names)))
 
     def __init__(
-        self, model: nn.Module, policy: Policy, backend: Backend, requests: Requests, timestep: str | None
+        self,
+        model: nn.Module,
+        policy: Policy,
+        backend: Backend,
+        requests: Requests,
+        timestep: str | None,
+        cache_options: CacheOptions,
     ) -> None:
         super().__init__()
         self.__dict__.update({name: model.__dict__[name] for name in _SHARED})
         own = {"source": model, "policy": policy, "_backend": backend, "_requests": requests, "timestep_name": timestep}
-        self.__dict__.update(own)
+        self.__dict__.update(own, cache_options=cache_options)
         self.__dict__["_bind"] = Binder(model, timestep)
         self.__dict__["_compiled"] = Captures(model, self._capture)
         self.training = model.training
@@ -229,8 +237,9 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
 
     def _capture(self, call: Call) -> Compiled:
         with self._source_context():
-            found = analyze_call(self.source, call, self.timestep_name)
-        return Compiled(*found, self.policy, self._backend, live_tensors(self.source))
+            captured, facts, prologue = analyze_call(self.source, call, self.timestep_name)
+        policy, dtype = fitted(captured, facts, self.policy, self.cache_options, self._requests.total)
+        return Compiled(captured, facts, prologue, policy, self._backend, live_tensors(self.source), dtype)
 
     def _source_context(self) -> AbstractContextManager[None]:
         """The source's own ``cache_context``: capturing is the only time that the source itself runs."""
@@ -270,12 +279,12 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
         """An optimized copy of the source, which captures anew."""
         source, requests = copy.deepcopy(self.source, memo), copy.deepcopy(self._requests, memo)
-        return OptimizedModel(source, self.policy, self._backend, requests, self.timestep_name)
+        return OptimizedModel(source, self.policy, self._backend, requests, self.timestep_name, self.cache_options)
 
     def __copy__(self) -> OptimizedModel:
         """Another optimized model of the same source, with requests of its own, which captures anew."""
         requests = copy.deepcopy(self._requests)
-        return OptimizedModel(self.source, self.policy, self._backend, requests, self.timestep_name)
+        return OptimizedModel(self.source, self.policy, self._backend, requests, self.timestep_name, self.cache_options)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise UsageError(
@@ -309,6 +318,8 @@ def optimize(
     *,
     timestep: str | None = None,
     strict: bool = False,
+    cache_dtype: torch.dtype | None = None,
+    cache_budget_bytes: int | None = None,
 ) -> Any:
     """A drop-in for ``model`` that reuses features from step to step of a denoising loop.
 
@@ -325,6 +336,10 @@ def optimize(
         num_inference_steps: steps of a request; needed by schedules that depend on it. Not for a pipeline.
         timestep: name of the timestep argument, where it cannot be told from the graph.
         strict: raise BackendError where the backend cannot compile, instead of falling back to eager with a warning.
+        cache_dtype: keep caches in this type, such as ``torch.bfloat16``, where the features are wider; rounds them.
+        cache_budget_bytes: the most that the caches of one pass of one request may hold. Where the policy needs more,
+            they are kept in bfloat16; where that is too much, steps that read the branches' caches skip the blocks
+            instead, for which one tensor is kept. A warning says so, at the first call of each shape.
 
     Returns:
         An ``OptimizedModel``: an nn.Module with the same call signature, outputs, config, dtype, device and
@@ -333,20 +348,27 @@ def optimize(
     Raises:
         UsageError: ``model`` is neither an nn.Module nor a pipeline with a transformer, is in training mode or
             optimized already, or the backend is unknown.
-        PolicyError: an unknown policy, or one that cannot plan without ``num_inference_steps``.
+        PolicyError: an unknown policy, or one that cannot plan without ``num_inference_steps``. At the first call:
+            the policy does not fit the model, or the budget is too small; the message says what the least would be.
     """
     chosen, engine = resolve_policy(policy), make_backend(backend, strict)
+    options = CacheOptions(cache_dtype, cache_budget_bytes)
     if is_pipeline(model):
-        return _optimize_pipeline(model, chosen, engine, num_inference_steps, timestep)
+        return _optimize_pipeline(model, chosen, engine, num_inference_steps, timestep, options)
     check_plain(model)
     if num_inference_steps is not None:
         check_whole("num_inference_steps", num_inference_steps, least=1)
     next(chosen.steps(num_inference_steps))  # a policy that cannot plan says so now, not at the first call
-    return OptimizedModel(model, chosen, engine, Requests(chosen, num_inference_steps), timestep)
+    return OptimizedModel(model, chosen, engine, Requests(chosen, num_inference_steps), timestep, options)
 
 
 def _optimize_pipeline(
-    pipe: Any, policy: Policy, backend: Backend, num_inference_steps: int | None, timestep: str | None
+    pipe: Any,
+    policy: Policy,
+    backend: Backend,
+    num_inference_steps: int | None,
+    timestep: str | None,
+    options: CacheOptions,
 ) -> Any:
     """Replaces the transformers of ``pipe``; they share their requests, since one loop calls them all."""
     if num_inference_steps is not None:
@@ -356,7 +378,7 @@ def _optimize_pipeline(
         check_plain(model)
     requests = Requests(policy, None, PipelineSchedule(pipe))
     for name, model in found.items():
-        set_component(pipe, name, OptimizedModel(model, policy, backend, requests, timestep))
+        set_component(pipe, name, OptimizedModel(model, policy, backend, requests, timestep, options))
     return pipe
 
 

@@ -89,6 +89,7 @@ class Compiled:
         policy: Policy,
         backend: Backend,
         live: Mapping[str, Tensor],
+        cache_dtype: torch.dtype | None,
     ) -> None:
         self.facts = facts
         self._readings = [] if captured.readings is None else [captured.readings]
@@ -99,7 +100,7 @@ class Compiled:
         names = {id(tensor): name for name, tensor in live.items()}
         # A trace may have names of its own for the model's weights. What is none of these is a constant of the graph.
         self._weights = {own: names[id(t)] for own, t in captured.attributes.items() if id(t) in names}
-        self.programs = Programs(facts, policy, self._variants)
+        self.programs = Programs(facts, policy, self._variants, cache_dtype)
         self.dispatcher = Dispatcher(self.programs, policy, prologue, not backend.exact)
         self.used = 0  # when it was last called, by the model's count of calls
 

@@ -13,6 +13,7 @@ from rich.text import Text
 from torch import nn
 
 from duca_compile.api import OptimizedModel, analyze_call, check_model, check_parts, resolve_policy
+from duca_compile.budget import cache_bytes
 from duca_compile.capture import Binder
 from duca_compile.errors import UsageError
 from duca_compile.graph import Branch, CapturedGraph, Facts, Role, Variance, Variant, VariantSpec
@@ -21,7 +22,7 @@ from duca_compile.passes.pipeline import build_variant
 from duca_compile.passes.predict import fitted, predictor_bytes
 from duca_compile.pipelines import is_pipeline
 from duca_compile.policies import AdaptivePolicy, Policy, Step, StepKind
-from duca_compile.runtime.planning import cache_bytes, check_rows, check_selection, plan_step, probe_spec
+from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec
 
 _UNCACHED = {
     Role.TEXT: "only attention reads it, and that is",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from duca_compile.opaque import CallSite
 
 STREAM_END = "stream_end"
+BRANCH = "branch_"
 # 0-dimensional float32 inputs of the variants of policies that forecast (TaylorSeer).
 FORECAST_GAP = "forecast_gap"  # steps from the last full step to this one
 FORECAST_ORDERS = "forecast_orders"  # how many differences the full steps so far allow; the others stay zero
@@ -182,7 +183,7 @@ class Branch:
 
     @property
     def slot(self) -> str:
-        return f"branch_{self.index}"
+        return f"{BRANCH}{self.index}"
 
     @property
     def input_slot(self) -> str:
@@ -305,6 +306,11 @@ def cache_input(slot: str) -> str:
 def difference_slot(slot: str, order: int) -> str:
     """The slot of the difference of this order of what ``slot`` holds; of order 0 it is ``slot`` itself."""
     return f"{slot}_d{order}" if order else slot
+
+
+def is_cache(result: str) -> bool:
+    """Whether a result of this name is kept until the next step: all but the model's own, scores and measures."""
+    return result == PROBE_SEEN or not (result.startswith(("output_", "score_")) or result in MEASURED)
 
 
 def change_slot(index: int) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from duca_compile.api import OptimizedModel, check_plain
 from duca_compile.backends import EagerBackend
+from duca_compile.budget import CacheOptions
 from duca_compile.captures import Compiled
 from duca_compile.errors import UsageError
 from duca_compile.graph import STREAM_END, Action, Variant, VariantFunction, VariantSpec, cache_input
@@ -142,7 +143,7 @@ class _Recorder(EagerBackend):
         self.model_name = type(model).__name__
         self._sample, self._calls = sample, list[tuple[Variant, Call]]()
         policy = TaylorSeer(1, max_order=0, first_full_steps=1, lite=True)  # full steps that keep the end of the stream
-        self._model = OptimizedModel(model, policy, self, Requests(policy, None), timestep)
+        self._model = OptimizedModel(model, policy, self, Requests(policy, None), timestep, CacheOptions())
 
     def compile(self, variant: Variant, cuts: frozenset[str] = frozenset()) -> VariantFunction:
         run = super().compile(variant, cuts)

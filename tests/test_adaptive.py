@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import duca_compile
 from duca_compile import OptimizedModel, Policy, PolicyError, ResidualGate, SpeCa, TaylorSeer
+from duca_compile.export.trace import Traced
 from duca_compile.policies import StepKind
 from tests.support import Shared
 from tests.test_optimize import build
@@ -314,10 +315,10 @@ def test_it_warms_up_every_variant_and_touches_no_request(model: nn.Module) -> N
         optimized = optimize(model, policy)
         optimized.warm_up(**call(0))
         (compiled,) = optimized._compiled.values()
-        built = set(compiled.dispatcher._programs)
+        built = set(compiled.dispatcher.planner.by_spec)
         assert optimized.history == ()
         assert all(map(torch.equal, loop(optimized), loop(optimize(model, policy))))
-        assert set(compiled.dispatcher._programs) == built
+        assert set(compiled.dispatcher.planner.by_spec) == built
         assert len(built) == 3, "full, cheap, and the probe or the verified draft"
 
 
@@ -342,3 +343,28 @@ def test_rows_that_there_are_none_of_are_refused() -> None:
 def test_a_threshold_that_falls_needs_the_number_of_steps(model: nn.Module) -> None:
     with pytest.raises(PolicyError, match="num_inference_steps"):
         duca_compile.optimize(model, "speca", "eager")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "policy", [ResidualGate(0.12, "first_block", decide_per="row"), SpeCa(2, 0.02, 1.0, decide_per="row")]
+)
+def test_caches_may_be_narrow_and_measures_are_not(model: nn.Module, policy: Policy) -> None:
+    wide = optimize(model, policy)
+    narrow = duca_compile.optimize(model, policy, "eager", STEPS, cache_dtype=torch.bfloat16)
+    for a, b in zip(loop(narrow), loop(wide), strict=True):
+        assert (a - b).norm() <= 0.05 * b.norm()
+    assert narrow.cache_bytes == wide.cache_bytes / 2
+    values = torch.tensor([value for executed in narrow.history for value in executed.measured])
+    assert not torch.equal(values, values.bfloat16().float())
+
+
+def test_a_budget_that_it_does_not_fit_is_refused_and_never_changes_the_method(model: nn.Module) -> None:
+    optimized = duca_compile.optimize(model, ResidualGate(), "eager", STEPS, cache_budget_bytes=100)
+    with torch.no_grad(), pytest.raises(PolicyError, match="the least is 8192 bytes, for residual gate"):
+        optimized(**call(0))
+
+
+def test_it_is_not_exported(model: nn.Module) -> None:
+    with pytest.raises(duca_compile.ExportError, match="decides its steps while it runs"):
+        Traced(optimize(model, ResidualGate()), call(0), STEPS, dynamic_batch=False)

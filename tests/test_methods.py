@@ -108,12 +108,14 @@ def held(optimized: OptimizedModel) -> int:
 @torch.no_grad()
 @pytest.mark.parametrize("name", METHODS)
 def test_twelve_steps_are_those_that_were_planned(case: Case, name: str) -> None:
-    """Full steps are the model's own, bit for bit, and the others are not; the caches are what was announced."""
+    """Full steps are the model's own, bit for bit, and the others are not; no more is held than was announced."""
     policy, _ = METHODS[name]
     optimized = case.shared.optimized(policy, STEPS)
     plan = case.explained(policy).schedule(policy, STEPS)
+    most = 0
     for arguments, own in zip(case.calls(), case.own, strict=True):
         outputs = sample(optimized(**arguments))
+        most = max(most, held(optimized))
         done = optimized.history[-1]
         for row, kind in enumerate(done.rows or (done.kind,) * len(own[0])):
             assert all(torch.isfinite(each[row]).all() for each in outputs)
@@ -126,7 +128,7 @@ def test_twelve_steps_are_those_that_were_planned(case: Case, name: str) -> None
         assert kinds == [step.kind for step in plan.steps]
         assert [done.flops for done in optimized.history] == [step.flops for step in plan.steps]
     assert plan.cache_bytes == optimized.cache_bytes
-    assert abs(held(optimized) - plan.cache_bytes) <= 0.01 * plan.cache_bytes
+    assert abs(most - plan.cache_bytes) <= 0.01 * plan.cache_bytes
 
 
 @pytest.mark.slow
@@ -149,4 +151,4 @@ def test_compiled_steps_agree_with_eager_ones(name: str, monkeypatch: pytest.Mon
             assert (a - b).norm() <= 1e-5 * b.norm()
     assert [done.kind for done in optimized.history] == [done.kind for done in eager.history]
     (captured,) = optimized._compiled.values()
-    assert len(compiled) == len(captured.dispatcher._programs) > 1
+    assert len(compiled) == len(captured.dispatcher.planner.by_spec) > 1

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from duca_compile.api import LOOKED_AHEAD, OptimizedModel, analyze_call, check_model
+from duca_compile.budget import CacheOptions
 from duca_compile.capture import Binder, Call
 from duca_compile.errors import ExportError, UsageError
 from duca_compile.export.batch import Fit, OpenGraph, Seen, open_graph
@@ -67,6 +68,10 @@ class Traced:
         check_model(model.source)
         if num_inference_steps is not None:
             check_whole("num_inference_steps", num_inference_steps, least=1)
+        if model.cache_options != CacheOptions():
+            raise UsageError(
+                "an artifact keeps caches as they are; optimize without cache_dtype and cache_budget_bytes"
+            )
         self.model: torch.nn.Module = model.source
         self.policy: Policy = model.policy
         self._total = model._requests.total if num_inference_steps is None else num_inference_steps

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -21,6 +22,7 @@ from duca_compile.graph import (
 )
 from duca_compile.lock import COMPILING
 from duca_compile.policies.base import Policy, Step, StepKind
+from duca_compile.policies.end_only import EndOnly
 from duca_compile.runtime.arrays import TorchArrays
 from duca_compile.runtime.dispatcher import Plan, Program
 from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
@@ -46,10 +48,10 @@ class Programs:
         PolicyError: this graph cannot serve the policy.
     """
 
-    def __init__(self, facts: Facts, policy: Policy, builder: Builder) -> None:
+    def __init__(self, facts: Facts, policy: Policy, builder: Builder, cache_dtype: torch.dtype | None = None) -> None:
         check_selection(facts, policy)
         check_rows(facts, policy)
-        self._facts, self._policy, self._builder = facts, policy, builder
+        self._facts, self._policy, self._builder, self._cache_dtype = facts, policy, builder, cache_dtype
         self._rows: dict[frozenset[str] | None, Rows] = {}
         self._plans: dict[Step, Plan] = {}
         self._look: Plan | None = None
@@ -83,10 +85,11 @@ class Programs:
         if plan is not None:
             return plan
         with COMPILING:
-            spec, counts = plan_step(self._facts, self._policy, step)
-            variant, program = self._program(spec)
+            run = self._policy.instead_of(step) if isinstance(self._policy, EndOnly) else step
+            spec, counts = plan_step(self._facts, self._policy, run)
+            variant, program = self._program(replace(spec, cache_dtype=self._cache_dtype))
             waiting = tuple(counts.get(index, 0) for index in program.waiting)
-            plan = self._plans[step] = Plan(step, program, waiting, variant.flops(counts))
+            plan = self._plans[step] = Plan(run, program, waiting, variant.flops(counts))
         return plan
 
     def look(self) -> Plan | None:
@@ -94,7 +97,7 @@ class Programs:
         spec = probe_spec(self._facts, self._policy)
         if self._look is None and spec is not None:
             with COMPILING:
-                variant, program = self._program(spec)
+                variant, program = self._program(replace(spec, cache_dtype=self._cache_dtype))
             self._look = Plan(Step(StepKind.FULL), program, (), variant.flops({}))
         return self._look
 

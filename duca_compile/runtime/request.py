@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
-from duca_compile.graph import STREAM_END, cache_input
+from duca_compile.graph import BRANCH, STREAM_END, cache_input
 from duca_compile.policies.base import Kept, Policy, Step, StepKind
 from duca_compile.runtime.adaptive import Decisions
 from duca_compile.runtime.arrays import Array, same_values, size
@@ -70,13 +70,9 @@ class CacheState:
         """Drops the caches that no later step reads."""
         if len(self.caches) > self._most[0]:
             self.most_bytes  # noqa: B018 - remembers it
-        end = cache_input(STREAM_END)
-        if live is Kept.NOTHING:
-            self.caches.clear()
-        elif not live.end:
-            self.caches.pop(end, None)
-        elif not live.branches:
-            self.caches = {name: value for name, value in self.caches.items() if name == end}
+        dead = [cache_input(STREAM_END)] * (not live.end) + [cache_input(BRANCH)] * (not live.branches)
+        for name in [name for name in self.caches if name.startswith(tuple(dead))]:
+            del self.caches[name]
         self.ready.clear()
 
 
