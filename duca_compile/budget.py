@@ -12,6 +12,7 @@ import torch
 from duca_compile.errors import PolicyError, UsageError
 from duca_compile.graph import CapturedGraph, Facts, Variant
 from duca_compile.passes.pipeline import build_variant
+from duca_compile.passes.predict import with_predictor
 from duca_compile.policies.adaptive import AdaptivePolicy
 from duca_compile.policies.base import Policy
 from duca_compile.policies.checks import check_whole
@@ -82,6 +83,7 @@ def variants(
     captured: CapturedGraph, facts: Facts, policy: Policy, dtype: torch.dtype | None, total: int | None
 ) -> list[Variant]:
     """All that the policy's steps need, built and not compiled."""
+    captured = with_predictor(captured, facts, policy.predictor)
     steps = dict.fromkeys(islice(policy.planned(total), LOOKED_AHEAD))
     specs = [plan_step(facts, policy, step)[0] for step in steps]
     look = probe_spec(facts, policy)
@@ -101,7 +103,8 @@ def cache_bytes(facts: Facts, policy: Policy, built: Iterable[Variant]) -> int:
 
 
 def _candidates(policy: Policy, dtype: torch.dtype | None) -> Iterator[tuple[Policy, torch.dtype | None]]:
-    for candidate in (policy,) if isinstance(policy, AdaptivePolicy) else (policy, EndOnly(policy)):
+    alone = isinstance(policy, AdaptivePolicy) or policy.predictor is not None  # a predictor reads the end alone anyhow
+    for candidate in (policy,) if alone else (policy, EndOnly(policy)):
         yield candidate, dtype
         if dtype is None or dtype.itemsize > NARROW.itemsize:
             yield candidate, NARROW

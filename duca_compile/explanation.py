@@ -19,7 +19,7 @@ from duca_compile.errors import UsageError
 from duca_compile.graph import Branch, CapturedGraph, Facts, Role, Variance, Variant, VariantSpec
 from duca_compile.passes.hoist import frontier
 from duca_compile.passes.pipeline import build_variant
-from duca_compile.passes.predict import fitted, predictor_bytes
+from duca_compile.passes.predict import predictor_bytes, with_predictor
 from duca_compile.pipelines import is_pipeline
 from duca_compile.policies import AdaptivePolicy, Policy, Step, StepKind
 from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec
@@ -148,7 +148,7 @@ class Explanation:
         chosen = resolve_policy(policy if policy is not None else self.policy or "duca")
         check_selection(self.facts, chosen)
         check_rows(self.facts, chosen)
-        captured = fitted(self.captured, self.facts, chosen.predictor)
+        captured = with_predictor(self.captured, self.facts, chosen.predictor)
         variants: dict[VariantSpec, Variant] = {}
 
         def variant(spec: VariantSpec) -> Variant:
