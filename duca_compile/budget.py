@@ -1,16 +1,18 @@
-"""How caches are kept: in which type, and within how many bytes."""
+"""How caches are kept, in which type and within how many bytes, and what a request allocates with them."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
 
+from duca_compile.analysis.memory import peak_bytes
 from duca_compile.errors import PolicyError, UsageError
-from duca_compile.graph import CapturedGraph, Facts, Variant
+from duca_compile.graph import CapturedGraph, Facts, Variant, VariantSpec, cache_input, is_live
+from duca_compile.passes.hoist import frontier, row_layout
 from duca_compile.passes.pipeline import build_variant
 from duca_compile.passes.predict import with_predictor
 from duca_compile.policies.adaptive import AdaptivePolicy
@@ -66,8 +68,9 @@ def fitted(
         return policy, options.dtype
     tried: list[Fit] = []
     for candidate, dtype in _candidates(policy, options.dtype):
-        built = variants(captured, facts, candidate, dtype, total)
-        tried.append(Fit(candidate, dtype, cache_bytes(facts, candidate, built)))
+        tried.append(
+            Fit(candidate, dtype, cache_bytes(facts, candidate, variants(captured, facts, candidate, dtype, total)))
+        )
         if tried[-1].bytes <= options.budget:
             _report(tried, options.budget)
             return candidate, dtype
@@ -85,9 +88,8 @@ def variants(
     """All that the policy's steps need, built and not compiled."""
     captured = with_predictor(captured, facts, policy.predictor)
     steps = dict.fromkeys(islice(policy.planned(total), LOOKED_AHEAD))
-    specs = [plan_step(facts, policy, step)[0] for step in steps]
     look = probe_spec(facts, policy)
-    specs += [] if look is None else [look]
+    specs = [plan_step(facts, policy, step)[0] for step in steps] + ([] if look is None else [look])
     return [build_variant(captured, facts, replace(spec, cache_dtype=dtype)) for spec in dict.fromkeys(specs)]
 
 
@@ -100,6 +102,29 @@ def cache_bytes(facts: Facts, policy: Policy, built: Iterable[Variant]) -> int:
     kinds = 0 if selection is None else (selection.staleness > 0) + (score_kind(policy) is not None)
     scored = sum(branch.shape[0] * branch.tokens for branch in facts.branches if branch.pointwise)
     return sum(held.values()) + kinds * scored * SCORE_BYTES
+
+
+def peak_of_request(captured: CapturedGraph, facts: Facts, policy: Policy, total: int | None) -> int:
+    """The most that one pass of a request of ``total`` steps allocates at once, step by step under eager."""
+    captured = with_predictor(captured, facts, policy.predictor)
+    known: dict[tuple[VariantSpec, tuple[int, ...]], tuple[Variant, int]] = {}
+    held: dict[str, int] = {}
+    most = 0
+    for step in policy.planned(total):
+        spec, counts = plan_step(facts, policy, step)
+        key = spec, tuple(counts.values())
+        if key not in known:
+            variant = build_variant(captured, facts, spec)
+            sizes = {spec.tokens_input(i): (facts.branches[i].shape[0], count) for i, count in counts.items()}
+            known[key] = variant, peak_bytes(variant.module, sizes)
+        variant, own = known[key]
+        replaced = {slot for slot in variant.kept if cache_input(slot) not in variant.inputs}
+        most = max(most, own + sum(size for slot, size in held.items() if slot not in replaced))
+        held = {slot: size for slot, size in {**held, **variant.kept}.items() if is_live(slot, step.live)}
+    hoisted = [node.meta["val"] for node in frontier(captured.graph, facts)]
+    rows = row_layout(captured.graph, facts).items()
+    outside: int = sum(value.numel() * value.element_size() for value in hoisted)
+    return most + outside + sum(row[-1].stop * dtype.itemsize for dtype, row in rows)
 
 
 def _candidates(policy: Policy, dtype: torch.dtype | None) -> Iterator[tuple[Policy, torch.dtype | None]]:

@@ -13,7 +13,7 @@ from rich.text import Text
 from torch import nn
 
 from duca_compile.api import OptimizedModel, analyze_call, check_model, check_parts, resolve_policy
-from duca_compile.budget import cache_bytes
+from duca_compile.budget import cache_bytes, peak_of_request
 from duca_compile.capture import Binder
 from duca_compile.errors import UsageError
 from duca_compile.graph import Branch, CapturedGraph, Facts, Role, Variance, Variant, VariantSpec
@@ -169,6 +169,20 @@ class Explanation:
         kept = cache_bytes(self.facts, chosen, variants.values())
         adaptive, weights = isinstance(chosen, AdaptivePolicy), predictor_bytes(captured)
         return ScheduleReport(chosen.name, steps, self.flops, kept, adaptive, weights)
+
+    def peak_bytes(self, policy: str | Policy | None = None, num_inference_steps: int = 50) -> int:
+        """The most that one pass of a request allocates at once under the eager backend.
+
+        That is caches, loop-invariant and timestep-only values, and what a step computes on its way; the model's
+        weights and the call's own tensors were there before. Compiled steps allocate less on their way.
+
+        Raises:
+            PolicyError: an unknown policy, or one that this model cannot serve.
+        """
+        chosen = resolve_policy(policy if policy is not None else self.policy or "duca")
+        check_selection(self.facts, chosen)
+        check_rows(self.facts, chosen)
+        return peak_of_request(self.captured, self.facts, chosen, num_inference_steps)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         facts = self.facts

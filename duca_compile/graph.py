@@ -313,6 +313,11 @@ def is_cache(result: str) -> bool:
     return result == PROBE_SEEN or not (result.startswith(("output_", "score_")) or result in MEASURED)
 
 
+def is_live(slot: str, live: Kept) -> bool:
+    """Whether the cache of this slot is still read, where caches of the kinds ``live`` are."""
+    return not slot.startswith(((STREAM_END,) * (not live.end)) + ((BRANCH,) * (not live.branches)))
+
+
 def change_slot(index: int) -> str:
     """The slot of what a stretch of a stream's branches, of which this is the last, add to it together."""
     return f"change_{index}"

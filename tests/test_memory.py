@@ -168,6 +168,15 @@ def test_reuse_alone_keeps_no_end_of_the_stream(model: nn.Module) -> None:
 # ---- what a run allocates
 
 
+def most_allocated(profiled: profile) -> int:
+    now = most = 0
+    for event in sorted(profiled.profiler.kineto_results.events(), key=lambda each: each.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
 def test_what_a_variant_allocates_is_known_before_it_runs(model: nn.Module, policy: Policy) -> None:
@@ -182,10 +191,21 @@ def test_what_a_variant_allocates_is_known_before_it_runs(model: nn.Module, poli
         variant.module.forward(*tensors)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             results = variant.module.forward(*tensors)
-        now = most = 0
-        for event in sorted(profiled.profiler.kineto_results.events(), key=lambda each: each.start_ns()):
-            if event.name() == "[memory]":
-                now += event.nbytes()
-                most = max(most, now)
         assert results
-        assert peak_bytes(variant.module, count) == pytest.approx(most, rel=0.05)
+        assert peak_bytes(variant.module, count) == pytest.approx(most_allocated(profiled), rel=0.05)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("policy", [*POLICIES, DuCa(interval=4, first="skip")], ids=lambda policy: policy.name)
+def test_the_peak_of_a_request_is_known_before_it_runs(model: nn.Module, policy: Policy) -> None:
+    call = {"timestep": torch.full((4,), 990), "class_labels": torch.zeros(4, dtype=torch.int64)}
+    said = duca_compile.explain(model, latent(0), **call).peak_bytes(policy, 8)
+    optimized = duca_compile.optimize(model, policy, "eager", 8)
+    loop(optimized)
+    optimized.reset()
+    latents = [latent(step) for step in range(8)]
+    times = [torch.full((4,), 990 - 10 * step) for step in range(8)]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        for each, time in zip(latents, times, strict=True):
+            optimized(each, timestep=time, class_labels=call["class_labels"])
+    assert said == pytest.approx(most_allocated(profiled), rel=0.05)

@@ -24,7 +24,7 @@ from duca_compile.policies.base import Policy, Step, StepKind
 from duca_compile.policies.checks import check_whole
 from duca_compile.runtime import manifest
 from duca_compile.runtime.dispatcher import Prologue
-from duca_compile.runtime.planning import check_selection, plan_step
+from duca_compile.runtime.planning import check_selection, plan_step, score_output
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Traced:
             check_whole("num_inference_steps", num_inference_steps, least=1)
         if model.cache_options != CacheOptions():
             raise UsageError(
-                "an artifact keeps caches as they are; optimize without cache_dtype and cache_budget_bytes"
+                "an artifact has no cache_dtype and no cache_budget_bytes: optimize the model without them"
             )
         self.model: torch.nn.Module = model.source
         self.policy: Policy = model.policy
@@ -195,11 +195,9 @@ class TracedVariant:
         for branch in facts.branches:
             if not branch.pointwise:
                 continue
-            if self.spec.actions[branch.index] is not Action.COMPUTE:
+            if self.spec.actions[branch.index] is Action.COMPUTE:
+                computed[str(branch.index)] = score_output(facts, branch, self.spec.scores, outputs)
+            else:
                 waiting.append(branch.index)
-                continue
-            source = facts.score_source(branch, self.spec.scores)
-            emitted = source is not None and source.score_slot in outputs
-            computed[str(branch.index)] = source.score_slot if source is not None and emitted else None
         tokens = tuple(map(self.spec.tokens_input, waiting))
         return manifest.Variant(self.name, rows, tuple(waiting), tokens, computed)

@@ -184,6 +184,16 @@ def _at(size: int | Size, batch: int) -> int:
     return size.at(batch) if isinstance(size, Size) else size
 
 
+class Config(dict[str, Any]):
+    """A config whose entries are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
 class Artifact:
     """A model that was exported: called like it, with numpy arrays or torch tensors, and returns what it is given.
 
@@ -231,6 +241,16 @@ class Artifact:
                 found = self._dispatchers.setdefault(batch, made)
         return found
 
+    @property
+    def config(self) -> Config:
+        """The source model's config, as pipelines read it."""
+        return Config(self.manifest.source.config)
+
+    @property
+    def dtype(self) -> Any:
+        """The type of most weights: torch's, where torch is loaded, else its name."""
+        return getattr(sys.modules.get("torch"), self.manifest.precision, self.manifest.precision)
+
     def cache_context(self, name: str, **options: Any) -> AbstractContextManager[None]:
         """Calls inside are of the pass called ``name``, with caches of its own."""
         return named_pass(self, name, options)
@@ -262,6 +282,7 @@ class _Binder:
         self._specs = {spec.name: spec for spec in found.inputs}
         self._arguments = [each for each in found.signature.arguments if each.input in self._specs]
         self._latent = self._specs[found.signature.latent]
+        self._tensors = {each.path for each in found.signature.arguments}
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Array], int]:
         """The tensors of one call, and its batch size. Raises UsageError where they are of other kinds."""
@@ -286,15 +307,24 @@ class _Binder:
         return int(latent.shape[0])
 
     def _check_options(self, given: Mapping[str, Any]) -> None:
-        tensors = {each.path[0] for each in self._signature.arguments}
-        for name, value in given.items():
-            if name in tensors:
+        for path, value in _leaves(given):
+            if path in self._tensors:
                 continue
+            name = ".".join(map(str, path))
             if name not in self._signature.options:
                 raise UsageError(f"unknown argument {name!r}; the model takes {', '.join(self._signature.parameters)}")
             built_in = self._signature.options[name]
             if value != built_in:
                 raise UsageError(f"{name}={value!r}: the artifact was exported with {built_in!r}, which is built in")
+
+
+def _leaves(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """What is in dictionaries, lists and tuples, with the way to it."""
+    if isinstance(value, Mapping | list | tuple):
+        for key, each in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _leaves(each, (*path, key))
+    else:
+        yield path, value
 
 
 def _follow(given: Mapping[str, Any], path: tuple[str | int, ...]) -> Any:
@@ -370,7 +400,7 @@ def load(
     *,
     providers: Sequence[str] | None = None,
     threads: int | None = None,
-    share_weights: bool = False,
+    share_weights: bool = True,
     verify: bool = True,
 ) -> Artifact:
     """An artifact that was written by ``duca_compile.save``, ready to be called like the model.
@@ -381,8 +411,8 @@ def load(
         providers: of ONNX Runtime, the first choice first; the CPU where it is None. One that cannot be used is an
             error, never a silent fall-back.
         threads: that one operator may use; as many as ONNX Runtime takes where it is None.
-        share_weights: hold the weights once, mapped from the file, for all graphs. Else every graph rearranges its own
-            copy for speed.
+        share_weights: hold the weights once, mapped from the file, for all graphs. Else each graph rearranges copies of
+            its own, which can be faster for wide models.
         verify: compare each file with its hash. This reads all of them.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 from duca_compile.errors import PolicyError
@@ -99,6 +100,12 @@ def _shared(facts: Facts, counts: dict[int, int]) -> tuple[int, ...]:
         else branch.index
         for branch in facts.branches
     )
+
+
+def score_output(facts: Facts, branch: Branch, scores: str | None, outputs: Collection[str]) -> str | None:
+    """The output among ``outputs`` that holds the scores of the tokens of ``branch``; None where there is none."""
+    source = facts.score_source(branch, scores)
+    return source.score_slot if source is not None and source.score_slot in outputs else None
 
 
 def score_kind(policy: Policy) -> str | None:

@@ -26,7 +26,7 @@ from duca_compile.policies.end_only import EndOnly
 from duca_compile.runtime.arrays import TorchArrays
 from duca_compile.runtime.dispatcher import Plan, Program
 from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
-from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec, tokens_of
+from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec, score_output, tokens_of
 from duca_compile.runtime.rows import Rows
 from duca_compile.runtime.selection import Tokens
 
@@ -123,10 +123,8 @@ class Programs:
         found: dict[int, int | None] = {}
         for branch in self._selectable:
             if variant.spec.actions[branch.index] is Action.COMPUTE:
-                source = self._facts.score_source(branch, variant.spec.scores)
-                emitted = source is not None and source.score_slot in variant.outputs
-                slot = variant.outputs.index(source.score_slot) if source is not None and emitted else None
-                found[self._position[branch.index]] = slot
+                score = score_output(self._facts, branch, variant.spec.scores, variant.outputs)
+                found[self._position[branch.index]] = None if score is None else variant.outputs.index(score)
         return found
 
 

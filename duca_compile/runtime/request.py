@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
-from duca_compile.graph import BRANCH, STREAM_END, cache_input
+from duca_compile.graph import cache_input, is_live
 from duca_compile.policies.base import Kept, Policy, Step, StepKind
 from duca_compile.runtime.adaptive import Decisions
 from duca_compile.runtime.arrays import Array, same_values, size
@@ -70,8 +70,8 @@ class CacheState:
         """Drops the caches that no later step reads."""
         if len(self.caches) > self._most[0]:
             self.most_bytes  # noqa: B018 - remembers it
-        dead = [cache_input(STREAM_END)] * (not live.end) + [cache_input(BRANCH)] * (not live.branches)
-        for name in [name for name in self.caches if name.startswith(tuple(dead))]:
+        prefix = cache_input("")
+        for name in [name for name in self.caches if not is_live(name.removeprefix(prefix), live)]:
             del self.caches[name]
         self.ready.clear()
 

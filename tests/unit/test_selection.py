@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from duca_compile.errors import PolicyError
 from duca_compile.policies import Selection
-from duca_compile.runtime.arrays import TorchArrays
+from duca_compile.policies.base import SelectionKind
+from duca_compile.runtime.arrays import NumpyArrays, TorchArrays
 from duca_compile.runtime.selection import Tokens, TokenSelector, check_grid
 
 BATCH, TOKENS = 2, 16
+CPU = TorchArrays(torch.device("cpu"))
 
 
 def selector(
@@ -23,7 +26,7 @@ def selector(
     tokens: int = TOKENS,
     grid: tuple[int, ...] | None = None,
 ) -> TokenSelector:
-    return TokenSelector(selection, [Tokens(batch, tokens, grid)] * branches, TorchArrays(torch.device("cpu")))
+    return TokenSelector(selection, [Tokens(batch, tokens, grid)] * branches, CPU)
 
 
 def scored(selection: Selection, *scores: Tensor, grid: tuple[int, ...] | None = None) -> TokenSelector:
@@ -122,11 +125,7 @@ def test_branches_that_are_not_asked_keep_their_state() -> None:
 
 def test_branches_over_other_tokens_choose_on_their_own() -> None:
     """Image and text branches in turn: each gets indices of its own range, in the order asked for."""
-    chosen = TokenSelector(
-        Selection("attention"),
-        [Tokens(BATCH, 16), Tokens(BATCH, 5), Tokens(BATCH, 16)],
-        TorchArrays(torch.device("cpu")),
-    )
+    chosen = TokenSelector(Selection("attention"), [Tokens(BATCH, 16), Tokens(BATCH, 5), Tokens(BATCH, 16)], CPU)
     chosen.refresh({0: torch.arange(16.0).expand(BATCH, -1), 1: -torch.arange(5.0).expand(BATCH, -1), 2: None})
     image, text = chosen.select([0, 1], [2, 3], 3)
     assert image[0].tolist() == [15, 14]
@@ -246,3 +245,29 @@ class TestRandom:
         chosen = selector(Selection("random"), batch=1, tokens=64)
         chosen.refresh({0: torch.arange(64.0)[None]})
         assert chosen.select([0], [4], 3)[0].tolist() != [[63, 62, 61, 60]]
+
+
+@given(
+    kind=st.sampled_from(["v_norm", "attention", "random"]),
+    staleness=st.sampled_from([0.0, 0.25]),
+    bonus=st.sampled_from([0.0, 0.8]),
+    shared=st.booleans(),
+    seed=st.integers(0, 5),
+)
+def test_numpy_and_torch_choose_the_same(
+    kind: SelectionKind, staleness: float, bonus: float, shared: bool, seed: int
+) -> None:
+    """What runs an artifact has no torch, and is to choose the tokens that the optimized model chooses."""
+    selection = Selection(kind, staleness, bonus, seed=seed, shared=shared)
+    random = np.random.default_rng(seed)
+    pair = [TokenSelector(selection, [(BATCH, TOKENS)] * 2, arrays) for arrays in (CPU, NumpyArrays())]
+    for _ in range(3):
+        scores = random.standard_normal((2, BATCH, TOKENS), np.float32)
+        pair[0].refresh({i: torch.from_numpy(scores[i]) for i in range(2)})
+        pair[1].refresh({i: scores[i] for i in range(2)})
+        for counts in ([3, 3], [5, 2]):
+            tensors, arrays = (each.select([0, 1], counts, 3) for each in pair)
+            for tensor, array in zip(tensors, arrays, strict=True):
+                assert tensor.dtype is torch.int64
+                assert array.dtype == np.int64
+                assert np.array_equal(tensor.numpy(), array)
