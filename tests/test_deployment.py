@@ -25,7 +25,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import duca_compile
-from duca_compile import FORA, DuCa, Policy, Selection, TaylorSeer, published
+from duca_compile import FORA, DuCa, Policy, Selection, TaylorSeer, ToCa, published
 from duca_compile.demo import DemoModel
 from duca_compile.runtime.manifest import read_manifest
 from tests.artifacts import BLOCKED, ROOT, distance, export, loop, optimized, tiny_dit, without_torch
@@ -166,10 +166,10 @@ def test_an_artifact_takes_the_place_of_a_pipelines_transformer(demo: DemoModel,
 POLICIES = [
     DuCa(interval=4, fresh_ratio=0.3, selection=Selection("v_norm", staleness=0.25, patch_bonus=0.4)),
     published("duca", "dit", interval=3, latched=False),  # attention scores, and full steps that change their mind
+    ToCa(),
     TaylorSeer(interval=4, max_order=2),
     TaylorSeer(interval=4, max_order=1, lite=True),
     FORA(3),
-    duca_compile.Uncached(),
 ]
 
 
@@ -192,9 +192,11 @@ def test_attention_stays_whole_from_opset_23_on(tmp_path: Path) -> None:
 
 
 def test_a_fixed_batch_is_all_that_is_taken(tmp_path: Path) -> None:
-    model = optimized(FORA(3))
+    """And a policy without caches has one variant."""
+    model = optimized(duca_compile.Uncached())
     found = export(model, tmp_path / "artifact", dynamic_batch=False)
     assert all(spec.shape[0] == 2 for spec in found.inputs)
+    assert found.caches == ()
     artifact = duca_compile.load(tmp_path / "artifact", threads=1)
     assert distance(loop(model, 2), loop(artifact, 2)) < 1e-4
     with pytest.raises(duca_compile.UsageError, match=r"\(2, 2, 8, 8\)"):
