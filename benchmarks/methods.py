@@ -21,22 +21,25 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from measure import Spread, of_pairs, surroundings, timed, write
+from report import methods_tables
 from rich.console import Console
+from rich.progress import track
 from torch import Tensor, nn
 
 import duca_compile
 from duca_compile import FORA, RFC, DisCa, DuCa, Policy, ResidualGate, SpeCa, TaylorSeer, ToCa, Uncached
 from duca_compile import predictor as files
 from duca_compile.demo import DemoModel
+from duca_compile.explanation import Explanation
 from duca_compile.predictor import Predictor
 from duca_compile.training import TrainingSettings, train_predictor
 
@@ -46,13 +49,14 @@ from eval_demo import Judge, frechet, load_judge
 RESULTS = Path(__file__).parent / "results"
 FEWER = "fewer steps"
 SEED_STRIDE, SEARCH_SEED, TRAINING_SEED = 1000, 900_000, 950_000  # of the noise; no image of one is in another
-TRIALS = 6  # loops of a search for a threshold
 THRESHOLDS = (0.01, 30.0)
 RESAMPLES = 200
 QUALITIES = {"psnr": "PSNR, dB", "perceptual": "perceptual distance"}
 KEY = "ways"  # of the JSON in a round's file
-LOOPS, UPDATES = 10, 40  # of the training of DisCa's predictor, on loops of 20 steps
+TRIALS = 6  # loops of a search for a threshold
+TRAINING = TrainingSettings(loops=10, updates=40)  # of DisCa's predictor
 TRAINING_STEPS = 20
+ABOUT = "about.json"
 
 Found = dict[str, Any]
 
@@ -75,26 +79,26 @@ class Way:
 # ---- settings
 
 
-def fixed(learned: Predictor, interval: int) -> dict[str, Policy]:
-    """The methods whose schedule is known beforehand, by name."""
-    return {
+def fixed(learned: Predictor | None, interval: int) -> dict[str, Policy]:
+    """The methods whose schedule is known beforehand, by name; DisCa where there is a predictor."""
+    found: dict[str, Policy] = {
         "FORA": FORA(interval),
         "ToCa": ToCa(interval),
         "DuCa": DuCa(interval),
         "TaylorSeer": TaylorSeer(interval, first_full_steps=1),
         "TaylorSeer lite": TaylorSeer(interval, first_full_steps=1, lite=True),
         "TaylorSeer relational": TaylorSeer(interval, first_full_steps=1, relational=True),
-        "DisCa": DisCa(learned, interval),
     }
+    return found if learned is None else found | {"DisCa": DisCa(learned, interval)}
 
 
-def adaptive(steps: int) -> dict[str, Callable[[float], Policy]]:
-    """Those that decide while they run, of a threshold."""
-    return {
-        "RFC": lambda threshold: RFC(threshold),
-        "SpeCa": lambda threshold: SpeCa(base_threshold=threshold, first_full_steps=2, max_taylor_steps=steps),
-        "ResidualGate": lambda threshold: ResidualGate(threshold),
-    }
+# those that decide while they run, of a threshold and the number of steps
+ADAPTIVE: dict[str, Callable[[float, int], Policy]] = {
+    "RFC": lambda threshold, steps: RFC(threshold),
+    "SpeCa": lambda threshold, steps: SpeCa(base_threshold=threshold, first_full_steps=2, max_taylor_steps=steps),
+    "ResidualGate": lambda threshold, steps: ResidualGate(threshold),
+}
+METHODS = [*fixed(None, 2), "DisCa", *ADAPTIVE]
 
 
 def plain_counts(steps: int, level: int) -> list[int]:
@@ -102,59 +106,64 @@ def plain_counts(steps: int, level: int) -> list[int]:
     return sorted({steps // level, round(1.1 * steps / level), math.ceil(1.2 * steps / level)})
 
 
-def nearest(explained: Any, method: str, learned: Predictor, steps: int, level: int) -> Way:
-    """The interval whose FLOPs come nearest to the level's."""
+@dataclass(frozen=True)
+class Settings:
+    """Chooses those of all methods for one number of steps, so that their FLOPs are matched."""
 
-    def distance(interval: int) -> float:
-        report = explained.schedule(fixed(learned, interval)[method], steps)
-        return abs(math.log(level / report.ideal_speedup))
+    demo: DemoModel
+    learned: Predictor | None
+    steps: int
+    backend: str
+    known: Path  # of the thresholds found before
+    trials: int
 
-    interval = min(range(2, steps // 2), key=distance)
-    return Way(method, f"N={interval}", level, fixed(learned, interval)[method])
+    def ways(self, levels: list[int], methods: list[str]) -> list[Way]:
+        found: list[Way] = []
+        for level in levels:
+            found += [Way(FEWER, f"{n} steps", level, None, n) for n in plain_counts(self.steps, level)]
+            for method in methods:
+                found.append(self._adaptive(method, level) if method in ADAPTIVE else self._fixed(method, level))
+        return [*{way.key: way for way in reversed(found)}.values()][::-1]  # of two levels' the same, the first
 
+    @cached_property
+    def _explained(self) -> Explanation:
+        noise = self.demo.noise(0)
+        labels = torch.arange(2 * len(noise)) % len(noise)
+        timestep = torch.full((2 * len(noise),), 500)
+        both = torch.cat([noise, noise])
+        return duca_compile.explain(self.demo.transformer, both, timestep=timestep, class_labels=labels)
 
-def searched(demo: DemoModel, flops: float, method: str, steps: int, level: int, backend: str) -> float:
-    """The threshold whose FLOPs come nearest to the level's, by bisection on noise that is not measured later."""
-    low, high = map(math.log, THRESHOLDS)
-    tried: dict[float, float] = {}
-    for _ in range(TRIALS):
-        threshold = float(f"{math.exp((low + high) / 2):.4g}")
-        model = duca_compile.optimize(demo.transformer, adaptive(steps)[method](threshold), backend, steps, strict=True)
-        demo.sample(model, steps, demo.noise(SEARCH_SEED), ignore)
-        share = sum(each.flops for each in model.history) / (steps * flops)
-        tried[threshold] = abs(math.log(share * level))
-        low, high = (math.log(threshold), high) if share * level > 1 else (low, math.log(threshold))
-    return min(tried, key=lambda each: tried[each])
+    def _fixed(self, method: str, level: int) -> Way:
+        """The interval whose FLOPs come nearest to the level's."""
 
+        def distance(interval: int) -> float:
+            report = self._explained.schedule(fixed(self.learned, interval)[method], self.steps)
+            return abs(math.log(level / report.ideal_speedup))
 
-def thresholds(demo: DemoModel, flops: float, steps: int, level: int, backend: str, path: Path) -> dict[str, float]:
-    """Of each adaptive method; those found before are in the file at ``path``."""
-    known: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-    for method in adaptive(steps):
-        name = f"{method}, {steps} steps, 1/{level}"
+        interval = min(range(2, max(3, self.steps // 2)), key=distance)
+        return Way(method, f"N={interval}", level, fixed(self.learned, interval)[method])
+
+    def _adaptive(self, method: str, level: int) -> Way:
+        known: dict[str, float] = json.loads(self.known.read_text()) if self.known.exists() else {}
+        name = f"{method}, {self.steps} steps, 1/{level}"
         if name not in known:
-            known[name] = searched(demo, flops, method, steps, level, backend)
-            write(known, path)
-    return {method: known[f"{method}, {steps} steps, 1/{level}"] for method in adaptive(steps)}
+            known[name] = self._searched(method, level)
+            write(known, self.known)
+        return Way(method, f"threshold {known[name]:g}", level, ADAPTIVE[method](known[name], self.steps))
 
-
-def explain(demo: DemoModel) -> Any:
-    """Of a round's call, both halves of guidance."""
-    noise = demo.noise(0)
-    labels = torch.arange(2 * len(noise)) % len(noise)
-    timestep = torch.full((2 * len(noise),), 500)
-    return duca_compile.explain(demo.transformer, torch.cat([noise, noise]), timestep=timestep, class_labels=labels)
-
-
-def ways(demo: DemoModel, learned: Predictor, steps: int, levels: list[int], backend: str, state: Path) -> list[Way]:
-    explained, found = explain(demo), list[Way]()
-    for level in levels:
-        found += [Way(FEWER, f"{n} steps", level, None, n) for n in plain_counts(steps, level)]
-        found += [nearest(explained, method, learned, steps, level) for method in fixed(learned, 2)]
-        chosen = thresholds(demo, explained.flops, steps, level, backend, state / "thresholds.json")
-        make = adaptive(steps)
-        found += [Way(name, f"threshold {each:g}", level, make[name](each)) for name, each in chosen.items()]
-    return [*{way.key: way for way in reversed(found)}.values()][::-1]  # of two levels' the same, the first
+    def _searched(self, method: str, level: int) -> float:
+        """The threshold whose FLOPs come nearest to the level's, by bisection on noise that is not measured later."""
+        low, high = map(math.log, THRESHOLDS)
+        tried: dict[float, float] = {}
+        for _ in range(self.trials):
+            threshold = float(f"{math.exp((low + high) / 2):.4g}")
+            policy = ADAPTIVE[method](threshold, self.steps)
+            model = duca_compile.optimize(self.demo.transformer, policy, self.backend, self.steps, strict=True)
+            self.demo.sample(model, self.steps, self.demo.noise(SEARCH_SEED), ignore)
+            share = sum(each.flops for each in model.history) / (self.steps * self._explained.flops)
+            tried[threshold] = abs(math.log(share * level))
+            low, high = (math.log(threshold), high) if share * level > 1 else (low, math.log(threshold))
+        return min(tried, key=lambda each: tried[each])
 
 
 def trained(demo: DemoModel, path: Path, settings: TrainingSettings, steps: int) -> Predictor:
@@ -340,51 +349,7 @@ def kinds_of(facts: list[Found]) -> list[str]:
     return [*dict.fromkeys(kind for each in facts for kind in each["kinds"])]
 
 
-# ---- tables and the picture
-
-COLUMNS = ("method", "setting", "FLOPs", "mean steps", "PSNR, dB", "over plain steps, dB", "perceptual", "Fréchet")
-COLUMNS = (*COLUMNS, "time, s", "speed-up", "caches, MiB", "images")
-
-
-def pm(value: Found, digits: int) -> str:
-    return f"{value['mean']:.{digits}f} ± {value['error']:.{digits}f}"
-
-
-def cells(each: Found) -> list[str]:
-    against = each.get("over_plain")
-    plain = f"{against['mean']:+.2f} ± {against['error']:.2f} ({each['plain'].split(', ')[1]})" if against else ""
-    return [
-        each["method"],
-        each["setting"],
-        f"{each['flops']:.3f}",
-        ", ".join(f"{count:g} {kind}" for kind, count in each["kinds"].items()),
-        pm(each["psnr"], 2),
-        plain,
-        pm(each["perceptual"], 4),
-        pm(each["frechet"], 3),
-        f"{each['seconds']['median']:.2f}",
-        f"{each['speedup']['median']:.2f}x",
-        f"{each['cache_bytes'] / 2**20:.1f}",
-        f"{each['images']}, {each['seeds']} seeds",
-    ]
-
-
-def markdown(found: Found) -> str:
-    return "\n".join(lines(found)) + "\n"
-
-
-def lines(found: Found) -> Iterator[str]:
-    for steps in dict.fromkeys(each["steps"] for each in found["points"]):
-        for level in sorted({each["level"] for each in found["points"] if each["steps"] == steps}):
-            group = [each for each in found["points"] if (each["steps"], each["level"]) == (steps, level)]
-            load = [each["load"]["median"] for each in group]
-            base = group[0]["base_seconds"]["median"]
-            yield f"\n### DDIM, {steps} steps, about 1/{level} of the FLOPs\n"
-            yield f"Uncached: {base:.2f} s for a round of {found['classes']} images; load {min(load):.1f} to"
-            yield f"{max(load):.1f}.\n"
-            yield f"| {' | '.join(COLUMNS)} |"
-            yield "|---" * len(COLUMNS) + "|"
-            yield from (f"| {' | '.join(cells(each))} |" for each in group)
+# ---- the table and the picture
 
 
 def table(points: list[Found]) -> str:
@@ -442,58 +407,68 @@ def draw(points: list[Found], path: Path) -> None:
     figure.savefig(path, format="png")
 
 
-def report(state: Path, steps: list[int], about: Found, out: Path) -> Found:
-    points = [each for number in steps for each in collect(state, number)]
-    found = {**about, "points": points}
+def report(state: Path, out: Path) -> None:
+    """Writes what the rounds so far say."""
+    numbers = sorted(int(path.name.split("-")[0]) for path in state.glob("*-steps"))
+    points = [each for number in numbers for each in collect(state, number)]
+    found = {**json.loads((state / ABOUT).read_text()), "points": points}
     write(found, out)
-    out.with_suffix(".md").write_text(markdown(found))
+    out.with_suffix(".md").write_text("\n".join(methods_tables(found)) + "\n")
     out.with_suffix(".csv").write_text(table(points))
     draw(points, out.with_suffix(".png"))
-    return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file; .csv, .md and .png are written beside it")
-    parser.add_argument("--state", type=Path, default=Path("runs/methods"), help="what the rounds found")
-    parser.add_argument("--judge", type=Path, default=RESULTS / "judge.safetensors")
-    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
-    parser.add_argument("--steps", type=int, nargs="+", default=[20, 50])
-    parser.add_argument("--levels", type=int, nargs="+", default=[2, 3, 5], help="the uncached FLOPs over this")
-    parser.add_argument("--images", type=int, default=250, help="for each number of steps, a tenth of them in a round")
-    parser.add_argument("--seeds", type=int, default=3, help="rounds take them in turn")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="start no round after so many")
-    parser.add_argument("--quick", action="store_true", help="two rounds of 6 steps under eager, hardly any training")
-    args = parser.parse_args()
-    until, console = time.monotonic() + 60 * args.minutes, Console()
-    torch.set_num_threads(1)
-    demo = DemoModel.load()
-    training = TrainingSettings(LOOPS, UPDATES)
-    backend, learning_steps, rounds = "inductor", TRAINING_STEPS, math.ceil(args.images / len(demo.class_names))
+def measure(args: argparse.Namespace) -> None:
+    until = time.monotonic() + 60 * args.minutes
+    demo, judge = DemoModel.load(), load_judge(args.judge, args.data)
+    backend, trials, training, training_steps = "inductor", TRIALS, TRAINING, TRAINING_STEPS
     if args.quick:
-        args.steps, args.levels, args.seeds = [6], [2], 2
-        backend, learning_steps, rounds, training = "eager", 4, 2, replace(training, loops=1, updates=1)
-    args.state.mkdir(parents=True, exist_ok=True)
-    judge = load_judge(args.judge, args.data)
-    learned = trained(demo, args.state / "predictor.safetensors", training, learning_steps)
+        args.steps, args.levels, args.images, args.seeds = [4], [2], 20, 2
+        backend, trials, training, training_steps = "eager", 1, TrainingSettings(loops=1, updates=1), 2
+    learned = None
+    if "DisCa" in args.methods:
+        learned = trained(demo, args.state / "predictor.safetensors", training, training_steps)
     about = {
         "what": __doc__.splitlines()[0],
         "surroundings": surroundings(1),
         "backend": backend,
         "classes": len(demo.class_names),
-        "predictor": {**asdict(training), "steps": learning_steps, "losses": learned.config.losses},
+        "training": {**asdict(training), "steps": training_steps, "losses": learned.config.losses if learned else ()},
     }
+    write(about, args.state / ABOUT)
+    rounds = math.ceil(args.images / len(demo.class_names))
     for steps in args.steps:
-        bench = Bench(
-            demo, judge, steps, ways(demo, learned, steps, args.levels, backend, args.state), backend, args.state
-        )
-        for index in range(rounds):
+        settings = Settings(demo, learned, steps, backend, args.state / "thresholds.json", trials)
+        bench = Bench(demo, judge, steps, settings.ways(args.levels, args.methods), backend, args.state)
+        for index in track(range(rounds), f"DDIM-{steps}"):
             if time.monotonic() > until:
                 break
             bench.round(index % args.seeds, index // args.seeds)
-            console.print(f"DDIM-{steps}: {index + 1} of {rounds} rounds")
-    found = report(args.state, args.steps, about, args.out)
-    console.print(markdown(found))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; .csv, .md and .png are written beside it")
+    parser.add_argument("--state", type=Path, default=Path("runs/methods"), help="folder of what the rounds found")
+    parser.add_argument("--judge", type=Path, default=RESULTS / "judge.safetensors")
+    parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
+    parser.add_argument("--steps", type=int, nargs="+", default=[20, 50])
+    parser.add_argument("--levels", type=int, nargs="+", default=[2, 3, 5], help="the uncached FLOPs over this")
+    parser.add_argument(
+        "--images", type=int, default=250, help="for each number of steps, one of each class in a round"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="rounds take them in turn")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no round after so many")
+    parser.add_argument("--report", action="store_true", help="only write what the rounds so far say")
+    parser.add_argument("--quick", action="store_true", help="two rounds of 4 steps under eager, hardly any training")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    args.state.mkdir(parents=True, exist_ok=True)
+    if not args.report:
+        measure(args)
+    report(args.state, args.out)
+    Console().print(args.out.with_suffix(".md").read_text(), soft_wrap=True, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ INTRODUCTION = """# Benchmarks
 python -m venv .venv && .venv/bin/pip install -c constraints.txt -e '.[bench]'
 .venv/bin/python benchmarks/suite.py --out benchmarks/results/suite.json
 .venv/bin/python benchmarks/pareto.py --out benchmarks/results/pareto.json
+.venv/bin/python benchmarks/methods.py --out benchmarks/results/methods.json
 .venv/bin/python benchmarks/report.py benchmarks/results > benchmarks/README.md
 ```
 
@@ -42,6 +43,7 @@ alone. The last command writes this file. All figures below are from [results](r
 | file | holds |
 |---|---|
 | `suite.py`, `pareto.py` | the two commands |
+| `methods.py` | a fourth: every method at matched FLOPs; it goes on where it was stopped |
 | `workloads.py` | the models, their sizes and their loops |
 | `runners.py`, `peers.py` | the ways of running them: PyTorch, duca_compile, other libraries |
 | `scale.py` | a third command: what comes before compiling, on a model of real size (`results/scale.json`) |
@@ -482,6 +484,115 @@ def scale(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def plus_minus(value: Found, digits: int, sign: str = "") -> str:
+    return f"{value['mean']:{sign}.{digits}f} ± {value['error']:.{digits}f}"
+
+
+def groups(found: Found) -> Iterator[tuple[int, int, list[Found]]]:
+    """The points by numbers of steps and level of FLOPs."""
+    points = found["points"]
+    for steps, level in sorted({(each["steps"], each["level"]) for each in points}):
+        yield steps, level, [each for each in points if (each["steps"], each["level"]) == (steps, level)]
+
+
+def methods_tables(found: Found) -> Iterator[str]:
+    """The page beside ``methods.json``: every point."""
+    yield "# Every method at matched FLOPs"
+    yield prose(
+        "Written by `benchmarks/methods.py`. What the columns mean is said in [the benchmarks](../README.md); standard",
+        "errors are over images, that of the Fréchet distance by drawing pairs of images with replacement.",
+    )
+    for steps, level, points in groups(found):
+        yield f"\n## DDIM, {steps} steps, about 1/{level} of the FLOPs"
+        base = points[0]["base_seconds"]
+        yield prose(
+            f"A round of {found['classes']} images takes {spread(base)} s uncached. {loads(points)}",
+        )
+        columns = ("method", "setting", "FLOPs", "steps", "PSNR, dB", "over plain steps, dB", "perceptual", "Fréchet")
+        yield from head(*columns, "time, s (IQR)", "speed-up", "caches, MiB", "images")
+        yield from (methods_row(each) for each in points)
+
+
+def loads(points: list[Found]) -> str:
+    values = [each["load"]["median"] for each in points]
+    return f"Load {min(values):.1f} to {max(values):.1f}."
+
+
+def methods_row(each: Found) -> str:
+    against = each.get("over_plain")
+    kinds = ", ".join(f"{count:g} {kind}" for kind, count in each["kinds"].items())
+    return row(
+        each["method"],
+        each["setting"],
+        f"{each['flops']:.3f}",
+        kinds,
+        plus_minus(each["psnr"], 2),
+        f"{plus_minus(against, 2, '+')} ({each['plain']})" if against else "",
+        plus_minus(each["perceptual"], 4),
+        plus_minus(each["frechet"], 3),
+        spread(each["seconds"]),
+        times(each["speedup"]),
+        f"{each['cache_bytes'] / MIB:.1f}",
+        f"{each['images']} of {each['seeds']} seeds",
+    )
+
+
+def methods(found: Found) -> Iterator[str]:
+    where, training = found["surroundings"], found["training"]
+    updates, losses = training["loops"] * training["updates"], training["losses"]
+    yield "## Every method at matched FLOPs"
+    yield prose(
+        f"The trained model in the package under `methods.py`, {found['backend']}, one thread, duca_compile at",
+        f"{where['commit']}. In each round one image of each class is made uncached and then by every method from the",
+        "same noise. All is measured against the uncached images: it says how much changed, not how good an image is.",
+        "*FLOPs* are of the uncached loop. Intervals are those that come nearest to the level, thresholds those of a",
+        "bisection on other noise. TaylorSeer has one full step at the start, SpeCa two; all else is as by default.",
+        "Methods that decide in the step do so for the strictest of a round's 20 rows. DisCa's predictor was trained",
+        f"for {updates} updates on {training['loops']} loops of {training['steps']} steps, to a relative squared error",
+        f"of {losses[-1]:.4f}; the paper's has a discriminator and many more.",
+    )
+    yield prose(
+        "The perceptual distance is as LPIPS without learned weights, in the three blocks of convolutions of a small",
+        "CNN that was trained on the real Fashion-MNIST (`examples/eval_demo.py`, seed 1; it names 92.3 % of the",
+        "held-out images right; `results/judge.safetensors`): the network of no published metric, so compare within",
+        "this table alone. The Fréchet distance is between its 64 features of the method's images and of the uncached ones. It",
+        "falls with the number of images, so it compares within a table alone.",
+    )
+    yield "![Time against quality of all methods](results/methods.png)"
+    yield prose(
+        "What each method gains in PSNR, image by image, over the fewest plain steps whose FLOPs are no less (dB, with",
+        "standard error), and its place by perceptual distance among all of the level, plain steps included.",
+        "[The tables](results/methods.md) have all columns; so has [the CSV file](results/methods.csv).",
+    )
+    yield from methods_matrix(found)
+
+
+def methods_matrix(found: Found) -> Iterator[str]:
+    columns = {(steps, level): points for steps, level, points in groups(found)}
+    yield from head("method", *(f"{steps} steps, 1/{level}" for steps, level in columns))
+    names = dict.fromkeys(each["method"] for each in found["points"] if each["method"] != FEWER)
+    for name in names:
+        cells = []
+        for points in columns.values():
+            ranked = sorted(points, key=lambda each: each["perceptual"]["mean"])
+            own = next((each for each in points if each["method"] == name), None)
+            against = own and own.get("over_plain")
+            place = f"; {ranked.index(own) + 1} of {len(ranked)}" if own else ""
+            cells.append(f"{plus_minus(against, 2, '+')}{place}" if against else place.removeprefix("; "))
+        yield row(name, *cells)
+    yield ""
+    for (steps, level), points in columns.items():
+        judged = {each["method"]: each["over_plain"] for each in points if "over_plain" in each}
+        ahead = [name for name, each in judged.items() if each["mean"] > 2 * each["error"]]
+        behind = [name for name, each in judged.items() if each["mean"] < -2 * each["error"]]
+        images = min(each["images"] for each in points)
+        yield (
+            f"- {steps} steps, about 1/{level} ({images} images of {points[0]['seeds']} seeds): more than two standard "
+            f"errors ahead of plain steps by PSNR: {', '.join(ahead) or 'none'}; behind: {', '.join(behind) or 'none'}."
+        )
+    yield ""
+
+
 def page(folder: Path) -> str:
     suite = json.loads((folder / "suite.json").read_text())
     path = folder / "pareto.json"
@@ -495,6 +606,8 @@ def page(folder: Path) -> str:
         parts += scale(json.loads((folder / "scale.json").read_text()))
     if pareto:
         parts += quality(pareto)
+    if (folder / "methods.json").exists():
+        parts += methods(json.loads((folder / "methods.json").read_text()))
     text = "\n".join([*parts, *losses(suite, pareto)])
     return re.sub(r"\n{3,}", "\n\n", text).rstrip()
 
