@@ -21,6 +21,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext, SymbolicContext
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from duca_compile.cuda_graphs import Replayed
 from duca_compile.errors import BackendError, UsageError, first_line
 from duca_compile.graph import Variant, VariantFunction
 from duca_compile.lock import COMPILING
@@ -29,6 +30,7 @@ from duca_compile.passes.outline import outline
 log = logging.getLogger("duca_compile")
 
 BACKENDS = ("inductor", "eager")
+MODES = ("default", "reduce-overhead")
 
 
 class Backend(Protocol):
@@ -60,9 +62,10 @@ class InductorBackend:
     name = "inductor"
     exact = False
 
-    def __init__(self, strict: bool = False) -> None:
+    def __init__(self, strict: bool = False, mode: str = "default") -> None:
         self._strict = strict
         self._failed = False
+        self.replays = mode == "reduce-overhead"
 
     def compile(self, variant: Variant, cuts: frozenset[str] = frozenset()) -> VariantFunction:
         return variant.module.forward if self._failed else _FirstCall(self, variant, cuts)
@@ -87,6 +90,7 @@ class _FirstCall:
         self._backend, self._module, self._cuts = backend, variant.module, cuts
         self._dynamic = dynamic_positions(variant)
         self._compiled: Callable[..., Any] | None = None
+        self._replayed: Replayed | None = None
         self._lifted = _lift(variant.module)
         self._weights: list[Tensor] = []
 
@@ -98,10 +102,18 @@ class _FirstCall:
             with COMPILING:
                 if self._compiled is None:
                     self._compiled = self._compile(tensors)
+        if self._backend.replays and tensors[0].device.type == "cuda":
+            self._replayed = self._replayed or Replayed(self._run)
+            return self._replayed(*tensors)
+        return self._run(*tensors)
+
+    def _run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        assert self._compiled is not None
         return tuple(self._compiled(*self._weights, *tensors))
 
     def refresh(self) -> None:
         """The module has other weights of the same kinds from now on."""
+        self._replayed = None  # it was recorded with the old ones
         self._weights = [attrgetter(name)(self._module) for name in self._lifted.weights]
 
     def _compile(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
@@ -186,12 +198,14 @@ def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic: bool) -> Tensor:
     return mode.from_tensor(tensor, static_shapes=not dynamic, symbolic_context=context if dynamic else None)
 
 
-def make_backend(name: str, strict: bool) -> Backend:
-    """Raises UsageError for an unknown name."""
+def make_backend(name: str, strict: bool, mode: str = "default") -> Backend:
+    """Raises UsageError for an unknown name, or a mode that it does not have."""
+    if mode not in MODES or (mode != "default" and name != "inductor"):
+        raise UsageError(f"mode={mode!r} is unknown to backend={name!r}; inductor has {MODES}")
     if name == "eager":
         return EagerBackend()
     if name == "inductor":
-        return InductorBackend(strict)
+        return InductorBackend(strict, mode)
     raise UsageError(f"backend={name!r} is unknown; choose one of {BACKENDS}")
 
 
