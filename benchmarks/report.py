@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from host import TARGET as HOST
-from pareto import TARGET, Match, frontier, matches, peers_of, speed, split
+from compare import OK, TARGET, Match, frontier, matches, peers_of, speed, split
 
 LIMITS = {"reuse": 0.05, "skip": 0.01}  # of a full step
 EFFICIENCY = 0.9
-OK, OWN, FEWER = "ok", "duca_compile", "fewer steps"
+HOST = 0.2e-3  # seconds outside of the graph
+OWN, FEWER = "duca_compile", "fewer steps"
 COMPILE, EAGER = "PyTorch, plain, compile", "PyTorch, plain, eager"
 MIB = 2**20
 
@@ -45,7 +45,7 @@ alone. The last command writes this file. All figures below are from [results](r
 | `runners.py`, `peers.py` | the ways of running them: PyTorch, duca_compile, other libraries |
 | `host.py` | the host's work for a step, on a tiny FLUX of 57 blocks |
 | `measure.py` | clocks, memory, FLOPs |
-| `report.py` | this page |
+| `report.py`, `compare.py` | this page; what beats what |
 """
 
 METHOD = """
@@ -125,6 +125,7 @@ def setting(suite: Found) -> list[str]:
         row("seed", f"{given['seed']}, of weights, prompts and latents"),
         row("load average", f"{before:.1f} at the start, {after:.1f} at the end"),
         row("date", where["started"]),
+        *([prose("**This is a trial with `--quick`, which measures nothing.**")] if given["quick"] else []),
         "",
         *head("model", "class of diffusers", "size", "loop"),
         *(
@@ -152,7 +153,7 @@ def method(suite: Found) -> list[str]:
         "rounds": suite["arguments"]["rounds"],
         "calls": suite["starting_calls"],
     }
-    return [prose(paragraph.format(**known)) for paragraph in METHOD.split("\n\n")]
+    return [prose(paragraph.format(**known)) for paragraph in METHOD.strip().split("\n\n")]
 
 
 def ordinal(number: int) -> str:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compare import OK
 from host import DOUBLE, SIDE, SINGLE, TEXT, WARM, Host
 from measure import (
     KINDS,
@@ -49,7 +50,7 @@ from workloads import WORKLOADS, Workload, quick
 
 import duca_compile
 
-OK, ABSENT = "ok", "not installed"
+ABSENT = "not installed"
 PARTS = ("start", "loops", "calls", "host")
 STARTING = INTERVAL + 2  # calls in which all variants have run, and a full step again
 WARMING = 2  # loops that are not counted; some peers compile again in the second
