@@ -79,8 +79,11 @@ class CompilingBackend(ABC):
     ) -> Callable[..., Any]:
         """A function of the weights and then the tensors; ``dynamic`` are the places of token indices (batch, k)."""
 
+    def reason(self, error: Exception) -> str:
+        return first_line(error)
+
     def failed(self, error: Exception) -> None:
-        reason = first_line(error)
+        reason = self.reason(error)
         if self._strict:
             raise BackendError(f"{self.label} could not compile a variant: {reason}") from error
         self._failed = True

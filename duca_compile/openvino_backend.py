@@ -8,7 +8,7 @@ are copied, and the variant is compiled anew where they were changed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.export import Dim, export
 
 from duca_compile.analysis.closure import ancestors
 from duca_compile.backends import CompilingBackend, Lifted
-from duca_compile.errors import BackendError, UsageError
+from duca_compile.errors import BackendError, UsageError, first_line
 from duca_compile.graph import copy_graph
 from duca_compile.lock import COMPILING
 from duca_compile.runtime.clock import version
@@ -32,7 +32,10 @@ except ImportError as error:
 
 aten = torch.ops.aten
 _TRACED_COUNT = 3  # tokens in the example of an index input; no code depends on it
-_IN_PLACE = {aten.index_put_.default: aten.index_put.default}  # OpenVINO's graphs are functional
+_REPLACED = {
+    aten.index_put_.default: aten.index_put.default,  # OpenVINO's graphs are functional
+    aten.empty_like.default: aten.zeros_like.default,  # it knows nothing without a value
+}
 _CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution)
 
 
@@ -61,6 +64,12 @@ class OpenVINOBackend(CompilingBackend):
             raise BackendError(f"its tensors are on {sorted(devices)}, and this backend runs on the CPU")
         return _Program(lifted, weights, tensors, dynamic)
 
+    def reason(self, error: Exception) -> str:
+        """Of a failed conversion, the lines with the operators that it has no rule for."""
+        return " ".join(line.lstrip("- ") for line in str(error).splitlines() if line.startswith("--")) or first_line(
+            error
+        )
+
 
 class _Program:
     """A function of the weights and then the tensors; any number of threads may call it."""
@@ -68,25 +77,32 @@ class _Program:
     def __init__(
         self, lifted: Lifted, weights: list[Tensor], tensors: tuple[Tensor, ...], dynamic: tuple[int, ...]
     ) -> None:
-        self._graph, self._count, self._dynamic = lifted.graph, len(weights), dynamic
-        self._constants = _constants(lifted.graph, self._count)
+        self._graph, self._weights = lifted.graph, len(weights)
+        self._dynamic = frozenset(self._weights + place for place in dynamic)
+        self._constants = _constants(lifted.graph, self._weights)
         self._model = self._compile((*weights, *tensors))
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         model = self._model
-        if model.seen != _stamp(arguments[place] for place in self._constants):
+        if model.seen != self._stamp(arguments):
             with COMPILING:
                 model = self._model = self._compile(arguments)
-        inputs = [tensor for place, tensor in enumerate(arguments) if place not in self._constants]
-        count = self._count - len(self._constants)
-        return model.run(inputs[:count], inputs[count:])
+        return model.run(arguments)
 
     def _compile(self, arguments: Sequence[Tensor]) -> _Model:
-        weights = {place: arguments[place] for place in self._constants}
-        inputs = [tensor for place, tensor in enumerate(arguments) if place not in weights]
-        dynamic = [self._count - len(weights) + place for place in self._dynamic]
-        module = _with_constants(self._graph, weights)
-        return _Model(*_compiled(module, inputs, dynamic), _stamp(weights.values()))
+        compiled = _compiled(self._graph, arguments, self._dynamic, self._constants)
+        return _Model(compiled, self._weights, self._stamp(arguments))
+
+    def _stamp(self, arguments: Sequence[Tensor]) -> list[tuple[int, int]]:
+        """Differs where another tensor has come in a constant's place, or where it was written to."""
+        return [(arguments[place].data_ptr(), version(arguments[place])) for place in self._constants]
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    model: Any  # openvino.CompiledModel
+    inputs: list[int]  # the arguments that are its inputs
+    outputs: list[Tensor]  # on the meta device: their shapes and dtypes
 
 
 @dataclass
@@ -98,28 +114,32 @@ class _Request:
 
 
 class _Model:
-    """A compiled variant, and what the weights that are constants in it were then."""
+    """Runs a compiled variant; ``seen`` tells what the weights that are constants in it were then."""
 
-    def __init__(self, compiled: Any, outputs: list[Tensor], seen: list[tuple[int, int]]) -> None:
-        self._compiled, self._outputs, self.seen = compiled, outputs, seen
+    def __init__(self, compiled: _Compiled, weights: int, seen: list[tuple[int, int]]) -> None:
+        self._compiled, self.seen = compiled, seen
+        places = list(enumerate(compiled.inputs))
+        self._weights = [(i, place) for i, place in places if place < weights]
+        self._tensors = [(i, place) for i, place in places if place >= weights]
         self._idle: list[_Request] = []
 
-    def run(self, weights: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def run(self, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
         try:
             request = self._idle.pop()
         except IndexError:
-            request = _Request(self._compiled.create_infer_request(), [])
-        addresses = [weight.data_ptr() for weight in weights]
+            request = _Request(self._compiled.model.create_infer_request(), [])
+        infer = request.infer
+        addresses = [arguments[place].data_ptr() for _, place in self._weights]
         if request.bound != addresses:
             request.bound = addresses
-            for place, weight in enumerate(weights):
-                request.infer.set_input_tensor(place, shared(weight))
-        for place, tensor in enumerate(tensors, len(weights)):
-            request.infer.set_input_tensor(place, shared(tensor))
-        results = tuple(torch.empty(like.shape, dtype=like.dtype) for like in self._outputs)
-        for place, result in enumerate(results):
-            request.infer.set_output_tensor(place, shared(result))
-        request.infer.infer()
+            for i, place in self._weights:
+                infer.set_input_tensor(i, shared(arguments[place]))
+        for i, place in self._tensors:
+            infer.set_input_tensor(i, shared(arguments[place]))
+        results = tuple(torch.empty(like.shape, dtype=like.dtype) for like in self._compiled.outputs)
+        for i, result in enumerate(results):
+            infer.set_output_tensor(i, shared(result))
+        infer.infer()
         self._idle.append(request)
         return results
 
@@ -141,49 +161,50 @@ def cpu_options() -> dict[str, Any]:
     }
 
 
-def _constants(graph: fx.Graph, count: int) -> frozenset[int]:
+def _constants(graph: fx.Graph, count: int) -> tuple[int, ...]:
     """Which of the first ``count`` inputs, the weights, convolutions take their kernels from."""
     kernels = {n.args[1] for n in graph.nodes if getattr(n.target, "overloadpacket", None) in _CONVOLUTIONS}
     sources = {source for kernel in kernels for source in (kernel, *ancestors(kernel))}
     weights = graph.find_nodes(op="placeholder")[:count]
-    return frozenset(place for place, node in enumerate(weights) if node in sources)
+    return tuple(place for place, node in enumerate(weights) if node in sources)
 
 
-def _stamp(weights: Iterable[Tensor]) -> list[tuple[int, int]]:
-    """Differs where another tensor is there, or where one was written to."""
-    return [(weight.data_ptr(), version(weight)) for weight in weights]
-
-
-def _with_constants(graph: fx.Graph, weights: Mapping[int, Tensor]) -> fx.GraphModule:
-    """The functional form of a graph, with these of its inputs as constants."""
+def _with_constants(graph: fx.Graph, constants: Mapping[int, Tensor]) -> fx.GraphModule:
+    """The functional form of a graph, with some of its inputs as constants."""
     functional = copy_graph(graph)
     for node in functional.nodes:
-        node.target = _IN_PLACE.get(node.target, node.target)
+        node.target = _REPLACED.get(node.target, node.target)
     inputs = functional.find_nodes(op="placeholder")
-    constants = {f"constant_{place}": weight for place, weight in weights.items()}
-    for place in weights:
+    for place in constants:
         with functional.inserting_after(inputs[-1]):
             constant = functional.create_node("get_attr", f"constant_{place}")
         inputs[place].replace_all_uses_with(constant)
         functional.erase_node(inputs[place])
-    return fx.GraphModule(constants, functional)
+    return fx.GraphModule({f"constant_{place}": tensor for place, tensor in constants.items()}, functional)
 
 
-def _compiled(module: fx.GraphModule, inputs: Sequence[Tensor], dynamic: Collection[int]) -> tuple[Any, list[Tensor]]:
-    """The compiled model, and its outputs as meta tensors. The second dimension of ``dynamic`` inputs is left open."""
-    examples = [
-        tensor.new_zeros(tensor.shape[0], _TRACED_COUNT) if place in dynamic else tensor.detach()
-        for place, tensor in enumerate(inputs)
-    ]
-    shapes = [{1: Dim.DYNAMIC} if place in dynamic else None for place in range(len(inputs))]
+def _compiled(
+    graph: fx.Graph, arguments: Sequence[Tensor], dynamic: frozenset[int], constants: tuple[int, ...]
+) -> _Compiled:
+    """Compiles a graph for arguments like these; the second dimension of those in ``dynamic`` is left open."""
+    module = _with_constants(graph, {place: arguments[place].detach() for place in constants})
+    inputs = [place for place in range(len(arguments)) if place not in constants]
+    names = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
+    examples = tuple(
+        arguments[i].new_zeros(len(arguments[i]), _TRACED_COUNT) if i in dynamic else arguments[i].detach()
+        for i in inputs
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what the converter uses
-        program = export(module, tuple(examples), dynamic_shapes=tuple(shapes))
+        program = export(
+            module, examples, dynamic_shapes=tuple({1: Dim.DYNAMIC} if i in dynamic else None for i in inputs)
+        )
         model = openvino.convert_model(program)
-    sizes = {
-        place: [tensor.shape[0], -1] if place in dynamic else list(tensor.shape) for place, tensor in enumerate(inputs)
-    }
-    model.reshape(sizes)
+    places = dict(zip(names, inputs, strict=True))
+    kept = [places[name] for each in model.inputs for name in each.get_names() & places.keys()]  # those that are read
+    model.reshape(
+        {i: [*arguments[p].shape[:1], -1] if p in dynamic else [*arguments[p].shape] for i, p in enumerate(kept)}
+    )
     (results,) = program.graph.output_node().args
     outputs = [torch.empty_like(node.meta["val"], device="meta") for node in results]
-    return openvino.Core().compile_model(model, "CPU", cpu_options()), outputs
+    return _Compiled(openvino.Core().compile_model(model, "CPU", cpu_options()), kept, outputs)
