@@ -1,40 +1,44 @@
-"""duca_compile: a compiler for the denoising loop of Diffusion Transformers."""
+"""duca_compile: a compiler for the denoising loop of Diffusion Transformers.
 
-from duca_compile.api import OptimizedModel, optimize, restore
-from duca_compile.errors import (
-    BackendError,
-    CaptureError,
-    DucaError,
-    InternalError,
-    PolicyError,
-    StructureError,
-    UsageError,
-)
-from duca_compile.explain import Explanation, explain
-from duca_compile.policies import FORA, DuCa, Interval, Linear, Policy, Selection, TaylorSeer, Uncached, published
-from duca_compile.runtime.session import Session
+Names are imported when they are first used, so that an artifact can be run where torch is not installed. Their types
+are in ``__init__.pyi``.
+"""
 
-__all__ = [
-    "FORA",
-    "BackendError",
-    "CaptureError",
-    "DuCa",
-    "DucaError",
-    "Explanation",
-    "InternalError",
-    "Interval",
-    "Linear",
-    "OptimizedModel",
-    "Policy",
-    "PolicyError",
-    "Selection",
-    "Session",
-    "StructureError",
-    "TaylorSeer",
-    "Uncached",
-    "UsageError",
-    "explain",
-    "optimize",
-    "published",
-    "restore",
-]
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_NAMES = {
+    "api": ("OptimizedModel", "optimize", "restore"),
+    "errors": (
+        "ArtifactError",
+        "BackendError",
+        "CaptureError",
+        "DucaError",
+        "ExportError",
+        "InternalError",
+        "PolicyError",
+        "StructureError",
+        "UsageError",
+    ),
+    "explanation": ("Explanation", "explain"),
+    "export.artifact": ("save",),
+    "policies": ("FORA", "DuCa", "Interval", "Linear", "Policy", "Selection", "TaylorSeer", "Uncached", "published"),
+    "runtime.artifact": ("Artifact", "load"),
+    "runtime.session": ("Session",),
+}
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -215,7 +215,7 @@ def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic: bool) -> Tensor:
 
 
 def make_backend(name: str, strict: bool) -> Backend:
-    """Raises UsageError for an unknown name, and for one whose package is not installed."""
+    """Raises UsageError for an unknown name, and BackendError for one whose package is not installed."""
     if name == "eager":
         return EagerBackend()
     if name == "inductor":

@@ -23,7 +23,7 @@ from torch import nn
 from duca_compile import demo as demonstration
 from duca_compile.backends import BACKENDS
 from duca_compile.errors import DucaError, UsageError, first_line
-from duca_compile.explain import explain as explain_model
+from duca_compile.explanation import explain as explain_model
 from duca_compile.policies import StepKind
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)

@@ -18,17 +18,13 @@ from torch.export import Dim, export
 
 from duca_compile.analysis.closure import ancestors
 from duca_compile.backends import CompilingBackend, Lifted
-from duca_compile.errors import BackendError, UsageError, first_line
+from duca_compile.errors import BackendError, first_line, missing_package
 from duca_compile.graph import copy_graph
 from duca_compile.lock import COMPILING
 from duca_compile.runtime.clock import version
 
-try:
+with missing_package("openvino"):
     import openvino
-except ImportError as error:
-    raise UsageError(
-        "backend='openvino' needs the openvino package: pip install 'duca-compile[openvino]', or choose another backend"
-    ) from error
 
 aten = torch.ops.aten
 _TRACED_COUNT = 3  # tokens in the example of an index input; no code depends on it

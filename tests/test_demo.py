@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from duca_compile import FORA, DuCa, TaylorSeer, UsageError, demo
 from duca_compile.cli import app
-from duca_compile.explain import KIND_STYLES
+from duca_compile.explanation import KIND_STYLES
 from duca_compile.policies import StepKind
 
 

@@ -1,1 +1,1 @@
-"""Where variants become engines of other runtimes, one backend per file. There is none yet: see README, Limits."""
+"""An optimized model as files: traces with open sizes, ONNX graphs over one pool of weights, and the manifest."""

@@ -26,9 +26,9 @@ aten = torch.ops.aten
 class RecomputeTokens(CachingPass):
     """For each partial branch: gather the tokens of the stream, run the body on them, write them into the cache.
 
-    The cache is written in place, since nothing else reads it, takes the core's place and is returned. The
-    number of tokens is left open in the graph, and each branch has an index input of its own, so it may differ by branch
-    and from step to step.
+    The cache is written in place, since nothing else reads it, takes the core's place and is returned. The number of
+    tokens is left open in the graph, and each branch has an index input of its own, so it may differ by branch and from
+    step to step.
     """
 
     def apply(self, draft: VariantDraft) -> bool:

@@ -10,7 +10,7 @@ from torch import fx
 
 from duca_compile.analysis.closure import ancestors
 from duca_compile.errors import InternalError
-from duca_compile.graph import Action, CapturedGraph, Facts, Variant, Variance, VariantSpec, copy_graph, tokens_input
+from duca_compile.graph import Action, CapturedGraph, Facts, Variance, Variant, VariantSpec, copy_graph, tokens_input
 from duca_compile.passes.base import D, Draft, Pass, VariantDraft
 from duca_compile.passes.clean import Clean
 from duca_compile.passes.dead_code import RemoveDeadCode

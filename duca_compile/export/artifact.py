@@ -1,0 +1,209 @@
+"""Writes an optimized model as an artifact: a folder that runs without the model, its library or this compiler."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._pytree import MappingKey, SequenceKey, TreeSpec, tree_flatten_with_path
+
+import duca_compile
+from duca_compile.errors import ExportError, UsageError, missing_package
+from duca_compile.export.trace import Traced
+from duca_compile.graph import OutputLayout, cache_input
+from duca_compile.runtime import manifest
+from duca_compile.runtime.manifest import FILE, SCHEMA, Manifest
+
+OPSETS = range(18, 25)
+
+
+def save(
+    model: Any,
+    path: str | os.PathLike[str],
+    example: Mapping[str, Any],
+    *,
+    num_inference_steps: int | None = None,
+    opset: int = 20,
+    dynamic_batch: bool = True,
+) -> Manifest:
+    """Exports an optimized model to a new folder at ``path``, which ``duca_compile.load`` runs.
+
+    The folder has a manifest, one ONNX file for each variant that the policy's steps need, and one file with the
+    weights that all of them share. It appears whole or not at all.
+
+    Args:
+        model: what ``duca_compile.optimize`` returned for a model, not for a pipeline. Its backend plays no part.
+        path: the folder, which must not exist.
+        example: the arguments of one call by name. Shapes other than the number of rows hold for the artifact.
+        num_inference_steps: steps of a request, where ``optimize`` was not told.
+        opset: of ONNX. From 23 on attention and RMS norms stay whole.
+        dynamic_batch: whether calls may have any number of rows; else that of the example.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        UsageError: the model is not optimized, or there is something at ``path``.
+        ExportError: the model or the policy cannot be exported; says which graph and why.
+        PolicyError: the policy cannot plan without ``num_inference_steps``.
+    """
+    target = Path(path)
+    if target.exists():
+        raise UsageError(f"there is something at {target}; name a folder that does not exist")
+    if opset not in OPSETS:
+        raise UsageError(f"opset={opset!r} is impossible: it must be from {OPSETS[0]} to {OPSETS[-1]}")
+    with missing_package("export"):
+        from duca_compile.export.onnx import PoolWriter
+    traced = Traced(model, example, num_inference_steps, dynamic_batch)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        found = _write(traced, temporary, PoolWriter(temporary), opset)
+        (temporary / FILE).write_text(found.dumps(), "utf-8")
+        os.rename(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return found
+
+
+def _write(traced: Traced, folder: Path, pool: Any, opset: int) -> Manifest:
+    import onnx
+    import onnxscript
+
+    from duca_compile.export.onnx import check_graph, write_graph
+
+    schedule = traced.schedule()
+    graphs = {"prologue": write_graph(traced.prologue(), folder, pool, opset)}
+    rows: dict[frozenset[str], str] = {}
+    variants: dict[str, manifest.Variant] = {}
+    for name, variant in traced.variants.items():
+        graphs[name] = write_graph(variant.graph, folder, pool, opset)
+        pieces = variant.pieces
+        if pieces and pieces not in rows:
+            rows[pieces] = f"rows-{name}"
+            graphs[rows[pieces]] = write_graph(traced.rows(rows[pieces], pieces), folder, pool, opset)
+        variants[name] = variant.describe(traced.facts, rows.get(pieces))
+    weights = pool.close()
+    for graph in graphs.values():
+        check_graph(folder / graph.file.path)
+    one = traced.one
+    caches = {s.name: s for g in graphs.values() for s in g.inputs if s.name.startswith(cache_input(""))}
+    inputs = {s.name: s for g in graphs.values() for s in g.inputs if s.name in one.graph.inputs}
+    parameters = dict(traced.model.named_parameters())
+    return Manifest(
+        schema=SCHEMA,
+        source=manifest.Source(
+            model=type(traced.model).__name__,
+            parameters=sum(p.numel() for p in parameters.values()),
+            weight_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
+            config=_json(dict(getattr(traced.model, "config", {}))),
+        ),
+        versions={
+            "duca_compile": duca_compile.__version__,
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+            "onnxscript": onnxscript.__version__,
+        },
+        precision=_precision(traced),
+        opset=opset,
+        inputs=tuple(inputs.values()),
+        signature=_signature(traced),
+        policy=manifest.Policy(
+            traced.policy.name, traced.policy.caches, traced.policy.selection, traced.policy.forecast
+        ),
+        schedule=schedule,
+        branches=_branches(traced),
+        caches=tuple(caches.values()),
+        prologue="prologue",
+        variants=variants,
+        graphs=graphs,
+        weights=weights,
+    )
+
+
+def _signature(traced: Traced) -> manifest.Signature:
+    """How the model is called: its tensors by their paths in the arguments, everything else by value."""
+    captured, call = traced.one.graph, traced.call
+    arguments, options = [], dict[str, Any]()
+    names = iter(captured.inputs)
+    for keys, leaf in tree_flatten_with_path(call.arguments)[0]:
+        path = tuple(_key(key) for key in keys)
+        if isinstance(leaf, torch.Tensor):
+            arguments.append(manifest.Argument(path, next(names)))
+        else:
+            options[".".join(map(str, path))] = _json(leaf)
+    return manifest.Signature(
+        parameters=tuple(call.arguments),
+        arguments=tuple(arguments),
+        options=options,
+        latent=traced.facts.latent,
+        timestep=traced.facts.timestep,
+        result=_result(captured.output),
+    )
+
+
+def _key(key: Any) -> str | int:
+    if isinstance(key, MappingKey) and isinstance(key.key, str):
+        return key.key
+    if isinstance(key, SequenceKey):
+        return key.idx
+    raise ExportError(f"the call has a tensor at {key}; an artifact takes dictionaries, lists and tuples of tensors")
+
+
+def _result(output: OutputLayout) -> Any:
+    """The structure of what the model returns: ``{"output": place}``, ``{"value": constant}``, or items with a type.
+
+    Items have names where the type gives them: as keys of a dictionary, or as fields of a class.
+    """
+    tensors = iter(range(output.spec.num_leaves))
+    leaves = iter(
+        {"value": _json(output.constants[i])} if i in output.constants else {"output": next(tensors)}
+        for i in range(output.spec.num_leaves)
+    )
+
+    def describe(spec: TreeSpec) -> Any:
+        if spec.is_leaf():
+            return next(leaves)
+        items = [describe(child) for child in spec.children()]
+        if spec.type in (tuple, list):
+            return {"type": spec.type.__name__, "items": items}
+        names = list(getattr(spec.context, "_fields", spec.context if isinstance(spec.context, list) else ()))
+        if len(names) != len(items) or not all(isinstance(name, str) for name in names):
+            raise ExportError(f"the model returns a {spec.type}, of which no names are known; return a tuple or a dict")
+        return {"type": spec.type.__name__, "names": names, "items": items}
+
+    return describe(output.spec)
+
+
+def _branches(traced: Traced) -> tuple[manifest.Branch, ...]:
+    pairs = zip(traced.one.facts.branches, traced.other.facts.branches, strict=True)
+    return tuple(
+        manifest.Branch(mine.index, traced.size(mine.shape[0], theirs.shape[0], f"branch {mine.index}"), mine.tokens)
+        for mine, theirs in pairs
+        if mine.pointwise
+    )
+
+
+def _precision(traced: Traced) -> str:
+    """The type of most of the weights' bytes."""
+    sizes: dict[str, int] = {}
+    for tensor in traced.one.graph.attributes.values():
+        name = str(tensor.dtype).removeprefix("torch.")
+        sizes[name] = sizes.get(name, 0) + tensor.numel() * tensor.element_size()
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def _json(value: Any) -> Any:
+    """``value`` in JSON's types; what has no form there as text."""
+    if isinstance(value, Mapping):
+        return {str(key): _json(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return repr(value)
+    return value if isinstance(value, str | int | float | bool | None) else repr(value)

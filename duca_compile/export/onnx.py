@@ -1,0 +1,158 @@
+"""Graphs with open sizes to ONNX models, whose weights lie in one pool that all of them share."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir
+import torch
+
+from duca_compile.errors import ExportError, first_line
+from duca_compile.export.batch import OpenGraph
+from duca_compile.lock import COMPILING
+from duca_compile.runtime.manifest import Chunk, File, Graph, Pool, TensorSpec
+
+POOL = "weights.bin"
+ALIGNMENT = 2**16  # where large tensors start: what can be mapped into memory on every system
+ALIGNED_FROM = 2**21  # bytes; below, filling up to the alignment would cost more than 3 % of the pool
+LINE = 64  # where the others start
+INLINE = 256  # bytes; what is not larger stays in the ONNX file: sizes, axes, numbers
+
+
+class PoolWriter:
+    """Writes weights to ``folder``, each content once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = (folder / POOL).open("wb")
+        self._hash = hashlib.sha256()
+        self._chunks: dict[str, Chunk] = {}
+        self._end = 0
+
+    def add(self, data: bytes | memoryview) -> Chunk:
+        """Where these bytes are in the pool; they are written unless they are there."""
+        digest = hashlib.sha256(data).hexdigest()
+        if digest not in self._chunks:
+            unit = ALIGNMENT if len(data) >= ALIGNED_FROM else LINE
+            self._write(bytes(-self._end % unit))
+            self._chunks[digest] = Chunk(digest, self._end, len(data))
+            self._write(data)
+        return self._chunks[digest]
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self._end += len(data)
+
+    def close(self) -> Pool:
+        self._file.close()
+        file = File(POOL, self._end, self._hash.hexdigest())
+        return Pool(file, ALIGNMENT, ALIGNED_FROM, tuple(self._chunks.values()))
+
+
+def to_onnx(graph: OpenGraph, opset: int) -> onnx_ir.Model:
+    """The graph in ONNX; inputs, outputs and open sizes are named as in ``graph``, and weights are the model's own.
+
+    Raises:
+        ExportError: an operator has no form in this opset.
+    """
+    program = graph.program()
+    with COMPILING, _quiet():
+        try:
+            exported = torch.onnx.export(
+                program, args=(), f=None, dynamo=True, opset_version=opset, optimize=True, verbose=False
+            )
+        except Exception as error:
+            raise ExportError(f"graph {graph.name!r} has no ONNX form: {first_line(error)}") from error
+    assert exported is not None
+    model = exported.model
+    _strip(model)
+    model.graph.name = graph.name
+    for values, specs in ((model.graph.inputs, graph.inputs), (model.graph.outputs, graph.outputs)):
+        if len(values) != len(specs):
+            raise ExportError(f"graph {graph.name!r} has {len(values)} inputs or outputs in ONNX, not {len(specs)}")
+        for value, spec in zip(values, specs, strict=True):
+            _describe(value, spec)
+    return model
+
+
+def _describe(value: Any, spec: TensorSpec) -> None:
+    value.name = spec.name
+    value.shape = onnx_ir.Shape([size if isinstance(size, int) else str(size) for size in spec.shape])
+
+
+def _strip(model: onnx_ir.Model) -> None:
+    """Drops what the exporter notes of the source: most of the file, with paths of this machine."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.doc_string = None
+        node.metadata_props.clear()
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter prints, logs and warns of its own inner workings."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def write_graph(graph: OpenGraph, folder: Path, pool: PoolWriter, opset: int) -> Graph:
+    """Writes ``<name>.onnx``, with its weights in the pool, and checks it.
+
+    Raises:
+        ExportError: it has no ONNX form, or what torch made of it is no valid model.
+    """
+    model = to_onnx(graph, opset)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None or tensor.nbytes <= INLINE:
+            continue
+        chunk = pool.add(tensor.tobytes())
+        value.const_value = onnx_ir.ExternalTensor(
+            POOL, chunk.start, chunk.bytes, tensor.dtype, name=value.name, shape=tensor.shape, base_dir=folder
+        )
+    path = folder / f"{graph.name}.onnx"
+    onnx_ir.save(model, path)
+    return Graph(
+        file=describe_file(folder, path.name),
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        in_place=dict(graph.in_place),
+        operators=dict(Counter(node.op_type for node in model.graph).most_common()),
+    )
+
+
+def check_graph(path: Path) -> None:
+    """Raises ExportError where the file is no valid ONNX model; its weights must be there."""
+    try:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"{path.name} is no valid ONNX model: {first_line(error)}") from error
+
+
+def describe_file(folder: Path, name: str) -> File:
+    path = folder / name
+    with path.open("rb") as file:
+        return File(name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())

@@ -1,0 +1,191 @@
+"""What is exported of an optimized model: its graphs with open sizes, and the policy's steps over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from duca_compile.api import LOOKED_AHEAD, OptimizedModel, analyze_call, check_model
+from duca_compile.capture import Binder, Call
+from duca_compile.errors import ExportError, UsageError
+from duca_compile.export.batch import Fit, OpenGraph, Seen, open_graph
+from duca_compile.graph import Action, CapturedGraph, Facts, Variant, VariantSpec
+from duca_compile.passes.pipeline import build_variant, make_rows
+from duca_compile.policies.base import Policy, Step, StepKind
+from duca_compile.policies.checks import check_whole
+from duca_compile.runtime import manifest
+from duca_compile.runtime.dispatcher import Prologue
+from duca_compile.runtime.planning import check_selection, plan_step
+
+
+@dataclass(frozen=True)
+class Capture:
+    """The model captured at one batch size."""
+
+    batch: int
+    graph: CapturedGraph
+    facts: Facts
+    prologue: Prologue
+
+    def seen_prologue(self) -> Seen:
+        return Seen(self.batch, self.prologue.module, self.prologue.inputs, self.prologue.outputs)
+
+    def seen_rows(self, pieces: frozenset[str]) -> Seen:
+        rows = make_rows(self.graph, self.facts, pieces)
+        return Seen(self.batch, rows.module, rows.inputs, rows.outputs)
+
+
+class Traced:
+    """An optimized model for one kind of call, with its batch size left open unless ``dynamic_batch`` is false.
+
+    Captures the model for the call, and again with another batch, to see what depends on it.
+
+    Attributes:
+        model, policy: the source model, and the policy.
+        call: the example.
+        variants: what the policy's steps need, by name; filled by ``schedule``.
+
+    Raises:
+        UsageError: ``model`` is not optimized, or in training mode.
+        ExportError: its graph does not hold for other calls.
+        PolicyError: the policy cannot plan without ``num_inference_steps``, or the model cannot serve it.
+    """
+
+    def __init__(
+        self, model: Any, example: Mapping[str, Any], num_inference_steps: int | None, dynamic_batch: bool = True
+    ) -> None:
+        if not isinstance(model, OptimizedModel):
+            raise UsageError(f"expected a model from duca_compile.optimize, not {type(model).__name__}")
+        check_model(model.source)
+        if num_inference_steps is not None:
+            check_whole("num_inference_steps", num_inference_steps, least=1)
+        self.model: torch.nn.Module = model.source
+        self.policy: Policy = model.policy
+        self._total = model._requests.total if num_inference_steps is None else num_inference_steps
+        self._timestep = model.timestep_name
+        self._bind = Binder(self.model, self._timestep)
+        self.call = self._bind((), dict(example))
+        given = self._capture(self.call)
+        self.one = self.other = given
+        if dynamic_batch:
+            if given.batch == 1:  # torch takes a size of one for a constant
+                self.one = self._capture(self._with_rows(given.batch, 2))
+            # An odd multiple, so that the same powers of two divide both: values are packed alike then.
+            self.other = self._capture(self._with_rows(given.batch, 3 * self.one.batch))
+        check_selection(self.facts, self.policy)
+        self.variants: dict[str, TracedVariant] = {}
+        self._names: dict[VariantSpec, str] = {}
+
+    @property
+    def facts(self) -> Facts:
+        return self.one.facts
+
+    def prologue(self) -> OpenGraph:
+        """Computes the loop-invariant values, once per request."""
+        return open_graph("prologue", self.one.seen_prologue(), self.other.seen_prologue())
+
+    def rows(self, name: str, pieces: frozenset[str]) -> OpenGraph:
+        """Computes these timestep-only values, packed as the variants read them."""
+        return open_graph(name, self.one.seen_rows(pieces), self.other.seen_rows(pieces))
+
+    def size(self, mine: int, theirs: int, place: str) -> int | manifest.Size:
+        """What a number is that was found at both batch sizes."""
+        return Fit("model", self.one.batch, self.other.batch).size(mine, theirs, place)
+
+    def schedule(self) -> manifest.Schedule:
+        """The policy's steps; the variants that they need are in ``variants`` afterwards."""
+        plans: dict[Step, manifest.Plan] = {}
+        full = Step(StepKind.FULL)
+        steps = list(islice(self.policy.steps(self._total), LOOKED_AHEAD))
+        for step in (*steps, full):
+            if step not in plans:
+                plans[step] = self._plan(step)
+        places = {step: place for place, step in enumerate(plans)}
+        return manifest.Schedule(
+            num_inference_steps=self._total,
+            plans=tuple(plans.values()),
+            steps=tuple(places[step] for step in steps),
+            full=places[full],
+        )
+
+    def _plan(self, step: Step) -> manifest.Plan:
+        spec, counts = plan_step(self.facts, self.policy, step)
+        if spec not in self._names:
+            same_kind = sum(name.split("-")[0] == step.kind.value for name in self.variants)
+            name = f"{step.kind.value}-{same_kind + 1}" if same_kind else step.kind.value
+            self.variants[name] = TracedVariant.of(name, self.one, self.other, spec)
+            self._names[spec] = name
+        name = self._names[spec]
+        named = {str(index): count for index, count in counts.items()}
+        return manifest.Plan(step, name, named, self.variants[name].flops(counts))
+
+    def _capture(self, call: Call) -> Capture:
+        graph, facts, prologue = analyze_call(self.model, call, self._timestep)
+        name = type(self.model).__name__
+        if graph.opaque:
+            raise ExportError(
+                f"{name}.{graph.opaque[0].path} reads values in Python that change from step to step, so it runs as "
+                "it is and is in no graph; a model with such a submodule cannot be exported"
+            )
+        if graph.readings is not None:
+            argument, read = next(iter(graph.given.items()))
+            raise ExportError(
+                f"{name}.forward reads {argument!r} in Python at {read.source}, so its graph holds for these values "
+                "only and cannot be exported; compute what it reads before the loop"
+            )
+        latent = next(n for n in graph.graph.find_nodes(op="placeholder") if n.name == facts.latent)
+        return Capture(int(latent.meta["val"].shape[0]), graph, facts, prologue)
+
+    def _with_rows(self, batch: int, rows: int) -> Call:
+        """The example with another number of rows, in all tensors that have ``batch`` of them."""
+
+        def resized(tensor: Tensor) -> Tensor:
+            if tensor.dim() == 0 or tensor.shape[0] != batch:
+                return tensor
+            return tensor[torch.arange(rows, device=tensor.device) % batch]
+
+        return self._bind((), tree_map_only(Tensor, resized, self.call.arguments))
+
+
+@dataclass(frozen=True)
+class TracedVariant:
+    """A variant at both batch sizes, as one graph."""
+
+    name: str
+    spec: VariantSpec
+    graph: OpenGraph
+    pieces: frozenset[str]  # the timestep-only values that it reads
+    _each: tuple[tuple[int, Variant], tuple[int, Variant]]  # with their batch sizes
+
+    @staticmethod
+    def of(name: str, one: Capture, other: Capture, spec: VariantSpec) -> TracedVariant:
+        each = [(capture.batch, build_variant(capture.graph, capture.facts, spec)) for capture in (one, other)]
+        seen = [Seen(n, v.module, v.inputs, v.outputs, frozenset(v.dynamic_inputs)) for n, v in each]
+        return TracedVariant(name, spec, open_graph(name, *seen), each[0][1].pieces, (each[0], each[1]))
+
+    def flops(self, counts: Mapping[int, int]) -> manifest.Flops:
+        (rows, one), (more, other) = self._each
+        first = one.flops(counts)
+        per_row = (other.flops(counts) - first) / (more - rows) if more > rows else 0.0
+        return manifest.Flops(first - per_row * rows, per_row)
+
+    def describe(self, facts: Facts, rows: str | None) -> manifest.Variant:
+        """It for the manifest, with the name of the graph that computes the timestep-only values it reads."""
+        outputs = {spec.name for spec in self.graph.outputs}
+        waiting, computed = [], dict[str, str | None]()
+        for branch in facts.branches:
+            if not branch.pointwise:
+                continue
+            if self.spec.actions[branch.index] is not Action.COMPUTE:
+                waiting.append(branch.index)
+                continue
+            source = facts.score_source(branch)
+            emitted = source is not None and source.score_slot in outputs
+            computed[str(branch.index)] = source.score_slot if source is not None and emitted else None
+        return manifest.Variant(self.name, rows, tuple(waiting), computed)
