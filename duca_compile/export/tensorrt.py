@@ -124,8 +124,8 @@ def _library(name: str | None) -> tuple[Any, str]:
         except ImportError:
             continue
     raise BackendError(
-        f"{name or ' and '.join(LIBRARIES)} not installed; install duca-compile[tensorrt] for TensorRT-RTX, or NVIDIA's "
-        "tensorrt"
+        f"{name or ' or '.join(LIBRARIES)} is not installed; duca-compile[tensorrt] installs the first, and NVIDIA's "
+        "tensorrt package is the second"
     )
 
 
@@ -243,7 +243,8 @@ def check(trt: Any, builder: Any, name: str, data: bytes, model: onnx_ir.Model) 
     Raises:
         ExportError: it does not support one; says which, why, and of which module of the source model it is.
     """
-    parser = trt.OnnxParser(_network(trt, builder), _log(trt))
+    network = _network(trt, builder)  # held: the parser does not
+    parser = trt.OnnxParser(network, _log(trt))
     if parser.supports_model_v2(data):
         return
     nodes = list(model.graph)
