@@ -90,7 +90,7 @@ class InnerTime:
     def __init__(self, model: OptimizedModel) -> None:
         self.seconds = 0.0
         for compiled in model._compiled.values():
-            for program in compiled.dispatcher._programs.values():
+            for _, program in compiled.programs.by_spec.values():
                 self._wrap(program)
 
     def _wrap(self, program: Program) -> None:

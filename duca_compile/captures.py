@@ -21,6 +21,7 @@ from duca_compile.passes.pipeline import build_variant, make_rows
 from duca_compile.policies.base import Policy
 from duca_compile.runtime.clock import Sight
 from duca_compile.runtime.dispatcher import Dispatcher, Prologue
+from duca_compile.runtime.programs import Programs
 from duca_compile.runtime.rows import Rows
 from duca_compile.snapshot import Name, Snapshot, Structure, kind, take
 
@@ -96,7 +97,8 @@ class Compiled:
         names = {id(tensor): name for name, tensor in live.items()}
         # A trace may have names of its own for the model's weights. What is none of these is a constant of the graph.
         self._weights = {own: names[id(t)] for own, t in captured.attributes.items() if id(t) in names}
-        self.dispatcher = Dispatcher(facts, captured.inputs, policy, self._variants, prologue, not backend.exact)
+        self.programs = Programs(facts, policy, self._variants)
+        self.dispatcher = Dispatcher(self.programs, policy, prologue, not backend.exact)
         self.used = 0  # when it was last called, by the model's count of calls
 
     @property

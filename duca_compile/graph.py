@@ -1,6 +1,7 @@
 """The few types that capture, analyses, passes and the runtime speak in.
 
-Nodes are referred to by name: every graph is a copy of the captured one, and copies keep the names.
+Nodes are referred to by name: every graph is a copy of the captured one, and copies keep the names. The names of inputs
+and the kinds of actions serve exported artifacts too, so torch is imported where it is used.
 """
 
 from __future__ import annotations
@@ -8,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
+from math import prod
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor, fx
-from torch.utils._pytree import TreeSpec, tree_unflatten
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, fx
+    from torch.utils._pytree import TreeSpec
 
-from duca_compile.opaque import CallSite
+    from duca_compile.opaque import CallSite
 
 STREAM_END = "stream_end"
 # 0-dimensional float32 inputs of the variants of policies that forecast (TaylorSeer).
@@ -50,7 +53,9 @@ class OutputLayout:
     spec: TreeSpec
     constants: Mapping[int, Any]  # leaf position -> value, for leaves that are not tensors
 
-    def rebuild(self, tensors: tuple[Tensor, ...]) -> Any:
+    def rebuild(self, tensors: Sequence[Tensor]) -> Any:
+        from torch.utils._pytree import tree_unflatten
+
         if not self.constants:
             return tree_unflatten(tensors, self.spec)
         rest = iter(tensors)
@@ -85,11 +90,13 @@ class Readings:
 
     def hold(self, tensors: Sequence[Tensor]) -> bool:
         """Whether a call with these tensors reads the same."""
+        from duca_compile.runtime.arrays import same_values
+
         try:
             now = self.module(*[tensors[place] for place in self.places])
         except (RuntimeError, IndexError):  # an earlier reading differs, and what follows does not fit it
             return False
-        return all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(now, self.values, strict=True))
+        return all(map(same_values, now, self.values))
 
 
 @dataclass(frozen=True)
@@ -180,7 +187,7 @@ class Branch:
 
     @property
     def cache_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -238,7 +245,7 @@ class Variant:
         return self.flops_fixed + sum(each * tokens[index] for index, each in self.flops_per_token.items())
 
 
-VariantFunction = Callable[..., tuple[Tensor, ...]]
+VariantFunction = Callable[..., "tuple[Tensor, ...]"]
 
 
 def tokens_input(index: int) -> str:
@@ -258,6 +265,8 @@ def difference_slot(slot: str, order: int) -> str:
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """A copy with the same node names; get_attr nodes go on naming the same live weights."""
+    from torch import fx
+
     copy = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -269,17 +278,16 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
 
 def value_shape(node: fx.Node) -> tuple[int, ...] | None:
     """The shape of the tensor a node yields, or None where it yields something else."""
-    value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+    shape = getattr(node.meta.get("val"), "shape", None)
+    return None if shape is None else tuple(shape)
 
 
 def op_name(node: fx.Node) -> str:
     """The operator without namespace and overload: ``linear``, ``add``, ``getitem``."""
     if node.op != "call_function":
         return node.op
-    if isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target.overloadpacket.__name__)
-    return getattr(node.target, "__name__", str(node.target))
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return str(getattr(packet, "__name__", packet))
 
 
 def module_path(node: fx.Node) -> str:

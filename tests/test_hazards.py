@@ -159,7 +159,7 @@ def test_an_error_in_a_step_starts_over() -> None:
     optimized = duca_compile.optimize(model, FORA(3), "eager")
     optimized(**arguments(0))
     (compiled,) = optimized._compiled.values()
-    run_full = next(iter(compiled.dispatcher._programs.values()))
+    _, run_full = next(iter(compiled.programs.by_spec.values()))
     working, run_full.run = run_full.run, lambda *_: (_ for _ in ()).throw(RuntimeError("lost the device"))
     optimized.reset()
     with pytest.raises(RuntimeError, match="lost the device"):

@@ -60,7 +60,7 @@ def test_compiled_variants_agree_with_eager_ones_and_compile_once(
     optimized = duca_compile.optimize(model, policy, "inductor", 16, strict=True)
     assert close(loop(optimized, 16), expected)
     assert kinds(optimized) == kinds(eager)
-    specs = {spec for each in optimized._compiled.values() for spec in each.dispatcher._programs}
+    specs = {spec for each in optimized._compiled.values() for spec in each.programs.by_spec}
     assert len(compilations) == len(specs)
     optimized.reset()
     assert close(loop(optimized, 16), expected)

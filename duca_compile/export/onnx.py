@@ -20,7 +20,7 @@ import torch
 from duca_compile.errors import ExportError, first_line
 from duca_compile.export.batch import OpenGraph
 from duca_compile.lock import COMPILING
-from duca_compile.runtime.manifest import Chunk, File, Graph, Pool, TensorSpec
+from duca_compile.runtime.manifest import Chunk, File, Graph, Pool, TensorSpec, sha256
 
 POOL = "weights.bin"
 ALIGNMENT = 2**16  # where large tensors start: what can be mapped into memory on every system
@@ -137,7 +137,13 @@ def write_graph(graph: OpenGraph, folder: Path, pool: PoolWriter, opset: int) ->
             continue
         chunk = pool.add(tensor.tobytes())
         value.const_value = onnx_ir.ExternalTensor(
-            POOL, chunk.start, chunk.bytes, tensor.dtype, name=value.name, shape=tensor.shape, base_dir=folder
+            POOL,
+            chunk.start,
+            chunk.bytes,
+            tensor.dtype,
+            name=value.name or "",
+            shape=onnx_ir.Shape(tensor.shape.numpy()),
+            base_dir=folder,
         )
     path = folder / f"{graph.name}.onnx"
     onnx_ir.save(model, path)
@@ -160,5 +166,4 @@ def check_graph(path: Path) -> None:
 
 def describe_file(folder: Path, name: str) -> File:
     path = folder / name
-    with path.open("rb") as file:
-        return File(name, path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+    return File(name, path.stat().st_size, sha256(path))

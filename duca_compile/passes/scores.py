@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class EmitScores(ExactPass[VariantDraft]):
-    """Returns a (batch, tokens) float tensor per computed self-attention.
+    """Returns a (batch, tokens) float32 tensor per computed self-attention.
 
     ``v_norm``: sum over heads of 1 - ||v||2, so the smallest value vectors score highest (DuCa, arXiv 2412.18911,
     the released code's sign). ``attention``: attention received, summed over queries, mean over heads (ToCa's s1).
@@ -42,6 +42,9 @@ class EmitScores(ExactPass[VariantDraft]):
             with draft.graph.inserting_before(draft.graph.output_node()):
                 score = build(draft, attention)
                 own = _call(draft, aten.slice.Tensor, score, 1, start, start + branch.tokens)
+                if branch.dtype is not torch.float32:
+                    own = _call(draft, aten.to.dtype, own, torch.float32)
+            own.meta["val"] = draft.node(branch.core).meta["val"].new_empty(branch.shape[:2], dtype=torch.float32)
             draft.add_result(branch.score_slot, own)
         return bool(scored)
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from operator import is_
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_PASSES = 8  # calls at one timestep beyond this are taken for new requests, so that state stays bounded
 
@@ -79,7 +83,7 @@ class _Seen:
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor, self._version = tensor, version(tensor)
-        at_once = tensor.device.type == "cpu" or self._version < 0  # what may be rewritten unseen is read now
+        at_once = self._version < 0 or tensor.device.type == "cpu"  # what may be rewritten unseen is read now
         self._value = _values(tensor) if at_once else None
 
     @property
@@ -118,13 +122,21 @@ def _order(before: _Seen, after: _Seen, by_memory: bool | None = None) -> int:
 
 
 def version(tensor: Tensor) -> int:
-    """How often the tensor was written in place; -1 for inference tensors, which do not count."""
-    return -1 if tensor.is_inference() else tensor._version
+    """How often the tensor was written in place; -1 for inference tensors and numpy's arrays, which do not count."""
+    return -1 if isinstance(tensor, np.ndarray) or tensor.is_inference() else tensor._version
+
+
+def held(tensor: Tensor) -> Tensor:
+    """It, or a copy where nothing would tell that it was written to."""
+    return tensor.copy() if isinstance(tensor, np.ndarray) else tensor
 
 
 @dataclass(frozen=True)
 class Sight:
-    """Tensors as they were at one time: the same objects, not written to since, still hold the same."""
+    """Tensors as they were at one time: the same objects, not written to since, still hold the same.
+
+    Of numpy's arrays, which do not tell, the values are compared.
+    """
 
     tensors: tuple[Tensor, ...]
     versions: tuple[int, ...]
@@ -133,10 +145,17 @@ class Sight:
     def of(tensors: tuple[Tensor, ...]) -> Sight:
         return Sight(tensors, tuple(map(version, tensors)))
 
+    def held(self) -> Sight:
+        """It, safe from what is written to arrays later."""
+        return Sight(tuple(map(held, self.tensors)), self.versions)
+
     def unchanged_since(self, earlier: Sight | None) -> bool:
-        if earlier is None or self.versions != earlier.versions or -1 in self.versions:
+        if earlier is None or self.versions != earlier.versions:
             return False
-        return all(map(is_, self.tensors, earlier.tensors))
+        if -1 not in self.versions:
+            return all(map(is_, self.tensors, earlier.tensors))
+        arrays = all(isinstance(tensor, np.ndarray) for tensor in self.tensors)
+        return arrays and all(map(np.array_equal, self.tensors, earlier.tensors))
 
 
 def _values(timestep: Tensor) -> tuple[float, ...]:

@@ -4,35 +4,33 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Protocol
-
-import torch
-from torch import Tensor, fx
+from typing import TYPE_CHECKING, Any, Protocol
 
 from duca_compile.errors import first_line
-from duca_compile.graph import Action, Facts, Variant, VariantFunction, VariantSpec, cache_input, tokens_input
-from duca_compile.lock import COMPILING
+from duca_compile.graph import cache_input, tokens_input
 from duca_compile.policies.base import Policy, Step, StepKind
+from duca_compile.runtime.arrays import Array, Arrays
 from duca_compile.runtime.clock import Sight, Tick
 from duca_compile.runtime.forecasting import ForecastInputs
-from duca_compile.runtime.planning import check_selection, plan_step
 from duca_compile.runtime.request import CacheState, Executed, Request
-from duca_compile.runtime.rows import Rows
 from duca_compile.runtime.selection import TokenSelector
+
+if TYPE_CHECKING:
+    from torch import Tensor, fx
 
 log = logging.getLogger("duca_compile")
 
 
 @dataclass(eq=False)
 class Program:
-    """A variant and what runs it, with all that ties it to the state looked up once."""
+    """What runs a variant, with all that ties it to the state looked up once."""
 
-    variant: Variant
-    run: VariantFunction
-    fetch: Callable[[Mapping[str, Tensor]], Iterable[Tensor]]  # the inputs, from the values by name
+    run: Callable[..., Sequence[Array]]
+    fetch: Callable[[Mapping[str, Array]], Iterable[Array]]  # the inputs, from the values by name
+    pieces: Hashable  # says which timestep-only values it reads; false where there are none
     reads: frozenset[str]  # the caches among the inputs that must be there
     forecast: ForecastInputs
     own: int  # how many outputs are the model's own; they come first
@@ -44,6 +42,37 @@ class Program:
     computed: Mapping[int, int | None]  # positions that are computed in full -> the output with their scores
     loose: tuple[str, ...] | None = None  # the caches whose outputs are views of larger tensors
     aliases: tuple[int, ...] | None = None  # the model's own outputs that share memory with the state or each other
+
+    @staticmethod
+    def of(
+        run: Callable[..., Sequence[Array]],
+        inputs: tuple[str, ...],
+        outputs: tuple[str, ...],
+        pieces: Hashable,
+        forecast: ForecastInputs,
+        waiting: tuple[int, ...],
+        rows: tuple[int, ...],
+        computed: Mapping[int, int | None],
+    ) -> Program:
+        """Of a function of flat values with these names."""
+        own = sum(name.startswith("output_") for name in outputs)
+        extra = [*enumerate(outputs)][own:]
+        writes = {cache_input(name): i for i, name in extra if not name.startswith("score_")}
+        caches = frozenset(name for name in inputs if name.startswith(cache_input("")))
+        return Program(
+            run,
+            _getter(inputs),
+            pieces,
+            reads=caches - forecast.old.keys(),
+            forecast=forecast,
+            own=own,
+            writes=writes,
+            replaces=frozenset(writes.keys() - set(inputs)),
+            waiting=waiting,
+            rows=rows,
+            tokens=tuple(map(tokens_input, waiting)),
+            computed=computed,
+        )
 
 
 @dataclass(frozen=True)
@@ -70,45 +99,62 @@ class Prologue:
         return {name: value.contiguous() for name, value in zip(self.outputs, values, strict=True)}
 
 
-class Builder(Protocol):
-    """Makes what a dispatcher runs, of one captured graph."""
+class TimestepRows(Protocol):
+    """Computes the timestep-only values of one graph, packed into one row for each type."""
 
-    def build(self, spec: VariantSpec) -> tuple[Variant, VariantFunction]:
-        """The variant of a spec, and what runs it."""
+    @property
+    def outputs(self) -> tuple[str, ...]: ...
 
-    def build_rows(self, needed: frozenset[str] | None) -> Rows:
-        """What computes the timestep-only values called ``needed``, or all."""
+    def compute(self, call: Mapping[str, Array], hoisted: Mapping[str, Array]) -> Sequence[Array]:
+        """The rows of the call's own timestep."""
+
+    def compute_all(
+        self, call: Mapping[str, Array], hoisted: Mapping[str, Array], times: tuple[float, ...]
+    ) -> Mapping[float, Sequence[Array]]:
+        """The rows of each of ``times``; none where that is not to be done at once."""
+
+
+class Planner(Protocol):
+    """Knows what each step comes to for one kind of call."""
+
+    @property
+    def shapes(self) -> Sequence[tuple[int, int]]:
+        """(batch, tokens) of each branch whose tokens can be chosen."""
+
+    def arrays(self, like: Array) -> Arrays:
+        """What chooses tokens by scores such as ``like``."""
+
+    def plan(self, step: Step) -> Plan:
+        """The same object for the same step."""
+
+    def rows(self, needed: Any) -> TimestepRows:
+        """What computes the timestep-only values that ``needed``, a program's pieces, stands for; of None, all."""
+
+
+class Hoister(Protocol):
+    """Computes the loop-invariant values from the call's invariant inputs."""
+
+    @property
+    def inputs(self) -> tuple[str, ...]: ...
+
+    def compute(self, call: Mapping[str, Array]) -> dict[str, Array]: ...
 
 
 class Dispatcher:
     """Chooses, runs and accounts for one variant per call of one captured shape.
 
-    It holds nothing of any request: any number of threads may call it, each with a request of its own. The builder is
-    asked once for each spec. ``foresees`` says whether the values of timesteps that are known are computed together:
-    another size of products may round differently.
+    It holds nothing of any request: any number of threads may call it, each with a request of its own. ``foresees``
+    says whether the values of timesteps that are known are computed together: another size of products may round
+    differently.
     """
 
-    def __init__(
-        self,
-        facts: Facts,
-        inputs: tuple[str, ...],
-        policy: Policy,
-        builder: Builder,
-        prologue: Prologue,
-        foresees: bool,
-    ) -> None:
-        check_selection(facts, policy)
-        self._facts, self._inputs, self._policy = facts, inputs, policy
-        self._builder, self._prologue, self._foresees = builder, prologue, foresees
-        self._rows: dict[frozenset[str] | None, Rows] = {}
-        self._programs: dict[VariantSpec, Program] = {}
-        self._plans: dict[Step, Plan] = {}
-        self._selectable = [b for b in facts.branches if b.pointwise]
-        self._position = {b.index: i for i, b in enumerate(self._selectable)}
+    def __init__(self, planner: Planner, policy: Policy, prologue: Hoister, foresees: bool) -> None:
+        self.planner = planner
+        self._policy, self._prologue, self._foresees = policy, prologue, foresees
 
     def __call__(
-        self, request: Request, tick: Tick, call: Mapping[str, Tensor], name: str | None = None
-    ) -> tuple[Tensor, ...]:
+        self, request: Request, tick: Tick, call: Mapping[str, Array], name: str | None = None
+    ) -> Sequence[Array]:
         """Runs one call, with its tensors by name, where ``tick`` says, in the pass called ``name``."""
         started = time.perf_counter()
         state = request.state(self, (name, tick.pass_index))
@@ -123,14 +169,14 @@ class Dispatcher:
     def warm_up(
         self,
         request: Request,
-        call: Mapping[str, Tensor],
+        call: Mapping[str, Array],
         steps: Iterable[Step],
         watch: Callable[[Sequence[Plan]], Iterable[Plan]],
     ) -> None:
         """Runs each program that ``steps`` need once, on a state of its own; ``watch`` hands the plans out."""
         first: dict[Program, tuple[int, Plan]] = {}
         for index, step in enumerate(steps):
-            plan = self._planned(step)
+            plan = self.planner.plan(step)
             first.setdefault(plan.program, (index, plan))
         state = CacheState()
         self._hoist(state, call)
@@ -140,17 +186,17 @@ class Dispatcher:
             self._run(plan, state, self._given(plan, state, call, request, tick))
             state.last_step = tick.step
 
-    def _hoist(self, state: CacheState, call: Mapping[str, Tensor]) -> None:
+    def _hoist(self, state: CacheState, call: Mapping[str, Array]) -> None:
         """Computes loop-invariant values at the start of a request and when their inputs changed."""
         sources = Sight.of(tuple(call[name] for name in self._prologue.inputs))
         if sources.unchanged_since(state.hoisted_from):
             return
-        state.hoisted, state.hoisted_from = self._prologue.compute(call), sources
+        state.hoisted, state.hoisted_from = self._prologue.compute(call), sources.held()
         state.rows, state.foreseen = {}, False
 
     def _given(
-        self, plan: Plan, state: CacheState, call: Mapping[str, Tensor], request: Request, tick: Tick
-    ) -> dict[str, Tensor]:
+        self, plan: Plan, state: CacheState, call: Mapping[str, Array], request: Request, tick: Tick
+    ) -> dict[str, Array]:
         """The inputs that this step alone determines."""
         return {
             **call,
@@ -159,10 +205,10 @@ class Dispatcher:
         }
 
     def _timestep_values(
-        self, program: Program, state: CacheState, call: Mapping[str, Tensor], request: Request, tick: Tick
-    ) -> dict[str, Tensor]:
+        self, program: Program, state: CacheState, call: Mapping[str, Array], request: Request, tick: Tick
+    ) -> dict[str, Array]:
         """The rows that the program reads: those computed before the loop, else computed now."""
-        needed = program.variant.pieces
+        needed = program.pieces
         if not needed:
             return {}
         if self._foresees and not state.foreseen:
@@ -170,14 +216,16 @@ class Dispatcher:
             state.rows = self._foreseen(state, call, request.coming_times)
         rows = None if tick.timestep is None else state.rows.get(tick.timestep)
         if rows is None:
-            rows = self._row_program(needed).compute(call, state.hoisted)
-        return dict(zip(self._row_program(needed).outputs, rows, strict=True))
+            rows = self.planner.rows(needed).compute(call, state.hoisted)
+        return dict(zip(self.planner.rows(needed).outputs, rows, strict=True))
 
     def _foreseen(
-        self, state: CacheState, call: Mapping[str, Tensor], times: tuple[float, ...]
-    ) -> dict[float, tuple[Tensor, ...]]:
+        self, state: CacheState, call: Mapping[str, Array], times: tuple[float, ...]
+    ) -> Mapping[float, Sequence[Array]]:
+        import torch
+
         try:
-            return self._row_program(None).compute_all(call, state.hoisted, times)
+            return self.planner.rows(None).compute_all(call, state.hoisted, times)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # an operator that vmap has no rule for
@@ -185,70 +233,18 @@ class Dispatcher:
             self._foresees = False
             return {}
 
-    def _row_program(self, needed: frozenset[str] | None) -> Rows:
-        if needed not in self._rows:
-            with COMPILING:
-                self._rows[needed] = self._builder.build_rows(needed)
-        return self._rows[needed]
-
     def _plan(self, step: Step, index: int, state: CacheState) -> Plan:
         """The plan of ``step``, or of a full one for a pass that has just joined or has missed steps."""
-        plan = self._planned(step)
+        plan = self.planner.plan(step)
         program = plan.program
         if not program.reads or (program in state.ready and index - state.last_step <= 1):
             return plan
         if index - state.last_step > 1 or not program.reads <= state.caches.keys():
-            return self._planned(Step(StepKind.FULL))
+            return self.planner.plan(Step(StepKind.FULL))
         state.ready.add(program)
         return plan
 
-    def _planned(self, step: Step) -> Plan:
-        plan = self._plans.get(step)
-        if plan is not None:
-            return plan
-        with COMPILING:
-            spec, counts = plan_step(self._facts, self._policy, step)
-            program = self._program(spec)
-            waiting = tuple(counts.get(index, 0) for index in program.waiting)
-            plan = self._plans[step] = Plan(step, program, waiting, program.variant.flops(counts))
-        return plan
-
-    def _program(self, spec: VariantSpec) -> Program:
-        if spec not in self._programs:
-            variant, run = self._builder.build(spec)
-            own = sum(name.startswith("output_") for name in variant.outputs)
-            extra = [*enumerate(variant.outputs)][own:]
-            writes = {cache_input(name): i for i, name in extra if not name.startswith("score_")}
-            waiting = tuple(b.index for b in self._selectable if spec.actions[b.index] is not Action.COMPUTE)
-            forecast = ForecastInputs.of(variant)
-            caches = frozenset(name for name in variant.inputs if name.startswith(cache_input("")))
-            self._programs[spec] = Program(
-                variant,
-                run,
-                _getter(variant.inputs),
-                reads=caches - forecast.old.keys(),
-                forecast=forecast,
-                own=own,
-                writes=writes,
-                replaces=frozenset(writes.keys() - set(variant.inputs)),
-                waiting=waiting,
-                rows=tuple(self._position[index] for index in waiting),
-                tokens=tuple(map(tokens_input, waiting)),
-                computed=self._computed(variant),
-            )
-        return self._programs[spec]
-
-    def _computed(self, variant: Variant) -> dict[int, int | None]:
-        found: dict[int, int | None] = {}
-        for branch in self._selectable:
-            if variant.spec.actions[branch.index] is Action.COMPUTE:
-                source = self._facts.score_source(branch)
-                emitted = source is not None and source.score_slot in variant.outputs
-                slot = variant.outputs.index(source.score_slot) if source is not None and emitted else None
-                found[self._position[branch.index]] = slot
-        return found
-
-    def _run(self, plan: Plan, state: CacheState, given: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def _run(self, plan: Plan, state: CacheState, given: Mapping[str, Array]) -> Sequence[Array]:
         program = plan.program
         for name in program.replaces:  # free before they are computed anew, so that there are never two of them
             state.caches.pop(name, None)
@@ -263,7 +259,7 @@ class Dispatcher:
             self._refresh(program.computed, results, state)
         return self._unaliased(program, results[: program.own], state)
 
-    def _tokens(self, plan: Plan, state: CacheState) -> dict[str, Tensor]:
+    def _tokens(self, plan: Plan, state: CacheState) -> dict[str, Array]:
         """The tokens that each waiting branch recomputes, by the name of its input."""
         program = plan.program
         if plan.step.kind is not StepKind.PARTIAL or state.selector is None or not program.waiting:
@@ -271,7 +267,7 @@ class Dispatcher:
         chosen = state.selector.select(program.rows, plan.counts, plan.step.interval)
         return {name: tokens for name, tokens in zip(program.tokens, chosen, strict=True) if tokens is not None}
 
-    def _unaliased(self, program: Program, outputs: tuple[Tensor, ...], state: CacheState) -> tuple[Tensor, ...]:
+    def _unaliased(self, program: Program, outputs: Sequence[Array], state: CacheState) -> Sequence[Array]:
         """The outputs, copied where the caller's changing one in place would change the state or another output."""
         if program.aliases is None:  # a property of the variant, so looked up once
             held = {_memory(t) for t in (*state.caches.values(), *state.hoisted.values())}
@@ -281,18 +277,17 @@ class Dispatcher:
             return outputs
         return tuple(output.clone() if i in program.aliases else output for i, output in enumerate(outputs))
 
-    def _refresh(self, computed: Mapping[int, int | None], results: tuple[Tensor, ...], state: CacheState) -> None:
+    def _refresh(self, computed: Mapping[int, int | None], results: Sequence[Array], state: CacheState) -> None:
         """Hands the scores of computed branches to the selector, and marks their tokens fresh."""
         selection = self._policy.selection
         if selection is None:
             return
         if state.selector is None:
-            shapes = [(b.shape[0], b.tokens) for b in self._selectable]
-            state.selector = TokenSelector(selection, shapes, results[0].device)
+            state.selector = TokenSelector(selection, self.planner.shapes, self.planner.arrays(results[0]))
         state.selector.refresh({row: None if slot is None else results[slot] for row, slot in computed.items()})
 
 
-def _getter(names: tuple[str, ...]) -> Callable[[Mapping[str, Tensor]], Iterable[Tensor]]:
+def _getter(names: tuple[str, ...]) -> Callable[[Mapping[str, Array]], Iterable[Array]]:
     if len(names) < 2:  # itemgetter of one name gives no tuple
         return lambda values: [values[name] for name in names]
     return itemgetter(*names)

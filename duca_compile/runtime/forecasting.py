@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from duca_compile.graph import FORECAST_DISTANCE, FORECAST_GAP, FORECAST_ORDERS, Variant, cache_input
+from duca_compile.graph import FORECAST_DISTANCE, FORECAST_GAP, FORECAST_ORDERS
 from duca_compile.policies.base import Forecast
+from duca_compile.runtime.arrays import Array
 
 if TYPE_CHECKING:
     from duca_compile.runtime.request import CacheState
 
-_NUMBERS = (FORECAST_GAP, FORECAST_ORDERS, FORECAST_DISTANCE)
+NUMBERS = (FORECAST_GAP, FORECAST_ORDERS, FORECAST_DISTANCE)
 
 
 @dataclass(frozen=True)
@@ -33,19 +31,12 @@ class Past:
 
 @dataclass(frozen=True)
 class ForecastInputs:
-    """The inputs that a variant has for forecasts alone, by name, with fake tensors of their kind."""
+    """The inputs that a variant has for forecasts alone, by name, with what makes them."""
 
-    numbers: Mapping[str, Tensor]
-    old: Mapping[str, Tensor]  # caches that a full step takes differences to, where they are there
+    numbers: Mapping[str, Callable[[int], Array]]
+    old: Mapping[str, Callable[[], Array]]  # caches that a full step takes differences to; zeros, where there are none
 
-    @staticmethod
-    def of(variant: Variant) -> ForecastInputs:
-        kinds = {n.name: n.meta["val"] for n in variant.module.graph.nodes if n.op == "placeholder"}
-        caches = {name: like for name, like in kinds.items() if name.startswith(cache_input(""))}
-        numbers = {name: kinds[name] for name in _NUMBERS if name in kinds}
-        return ForecastInputs(numbers, caches if FORECAST_GAP in numbers else {})
-
-    def values(self, forecast: Forecast | None, state: CacheState, step: int) -> dict[str, Tensor]:
+    def values(self, forecast: Forecast | None, state: CacheState, step: int) -> dict[str, Array]:
         """The numbers for ``step``, which before a full step is noted in ``state``, with zeros for old caches.
 
         A pass that is new or missed a step has no differences: its full step counts as a first one.
@@ -58,14 +49,9 @@ class ForecastInputs:
         past = state.past if step - state.last_step <= 1 else Past()
         state.past = past.after(step, forecast)
         for name in self.old.keys() - state.caches.keys():
-            like = self.old[name]
-            state.caches[name] = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+            state.caches[name] = self.old[name]()
         gap = 1 if past.last_full is None else step - past.last_full
         return self._filled({FORECAST_GAP: gap, FORECAST_ORDERS: state.past.orders})
 
-    def _filled(self, numbers: Mapping[str, int]) -> dict[str, Tensor]:
-        """Made on the device that reads them: a copy from the host would wait for it."""
-        likes = self.numbers
-        return {
-            name: torch.full((), n, dtype=likes[name].dtype, device=likes[name].device) for name, n in numbers.items()
-        }
+    def _filled(self, numbers: Mapping[str, int]) -> dict[str, Array]:
+        return {name: self.numbers[name](number) for name, number in numbers.items()}

@@ -5,6 +5,7 @@ It is ``manifest.json`` in the folder. Neither torch nor the compiler is needed 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import types
@@ -274,6 +275,15 @@ def inside(folder: Path, file: File) -> Path:
     if relative.is_absolute() or ".." in relative.parts or not path.resolve().is_relative_to(folder.resolve()):
         raise ArtifactError(f"{FILE} names {file.path!r}, which is not in the folder {folder}")
     return path
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _check(manifest: Manifest) -> None:

@@ -6,17 +6,17 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor
-
-from duca_compile.graph import Facts
 from duca_compile.policies.base import Policy, Step, StepKind
-from duca_compile.runtime.clock import Sight, StepClock, Tick, version
+from duca_compile.runtime.arrays import Array, same_values, size
+from duca_compile.runtime.clock import Sight, StepClock, Tick, held, version
 from duca_compile.runtime.forecasting import Past
 from duca_compile.runtime.selection import TokenSelector
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger("duca_compile")
 
@@ -41,19 +41,29 @@ class Executed:
 class CacheState:
     """What one pass of one request carries from step to step; dropped when the next request starts."""
 
-    caches: dict[str, Tensor] = field(default_factory=dict)  # placeholder name -> value
+    caches: dict[str, Array] = field(default_factory=dict)  # placeholder name -> value
     ready: set[object] = field(default_factory=set)  # programs whose caches are all there
     last_step: int = -1
-    hoisted: dict[str, Tensor] = field(default_factory=dict)
+    hoisted: dict[str, Array] = field(default_factory=dict)
     hoisted_from: Sight | None = None
-    rows: dict[float, tuple[Tensor, ...]] = field(default_factory=dict)  # timestep -> the values it alone determines
+    rows: Mapping[float, Sequence[Array]] = field(default_factory=dict)  # timestep -> the values it alone determines
     foreseen: bool = False  # whether the rows of the coming timesteps were computed
     selector: TokenSelector | None = None
     past: Past = field(default_factory=Past)
 
     @property
     def bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.caches.values())
+        return sum(map(size, self.caches.values()))
+
+
+class Names(Protocol):
+    """The names of the inputs that tell steps and requests apart."""
+
+    @property
+    def latent(self) -> str: ...
+
+    @property
+    def timestep(self) -> str: ...
 
 
 class Schedule(Protocol):
@@ -116,21 +126,21 @@ class Request:
             state = states[key] = CacheState()
         return state
 
-    def tick(self, facts: Facts, call: Mapping[str, Tensor], name: str | None = None) -> Tick:
+    def tick(self, names: Names, call: Mapping[str, Tensor], name: str | None = None) -> Tick:
         """Where the call falls; ``pass_index`` counts the calls of the pass called ``name`` at the step.
 
         A new run of the schedule is a new request. Where there is no schedule, the clock's verdict counts, but a first
         timestep that repeats is a further pass only if the latent does too, or if the pass has a new name. Anything
         else at the first timestep is a new request from the same start: another latent, or the very same call again.
         """
-        timestep = call[facts.timestep]
+        timestep = call[names.timestep]
         run = None if self._schedule is None else self._schedule.run()
         if run is not self._run:
             self._run = run
             self._clock.reset()
         tick = self._clock.tick(timestep)
         repeats = tick.step == 0 and tick.pass_index > 0 and run is None
-        if repeats and not self._is_further_pass(facts, call, name):
+        if repeats and not self._is_further_pass(names, call, name):
             self._clock.reset()
             tick = self._clock.tick(timestep)
         if tick.new_request:
@@ -140,7 +150,7 @@ class Request:
         if tick.pass_index == 0:
             self._passes.clear()
         if tick.step == 0 and run is None:
-            self._opening = {name: (tensor, version(tensor)) for name, tensor in call.items()}
+            self._opening = {name: (held(tensor), version(tensor)) for name, tensor in call.items()}
         index = self._passes.get(name, 0)
         self._passes[name] = index + 1
         return Tick(tick.step, index, tick.new_request, tick.timestep)
@@ -162,17 +172,17 @@ class Request:
         self._clock.expect(self._total, monotone)
         self._coming = self._policy.steps(self._total)
 
-    def _is_further_pass(self, facts: Facts, call: Mapping[str, Tensor], name: str | None) -> bool:
+    def _is_further_pass(self, names: Names, call: Mapping[str, Tensor], name: str | None) -> bool:
         if name is not None and name not in self._passes:
             return True
-        if facts.latent not in self._opening:
+        if names.latent not in self._opening:
             return False
         same = {
             name: name in self._opening and _unchanged(tensor, *self._opening[name])
             for name, tensor in call.items()
-            if name != facts.timestep
+            if name != names.timestep
         }
-        return same.pop(facts.latent) and not all(same.values())
+        return same.pop(names.latent) and not all(same.values())
 
     def step_at(self, index: int) -> Step:
         """The policy's step; beyond the planned ones a full step, with one warning."""
@@ -217,6 +227,8 @@ class Loops:
 
 def _as_called(times: Sequence[float], timestep: Tensor, first: float) -> tuple[float, ...]:
     """The schedule's timesteps as the model is given them: as they are, or as a part of the training's thousand."""
+    import torch
+
     values = torch.tensor(times, dtype=torch.float64).to(timestep.dtype)
     for each in (values, values / 1000, torch.tensor(times) / 1000):
         listed = tuple(map(float, each.tolist()))
@@ -227,7 +239,7 @@ def _as_called(times: Sequence[float], timestep: Tensor, first: float) -> tuple[
 
 def _viewed(timestep: Tensor) -> tuple[float, ...]:
     """The timesteps from this one on, where it is a view of all, as ``for t in scheduler.timesteps`` gives."""
-    base = timestep._base
+    base = getattr(timestep, "_base", None)
     if base is None or base.dim() != 1 or base.numel() < 2 or base.is_inference() or not base.is_contiguous():
         return ()
     return tuple(map(float, base[timestep.storage_offset() - base.storage_offset() :].tolist()))
@@ -237,4 +249,4 @@ def _unchanged(tensor: Tensor, known: Tensor, at_version: int) -> bool:
     """Whether ``tensor`` holds what ``known`` held at ``at_version``; reads both where it cannot tell otherwise."""
     if version(known) != at_version:
         return False
-    return (tensor is known and at_version >= 0) or (tensor.shape == known.shape and torch.equal(tensor, known))
+    return (tensor is known and at_version >= 0) or same_values(tensor, known)

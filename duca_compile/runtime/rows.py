@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, fx
+if TYPE_CHECKING:
+    from torch import Tensor, fx
 
 MAX_BYTES = 2**28  # of the rows of one pass; where all would be more, each is computed at its step
 
@@ -32,6 +33,8 @@ class Rows:
 
         Raises what ``torch.func.vmap`` raises, where an operator has no rule for it.
         """
+        import torch
+
         given = call[self.timestep]
         if not times or self.timestep not in self.inputs or len(times) * self._bytes > MAX_BYTES:
             return {}

@@ -6,12 +6,11 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from math import isqrt
 
-import torch
-from torch import Tensor
-from torch.nn import functional
+import numpy as np
 
 from duca_compile.errors import PolicyError
 from duca_compile.policies.base import Selection
+from duca_compile.runtime.arrays import Array, Arrays
 
 
 def check_grid(selection: Selection, tokens: int) -> None:
@@ -30,29 +29,30 @@ AHEAD = 8  # steps that random tokens are drawn for at once
 class TokenSelector:
     """Chooses tokens for the selectable branches of one pass, which are known by their position among them.
 
-    Branches over the same tokens are scored together; ``shapes`` gives (batch, tokens) of each branch.
+    Branches over the same tokens are scored together; ``shapes`` gives (batch, tokens) of each branch. Random numbers
+    are numpy's, whatever the arrays are, so that one seed makes the same choice in every runtime.
     """
 
-    def __init__(self, selection: Selection, shapes: Sequence[tuple[int, int]], device: torch.device) -> None:
+    def __init__(self, selection: Selection, shapes: Sequence[tuple[int, int]], arrays: Arrays) -> None:
         counts = Counter(shapes)
-        groups = {shape: _Group(selection, count, *shape, device) for shape, count in counts.items()}
+        groups = {shape: _Group(selection, count, *shape, arrays) for shape, count in counts.items()}
         self._groups = list(groups.values())
         self._places = [(groups[shape], shapes[:i].count(shape)) for i, shape in enumerate(shapes)]
         self._split: dict[tuple[int, ...], list[tuple[_Group, list[int], list[int]]]] = {}
 
-    def refresh(self, raw: Mapping[int, Tensor | None]) -> None:
+    def refresh(self, raw: Mapping[int, Array | None]) -> None:
         """Branches that were computed in full: ``raw`` maps their position to a new (batch, tokens) score."""
         scores = list(raw.values())
         for group, own, rows in self._by_group(tuple(raw)):
             group.refresh(dict(zip(rows, [scores[i] for i in own], strict=True)))
 
-    def select(self, positions: Sequence[int], counts: Sequence[int], interval: int) -> list[Tensor | None]:
+    def select(self, positions: Sequence[int], counts: Sequence[int], interval: int) -> list[Array | None]:
         """Token indices, int64 (batch, count), for each branch in ``positions``; the others grow one step staler.
 
         None where the count is 0 for all branches over the same tokens. Raises PolicyError where a patch bonus is
         asked for and the tokens are not a square grid of patches.
         """
-        chosen: list[Tensor | None] = [None] * len(positions)
+        chosen: list[Array | None] = [None] * len(positions)
         for group, own, rows in self._by_group(tuple(positions)):
             for i, tokens in zip(own, group.select(rows, [counts[i] for i in own], interval), strict=False):
                 chosen[i] = tokens
@@ -72,35 +72,36 @@ class TokenSelector:
 
 
 class _Group:
-    """Scores and staleness of branches over the same tokens, as (branches, batch, tokens) tensors."""
+    """Scores and staleness of branches over the same tokens, as (branches, batch, tokens) arrays."""
 
-    def __init__(self, selection: Selection, branches: int, batch: int, tokens: int, device: torch.device) -> None:
+    def __init__(self, selection: Selection, branches: int, batch: int, tokens: int, arrays: Arrays) -> None:
         self._selection = selection
         self._shape = (branches, batch, tokens)
-        self._device = device
-        self._scores: Tensor | None = None
-        self._staleness = torch.zeros(self._shape, device=device)
-        self._generator = torch.Generator(device).manual_seed(selection.seed)
-        self._stock: list[tuple[Tensor, ...]] = []  # random tokens for coming steps
+        self._arrays = arrays
+        self._scores: Array | None = None
+        self._staleness = arrays.zeros(self._shape)
+        self._random = np.random.default_rng(selection.seed)
+        self._stock: list[tuple[Array, ...]] = []  # random tokens for coming steps
         self._stocked = 0  # how many for each branch
 
-    def refresh(self, raw: Mapping[int, Tensor | None]) -> None:
+    def refresh(self, raw: Mapping[int, Array | None]) -> None:
         self._staleness[self._rows(list(raw))] = 0
         scores = {position: score for position, score in raw.items() if score is not None}
         if self._selection.kind == "random" or not scores:
             return
         if self._scores is None:
-            self._scores = torch.zeros(self._shape, device=self._device)
-        self._scores[self._rows(list(scores))] = functional.normalize(torch.stack([*scores.values()]).float(), dim=-1)
+            self._scores = self._arrays.zeros(self._shape)
+        self._scores[self._rows(list(scores))] = self._arrays.unit(list(scores.values()))
 
-    def select(self, positions: list[int], counts: list[int], interval: int) -> Sequence[Tensor]:
+    def select(self, positions: list[int], counts: list[int], interval: int) -> Sequence[Array]:
         most = max(counts)
         if not most and not self._selection.staleness:
             return ()
         if self._selection.kind == "random" and not self._selection.staleness and not self._selection.patch_bonus:
             drawn = self._drawn(most)
             return [
-                drawn[p] if n == most else drawn[p][:, :n].contiguous() for p, n in zip(positions, counts, strict=True)
+                drawn[p] if n == most else self._arrays.dense(drawn[p][:, :n])
+                for p, n in zip(positions, counts, strict=True)
             ]
         rows = self._rows(positions)
         score = self._base()[rows]
@@ -108,49 +109,48 @@ class _Group:
             score = score + self._selection.staleness * self._staleness[rows] / interval
         if self._selection.patch_bonus and most:
             score = self._favour_patches(score)
-        order = score.topk(most, dim=-1).indices
+        order = self._arrays.top(score, most)
         if self._selection.staleness:
             self._age(rows, order, counts)
-        if min(counts) == most:
-            return order.unbind()
-        return [chosen[:, :count].contiguous() for chosen, count in zip(order.unbind(), counts, strict=True)]
+        return [self._arrays.dense(chosen[:, :count]) for chosen, count in zip(order, counts, strict=True)]
 
-    def _drawn(self, count: int) -> tuple[Tensor, ...]:
+    def _drawn(self, count: int) -> tuple[Array, ...]:
         """Random tokens, (batch, count) for each branch. Drawing for many steps takes little longer than for one."""
         if count != self._stocked or not self._stock:
             branches, batch, tokens = self._shape
             steps = AHEAD if count == self._stocked else 1
-            draws = torch.rand(steps, branches, 1, tokens, generator=self._generator, device=self._device)
-            order = draws.topk(count, dim=-1).indices.expand(-1, -1, batch, -1).contiguous()
-            self._stock, self._stocked = [step.unbind() for step in order.unbind()], count
+            draws = self._random.random((steps, branches, 1, tokens), np.float32)
+            order = np.argsort(draws, axis=-1)[..., :count]
+            shared = np.repeat(order, batch, axis=2)
+            self._stock, self._stocked = [tuple(step) for step in self._arrays.of(shared)], count
         return self._stock.pop()
 
-    def _age(self, rows: list[int] | slice, order: Tensor, counts: Sequence[int]) -> None:
-        limit = torch.tensor(counts, device=self._device).view(-1, 1, 1)
-        rank = torch.arange(order.shape[-1], device=self._device)
+    def _age(self, rows: list[int] | slice, order: Array, counts: Sequence[int]) -> None:
+        limit = self._arrays.of(np.array(counts).reshape(-1, 1, 1))
+        rank = self._arrays.of(np.arange(order.shape[-1]))
         stale = self._staleness[rows] + 1
-        kept = stale.gather(-1, order)
-        self._staleness[rows] = stale.scatter(-1, order, torch.where(rank < limit, 0.0, kept))
+        kept = self._arrays.take(stale, order) * (rank >= limit)
+        self._staleness[rows] = self._arrays.put(stale, order, kept)
 
     def _rows(self, positions: list[int]) -> list[int] | slice:
         """An index of the branches; a slice where it is all of them, which copies nothing."""
         return slice(None) if positions == list(range(self._shape[0])) else positions
 
-    def _base(self) -> Tensor:
+    def _base(self) -> Array:
         if self._scores is not None:
             return self._scores
-        branches, batch, tokens = self._shape
-        draw = torch.rand(branches, 1, tokens, generator=self._generator, device=self._device)
-        return draw.expand(-1, batch, -1)
+        branches, _, tokens = self._shape
+        draw = self._random.random((branches, 1, tokens), np.float32)
+        return self._arrays.of(np.broadcast_to(draw, self._shape).copy())
 
-    def _favour_patches(self, score: Tensor) -> Tensor:
+    def _favour_patches(self, score: Array) -> Array:
         """Multiplies the highest score of each patch by 1 + patch_bonus."""
         patch = self._selection.patch
         branches, batch, tokens = score.shape
         check_grid(self._selection, tokens)
         side = isqrt(tokens)
         cells = (branches, batch, side // patch, side // patch)
-        grid = score.reshape(branches, batch, side // patch, patch, side // patch, patch).transpose(3, 4)
-        best = functional.one_hot(grid.reshape(*cells, patch * patch).argmax(-1), patch * patch)
-        boosted = grid * (1 + self._selection.patch_bonus * best.view(*cells, patch, patch))
-        return boosted.transpose(3, 4).reshape(branches, batch, tokens)
+        grid = score.reshape(branches, batch, side // patch, patch, side // patch, patch).swapaxes(3, 4)
+        best = self._arrays.one_hot(grid.reshape(*cells, patch * patch).argmax(-1), patch * patch)
+        boosted = grid * (1 + self._selection.patch_bonus * best.reshape(*cells, patch, patch))
+        return boosted.swapaxes(3, 4).reshape(branches, batch, tokens)

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from duca_compile.errors import PolicyError
 from duca_compile.policies import Selection
+from duca_compile.runtime.arrays import TorchArrays
 from duca_compile.runtime.selection import TokenSelector, check_grid
 
 BATCH, TOKENS = 2, 16
 
 
 def selector(selection: Selection, branches: int = 1, batch: int = BATCH, tokens: int = TOKENS) -> TokenSelector:
-    return TokenSelector(selection, [(batch, tokens)] * branches, torch.device("cpu"))
+    return TokenSelector(selection, [(batch, tokens)] * branches, TorchArrays(torch.device("cpu")))
 
 
 def scored(selection: Selection, *scores: Tensor) -> TokenSelector:
@@ -106,7 +107,9 @@ def test_branches_that_are_not_asked_keep_their_state() -> None:
 
 def test_branches_over_other_tokens_choose_on_their_own() -> None:
     """Image and text branches in turn: each gets indices of its own range, in the order asked for."""
-    chosen = TokenSelector(Selection("attention"), [(BATCH, 16), (BATCH, 5), (BATCH, 16)], torch.device("cpu"))
+    chosen = TokenSelector(
+        Selection("attention"), [(BATCH, 16), (BATCH, 5), (BATCH, 16)], TorchArrays(torch.device("cpu"))
+    )
     chosen.refresh({0: torch.arange(16.0).expand(BATCH, -1), 1: -torch.arange(5.0).expand(BATCH, -1), 2: None})
     image, text = chosen.select([0, 1], [2, 3], 3)
     assert image[0].tolist() == [15, 14]

@@ -1,0 +1,120 @@
+"""The few array operations of the runtime, for torch's tensors and for numpy's arrays; numpy needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+# A torch.Tensor or a numpy array; of one runtime all are of one kind.
+Array = Any
+
+
+class Arrays(Protocol):
+    """Operations on float32 scores and int64 indices; all of an object's arrays are on one device."""
+
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        """float32."""
+
+    def of(self, values: np.ndarray) -> Array:
+        """A copy on the device, or the same memory."""
+
+    def dense(self, array: Array) -> Array:
+        """It with contiguous memory."""
+
+    def unit(self, rows: Sequence[Array]) -> Array:
+        """Stacked as float32, each divided by its norm along the last axis."""
+
+    def top(self, scores: Array, count: int) -> Array:
+        """The places of the ``count`` highest along the last axis, the highest first."""
+
+    def one_hot(self, places: Array, count: int) -> Array:
+        """float32, with a new last axis."""
+
+    def take(self, array: Array, places: Array) -> Array:
+        """The entries at ``places`` along the last axis."""
+
+    def put(self, array: Array, places: Array, values: Array) -> Array:
+        """A copy, with ``values`` at ``places`` along the last axis."""
+
+
+class NumpyArrays:
+    """Arrays in the host's memory."""
+
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        return np.zeros(shape, np.float32)
+
+    def of(self, values: np.ndarray) -> Array:
+        return values
+
+    def dense(self, array: Array) -> Array:
+        return np.ascontiguousarray(array)
+
+    def unit(self, rows: Sequence[Array]) -> Array:
+        stacked = np.stack(rows).astype(np.float32)
+        return stacked / np.maximum(np.linalg.norm(stacked, axis=-1, keepdims=True), np.float32(1e-12))
+
+    def top(self, scores: Array, count: int) -> Array:
+        return np.argsort(-scores, axis=-1, kind="stable")[..., :count]
+
+    def one_hot(self, places: Array, count: int) -> Array:
+        return np.eye(count, dtype=np.float32)[places]
+
+    def take(self, array: Array, places: Array) -> Array:
+        return np.take_along_axis(array, places, -1)
+
+    def put(self, array: Array, places: Array, values: Array) -> Array:
+        copy = array.copy()
+        np.put_along_axis(copy, places, values, -1)
+        return copy
+
+
+class TorchArrays:
+    """Tensors on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        import torch
+
+        self._torch, self._device = torch, device
+
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        return self._torch.zeros(shape, device=self._device)
+
+    def of(self, values: np.ndarray) -> Array:
+        return self._torch.from_numpy(values).to(self._device, non_blocking=True)
+
+    def dense(self, array: Array) -> Array:
+        return array.contiguous()
+
+    def unit(self, rows: Sequence[Array]) -> Array:
+        return self._torch.nn.functional.normalize(self._torch.stack(list(rows)).float(), dim=-1)
+
+    def top(self, scores: Array, count: int) -> Array:
+        return scores.topk(count, dim=-1).indices
+
+    def one_hot(self, places: Array, count: int) -> Array:
+        return self._torch.nn.functional.one_hot(places, count).float()
+
+    def take(self, array: Array, places: Array) -> Array:
+        return array.gather(-1, places)
+
+    def put(self, array: Array, places: Array, values: Array) -> Array:
+        return array.scatter(-1, places, values)
+
+
+def size(array: Array) -> int:
+    """Its bytes; arrays of ONNX Runtime have no attribute for that."""
+    return int(array.nbytes if hasattr(array, "nbytes") else array.tensor_size_in_bytes())
+
+
+def same_values(one: Array, other: Array) -> bool:
+    """Whether both have the same shape and values."""
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return np.array_equal(one, other)
+    import torch
+
+    return bool(one.shape == other.shape and torch.equal(one, other))

@@ -1,0 +1,114 @@
+"""Plans steps for one captured graph: the variant of each, built when it is first needed, and what ties it to state."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from duca_compile.graph import FORECAST_GAP, Action, Facts, Variant, VariantFunction, VariantSpec, cache_input
+from duca_compile.lock import COMPILING
+from duca_compile.policies.base import Policy, Step
+from duca_compile.runtime.arrays import TorchArrays
+from duca_compile.runtime.dispatcher import Plan, Program
+from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
+from duca_compile.runtime.planning import check_selection, plan_step
+from duca_compile.runtime.rows import Rows
+
+
+class Builder(Protocol):
+    """Makes what a dispatcher runs, of one captured graph."""
+
+    def build(self, spec: VariantSpec) -> tuple[Variant, VariantFunction]:
+        """The variant of a spec, and what runs it."""
+
+    def build_rows(self, needed: frozenset[str] | None) -> Rows:
+        """What computes the timestep-only values called ``needed``, or all."""
+
+
+class Programs:
+    """The plans of a policy's steps for one captured graph. The builder is asked once for each spec.
+
+    Raises:
+        PolicyError: this graph cannot serve the policy.
+    """
+
+    def __init__(self, facts: Facts, policy: Policy, builder: Builder) -> None:
+        check_selection(facts, policy)
+        self._facts, self._policy, self._builder = facts, policy, builder
+        self._rows: dict[frozenset[str] | None, Rows] = {}
+        self._plans: dict[Step, Plan] = {}
+        self.by_spec: dict[VariantSpec, tuple[Variant, Program]] = {}
+        self._selectable = [b for b in facts.branches if b.pointwise]
+        self._position = {b.index: i for i, b in enumerate(self._selectable)}
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(batch, tokens) of each branch whose tokens can be chosen."""
+        return [(b.shape[0], b.tokens) for b in self._selectable]
+
+    def arrays(self, like: Tensor) -> TorchArrays:
+        return TorchArrays(like.device)
+
+    def rows(self, needed: frozenset[str] | None) -> Rows:
+        """What computes the timestep-only values called ``needed``, or all."""
+        if needed not in self._rows:
+            with COMPILING:
+                self._rows[needed] = self._builder.build_rows(needed)
+        return self._rows[needed]
+
+    def plan(self, step: Step) -> Plan:
+        plan = self._plans.get(step)
+        if plan is not None:
+            return plan
+        with COMPILING:
+            spec, counts = plan_step(self._facts, self._policy, step)
+            variant, program = self._program(spec)
+            waiting = tuple(counts.get(index, 0) for index in program.waiting)
+            plan = self._plans[step] = Plan(step, program, waiting, variant.flops(counts))
+        return plan
+
+    def _program(self, spec: VariantSpec) -> tuple[Variant, Program]:
+        if spec not in self.by_spec:
+            variant, run = self._builder.build(spec)
+            waiting = tuple(b.index for b in self._selectable if spec.actions[b.index] is not Action.COMPUTE)
+            program = Program.of(
+                run,
+                variant.inputs,
+                variant.outputs,
+                variant.pieces,
+                forecast=_forecast_inputs(variant),
+                waiting=waiting,
+                rows=tuple(self._position[index] for index in waiting),
+                computed=self._computed(variant),
+            )
+            self.by_spec[spec] = variant, program
+        return self.by_spec[spec]
+
+    def _computed(self, variant: Variant) -> dict[int, int | None]:
+        found: dict[int, int | None] = {}
+        for branch in self._selectable:
+            if variant.spec.actions[branch.index] is Action.COMPUTE:
+                source = self._facts.score_source(branch)
+                emitted = source is not None and source.score_slot in variant.outputs
+                slot = variant.outputs.index(source.score_slot) if source is not None and emitted else None
+                found[self._position[branch.index]] = slot
+        return found
+
+
+def _forecast_inputs(variant: Variant) -> ForecastInputs:
+    kinds = {n.name: n.meta["val"] for n in variant.module.graph.nodes if n.op == "placeholder"}
+    numbers = {name: partial(_number, kinds[name]) for name in NUMBERS if name in kinds}
+    caches = {name: partial(_zeros, like) for name, like in kinds.items() if name.startswith(cache_input(""))}
+    return ForecastInputs(numbers, caches if FORECAST_GAP in numbers else {})
+
+
+def _number(like: Tensor, value: int) -> Tensor:
+    """Made on the device that reads it: a copy from the host would wait for it."""
+    return torch.full((), value, dtype=like.dtype, device=like.device)
+
+
+def _zeros(like: Tensor) -> Tensor:
+    return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
