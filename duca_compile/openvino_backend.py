@@ -26,6 +26,8 @@ from duca_compile.runtime.clock import version
 with missing_package("openvino"):
     import openvino
 
+    from duca_compile.runtime.openvino import Requests, cpu_options
+
 aten = torch.ops.aten
 _TRACED_COUNT = 3  # tokens in the example of an index input; no code depends on it
 _REPLACED = {
@@ -101,60 +103,35 @@ class _Compiled:
     outputs: list[Tensor]  # on the meta device: their shapes and dtypes
 
 
-@dataclass
-class _Request:
-    """One of the requests of a model: it has activations of its own, and may run beside others."""
-
-    infer: Any  # openvino.InferRequest
-    bound: list[int]  # the addresses of the weights among its inputs
-
-
 class _Model:
     """Runs a compiled variant; ``seen`` tells what the weights that are constants in it were then."""
 
     def __init__(self, compiled: _Compiled, weights: int, seen: list[tuple[int, int]]) -> None:
-        self._compiled, self.seen = compiled, seen
+        self._requests, self._outputs, self.seen = Requests(compiled.model), compiled.outputs, seen
         places = list(enumerate(compiled.inputs))
         self._weights = [(i, place) for i, place in places if place < weights]
         self._tensors = [(i, place) for i, place in places if place >= weights]
-        self._idle: list[_Request] = []
 
     def run(self, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        try:
-            request = self._idle.pop()
-        except IndexError:
-            request = _Request(self._compiled.model.create_infer_request(), [])
-        infer = request.infer
-        addresses = [arguments[place].data_ptr() for _, place in self._weights]
-        if request.bound != addresses:
-            request.bound = addresses
+        def bind(request: Any) -> None:
             for i, place in self._weights:
-                infer.set_input_tensor(i, shared(arguments[place]))
-        for i, place in self._tensors:
-            infer.set_input_tensor(i, shared(arguments[place]))
-        results = tuple(torch.empty(like.shape, dtype=like.dtype) for like in self._compiled.outputs)
-        for i, result in enumerate(results):
-            infer.set_output_tensor(i, shared(result))
-        infer.infer()
-        self._idle.append(request)
+                request.set_input_tensor(i, _shared(arguments[place]))
+
+        results = tuple(torch.empty(like.shape, dtype=like.dtype) for like in self._outputs)
+        self._requests.run(
+            [(i, _shared(arguments[place])) for i, place in self._tensors],
+            map(_shared, results),
+            [arguments[place].data_ptr() for _, place in self._weights],
+            bind,
+        )
         return results
 
 
-def shared(tensor: Tensor) -> Any:
+def _shared(tensor: Tensor) -> Any:
     """An ``openvino.Tensor`` over the same memory; of a contiguous tensor on the CPU."""
     if tensor.dtype is torch.bfloat16:  # numpy has no such type
         return openvino.Tensor(tensor.detach().view(torch.int16).numpy(), tensor.shape, openvino.Type.bf16)
     return openvino.Tensor(tensor.detach().numpy(), shared_memory=True)
-
-
-def cpu_options() -> dict[str, Any]:
-    """How OpenVINO is to compile: for one call at a time, on torch's number of threads, in float32."""
-    return {
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "NUM_STREAMS": 1,
-        "ENABLE_CPU_PINNING": False,
-        "INFERENCE_PRECISION_HINT": "f32",
-    }
 
 
 def _constants(graph: fx.Graph, count: int) -> tuple[int, ...]:
@@ -203,4 +180,4 @@ def _compiled(
     )
     (results,) = program.graph.output_node().args
     outputs = [torch.empty_like(node.meta["val"], device="meta") for node in results]
-    return _Compiled(openvino.Core().compile_model(model, "CPU", cpu_options()), kept, outputs)
+    return _Compiled(openvino.Core().compile_model(model, "CPU", cpu_options(torch.get_num_threads())), kept, outputs)

@@ -35,6 +35,11 @@ class Weight:
     stored: str  # its type in the pool, by numpy's name
     dtype: str  # what the engine takes
 
+    def array(self, pool: np.ndarray) -> np.ndarray:
+        """It in a pool's bytes, as it is stored; no copy."""
+        stored = PRECISIONS[self.stored].numpy()
+        return pool[self.start : self.start + self.bytes].view(stored).reshape(self.shape)
+
 
 @dataclass(frozen=True)
 class Lowered:

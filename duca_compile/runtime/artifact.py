@@ -27,6 +27,7 @@ from duca_compile.runtime.manifest import Manifest, Size, TensorSpec, inside, re
 from duca_compile.runtime.request import Executed
 from duca_compile.runtime.session import Requests, Session, current_pass, named_pass
 
+BACKENDS = ("onnxruntime", "openvino", "tensorrt")
 HOST = ("output_", "score_")  # outputs that leave the engine; all others only go into later steps
 
 # Flat values in the order of a graph's inputs to those of its outputs. Values are numpy arrays, torch tensors or what
@@ -364,12 +365,12 @@ def load(
 
     Args:
         path: the folder.
-        backend: "onnxruntime".
+        backend: "onnxruntime", "openvino" for a CPU, or "tensorrt" for the engines that ``duca-compile build`` made.
         providers: of ONNX Runtime, the first choice first; the CPU where it is None. One that cannot be used is an
             error, never a silent fall-back.
-        threads: that one operator may use; as many as ONNX Runtime takes where it is None.
+        threads: that one operator may use, on a CPU; as many as the backend takes where it is None.
         share_weights: hold the weights once, mapped from the file, for all graphs. Else every graph rearranges its own
-            copy for speed.
+            copy for speed. TensorRT's engines always share them.
         verify: compare each file with its hash. This reads all of them.
 
     Raises:
@@ -380,11 +381,32 @@ def load(
     folder = Path(path)
     found = read_manifest(folder)
     check_files(folder, found, verify)
-    if backend != "onnxruntime":
-        raise UsageError(f"backend={backend!r} is unknown; choose 'onnxruntime'")
-    from duca_compile.runtime.onnx import OnnxEngine
+    return Artifact(found, _engine(backend, folder, found, providers, threads, share_weights))
 
-    return Artifact(found, OnnxEngine(folder, providers, threads, share_weights))
+
+def _engine(
+    backend: str,
+    folder: Path,
+    found: Manifest,
+    providers: Sequence[str] | None,
+    threads: int | None,
+    share_weights: bool,
+) -> Engine:
+    if backend == "onnxruntime":
+        from duca_compile.runtime.onnx import OnnxEngine
+
+        return OnnxEngine(folder, providers, threads, share_weights)
+    if providers is not None:
+        raise UsageError(f"providers are ONNX Runtime's; leave them out with backend={backend!r}")
+    if backend == "openvino":
+        from duca_compile.runtime.openvino import OpenVINOEngine
+
+        return OpenVINOEngine(folder, found.weights.file, threads, share_weights)
+    if backend == "tensorrt":
+        from duca_compile.runtime.tensorrt import TensorRTEngine
+
+        return TensorRTEngine(folder, found)
+    raise UsageError(f"backend={backend!r} is unknown; choose one of {BACKENDS}")
 
 
 def check_files(folder: Path, found: Manifest, verify: bool = True) -> None:
