@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx
@@ -56,9 +56,9 @@ class CompilingBackend(ABC):
     Where that fails, the variant runs under eager with one warning; ``strict`` raises BackendError instead.
     """
 
-    name: ClassVar[str]
-    label: ClassVar[str]
-    advice: ClassVar[str]  # what to do where it fails
+    name: str
+    label: str
+    advice: str  # what to do where it fails
     exact = False
 
     def __init__(self, strict: bool = False) -> None:

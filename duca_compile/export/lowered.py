@@ -49,7 +49,7 @@ class Lowered:
     weights: tuple[Weight, ...]
 
     def serialized(self) -> bytes:
-        return onnx_ir.to_proto(self.model).SerializeToString()
+        return bytes(onnx_ir.to_proto(self.model).SerializeToString())
 
 
 def lower(path: Path, precision: str) -> Lowered:
@@ -99,7 +99,7 @@ def _weight(value: Value, tensor: onnx_ir.ExternalTensor) -> Weight:
     assert dtype is not None
     if dtype is DataType.FLOAT16 and np.abs(tensor.numpy()).max() > np.finfo(np.float16).max:
         raise ExportError(f"the weight {tensor.name!r} is too large for float16; build with bfloat16 or float32")
-    shape = tuple(map(int, tensor.shape))
+    shape = tuple(int(size) for size in tensor.shape.numpy())
     return Weight(value.name, tensor.offset or 0, tensor.nbytes, shape, _name(tensor.dtype), _name(dtype))
 
 
@@ -121,8 +121,9 @@ def _cast_products(model: onnx_ir.Model, dtype: DataType, weights: frozenset[Val
                 value.dtype = dtype
                 continue
             if value not in casts:
-                casts[value] = _cast(value, dtype)
-                graph.insert_before(node, casts[value].producer())
+                cast = _cast(value, dtype)
+                graph.insert_before(node, cast)
+                casts[value] = cast.outputs[0]
             node.replace_input_with(place, casts[value])
         for output in node.outputs:
             if output.dtype is DataType.FLOAT:
@@ -137,18 +138,17 @@ def _takes(operator: str, opset: int, dtype: DataType) -> bool:
     return f"tensor({dtype.name.lower()})" in allowed
 
 
-def _cast(value: Value, dtype: DataType) -> Value:
+def _cast(value: Value, dtype: DataType) -> Node:
     node = onnx_ir.node("Cast", [value], {"to": dtype.value})
     (result,) = node.outputs
     result.name, result.shape, result.dtype = f"{value.name}_as_{dtype.name.lower()}", value.shape, dtype
-    return result
+    return node
 
 
 def _widen(graph: onnx_ir.Graph, node: Node, output: Value, dtype: DataType) -> None:
     """Has the node yield ``dtype``, and everybody else read its result in float32 under its old name."""
-    wide = _cast(output, DataType.FLOAT)
-    cast = wide.producer()
-    assert cast is not None
+    cast = _cast(output, DataType.FLOAT)
+    (wide,) = cast.outputs
     onnx_ir.convenience.replace_all_uses_with(output, wide, replace_graph_outputs=True)
     cast.replace_input_with(0, output)
     wide.name, output.name = output.name, f"{output.name}_{dtype.name.lower()}"

@@ -20,7 +20,7 @@ from typing import Any
 import onnx_ir
 from rich.progress import Progress, TaskID
 
-from duca_compile.errors import BackendError, ExportError, UsageError
+from duca_compile.errors import ArtifactError, BackendError, ExportError, UsageError
 from duca_compile.export.lowered import PRECISIONS, Lowered, Weight, lower
 from duca_compile.export.onnx import MODULE
 from duca_compile.runtime.manifest import BATCH, Graph, Manifest, Size, TensorSpec, inside, read_manifest
@@ -51,9 +51,17 @@ class Options:
 
 @dataclass(frozen=True)
 class Engine:
-    """A built graph: its file in the folder, the key of what it was built from, and the weights that it takes."""
+    """A built graph.
+
+    Attributes:
+        file: in the folder; ``bytes`` is its size.
+        graph: the hash of the ONNX file.
+        key: the hash of all that it was built from.
+        weights: its inputs that are not the graph's.
+    """
 
     file: str
+    graph: str
     key: str
     bytes: int
     weights: tuple[Weight, ...]
@@ -114,6 +122,35 @@ def build(
     return found
 
 
+def read_build(folder: Path) -> tuple[Build, Any]:
+    """What was built in a folder, and the library that built it.
+
+    Raises:
+        ArtifactError: nothing was.
+        BackendError: the library is not installed, or is of another version.
+    """
+    path = folder / RECORD
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        options = Options(**{**found["options"], **{k: tuple(found["options"][k]) for k in ("targets", "batch")}})
+        engines = {
+            name: Engine(
+                **{**each, "weights": tuple(Weight(**{**w, "shape": tuple(w["shape"])}) for w in each["weights"])}
+            )
+            for name, each in found["engines"].items()
+        }
+        build = Build(found["version"], options, engines)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is no record of engines ({error}); build them: duca-compile build") from error
+    trt, _ = _library(options.library)
+    if trt.__version__ != build.version:
+        raise BackendError(
+            f"the engines in {folder} were built by {options.library} {build.version}, and {trt.__version__} is "
+            "installed; build them again: duca-compile build"
+        )
+    return build, trt
+
+
 def _library(name: str | None) -> tuple[Any, str]:
     """The library of this name, or the first that is installed."""
     if name is not None and name not in LIBRARIES:
@@ -161,7 +198,7 @@ class _Builder:
         lowered = lower(path, self._options.precision)
         if not file.exists():
             _replace(file, self._built(name, graph, lowered))
-        return Engine(file.name, key, file.stat().st_size, lowered.weights)
+        return Engine(file.name, graph.file.sha256, key, file.stat().st_size, lowered.weights)
 
     def _key(self, graph: Graph) -> str:
         """Of all that the engine is built from. Plans of the same inputs differ in their bytes."""
@@ -311,29 +348,50 @@ def _watched(trt: Any, config: Any, progress: Progress | None, name: str) -> Ite
     if progress is None:
         yield
         return
-    lock, tasks, depths = threading.Lock(), dict[str, TaskID](), dict[str | None, int]({None: -1})
+    phases = _Phases(progress, name)
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            with lock:
-                depths[phase] = depths.get(parent, -1) + 1
-                tasks[phase] = progress.add_task(f"{'  ' * depths[phase]}{name}: {phase}", total=steps)
+            phases.start(phase, parent, steps)
 
         def step_complete(self, phase: str, step: int) -> bool:
-            with lock:
-                progress.update(tasks[phase], completed=step + 1)
+            phases.advance(phase, step)
             return True
 
         def phase_finish(self, phase: str) -> None:
-            with lock:
-                progress.remove_task(tasks.pop(phase))
+            phases.finish(phase)
 
     config.progress_monitor = Monitor()
     try:
         yield
     finally:
-        for task in tasks.values():
-            progress.remove_task(task)
+        phases.close()
+
+
+class _Phases:
+    """The tasks of a progress display for phases that any thread reports."""
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self._progress, self._name, self._lock = progress, name, threading.Lock()
+        self._tasks: dict[str, tuple[TaskID, int]] = {}  # with how deep they are nested
+
+    def start(self, phase: str, parent: str | None, steps: int) -> None:
+        with self._lock:
+            depth = self._tasks[parent][1] + 1 if parent in self._tasks else 0
+            task = self._progress.add_task(f"{'  ' * depth}{self._name}: {phase}", total=steps)
+            self._tasks[phase] = task, depth
+
+    def advance(self, phase: str, step: int) -> None:
+        with self._lock:
+            self._progress.update(self._tasks[phase][0], completed=step + 1)
+
+    def finish(self, phase: str) -> None:
+        with self._lock:
+            self._progress.remove_task(self._tasks.pop(phase)[0])
+
+    def close(self) -> None:
+        for phase in list(self._tasks):  # of a build that failed
+            self.finish(phase)
 
 
 def _replace(path: Path, data: bytes) -> None:

@@ -28,10 +28,11 @@ from duca_compile.runtime.request import Executed
 from duca_compile.runtime.session import Requests, Session, current_pass, named_pass
 
 BACKENDS = ("onnxruntime", "openvino", "tensorrt")
-HOST = ("output_", "score_")  # outputs that leave the engine; all others only go into later steps
+SCORE = "score_"
+HOST = ("output_", SCORE)  # outputs that leave the engine; all others only go into later steps
 
 # Flat values in the order of a graph's inputs to those of its outputs. Values are numpy arrays, torch tensors or what
-# an earlier function of the same engine returned; what HOST names is returned as numpy arrays.
+# an earlier function of the same engine returned; what HOST names is returned as numpy arrays, or outputs as tensors.
 GraphFunction = Callable[..., Sequence[Array]]
 
 
@@ -323,12 +324,14 @@ def _checked(spec: TensorSpec, value: Any, batch: int) -> Array:
 
 
 def _like(output: Array, call: Mapping[str, Array]) -> Array:
-    """The output as a torch tensor where the call's values are such, on their device."""
+    """The output as a torch tensor where the call's values are such, on their device; else as a numpy array."""
     torch = sys.modules.get("torch")
     if torch is None:
         return output
     given = next((value for value in call.values() if isinstance(value, torch.Tensor)), None)
-    return output if given is None else torch.from_dlpack(output).to(given.device)
+    if given is not None:
+        return torch.from_dlpack(output).to(given.device)
+    return output.cpu().numpy() if isinstance(output, torch.Tensor) else output
 
 
 _TYPES: dict[tuple[str, tuple[str, ...]], Any] = {}
