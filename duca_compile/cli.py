@@ -1,4 +1,4 @@
-"""The command line: ``duca-compile demo`` and ``duca-compile explain``."""
+"""The command line. What runs artifacts needs no torch, so that is imported where it is used."""
 
 from __future__ import annotations
 
@@ -6,25 +6,30 @@ import math
 import os
 import platform
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
-import torch
+import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 from rich.text import Text
-from torch import nn
 
-from duca_compile import demo as demonstration
-from duca_compile.backends import BACKENDS
 from duca_compile.errors import DucaError, UsageError, first_line
-from duca_compile.explanation import explain as explain_model
 from duca_compile.policies import StepKind
+from duca_compile.runtime.artifact import Artifact, load
+from duca_compile.runtime.inspection import describe
+from duca_compile.runtime.manifest import read_manifest
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from duca_compile import demo as demonstration
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
@@ -32,6 +37,11 @@ console = Console()
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps of the loop.")]
 PolicyOption = Annotated[str, typer.Option(help="duca, fora or taylorseer.")]
 Interval = Annotated[int | None, typer.Option(min=1, help="Steps from one full step to the next.")]
+Target = Annotated[
+    str | None,
+    typer.Argument(help="package.module:function returning (model, kwargs of one call); else the embedded model."),
+]
+Folder = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The folder of an artifact.")]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
 
 
@@ -46,11 +56,13 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seed of the starting noise.")] = 0,
     policy: PolicyOption = "duca",
     interval: Interval = None,
-    backend: Annotated[str, typer.Option(help=" or ".join(BACKENDS) + ".")] = "inductor",
+    backend: Annotated[str, typer.Option(help="inductor or eager.")] = "inductor",
     out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
     device: Device = "cpu",
 ) -> None:
     """Generate every class of the embedded model with and without caching; write a picture, print the numbers."""
+    from duca_compile import demo as demonstration
+
     try:
         chosen = demonstration.make_policy(policy, interval)
         demonstration.check_writable(out)
@@ -70,18 +82,18 @@ def demo(
 
 @app.command()
 def explain(
-    target: Annotated[
-        str | None,
-        typer.Argument(help="package.module:function returning (model, kwargs of one call); else the embedded model."),
-    ] = None,
+    target: Target = None,
     steps: Steps = 50,
     policy: PolicyOption = "duca",
     interval: Interval = None,
     device: Device = "cpu",
 ) -> None:
     """Show what the compiler finds in a model, and the schedule that a policy would run."""
+    from duca_compile.demo import make_policy
+    from duca_compile.explanation import explain as explain_model
+
     try:
-        chosen = demonstration.make_policy(policy, interval)
+        chosen = make_policy(policy, interval)
         model, arguments = _embedded(device) if target is None else _load_target(target)
         found = explain_model(model, **arguments)
         console.print(found)
@@ -90,7 +102,98 @@ def explain(
         _fail(error)
 
 
+@app.command()
+def export(
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    target: Target = None,
+    steps: Steps = 50,
+    policy: PolicyOption = "duca",
+    interval: Interval = None,
+    opset: Annotated[int, typer.Option(help="Of ONNX.")] = 20,
+    fixed_batch: Annotated[bool, typer.Option("--fixed-batch", help="Only calls of the example's batch size.")] = False,
+) -> None:
+    """Write a model and a policy as an artifact, which runs without torch."""
+    from duca_compile.api import optimize
+    from duca_compile.demo import make_policy
+    from duca_compile.export.artifact import save
+
+    try:
+        chosen = make_policy(policy, interval)
+        model, arguments = _embedded("cpu") if target is None else _load_target(target)
+        with console.status("exporting"):
+            optimized = optimize(model, chosen, "eager", steps)
+            found = save(optimized, out, arguments, opset=opset, dynamic_batch=not fixed_batch)
+    except DucaError as error:
+        _fail(error)
+    console.print(describe(found))
+
+
+@app.command()
+def inspect(artifact: Folder) -> None:
+    """Show what an artifact holds: the model, its call, the schedule, and each graph."""
+    try:
+        console.print(describe(read_manifest(artifact)))
+    except DucaError as error:
+        _fail(error)
+
+
+@app.command()
+def run(
+    artifact: Folder,
+    npz: Annotated[Path, typer.Option(help="Arguments by name; with one more axis in front, one entry for each step.")],
+    out: Annotated[Path, typer.Option(help="Where the outputs go, one entry for each step.")] = Path("outputs.npz"),
+    provider: Annotated[list[str] | None, typer.Option(help="Of ONNX Runtime, the first choice first.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of one operator.")] = None,
+) -> None:
+    """Run an artifact on arrays from a file, step by step."""
+    try:
+        found = load(artifact, providers=provider, threads=threads)
+        calls = _calls(found, npz)
+        started = time.perf_counter()
+        results = [_outputs(found(**call)) for call in calls]
+        seconds = time.perf_counter() - started
+        stacked: dict[str, Any] = {name: np.stack([result[name] for result in results]) for name in results[0]}
+        np.savez(out, **stacked)
+    except (DucaError, OSError) as error:
+        _fail(error)
+    kinds = "".join(executed.kind.letter for executed in found.history)
+    console.print(f"{len(calls)} calls in {seconds:.3f} s, steps {kinds}; outputs: {out}")
+
+
+def _calls(artifact: Artifact, path: Path) -> list[dict[str, np.ndarray]]:
+    """The calls in a file: of arrays that have one more axis than the model takes, one entry for each."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except ValueError as error:
+        raise UsageError(f"{path} is no .npz file of arrays: {error}") from error
+    ranks = {spec.name: len(spec.shape) for spec in artifact.manifest.inputs}
+    names = {".".join(map(str, each.path)): each.input for each in artifact.manifest.signature.arguments}
+    stepped = {name for name, array in arrays.items() if array.ndim == ranks.get(names.get(name, ""), array.ndim) + 1}
+    lengths = {len(arrays[name]) for name in stepped}
+    if len(lengths) > 1 or 0 in lengths:
+        raise UsageError(f"{path}: {', '.join(sorted(stepped))} must have the same number of steps, at least one")
+    return [
+        {name: array[step] if name in stepped else array for name, array in arrays.items()}
+        for step in range(lengths.pop() if lengths else 1)
+    ]
+
+
+def _outputs(result: Any) -> dict[str, np.ndarray]:
+    """Arrays of a result by name, or by place where it has no names."""
+    if isinstance(result, np.ndarray):
+        return {"output": result}
+    if isinstance(result, dict):
+        return result
+    names = getattr(result, "_fields", None) or [f"output_{place}" for place in range(len(result))]
+    return dict(zip(names, result, strict=True))
+
+
 def _embedded(device: str) -> tuple[nn.Module, dict[str, Any]]:
+    import torch
+
+    from duca_compile import demo as demonstration
+
     model = demonstration.DemoModel.load(_device(device))
     latent = model.noise(seed=0)
     labels = torch.arange(len(latent), device=latent.device)
@@ -110,6 +213,8 @@ def _load_target(target: str) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def _device(name: str) -> str:
+    import torch
+
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -118,7 +223,7 @@ def _device(name: str) -> str:
     return name
 
 
-def _fail(error: DucaError) -> None:
+def _fail(error: Exception) -> NoReturn:
     Console(stderr=True).print(Text("error: ", style="bold red"), Text(str(error)), sep="", soft_wrap=True)
     raise typer.Exit(2) from error
 
@@ -129,6 +234,8 @@ def _progress() -> Progress:
 
 
 def _print_runs(runs: list[demonstration.Run], model: demonstration.DemoModel, backend: str, seed: int) -> None:
+    import torch
+
     reference = runs[0]
     table = Table(Column(no_wrap=True), "wall time", "speed-up", "ideal", "PSNR", "caches", "compile")
     for run in runs:

@@ -20,7 +20,7 @@ from duca_compile.passes.base import ExactPass, VariantDraft
 
 aten = torch.ops.aten
 
-ALIGNMENT = 64  # bytes; where a piece of a row begins
+ALIGNMENT = 64  # bytes of a line of memory
 VIEWS = RESHAPES | EXPANDS | {
     "alias", "chunk", "getitem", "permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t",
     "transpose", "unbind", "unsqueeze",
@@ -58,14 +58,17 @@ def frontier(graph: fx.Graph, facts: Facts) -> list[fx.Node]:
 
 
 def row_layout(graph: fx.Graph, facts: Facts) -> dict[torch.dtype, tuple[Piece, ...]]:
-    """The timestep-only tensors that the step reads, by type: the pieces of each row in order."""
+    """The timestep-only tensors that the step reads, by type: the pieces of each row in order, without gaps.
+
+    Those that fill whole lines of memory come first, so that they begin at one. Where a piece begins is then a multiple
+    of the batch size and a constant, which an export that leaves the batch open relies on.
+    """
     pieces: dict[torch.dtype, list[Piece]] = {}
-    for node in _read_outside(graph, _tiers(graph, facts), Variance.TIMESTEP):
+    nodes = _read_outside(graph, _tiers(graph, facts), Variance.TIMESTEP)
+    for node in sorted(nodes, key=lambda node: _bytes(node) % ALIGNMENT > 0):
         value = node.meta["val"]
         row = pieces.setdefault(value.dtype, [])
-        unit = ALIGNMENT // value.dtype.itemsize
-        start = -(-row[-1].stop // unit) * unit if row else 0
-        row.append(Piece(node.name, start, tuple(value.shape)))
+        row.append(Piece(node.name, row[-1].stop if row else 0, tuple(value.shape)))
     return {dtype: tuple(row) for dtype, row in pieces.items()}
 
 
@@ -155,15 +158,12 @@ def _row(
     graph: fx.Graph, by_name: Mapping[str, fx.Node], dtype: torch.dtype, row: Sequence[Piece], needed: frozenset[str]
 ) -> fx.Node:
     options = {"dtype": dtype, "device": by_name[row[0].name].meta["val"].device}
-    ends = [piece.start for piece in row[1:]] + [row[-1].stop]
     parts: list[fx.Node] = []
-    for piece, end in zip(row, ends, strict=True):
-        padding = end - piece.start
+    for piece in row:
         if piece.name in needed:
             parts.append(graph.call_function(aten.reshape.default, (by_name[piece.name], [-1])))
-            padding = end - piece.stop
-        if padding:
-            parts.append(graph.call_function(aten.zeros.default, ([padding],), options))
+        else:
+            parts.append(graph.call_function(aten.zeros.default, ([piece.stop - piece.start],), options))
     packed = graph.call_function(aten.cat.default, (parts,))
     packed.meta["val"] = by_name[row[0].name].meta["val"].new_empty(row[-1].stop)
     return packed
