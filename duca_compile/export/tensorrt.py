@@ -189,6 +189,8 @@ class _Builder:
         self._trt, self._options, self._manifest, self._folder = trt, options, manifest, folder
         self._progress = progress
         self._log = _log(trt)
+        self._timings = folder / TIMINGS
+        self._times_kernels = options.library == "tensorrt"  # TensorRT-RTX chooses kernels when it loads an engine
 
     def engine(self, name: str, path: Path) -> Engine:
         """The engine of one graph, from the cache where there is one of the same key."""
@@ -246,13 +248,15 @@ class _Builder:
         config = builder.create_builder_config()
         self._set_targets(config)
         self._add_profile(builder, config, graph)
-        timings = self._folder / TIMINGS
-        config.set_timing_cache(config.create_timing_cache(timings.read_bytes() if timings.exists() else b""), False)
+        if self._times_kernels:
+            known = self._timings.read_bytes() if self._timings.exists() else b""
+            config.set_timing_cache(config.create_timing_cache(known), False)
         with self._log.collected() as errors, _watched(trt, config, self._progress, name):
             plan = builder.build_serialized_network(network, config)
         if plan is None:
             raise BackendError(f"{self._options.library} could not build graph {name!r}: {'; '.join(errors[-3:])}")
-        _replace(timings, bytes(config.get_timing_cache().serialize()))
+        if self._times_kernels:
+            _replace(self._timings, bytes(config.get_timing_cache().serialize()))
         return bytes(plan)
 
     def _set_targets(self, config: Any) -> None:
@@ -285,12 +289,8 @@ def check(trt: Any, builder: Any, name: str, data: bytes, model: onnx_ir.Model) 
     if parser.supports_model_v2(data):
         return
     nodes = list(model.graph)
-    refused = [
-        nodes[place]
-        for i in range(parser.num_subgraphs)
-        if not parser.is_subgraph_supported(i)
-        for place in parser.get_subgraph_nodes(i)
-    ]
+    taken = {place for i in range(parser.num_subgraphs) for place in parser.get_subgraph_nodes(i)}
+    refused = [node for place, node in enumerate(nodes) if place not in taken]
     found = [f"{node.op_type} of {node.metadata_props.get(MODULE) or 'no module'}" for node in refused]
     raise ExportError(
         f"TensorRT does not support {', '.join(dict.fromkeys(found)) or 'a node'} in graph {name!r}: "
@@ -305,7 +305,8 @@ def _network(trt: Any, builder: Any) -> Any:
 
 
 def _parser_errors(parser: Any) -> str:
-    return "; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)) or "it does not say why"
+    errors = [parser.get_error(i) for i in range(parser.num_errors)]
+    return "; ".join(f"{e.node_name()}: {e.code().name}, {e.desc()}" for e in errors) or "it does not say why"
 
 
 def _let_decompose(trt: Any, network: Any) -> None:
