@@ -107,6 +107,7 @@ def open_graph(name: str, one: Seen, other: Seen) -> OpenGraph:
         node.args = fit.both(node.args, found.args, expressions.node)
         node.kwargs = fit.both(node.kwargs, found.kwargs, expressions.node)
     outputs = tuple(zip(one.outputs, _results(one.module.graph), _results(other.module.graph), strict=True))
+    _drop_idle_squeezes(graph)
     in_place = _functional(graph, one.outputs)
     graph.lint()
     return OpenGraph(
@@ -216,6 +217,15 @@ class _Expressions:
         with self._graph.inserting_after(self._last):
             self._last = self._graph.call_function(target, args)
         return self._last
+
+
+def _drop_idle_squeezes(graph: fx.Graph) -> None:
+    """torch leaves a dimension that is not 1 as it is, where ONNX's operator refuses it."""
+    for node in graph.find_nodes(op="call_function", target=aten.squeeze.dim):
+        above, dim = node.args
+        if isinstance(above, fx.Node) and "val" in above.meta and above.meta["val"].shape[dim] != 1:
+            node.replace_all_uses_with(above)
+            graph.erase_node(node)
 
 
 def _functional(graph: fx.Graph, outputs: Sequence[str]) -> dict[str, str]:

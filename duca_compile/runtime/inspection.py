@@ -28,7 +28,7 @@ def describe(found: Manifest) -> Group:
         "built in": ", ".join(f"{name}={value!r}" for name, value in found.signature.options.items()) or "-",
         "policy": found.policy.name,
         "schedule": f"{letters[:100]}{'...' * (len(letters) > 100)} ({len(letters)} steps)",
-        "weights": f"{weights.file.bytes:,} bytes in {len(weights.chunks)} tensors; of the model {source.weight_bytes:,}",
+        "weights": f"{weights.file.bytes:,} bytes, {len(weights.chunks)} tensors (the model: {source.weight_bytes:,})",
         "graphs": f"{graphs:,} bytes",
         "caches": f"{len(found.caches)} tensors, {per_row:,} bytes for each row of a call",
     }
