@@ -42,7 +42,7 @@ def _is_identity(node: fx.Node) -> bool:
     if name == "alias":
         return True
     if name == "squeeze":  # of a size that is not one; the same in torch, and an error in ONNX
-        return node.all_input_nodes[0].meta["val"].shape == node.meta["val"].shape
+        return bool(node.all_input_nodes[0].meta["val"].shape == node.meta["val"].shape)
     if name != "to" or len(node.args) > 2 or node.kwargs:
         return False
     before, after = node.all_input_nodes[0].meta["val"], node.meta["val"]
