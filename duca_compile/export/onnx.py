@@ -11,10 +11,11 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 import onnx_ir
+import onnxscript
 import torch
 
 from duca_compile.errors import ExportError, first_line
@@ -59,6 +60,26 @@ class PoolWriter:
         self._file.close()
         file = File(POOL, self._end, self._hash.hexdigest())
         return Pool(file, ALIGNMENT, ALIGNED_FROM, tuple(self._chunks.values()))
+
+
+class OnnxWriter:
+    """Writes one ONNX file for each graph, over one pool of weights."""
+
+    format: Literal["onnx", "aoti"] = "onnx"
+
+    def __init__(self, folder: Path, opset: int) -> None:
+        self._folder, self.opset = folder, opset
+        self.versions = {"onnx": onnx.__version__, "onnxscript": onnxscript.__version__}
+        self._pool, self._graphs = PoolWriter(folder), dict[str, Graph]()
+
+    def add(self, graph: OpenGraph) -> None:
+        self._graphs[graph.name] = write_graph(graph, self._folder, self._pool, self.opset)
+
+    def close(self) -> tuple[dict[str, Graph], Pool]:
+        weights = self._pool.close()
+        for graph in self._graphs.values():
+            check_graph(self._folder / graph.file.path)
+        return self._graphs, weights
 
 
 def to_onnx(graph: OpenGraph, opset: int) -> onnx_ir.Model:

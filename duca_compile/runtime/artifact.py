@@ -27,7 +27,7 @@ from duca_compile.runtime.manifest import Manifest, Size, TensorSpec, inside, re
 from duca_compile.runtime.request import Executed
 from duca_compile.runtime.session import Requests, Session, current_pass, named_pass
 
-BACKENDS = ("onnxruntime", "openvino", "tensorrt")
+BACKENDS = ("onnxruntime", "openvino", "tensorrt", "aoti")
 SCORE = "score_"
 HOST = ("output_", SCORE)  # outputs that leave the engine; all others only go into later steps
 
@@ -39,8 +39,8 @@ GraphFunction = Callable[..., Sequence[Array]]
 class Engine(Protocol):
     """Runs the graphs of an artifact."""
 
-    def function(self, graph: manifest.Graph) -> GraphFunction:
-        """What runs a graph; any number of threads may call it. Raises BackendError where the engine cannot."""
+    def function(self, name: str, graph: manifest.Graph) -> GraphFunction:
+        """What runs the graph of this name, in any number of threads. Raises BackendError where the engine cannot."""
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
         """A value of the engine's own."""
@@ -187,7 +187,7 @@ class Artifact:
     def __init__(self, found: Manifest, engine: Engine) -> None:
         self.manifest, self._engine = found, engine
         self.policy = Recorded(found.policy, found.schedule)
-        self._functions = {name: engine.function(graph) for name, graph in found.graphs.items()}
+        self._functions = {name: engine.function(name, graph) for name, graph in found.graphs.items()}
         self._prologue = _Prologue(found.graphs[found.prologue], self._functions[found.prologue])
         self._requests = Requests(self.policy, found.schedule.num_inference_steps)
         self._bind = _Binder(found)
@@ -368,7 +368,8 @@ def load(
 
     Args:
         path: the folder.
-        backend: "onnxruntime", "openvino" for a CPU, or "tensorrt" for the engines that ``duca-compile build`` made.
+        backend: "onnxruntime", "openvino" for a CPU, "tensorrt" for the engines that ``duca-compile build`` made,
+            or "aoti" for an artifact of that format.
         providers: of ONNX Runtime, the first choice first; the CPU where it is None. One that cannot be used is an
             error, never a silent fall-back.
         threads: that one operator may use, on a CPU; as many as the backend takes where it is None.
@@ -395,6 +396,11 @@ def _engine(
     threads: int | None,
     share_weights: bool,
 ) -> Engine:
+    if backend not in BACKENDS:
+        raise UsageError(f"backend={backend!r} is unknown; choose one of {BACKENDS}")
+    if (found.format == "aoti") != (backend == "aoti"):
+        fitting = ("aoti",) if found.format == "aoti" else BACKENDS[:-1]
+        raise UsageError(f"backend={backend!r} cannot run an artifact of format {found.format!r}; choose of {fitting}")
     if backend == "onnxruntime":
         from duca_compile.runtime.onnx import OnnxEngine
 
@@ -409,12 +415,14 @@ def _engine(
         from duca_compile.runtime.tensorrt import TensorRTEngine
 
         return TensorRTEngine(folder, found)
-    raise UsageError(f"backend={backend!r} is unknown; choose one of {BACKENDS}")
+    from duca_compile.runtime.aoti import AOTIEngine
+
+    return AOTIEngine(folder, found)
 
 
 def check_files(folder: Path, found: Manifest, verify: bool = True) -> None:
     """Raises ArtifactError where a file is missing, leaves the folder, or, with ``verify``, is not what was written."""
-    for file in (found.weights.file, *(graph.file for graph in found.graphs.values())):
+    for file in {found.weights.file, *(graph.file for graph in found.graphs.values())}:
         path = inside(folder, file)
         try:
             size = path.stat().st_size

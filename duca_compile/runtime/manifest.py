@@ -94,7 +94,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Graph:
-    """One ONNX file: flat tensors in, flat tensors out.
+    """One ONNX file, or one model of a package of AOTInductor: flat tensors in, flat tensors out.
 
     Attributes:
         in_place: outputs that may take the memory of an input, since nothing else reads that input.
@@ -228,8 +228,9 @@ class Manifest:
     schema: int
     source: Source
     versions: dict[str, str]
+    format: Literal["onnx", "aoti"]
     precision: str
-    opset: int
+    opset: int | None
     inputs: tuple[TensorSpec, ...]
     signature: Signature
     policy: Policy

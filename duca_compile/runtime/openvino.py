@@ -68,7 +68,8 @@ class OpenVINOEngine:
         self._pool = np.memmap(inside(folder, pool), mode="c") if share_weights else None  # numpy hands out no "r"
         self._core, self._options = openvino.Core(), cpu_options(threads)
 
-    def function(self, graph: Graph) -> GraphFunction:
+    def function(self, name: str, graph: Graph) -> GraphFunction:
+        del name
         path = inside(self._folder, graph.file)
         if half := sorted({s.dtype for s in (*graph.inputs, *graph.outputs)} & {"bfloat16"}):
             raise BackendError(f"{path.name} takes or returns {half[0]}, which numpy lacks; export a float32 model")

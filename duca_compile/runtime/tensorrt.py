@@ -37,8 +37,7 @@ class TensorRTEngine:
         pool = np.memmap(inside(folder, found.weights.file), mode="c")
         self._weights = {name: _on_device(weight, pool) for name, weight in self._build.weights.items()}
 
-    def function(self, graph: Graph) -> GraphFunction:
-        name = Path(graph.file.path).stem
+    def function(self, name: str, graph: Graph) -> GraphFunction:
         built = self._build.engines.get(name)
         if built is None or built.graph != graph.file.sha256:
             raise ArtifactError(
