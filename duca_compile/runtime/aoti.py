@@ -15,7 +15,6 @@ from duca_compile.runtime.manifest import Graph, Manifest, inside
 with missing_package("export"):
     import torch
     from safetensors.torch import load_file
-    from torch.export.pt2_archive._package import load_pt2
 
 
 class AOTIEngine:
@@ -29,25 +28,25 @@ class AOTIEngine:
     """
 
     def __init__(self, folder: Path, found: Manifest) -> None:
-        package = inside(folder, found.graphs[found.prologue].file)
-        try:
-            self._models = load_pt2(str(package)).aoti_runners
-        except RuntimeError as error:
-            raise ArtifactError(f"{package} cannot be loaded: {first_line(error)}; export the model here") from error
-        device = {model.loader.get_metadata()["AOTI_DEVICE_KEY"] for model in self._models.values()}
-        self._device = torch.device(*device)
+        self._package = inside(folder, found.graphs[found.prologue].file)
+        self._device = torch.device(self._load(found.prologue).get_metadata()["AOTI_DEVICE_KEY"])
         self.weights = load_file(inside(folder, found.weights.file), device=str(self._device))
 
+    def _load(self, name: str) -> Any:
+        # Not torch's load_package: that compares the processor with the one it was compiled for, by compiling for it.
+        try:
+            return torch._C._aoti.AOTIModelPackageLoader(str(self._package), name, False, 1, -1)
+        except RuntimeError as error:
+            raise ArtifactError(f"model {name!r} of {self._package} cannot be loaded: {first_line(error)}") from error
+
     def function(self, name: str, graph: Graph) -> GraphFunction:
-        model = self._models.get(name)
-        if model is None:
-            raise ArtifactError(f"{graph.file.path} has no model {name!r}; it has {sorted(self._models)}")
-        names = model.loader.get_constant_fqns()
+        model = self._load(name)
+        names = model.get_constant_fqns()
         if missing := sorted({*names} - self.weights.keys()):
             raise ArtifactError(f"the weights that model {name!r} needs lack {missing}")
         own = {each: self.weights[each] for each in names}
-        model.load_constants(own, check_full_update=True, user_managed=True)
-        return _Function(model.loader, graph, self._device)
+        model.load_constants(own, use_inactive=False, check_full_update=True, user_managed=True)
+        return _Function(model, graph, self._device)
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
         return torch.zeros(shape, dtype=getattr(torch, dtype), device=self._device)
