@@ -46,7 +46,7 @@ class AOTIEngine:
             raise ArtifactError(f"the weights that model {name!r} needs lack {missing}")
         own = {each: self.weights[each] for each in names}
         model.load_constants(own, use_inactive=False, check_full_update=True, user_managed=True)
-        return _Function(model, graph, self._device)
+        return _Function(model, graph, self._device, own)
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
         return torch.zeros(shape, dtype=getattr(torch, dtype), device=self._device)
@@ -55,8 +55,9 @@ class AOTIEngine:
 class _Function:
     """Runs one graph; what it returns is memory of its own."""
 
-    def __init__(self, loader: Any, graph: Graph, device: torch.device) -> None:
+    def __init__(self, loader: Any, graph: Graph, device: torch.device, weights: dict[str, torch.Tensor]) -> None:
         self._loader, self._graph, self._device = loader, graph, device
+        self._weights = weights  # held: the loader has their addresses alone
 
     def __call__(self, *values: Array) -> list[Array]:
         given = [_tensor(value).to(self._device).contiguous() for value in values]
