@@ -213,7 +213,7 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
         check_model(self.source)
         call = self._bind(args, kwargs)
         compiled, requests = self._compiled.find_anew(call), self._requests
-        steps = self.policy.steps(requests.total)
+        steps = self.policy.planned(requests.total)
         console = Console(stderr=True)
 
         def watch(plans: Sequence[Plan]) -> Iterable[Plan]:

@@ -152,7 +152,7 @@ class Explanation:
             fresh = sum(shares) / len(shares) if shares else 0.0
             return PlannedStep(index, step.kind, variants[spec].flops(counts), fresh)
 
-        steps = tuple(planned(i, step) for i, step in enumerate(chosen.steps(num_inference_steps)))
+        steps = tuple(planned(i, step) for i, step in enumerate(chosen.planned(num_inference_steps)))
         return ScheduleReport(chosen.name, steps, self.flops, self._cache_bytes(chosen) if chosen.caches else 0)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

@@ -14,6 +14,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from duca_compile.policies.base import Kept
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, fx
@@ -225,6 +227,13 @@ class VariantSpec:
     emit: bool = True  # whether later steps will read caches
     order: int | None = None  # the highest difference kept of each cache; None where nothing is forecast
     lite: bool = False  # where forecast: the stream's end is all that is cached
+    chosen_with: tuple[int, ...] = ()  # for each branch, the one whose token input it shares; empty: each its own
+    keeps: Kept = Kept.ALL  # the kinds of caches that later steps will read
+    cache_dtype: torch.dtype | None = None  # what caches are kept in, where that is narrower
+
+    def tokens_input(self, index: int) -> str:
+        """Name of the (batch, k) int64 input that says which tokens of branch ``index`` to recompute."""
+        return f"tokens_{self.chosen_with[index] if self.chosen_with else index}"
 
 
 @dataclass(frozen=True)
@@ -246,11 +255,6 @@ class Variant:
 
 
 VariantFunction = Callable[..., "tuple[Tensor, ...]"]
-
-
-def tokens_input(index: int) -> str:
-    """Name of the (batch, k) int64 input that says which tokens of branch ``index`` to recompute."""
-    return f"tokens_{index}"
 
 
 def cache_input(slot: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from duca_compile.errors import InternalError, first_line
-from duca_compile.graph import Action, Branch, CapturedGraph, Facts, Variant, VariantSpec, cache_input, tokens_input
+from duca_compile.graph import Action, Branch, CapturedGraph, Facts, Variant, VariantSpec, cache_input
 from duca_compile.passes.pipeline import build_variant
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -42,7 +42,7 @@ def _compare(full: Variant, partial: Variant, facts: Facts, values: Mapping[str,
     """For each branch that ``partial`` recomputes, by slot, whether that gave what ``full`` computes."""
     branches = {b.slot: b for b in facts.branches if cache_input(b.slot) in partial.inputs}
     by_cache = {cache_input(b.slot): b for b in branches.values()}
-    by_tokens = {tokens_input(b.index): b for b in branches.values()}
+    by_tokens = {partial.spec.tokens_input(b.index): b for b in branches.values()}
     expected = _Expected(full, values, branches.keys())
 
     def value_of(name: str) -> Tensor:

@@ -21,7 +21,7 @@ from duca_compile.policies.base import Policy, Step, StepKind
 from duca_compile.policies.checks import check_whole
 from duca_compile.runtime import manifest
 from duca_compile.runtime.dispatcher import Prologue
-from duca_compile.runtime.planning import check_selection, plan_step
+from duca_compile.runtime.planning import check_selection, plan_step, score_output
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ class Traced:
     def schedule(self) -> manifest.Schedule:
         """The policy's steps; the variants that they need are in ``variants`` afterwards."""
         plans: dict[Step, manifest.Plan] = {}
-        full = Step(StepKind.FULL)
-        steps = list(islice(self.policy.steps(self._total), LOOKED_AHEAD))
+        steps = list(islice(self.policy.planned(self._total), LOOKED_AHEAD))
+        full = Step(StepKind.FULL, kept=steps[0].kept)
         for step in (*steps, full):
             if step not in plans:
                 plans[step] = self._plan(step)
@@ -182,10 +182,9 @@ class TracedVariant:
         for branch in facts.branches:
             if not branch.pointwise:
                 continue
-            if self.spec.actions[branch.index] is not Action.COMPUTE:
+            if self.spec.actions[branch.index] is Action.COMPUTE:
+                computed[str(branch.index)] = score_output(facts, branch, outputs)
+            else:
                 waiting.append(branch.index)
-                continue
-            source = facts.score_source(branch)
-            emitted = source is not None and source.score_slot in outputs
-            computed[str(branch.index)] = source.score_slot if source is not None and emitted else None
-        return manifest.Variant(self.name, rows, tuple(waiting), computed)
+        tokens = tuple(map(self.spec.tokens_input, waiting))
+        return manifest.Variant(self.name, rows, tuple(waiting), tokens, computed)

@@ -12,6 +12,8 @@ from duca_compile.passes.base import ExactPass, VariantDraft
 class EmitCaches(ExactPass[VariantDraft]):
     """Returns the output of every computed branch, and the stream's end unless that comes from the cache.
 
+    Only what later steps read of these, as the spec says.
+
     Where features are forecast it is either the branches or the end: whatever the forecasts read.
     """
 
@@ -21,8 +23,9 @@ class EmitCaches(ExactPass[VariantDraft]):
         spec = draft.spec
         if not spec.emit:
             return False
-        wanted = {} if spec.lite else {branch.slot: branch.core for branch in draft.branches(Action.COMPUTE)}
-        if spec.lite or (spec.order is None and not spec.skip):
+        branches = draft.branches(Action.COMPUTE) if spec.keeps.branches and not spec.lite else []
+        wanted = {branch.slot: branch.core for branch in branches}
+        if spec.lite or (spec.order is None and not spec.skip and spec.keeps.end):
             wanted[STREAM_END] = draft.facts.stream_end
         new = {slot: name for slot, name in wanted.items() if slot not in draft.results}
         for slot, name in new.items():

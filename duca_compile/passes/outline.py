@@ -47,7 +47,7 @@ def outline(module: fx.GraphModule, cuts: frozenset[str]) -> bool:
     ``cuts`` are names of nodes that end a cell. Every node needs its fake value (``meta["val"]``). Returns whether
     anything repeats.
     """
-    cells = _cells(module.graph, cuts)
+    cells = _cells(module.graph, _ends(module.graph, cuts))
     runs = repeats([_form(cell).text for cell in cells])
     for run in runs:
         starts = range(run.start, run.start + run.period * run.count, run.period)
@@ -76,8 +76,17 @@ def repeats(labels: Sequence[Hashable]) -> list[Run]:
     return runs
 
 
-def _cells(graph: fx.Graph, cuts: frozenset[str]) -> list[Cell]:
-    """The graph's operators in order, cut behind ``cuts``.
+def _ends(graph: fx.Graph, cuts: frozenset[str]) -> set[fx.Node]:
+    """The nodes of ``cuts``; where the chosen tokens have a stream of their own, those that take their place in it.
+
+    What is left to do for all tokens then is one chain of adds, which is best compiled as a whole.
+    """
+    chosen = {node for node in graph.nodes if node.meta.get("some_of") in cuts}
+    return chosen or {node for node in graph.nodes if node.name in cuts}
+
+
+def _cells(graph: fx.Graph, ends: set[fx.Node]) -> list[Cell]:
+    """The graph's operators in order, cut behind ``ends``.
 
     A view is made anew in each cell that reads it, since a region must not return views of its operands. What crosses
     a cut is contiguous, so that the first block is like the others.
@@ -88,7 +97,7 @@ def _cells(graph: fx.Graph, cuts: frozenset[str]) -> list[Cell]:
         _own_views(graph, node, cells[-1], home, {})
         cells[-1].append(node)
         home[node] = cells[-1]
-        if node.name in cuts:
+        if node in ends:
             _make_contiguous(graph, node, cells[-1], home)
             cells.append([])
     for node in reversed(list(graph.nodes)):
@@ -148,16 +157,36 @@ def _form(stretch: Sequence[fx.Node]) -> _Form:
 
 def _kind(node: fx.Node) -> Hashable:
     value = node.meta.get("val")
-    if not isinstance(value, Tensor) or any(isinstance(size, torch.SymInt) for size in value.shape):
-        return node  # what is no tensor of a fixed shape is like nothing else
-    return value.shape, value.stride(), value.dtype, value.device
+    if not isinstance(value, Tensor):
+        return node  # what is no tensor is like nothing else
+    return str(value.shape), str(value.stride()), value.dtype, value.device
+
+
+def _counts(module: fx.GraphModule, operands: Sequence[fx.Node]) -> list[fx.Node]:
+    """The symbols in the operands' shapes, as values: a region knows no symbol that it is not given."""
+    sizes = [size for operand in operands for size in operand.meta["val"].shape if isinstance(size, torch.SymInt)]
+    symbols = dict.fromkeys(symbol for size in sizes for symbol in size.node.expr.free_symbols)
+    inputs = module.graph.find_nodes(op="placeholder")
+    found = []
+    for symbol in sorted(symbols, key=str):
+        source, dim = next(
+            (node, dim)
+            for node in inputs
+            for dim, size in enumerate(node.meta["val"].shape)
+            if isinstance(size, torch.SymInt) and size.node.expr == symbol
+        )
+        with module.graph.inserting_after(inputs[-1]):
+            found.append(module.graph.call_function(aten.sym_size.int, (source, dim)))
+        found[-1].meta["val"] = source.meta["val"].shape[dim]
+    return found
 
 
 def _call_one(module: fx.GraphModule, name: str, stretches: list[list[fx.Node]]) -> None:
     """Replaces each stretch by a call of the subgraph that the first one is."""
     first, graph = _form(stretches[0]), module.graph
     body, own = fx.Graph(), dict[fx.Node, fx.Node]()
-    for place, operand in enumerate(first.operands):
+    counts = _counts(module, first.operands)
+    for place, operand in enumerate([*counts, *first.operands]):
         own[operand] = body.placeholder(f"operand_{place}")
         own[operand].meta["val"] = operand.meta["val"]
     for node in stretches[0]:
@@ -169,7 +198,7 @@ def _call_one(module: fx.GraphModule, name: str, stretches: list[list[fx.Node]])
         with graph.inserting_after(stretch[-1]):
             region = graph.get_attr(name)
         with graph.inserting_after(region):
-            call = last = graph.call_function(_invoke, (region, name, *form.operands))
+            call = last = graph.call_function(_invoke, (region, name, *counts, *form.operands))
         for place, result in enumerate(form.results):
             with graph.inserting_after(last):
                 last = graph.call_function(operator.getitem, (call, place))

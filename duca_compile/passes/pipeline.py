@@ -10,8 +10,9 @@ from torch import fx
 
 from duca_compile.analysis.closure import ancestors
 from duca_compile.errors import InternalError
-from duca_compile.graph import Action, CapturedGraph, Facts, Variance, Variant, VariantSpec, copy_graph, tokens_input
+from duca_compile.graph import Action, CapturedGraph, Facts, Variance, Variant, VariantSpec, copy_graph
 from duca_compile.passes.base import D, Draft, Pass, VariantDraft
+from duca_compile.passes.cast import CastCaches
 from duca_compile.passes.clean import Clean
 from duca_compile.passes.dead_code import RemoveDeadCode
 from duca_compile.passes.deduplicate import Deduplicate
@@ -23,6 +24,7 @@ from duca_compile.passes.partial import RecomputeTokens
 from duca_compile.passes.reuse import ReuseBranches
 from duca_compile.passes.scores import EmitScores
 from duca_compile.passes.skip import SkipBlocks
+from duca_compile.passes.write_last import WriteLast
 from duca_compile.runtime.rows import Rows
 
 PREPARE: tuple[Pass[Draft], ...] = (Clean(), Deduplicate(), RemoveDeadCode())
@@ -37,7 +39,9 @@ REWRITE: tuple[Pass[VariantDraft], ...] = (
     Forecast(),
     ReuseBranches(),
     SkipBlocks(),
+    CastCaches(),
     RemoveDeadCode(),
+    WriteLast(),
 )
 
 
@@ -76,7 +80,7 @@ def build_variant(captured: CapturedGraph, facts: Facts, spec: VariantSpec) -> V
     pieces = frozenset(str(n.meta["piece"]) for n in draft.graph.nodes if "piece" in n.meta)
     fixed, per_token = _variant_flops(draft.graph, facts)
     inputs = tuple(n.name for n in draft.graph.nodes if n.op == "placeholder")
-    partial = {tokens_input(b.index) for b, a in zip(facts.branches, spec.actions, strict=True) if a is Action.PARTIAL}
+    partial = {spec.tokens_input(i) for i, action in enumerate(spec.actions) if action is Action.PARTIAL}
     return Variant(
         spec=spec,
         module=to_module(captured, draft.graph),

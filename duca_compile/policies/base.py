@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, Flag, auto
 from typing import Literal, get_args
 
 from duca_compile.errors import PolicyError
@@ -29,6 +29,23 @@ class StepKind(Enum):
         return "T" if self is StepKind.FORECAST else self.value[0].upper()
 
 
+class Kept(Flag):
+    """Kinds of cached features."""
+
+    NOTHING = 0
+    BRANCHES = auto()  # what partial and reuse steps read
+    END = auto()  # the end of the stream, which skip steps read
+    ALL = BRANCHES | END
+
+    @property
+    def branches(self) -> bool:
+        return bool(self & Kept.BRANCHES)
+
+    @property
+    def end(self) -> bool:
+        return bool(self & Kept.END)
+
+
 @dataclass(frozen=True)
 class Step:
     """One step of a schedule.
@@ -39,12 +56,16 @@ class Step:
         ratio: share of tokens to recompute in a partial step, before per-block and per-kind factors.
         leading_full: blocks at the front that run in full regardless of ``kind`` (the released ToCa and DuCa code
             changes its mind after the first block of some full steps).
+        kept: what steps of the schedule have to keep for later ones.
+        live: what later steps read of that which is there after this one; the rest is dropped.
     """
 
     kind: StepKind
     interval: int = 1
     ratio: float = 0.0
     leading_full: int = 0
+    kept: Kept = Kept.ALL
+    live: Kept = Kept.ALL
 
 
 @dataclass(frozen=True)
@@ -71,6 +92,8 @@ class Selection:
         patch_bonus: the best token of each patch has its score multiplied by 1 + this (ToCa's s4, lambda 4).
         patch: side of those patches in tokens.
         seed: of the random selection; one draw serves every row of the batch, so both CFG halves agree.
+        shared: one choice for all layers, by the mean of their scores; by default where it is random. The other tokens
+            then cost one pass over the caches instead of one for each layer.
 
     Raises:
         PolicyError: an unknown kind or impossible numbers.
@@ -81,6 +104,7 @@ class Selection:
     patch_bonus: float = 0.0
     patch: int = 2
     seed: int = 0
+    shared: bool | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(SelectionKind):
@@ -89,6 +113,8 @@ class Selection:
         check_number("patch_bonus", self.patch_bonus, least=0)
         check_whole("patch", self.patch, least=1)
         check_whole("seed", self.seed, least=0)
+        if self.shared is None:
+            object.__setattr__(self, "shared", self.kind == "random")
 
 
 @dataclass(frozen=True)
@@ -136,6 +162,12 @@ class Policy(ABC):
         Raises:
             PolicyError: this policy needs to know the number of steps.
         """
+
+    def planned(self, total: int | None) -> Iterator[Step]:
+        """The same steps, with what later ones read of each. Where features are forecast, all is kept."""
+        from duca_compile.policies.liveness import with_liveness
+
+        return self.steps(total) if self.forecast is not None else with_liveness(self.steps(total))
 
     def fresh_tokens(self, step: Step, query: TokenQuery) -> int:
         """How many tokens of a branch to recompute in a partial step; 0 reuses the branch."""

@@ -23,7 +23,8 @@ class DuCa(Policy):
         fresh_ratio: share of MLP tokens that a partial step recomputes, in [0, 1], before the factors below.
         selection: how those tokens are chosen; a name, or a ``Selection`` with weights and a seed. The default is the
             method's second version ("Rethinking Token-wise Feature Caching"): random choice matches scores, needs no
-            attention to score by, and full steps emit nothing for it. "v_norm" is the first version.
+            attention to score by, and full steps emit nothing for it; one choice serves all layers. "v_norm" is the
+            first version, with a choice for each layer.
         first: which of the two comes right after a full step when ``interval`` counts up.
         step_factor: multiplies the ratio; a line over the schedule's progress.
         block_factor: multiplies the ratio; a line from the first block (0) to the last (1).

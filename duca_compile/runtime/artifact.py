@@ -73,6 +73,10 @@ class Recorded(Policy):
         for place in self._schedule.steps:
             yield self._schedule.plans[place].step
 
+    def planned(self, total: int | None) -> Iterator[Step]:
+        """They were recorded so."""
+        return self.steps(total)
+
 
 class _Rows:
     """Computes the timestep-only values of one call."""
@@ -146,6 +150,7 @@ class _Planner:
             forecast=self._forecast(graph),
             waiting=variant.waiting,
             rows=tuple(self._position[index] for index in variant.waiting),
+            tokens=variant.tokens,
             computed={
                 self._position[int(index)]: None if score is None else outputs.index(score)
                 for index, score in variant.computed.items()
@@ -171,6 +176,16 @@ def _number(dtype: str, value: int) -> Array:
 
 def _at(size: int | Size, batch: int) -> int:
     return size.at(batch) if isinstance(size, Size) else size
+
+
+class Config(dict[str, Any]):
+    """A config whose entries are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
 
 
 class Artifact:
@@ -220,6 +235,16 @@ class Artifact:
                 found = self._dispatchers.setdefault(batch, made)
         return found
 
+    @property
+    def config(self) -> Config:
+        """The source model's config, as pipelines read it."""
+        return Config(self.manifest.source.config)
+
+    @property
+    def dtype(self) -> Any:
+        """The type of most weights: torch's, where torch is loaded, else its name."""
+        return getattr(sys.modules.get("torch"), self.manifest.precision, self.manifest.precision)
+
     def cache_context(self, name: str, **options: Any) -> AbstractContextManager[None]:
         """Calls inside are of the pass called ``name``, with caches of its own."""
         return named_pass(self, name, options)
@@ -251,6 +276,7 @@ class _Binder:
         self._specs = {spec.name: spec for spec in found.inputs}
         self._arguments = [each for each in found.signature.arguments if each.input in self._specs]
         self._latent = self._specs[found.signature.latent]
+        self._tensors = {each.path for each in found.signature.arguments}
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Array], int]:
         """The tensors of one call, and its batch size. Raises UsageError where they are of other kinds."""
@@ -275,15 +301,24 @@ class _Binder:
         return int(latent.shape[0])
 
     def _check_options(self, given: Mapping[str, Any]) -> None:
-        tensors = {each.path[0] for each in self._signature.arguments}
-        for name, value in given.items():
-            if name in tensors:
+        for path, value in _leaves(given):
+            if path in self._tensors:
                 continue
+            name = ".".join(map(str, path))
             if name not in self._signature.options:
                 raise UsageError(f"unknown argument {name!r}; the model takes {', '.join(self._signature.parameters)}")
             built_in = self._signature.options[name]
             if value != built_in:
                 raise UsageError(f"{name}={value!r}: the artifact was exported with {built_in!r}, which is built in")
+
+
+def _leaves(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """What is in dictionaries, lists and tuples, with the way to it."""
+    if isinstance(value, Mapping | list | tuple):
+        for key, each in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _leaves(each, (*path, key))
+    else:
+        yield path, value
 
 
 def _follow(given: Mapping[str, Any], path: tuple[str | int, ...]) -> Any:
@@ -361,7 +396,7 @@ def load(
     *,
     providers: Sequence[str] | None = None,
     threads: int | None = None,
-    share_weights: bool = False,
+    share_weights: bool = True,
     verify: bool = True,
 ) -> Artifact:
     """An artifact that was written by ``duca_compile.save``, ready to be called like the model.
@@ -373,8 +408,8 @@ def load(
         providers: of ONNX Runtime, the first choice first; the CPU where it is None. One that cannot be used is an
             error, never a silent fall-back.
         threads: that one operator may use, on a CPU; as many as the backend takes where it is None.
-        share_weights: hold the weights once, mapped from the file, for all graphs. Else every graph rearranges its own
-            copy for speed. TensorRT's engines always share them.
+        share_weights: hold the weights once, mapped from the file, for all graphs. Else each graph rearranges copies of
+            its own, which can be faster for wide models. Engines of TensorRT and code of AOTInductor always share them.
         verify: compare each file with its hash. This reads all of them.
 
     Raises:

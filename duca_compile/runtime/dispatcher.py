@@ -10,8 +10,8 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from duca_compile.errors import first_line
-from duca_compile.graph import cache_input, tokens_input
-from duca_compile.policies.base import Policy, Step, StepKind
+from duca_compile.graph import cache_input
+from duca_compile.policies.base import Kept, Policy, Step, StepKind
 from duca_compile.runtime.arrays import Array, Arrays
 from duca_compile.runtime.clock import Sight, Tick
 from duca_compile.runtime.forecasting import ForecastInputs
@@ -52,6 +52,7 @@ class Program:
         forecast: ForecastInputs,
         waiting: tuple[int, ...],
         rows: tuple[int, ...],
+        tokens: tuple[str, ...],
         computed: Mapping[int, int | None],
     ) -> Program:
         """Of a function of flat values with these names."""
@@ -70,7 +71,7 @@ class Program:
             replaces=frozenset(writes.keys() - set(inputs)),
             waiting=waiting,
             rows=rows,
-            tokens=tuple(map(tokens_input, waiting)),
+            tokens=tokens,
             computed=computed,
         )
 
@@ -240,7 +241,7 @@ class Dispatcher:
         if not program.reads or (program in state.ready and index - state.last_step <= 1):
             return plan
         if index - state.last_step > 1 or not program.reads <= state.caches.keys():
-            return self.planner.plan(Step(StepKind.FULL))
+            return self.planner.plan(Step(StepKind.FULL, kept=step.kept, live=step.live))
         state.ready.add(program)
         return plan
 
@@ -257,7 +258,10 @@ class Dispatcher:
             state.caches[name] = state.caches[name].clone()
         if program.computed:
             self._refresh(program.computed, results, state)
-        return self._unaliased(program, results[: program.own], state)
+        outputs = self._unaliased(program, results[: program.own], state)
+        if plan.step.live is not Kept.ALL:
+            state.keep(plan.step.live)
+        return outputs
 
     def _tokens(self, plan: Plan, state: CacheState) -> dict[str, Array]:
         """The tokens that each waiting branch recomputes, by the name of its input."""

@@ -132,12 +132,14 @@ class Variant:
         graph: its name among the graphs.
         rows: the graph that computes the timestep-only values that it reads, or None.
         waiting: selectable branches whose tokens a partial step chooses from, or leaves to grow stale.
+        tokens: for each of these the name of the input that says which; branches may share one.
         computed: selectable branches that are computed in full, with the output that holds their scores, or None.
     """
 
     graph: str
     rows: str | None
     waiting: tuple[int, ...]
+    tokens: tuple[str, ...]
     computed: dict[str, str | None]
 
 
@@ -353,8 +355,11 @@ def _typed(value: Any, kind: Any, place: str) -> Any:
         return {key: _typed(each, arguments[1], f"{place}.{key}") for key, each in value.items()}
     if origin is Literal and value in arguments:
         return value
-    if isinstance(kind, type) and issubclass(kind, Enum) and value in [each.value for each in kind]:
-        return kind(value)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        try:
+            return kind(value)
+        except ValueError:
+            raise _wrong(value, kind.__name__, place) from None
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
         return float(value)
     if isinstance(kind, type) and isinstance(value, kind) and (kind is bool or not isinstance(value, bool)):

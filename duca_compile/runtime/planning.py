@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from duca_compile.errors import PolicyError
 from duca_compile.graph import Action, Branch, Facts, Role, VariantSpec
 from duca_compile.policies.base import Policy, Step, StepKind, TokenQuery
@@ -23,7 +25,10 @@ def plan_step(facts: Facts, policy: Policy, step: Step) -> tuple[VariantSpec, di
     scores = score_kind(policy) if Action.COMPUTE in actions else None
     forecast = policy.forecast
     if forecast is None:
-        return VariantSpec(actions, step.kind is StepKind.SKIP, scores, policy.caches), counts
+        shared = _shared(facts, counts) if policy.selection is not None and policy.selection.shared else ()
+        return VariantSpec(
+            actions, step.kind is StepKind.SKIP, scores, policy.caches, chosen_with=shared, keeps=step.kept
+        ), counts
     skip = step.kind is StepKind.SKIP or (step.kind is StepKind.FORECAST and forecast.lite)
     emit = policy.caches and step.kind is StepKind.FULL  # between full steps, caches stay as the last one made them
     return VariantSpec(actions, skip, scores, emit, forecast.order, forecast.lite), counts
@@ -44,6 +49,25 @@ def _action(facts: Facts, policy: Policy, step: Step, branch: Branch, counts: di
         return Action.REUSE
     counts[branch.index] = count
     return Action.PARTIAL
+
+
+def _shared(facts: Facts, counts: dict[int, int]) -> tuple[int, ...]:
+    """For each branch the first that recomputes as many of the same number of tokens."""
+    if not counts:
+        return ()
+    first: dict[tuple[int, ...], int] = {}
+    return tuple(
+        first.setdefault((*branch.shape[:2], counts[branch.index]), branch.index)
+        if branch.index in counts
+        else branch.index
+        for branch in facts.branches
+    )
+
+
+def score_output(facts: Facts, branch: Branch, outputs: Collection[str]) -> str | None:
+    """The output among ``outputs`` that holds the scores of the tokens of ``branch``; None where there is none."""
+    source = facts.score_source(branch)
+    return source.score_slot if source is not None and source.score_slot in outputs else None
 
 
 def score_kind(policy: Policy) -> str | None:

@@ -14,7 +14,7 @@ from duca_compile.policies.base import Policy, Step
 from duca_compile.runtime.arrays import TorchArrays
 from duca_compile.runtime.dispatcher import Plan, Program
 from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
-from duca_compile.runtime.planning import check_selection, plan_step
+from duca_compile.runtime.planning import check_selection, plan_step, score_output
 from duca_compile.runtime.rows import Rows
 
 
@@ -82,6 +82,7 @@ class Programs:
                 forecast=_forecast_inputs(variant),
                 waiting=waiting,
                 rows=tuple(self._position[index] for index in waiting),
+                tokens=tuple(map(spec.tokens_input, waiting)),
                 computed=self._computed(variant),
             )
             self.by_spec[spec] = variant, program
@@ -91,10 +92,8 @@ class Programs:
         found: dict[int, int | None] = {}
         for branch in self._selectable:
             if variant.spec.actions[branch.index] is Action.COMPUTE:
-                source = self._facts.score_source(branch)
-                emitted = source is not None and source.score_slot in variant.outputs
-                slot = variant.outputs.index(source.score_slot) if source is not None and emitted else None
-                found[self._position[branch.index]] = slot
+                score = score_output(self._facts, branch, variant.outputs)
+                found[self._position[branch.index]] = None if score is None else variant.outputs.index(score)
         return found
 
 

@@ -9,7 +9,8 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
-from duca_compile.policies.base import Policy, Step, StepKind
+from duca_compile.graph import STREAM_END, cache_input
+from duca_compile.policies.base import Kept, Policy, Step, StepKind
 from duca_compile.runtime.arrays import Array, same_values, size
 from duca_compile.runtime.clock import Sight, StepClock, Tick, held, version
 from duca_compile.runtime.forecasting import Past
@@ -51,9 +52,27 @@ class CacheState:
     selector: TokenSelector | None = None
     past: Past = field(default_factory=Past)
 
+    _most: tuple[int, int] = (0, 0)  # how many caches there were at most, and their bytes
+
     @property
-    def bytes(self) -> int:
-        return sum(map(size, self.caches.values()))
+    def most_bytes(self) -> int:
+        """The most bytes that the caches have held."""
+        if len(self.caches) >= self._most[0]:
+            self._most = len(self.caches), sum(map(size, self.caches.values()))
+        return self._most[1]
+
+    def keep(self, live: Kept) -> None:
+        """Drops the caches that no later step reads."""
+        if len(self.caches) > self._most[0]:
+            self.most_bytes  # noqa: B018 - remembers it
+        end = cache_input(STREAM_END)
+        if live is Kept.NOTHING:
+            self.caches.clear()
+        elif not live.end:
+            self.caches.pop(end, None)
+        elif not live.branches:
+            self.caches = {name: value for name, value in self.caches.items() if name == end}
+        self.ready.clear()
 
 
 class Names(Protocol):
@@ -113,8 +132,8 @@ class Request:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes that the caches hold."""
-        return sum(state.bytes for states in [*self._states.values()] for state in [*states.values()])
+        """The most bytes that the caches of the running, or last, request have held."""
+        return sum(state.most_bytes for states in [*self._states.values()] for state in [*states.values()])
 
     def state(self, owner: object, key: PassKey) -> CacheState:
         """What ``owner`` carries for one pass."""
@@ -170,7 +189,7 @@ class Request:
         else:
             self.coming_times = () if first is None else _viewed(timestep) or self._loops.starting_at(first)
         self._clock.expect(self._total, monotone)
-        self._coming = self._policy.steps(self._total)
+        self._coming = self._policy.planned(self._total)
 
     def _is_further_pass(self, names: Names, call: Mapping[str, Tensor], name: str | None) -> bool:
         if name is not None and name not in self._passes:

@@ -99,14 +99,14 @@ class _Group:
             return ()
         if self._selection.kind == "random" and not self._selection.staleness and not self._selection.patch_bonus:
             drawn = self._drawn(most)
-            return [
-                drawn[p] if n == most else self._arrays.dense(drawn[p][:, :n])
-                for p, n in zip(positions, counts, strict=True)
-            ]
+            own = [drawn[0 if self._selection.shared else position] for position in positions]
+            return [each if n == most else self._arrays.dense(each[:, :n]) for each, n in zip(own, counts, strict=True)]
         rows = self._rows(positions)
         score = self._base()[rows]
         if self._selection.staleness:
             score = score + self._selection.staleness * self._staleness[rows] / interval
+        if self._selection.shared:
+            score = self._arrays.zeros(score.shape) + score.mean(0)
         if self._selection.patch_bonus and most:
             score = self._favour_patches(score)
         order = self._arrays.top(score, most)
@@ -118,6 +118,7 @@ class _Group:
         """Random tokens, (batch, count) for each branch. Drawing for many steps takes little longer than for one."""
         if count != self._stocked or not self._stock:
             branches, batch, tokens = self._shape
+            branches = 1 if self._selection.shared else branches
             steps = AHEAD if count == self._stocked else 1
             draws = self._random.random((steps, branches, 1, tokens), np.float32)
             order = np.argsort(draws, axis=-1)[..., :count]

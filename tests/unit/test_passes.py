@@ -28,6 +28,7 @@ from duca_compile.passes.pipeline import PREPARE, run_passes, to_module
 from duca_compile.passes.reuse import ReuseBranches
 from duca_compile.passes.scores import EmitScores
 from duca_compile.passes.skip import SkipBlocks
+from duca_compile.passes.write_last import WriteLast
 
 X = torch.randn(2, 4, 8)
 
@@ -160,6 +161,49 @@ class TestPipeline:
     def test_properties_are_what_the_passes_ensured(self) -> None:
         captured = raw(module(lambda self, x: x.sin()), x=X)
         assert run_passes(Draft(captured.graph), PREPARE).properties == {"clean", "no_dead_code"}
+
+
+class TestWriteLast:
+    index = torch.tensor([[1, 3], [2, 0]])
+
+    def write(self, cache: Tensor, tokens: Tensor) -> Tensor:
+        return torch.ops.aten.index_put(cache, [torch.arange(2)[:, None], self.index], tokens)
+
+    def apply(self, model: nn.Module) -> tuple[list[str], list[str], bool]:
+        """Operators before and after, with all writes in place, as partial steps have them, and what the pass says."""
+        arguments = {"x": X, "one": X + 1, "two": X + 2}
+        captured = raw(model, **arguments)
+        for each in captured.graph.find_nodes(op="call_function", target=torch.ops.aten.index_put.default):
+            each.target = torch.ops.aten.index_put_.default
+        before, draft = copy_graph(captured.graph), Draft(captured.graph)
+        changed = WriteLast().apply(draft)
+        draft.graph.lint()
+        assert WriteLast().apply(draft) is False, "a second run says that it changed nothing"
+        for graph in (before, draft.graph):
+            given = [value.clone() for value in arguments.values()]
+            assert torch.equal(results_of(captured, graph, *given)[0], model(**arguments))
+        return operators(before), operators(draft.graph), changed
+
+    def test_computes_what_is_written_before_what_reads_the_whole(self) -> None:
+        def forward(_: nn.Module, x: Tensor, one: Tensor, two: Tensor) -> Tensor:
+            some = x[:, :2].sin()
+            return (x + self.write(one, some)).cos() + self.write(two, some.exp())
+
+        before, after, changed = self.apply(module(forward))
+        assert changed
+        assert before.index("exp") > before.index("cos")
+        assert after.index("exp") < min(after.index(name) for name in ("index_put_", "add", "cos"))
+
+    def test_leaves_a_token_that_depends_on_an_earlier_write(self) -> None:
+        def forward(_: nn.Module, x: Tensor, one: Tensor, two: Tensor) -> Tensor:
+            whole = x + self.write(one, x[:, :2])
+            return x.cos() + self.write(two, whole.sin()[:, :2])
+
+        before, after, changed = self.apply(module(forward))
+        assert (after, changed) == (before, False)
+
+    def test_has_nothing_to_do(self) -> None:
+        assert exact(WriteLast(), module(lambda self, x: x.sin()), x=X) == (["sin"], ["sin"], False)
 
 
 class TestCaching:

@@ -69,6 +69,15 @@ def test_staleness_adds_its_weight_for_each_step_over_the_interval() -> None:
     assert [slower.select([0], [1], 4)[0].item() for _ in range(6)] == [0, 0, 0, 0, 1, 0]
 
 
+def test_a_shared_choice_goes_by_the_mean_of_the_normalised_scores() -> None:
+    """The mean of (0.6, 0.8, 0) and (1, 0, 0): the first token leads, the second comes next in both branches."""
+    scores = torch.tensor([[3.0, 4.0, 0.0]]), torch.tensor([[7.0, 0.0, 0.0]])
+    shared = scored(Selection("attention", shared=True), *scores)
+    assert [index.tolist() for index in shared.select([0, 1], [2, 1], 3)] == [[[0, 1]], [[0]]]
+    own = scored(Selection("attention"), *scores)
+    assert [index.tolist() for index in own.select([0, 1], [1, 1], 3)] == [[[1]], [[0]]]
+
+
 def test_a_full_step_makes_every_token_fresh() -> None:
     scores = torch.tensor([[0.8, 0.6]])
     chosen = scored(Selection("attention", staleness=0.25), scores)
@@ -155,8 +164,8 @@ class TestPatchBonus:
 
 
 class TestRandom:
-    def draws(self, seed: int = 0, batch: int = 4, steps: int = 3) -> list[list[Tensor]]:
-        chosen = selector(Selection("random", seed=seed), 2, batch, 64)
+    def draws(self, seed: int = 0, batch: int = 4, steps: int = 3, shared: bool = False) -> list[list[Tensor]]:
+        chosen = selector(Selection("random", seed=seed, shared=shared), 2, batch, 64)
         chosen.refresh({0: None, 1: None})
         return [chosen.select([0, 1], [5, 9], 3) for _ in range(steps)]
 
@@ -173,6 +182,14 @@ class TestRandom:
         (a0, b0), (a1, _), _ = self.draws()
         assert not torch.equal(a0, a1)
         assert not torch.equal(a0, b0[:, :5])
+
+    def test_one_choice_serves_all_branches_where_it_is_shared(self) -> None:
+        (a0, b0), (a1, b1), _ = self.draws(shared=True)
+        assert not torch.equal(a0, a1)
+        assert torch.equal(a0, b0[:, :5])
+        assert torch.equal(a1, b1[:, :5])
+        assert Selection("random").shared
+        assert not Selection("v_norm").shared
 
     def test_draws_distinct_tokens_as_many_as_asked_for(self) -> None:
         for first, second in self.draws():

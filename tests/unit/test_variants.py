@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from tracing import COMPUTE, PARTIAL, REUSE, Runner, caches, distinct_indices, module
 
-from duca_compile.graph import Action
+from duca_compile.graph import Action, op_name
 
 Structure = Callable[[], nn.Module]
 
@@ -136,6 +136,45 @@ def test_a_partial_step_changes_exactly_the_chosen_tokens_of_the_cache(run: Runn
         assert torch.equal(changed, expected)
 
 
+STRUCTURES: dict[str, Structure] = {
+    "ungated": models.UngatedBlock,
+    "parallel": models.ParallelBlock,
+    "scaled": models.ScaledBlock,
+    "nested": models.NestedBlock,
+    "rotary": lambda: models.Block(rotary=True),
+}
+
+
+@pytest.mark.parametrize("name", ["plain", *STRUCTURES])
+def test_one_choice_for_all_branches_gives_the_bits_of_equal_choices_of_each(name: str) -> None:
+    run = Runner(models.build(STRUCTURES[name]) if name in STRUCTURES else models.build(), **models.example())
+    cached = caches(run.run(run.variant(COMPUTE), models.example()))
+    spec, index = everywhere(run, partial), distinct_indices(BATCH, TOKENS, 5)
+    places = [place for place, action in enumerate(spec) if action is PARTIAL]
+    own = run.variant(*spec)
+    one = run.variant(*spec, chosen_with=tuple(places[0] if place in places else place for place in range(len(spec))))
+    assert one.dynamic_inputs == (f"tokens_{places[0]}",)
+    call, found = models.example(seed=1, timestep=6.0), []
+    for variant in (own, one):
+        given = {key: value.clone() for key, value in cached.items()}
+        found.append(run.run(variant, call, **given, **dict.fromkeys(variant.dynamic_inputs, index)))
+    assert found[0].keys() == found[1].keys()
+    for key, value in found[0].items():
+        assert torch.equal(value, found[1][key]), key
+
+
+def test_with_one_choice_for_all_branches_other_tokens_are_touched_at_the_end_alone(run: Runner) -> None:
+    chosen_with = (0, 1, 1, 3, 1, 1)
+    variant = run.variant(REUSE, PARTIAL, PARTIAL, REUSE, PARTIAL, PARTIAL, chosen_with=chosen_with)
+    nodes = [n for n in variant.module.graph.nodes if n.op == "call_function"]
+    writes = [place for place, n in enumerate(nodes) if op_name(n) == "index_put_"]
+    adds = [place for place, n in enumerate(nodes) if n.name in {branch.add for branch in run.facts.branches}]
+    assert len(writes) == 4
+    assert len(adds) == 6
+    last = max(nodes.index(nodes[place].args[2]) for place in writes)
+    assert min(writes + adds) > last, "all that is written is computed before any cache or stream is read as a whole"
+
+
 def test_skip_runs_the_head_on_the_cached_end_with_the_current_timestep(run: Runner) -> None:
     cached = caches(run.run(run.variant(COMPUTE), models.example()))
     call = models.example(seed=1, timestep=2.0)
@@ -147,15 +186,6 @@ def test_skip_runs_the_head_on_the_cached_end_with_the_current_timestep(run: Run
     condition = F.silu(run.model.embed_t(models.embed(call["timestep"], WIDTH)))
     head = run.model.head(cached["cache_stream_end"] * (1 + run.model.head_modulation(condition)[:, None]))
     assert torch.equal(run.run(variant, call, **cached)["output_0"], head)
-
-
-STRUCTURES: dict[str, Structure] = {
-    "ungated": models.UngatedBlock,
-    "parallel": models.ParallelBlock,
-    "scaled": models.ScaledBlock,
-    "nested": models.NestedBlock,
-    "rotary": lambda: models.Block(rotary=True),
-}
 
 
 @pytest.mark.parametrize("name", STRUCTURES)

@@ -50,9 +50,11 @@ class Runner:
         self.captured, self.facts = analysed(model, **arguments)
         self._prologue = build_prologue(self.captured, self.facts)
 
-    def variant(self, *actions: Action, skip: bool = False, scores: str | None = None) -> Variant:
+    def variant(
+        self, *actions: Action, skip: bool = False, scores: str | None = None, chosen_with: tuple[int, ...] = ()
+    ) -> Variant:
         spec = actions if len(actions) > 1 else actions * len(self.facts.branches)
-        return build_variant(self.captured, self.facts, VariantSpec(tuple(spec), skip, scores))
+        return build_variant(self.captured, self.facts, VariantSpec(tuple(spec), skip, scores, chosen_with=chosen_with))
 
     def run(self, variant: Variant, arguments: dict[str, Tensor], **extra: Tensor) -> dict[str, Tensor]:
         """Everything the variant returns, by name; ``extra`` are caches and token indices by placeholder name."""
