@@ -1,5 +1,7 @@
 """Variants under OpenVINO: the eager results over whole loops, the model's live weights, no compilation twice."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,8 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import duca_compile
-from duca_compile import FORA, BackendError, DuCa, Linear, Policy, TaylorSeer, openvino_backend
-from tests import zoo
+from duca_compile import FORA, BackendError, DuCa, Linear, Policy, TaylorSeer, UsageError, openvino_backend
+from duca_compile.export import trace
+from duca_compile.runtime import programs
+from duca_compile.runtime.planning import plan_step
+from tests import artifacts, zoo
 from tests.test_inductor import close
 from tests.test_models import POLICY, sample
 from tests.test_models import loop as zoo_loop
@@ -60,7 +65,7 @@ def test_compiled_variants_agree_with_eager_ones_and_compile_once(
     first = loop(optimized, 12)
     assert close(first, expected)
     assert kinds(optimized) == kinds(eager)
-    specs = {spec for each in optimized._compiled.values() for spec in each.dispatcher._programs}
+    specs = {spec for each in optimized._compiled.values() for spec in each.programs.by_spec}
     assert len(compilations) == len(specs)
     optimized.reset()
     kept = [output.clone() for output in first]
@@ -144,6 +149,37 @@ def test_what_it_cannot_convert_is_named_and_runs_under_eager() -> None:
     with pytest.warns(RuntimeWarning, match=r"bessel_j0.*running under eager instead"):
         found = optimized(**call)
     assert torch.equal(found, model(**call))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("cache_dtype", "tolerance"), [(None, 1e-5), (torch.bfloat16, 5e-3)])
+def test_an_artifact_runs_as_the_optimized_model(
+    cache_dtype: torch.dtype | None, tolerance: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With weights that are shared and with copies. OpenVINO rounds to bfloat16 at other places than torch."""
+
+    def planned(*arguments: Any) -> Any:
+        spec, counts = plan_step(*arguments)
+        return replace(spec, cache_dtype=cache_dtype), counts
+
+    monkeypatch.setattr(programs, "plan_step", planned)
+    monkeypatch.setattr(trace, "plan_step", planned)
+    model = artifacts.optimized(DuCa(interval=5))
+    found = artifacts.export(model, tmp_path / "artifact")
+    assert {spec.dtype for spec in found.caches} == {"float32" if cache_dtype is None else "bfloat16"}
+    for rows in (2, 3):
+        expected = artifacts.loop(model, rows)
+        for share_weights in (True, False):
+            loaded = duca_compile.load(tmp_path / "artifact", "openvino", threads=1, share_weights=share_weights)
+            for a, b in zip(artifacts.loop(loaded, rows, arrays=rows == 3), expected, strict=True):
+                assert (a - b).norm() <= tolerance * b.norm()
+            assert kinds(loaded) == kinds(model)
+
+
+def test_an_artifact_refuses_providers(tmp_path: Path) -> None:
+    artifacts.export(artifacts.optimized(FORA(2)), tmp_path / "artifact")
+    with pytest.raises(UsageError, match="providers are ONNX Runtime's"):
+        duca_compile.load(tmp_path / "artifact", "openvino", providers=["CPUExecutionProvider"])
 
 
 @pytest.mark.slow

@@ -10,11 +10,13 @@ import numpy as np
 
 from duca_compile.errors import BackendError, first_line, missing_package
 from duca_compile.runtime.arrays import Array
-from duca_compile.runtime.artifact import GraphFunction
+from duca_compile.runtime.artifact import HOST, GraphFunction
 from duca_compile.runtime.manifest import File, Graph, inside
 
 with missing_package("openvino"):
     import openvino
+
+_BITS = np.dtype(np.int16)  # of bfloat16; nothing else here is of that type
 
 
 def cpu_options(threads: int | None) -> dict[str, Any]:
@@ -71,8 +73,9 @@ class OpenVINOEngine:
     def function(self, name: str, graph: Graph) -> GraphFunction:
         del name
         path = inside(self._folder, graph.file)
-        if half := sorted({s.dtype for s in (*graph.inputs, *graph.outputs)} & {"bfloat16"}):
-            raise BackendError(f"{path.name} takes or returns {half[0]}, which numpy lacks; export a float32 model")
+        for spec in (*graph.inputs, *graph.outputs):
+            if spec.dtype == "bfloat16" and spec.name.startswith(HOST):
+                raise BackendError(f"{path.name} returns bfloat16, which numpy lacks; export a float32 model")
         try:
             model, weights = self._read(path)
             compiled = self._core.compile_model(model, "CPU", self._options)
@@ -91,7 +94,7 @@ class OpenVINOEngine:
         return self._core.read_model(lowered.serialized()), weights
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
-        return np.zeros(shape, dtype)
+        return np.zeros(shape, _numpy(dtype))
 
 
 class _Function:
@@ -107,12 +110,24 @@ class _Function:
     def __call__(self, *values: Array) -> list[Array]:
         arrays = [np.asarray(value, order="C") for value in values]
         batch = self._graph.batch([array.shape for array in arrays])
-        results = [np.empty(spec.at(batch), spec.dtype) for spec in self._graph.outputs]
-        inputs = [(place, openvino.Tensor(arrays[i], shared_memory=True)) for place, i in self._inputs]
-        outputs = [openvino.Tensor(result, shared_memory=True) for result in results]
+        results = [np.empty(spec.at(batch), _numpy(spec.dtype)) for spec in self._graph.outputs]
+        inputs = [(place, _shared(arrays[i])) for place, i in self._inputs]
+        outputs = map(_shared, results)
         self._requests.run(inputs, outputs, address=0, bind=self._bind)
         return results
 
     def _bind(self, request: Any) -> None:
         for place, tensor in self._weights:
             request.set_input_tensor(place, tensor)
+
+
+def _numpy(dtype: str) -> np.dtype:
+    """numpy's type of this name; it has none for bfloat16, which caches may be: their bits stand for them."""
+    return np.dtype(_BITS if dtype == "bfloat16" else dtype)
+
+
+def _shared(array: np.ndarray) -> Any:
+    """The same memory as an ``openvino.Tensor``."""
+    if array.dtype == _BITS:
+        return openvino.Tensor(array, array.shape, openvino.Type.bf16)
+    return openvino.Tensor(array, shared_memory=True)
