@@ -24,9 +24,27 @@ _NAMES = {
     ),
     "explanation": ("Explanation", "explain"),
     "export.artifact": ("save",),
-    "policies": ("FORA", "DuCa", "Interval", "Linear", "Policy", "Selection", "TaylorSeer", "Uncached", "published"),
+    "policies": (
+        "FORA",
+        "RFC",
+        "DisCa",
+        "DuCa",
+        "Interval",
+        "Linear",
+        "Policy",
+        "RelationalFeatureCaching",
+        "ResidualGate",
+        "Selection",
+        "SpeCa",
+        "TaylorSeer",
+        "ToCa",
+        "Uncached",
+        "published",
+    ),
+    "predictor": ("Predictor",),
     "runtime.artifact": ("Artifact", "load"),
     "runtime.session": ("Session",),
+    "training": ("TrainingSettings", "prediction_error", "train_predictor"),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 

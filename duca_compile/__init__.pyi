@@ -12,18 +12,38 @@ from duca_compile.errors import (
 )
 from duca_compile.explanation import Explanation, explain
 from duca_compile.export.artifact import save
-from duca_compile.policies import FORA, DuCa, Interval, Linear, Policy, Selection, TaylorSeer, Uncached, published
+from duca_compile.policies import (
+    FORA,
+    RFC,
+    DisCa,
+    DuCa,
+    Interval,
+    Linear,
+    Policy,
+    RelationalFeatureCaching,
+    ResidualGate,
+    Selection,
+    SpeCa,
+    TaylorSeer,
+    ToCa,
+    Uncached,
+    published,
+)
+from duca_compile.predictor import Predictor
 from duca_compile.runtime.artifact import Artifact, load
 from duca_compile.runtime.session import Session
+from duca_compile.training import TrainingSettings, prediction_error, train_predictor
 
 __version__: str
 
 __all__ = [
     "FORA",
+    "RFC",
     "Artifact",
     "ArtifactError",
     "BackendError",
     "CaptureError",
+    "DisCa",
     "DuCa",
     "DucaError",
     "Explanation",
@@ -34,16 +54,24 @@ __all__ = [
     "OptimizedModel",
     "Policy",
     "PolicyError",
+    "Predictor",
+    "RelationalFeatureCaching",
+    "ResidualGate",
     "Selection",
     "Session",
+    "SpeCa",
     "StructureError",
     "TaylorSeer",
+    "ToCa",
+    "TrainingSettings",
     "Uncached",
     "UsageError",
     "explain",
     "load",
     "optimize",
+    "prediction_error",
     "published",
     "restore",
     "save",
+    "train_predictor",
 ]

@@ -16,6 +16,7 @@ from torch import nn
 
 from duca_compile.analysis import analyze
 from duca_compile.backends import Backend, make_backend
+from duca_compile.budget import CacheOptions, fitted
 from duca_compile.capture import Binder, Call, capture, live_tensors
 from duca_compile.captures import Captures, Compiled
 from duca_compile.errors import CaptureError, PolicyError, UsageError
@@ -24,7 +25,7 @@ from duca_compile.lock import COMPILING
 from duca_compile.passes.hoist import frontier, hoisted_input
 from duca_compile.passes.pipeline import build_prologue, make_rows, prepare
 from duca_compile.pipelines import PipelineSchedule, is_pipeline, set_component, transformers
-from duca_compile.policies import FORA, DuCa, Policy, TaylorSeer, Uncached
+from duca_compile.policies import FORA, RFC, DuCa, Policy, ResidualGate, SpeCa, TaylorSeer, ToCa, Uncached
 from duca_compile.policies.checks import check_whole
 from duca_compile.runtime.dispatcher import Plan, Prologue
 from duca_compile.runtime.request import Executed
@@ -34,8 +35,12 @@ from duca_compile.verify import verified
 POLICIES: dict[str, type[Policy]] = {
     "duca": DuCa,
     "fora": FORA,
+    "gate": ResidualGate,
     "none": Uncached,
+    "rfc": RFC,
+    "speca": SpeCa,
     "taylorseer": TaylorSeer,
+    "toca": ToCa,
     "uncached": Uncached,
 }
 LOOKED_AHEAD = 1000  # steps that a warm-up looks at for variants that they need
@@ -117,6 +122,7 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
     source: nn.Module
     policy: Policy
     timestep_name: str | None
+    cache_options: CacheOptions
     _backend: Backend
     _requests: Requests
     _bind: Binder
@@ -128,12 +134,18 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
         return super().__new__(cast(type[OptimizedModel], _Guise(cls.__name__, (cls,), names)))
 
     def __init__(
-        self, model: nn.Module, policy: Policy, backend: Backend, requests: Requests, timestep: str | None
+        self,
+        model: nn.Module,
+        policy: Policy,
+        backend: Backend,
+        requests: Requests,
+        timestep: str | None,
+        cache_options: CacheOptions,
     ) -> None:
         super().__init__()
         self.__dict__.update({name: model.__dict__[name] for name in _SHARED})
         own = {"source": model, "policy": policy, "_backend": backend, "_requests": requests, "timestep_name": timestep}
-        self.__dict__.update(own)
+        self.__dict__.update(own, cache_options=cache_options)
         self.__dict__["_bind"] = Binder(model, timestep)
         self.__dict__["_compiled"] = Captures(model, self._capture)
         self.training = model.training
@@ -225,8 +237,9 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
 
     def _capture(self, call: Call) -> Compiled:
         with self._source_context():
-            found = analyze_call(self.source, call, self.timestep_name)
-        return Compiled(*found, self.policy, self._backend, live_tensors(self.source))
+            captured, facts, prologue = analyze_call(self.source, call, self.timestep_name)
+        policy, dtype = fitted(captured, facts, self.policy, self.cache_options, self._requests.total)
+        return Compiled(captured, facts, prologue, policy, self._backend, live_tensors(self.source), dtype)
 
     def _source_context(self) -> AbstractContextManager[None]:
         """The source's own ``cache_context``: capturing is the only time that the source itself runs."""
@@ -266,12 +279,12 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
         """An optimized copy of the source, which captures anew."""
         source, requests = copy.deepcopy(self.source, memo), copy.deepcopy(self._requests, memo)
-        return OptimizedModel(source, self.policy, self._backend, requests, self.timestep_name)
+        return OptimizedModel(source, self.policy, self._backend, requests, self.timestep_name, self.cache_options)
 
     def __copy__(self) -> OptimizedModel:
         """Another optimized model of the same source, with requests of its own, which captures anew."""
         requests = copy.deepcopy(self._requests)
-        return OptimizedModel(self.source, self.policy, self._backend, requests, self.timestep_name)
+        return OptimizedModel(self.source, self.policy, self._backend, requests, self.timestep_name, self.cache_options)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise UsageError(
@@ -305,6 +318,8 @@ def optimize(
     *,
     timestep: str | None = None,
     strict: bool = False,
+    cache_dtype: torch.dtype | None = None,
+    cache_budget_bytes: int | None = None,
 ) -> Any:
     """A drop-in for ``model`` that reuses features from step to step of a denoising loop.
 
@@ -315,12 +330,16 @@ def optimize(
     Args:
         model: a Diffusion Transformer in eval mode, that is any nn.Module that takes a latent and a timestep; or a
             diffusers pipeline, whose components named ``transformer...`` are replaced.
-        policy: "duca", "fora", "taylorseer", "none", or a Policy object such as
+        policy: "duca", "toca", "fora", "taylorseer", "rfc", "speca", "gate", "none", or a Policy object such as
             ``DuCa(interval=5, fresh_ratio=0.1)``.
         backend: "inductor" (the compiler of torch.compile) or "eager".
         num_inference_steps: steps of a request; needed by schedules that depend on it. Not for a pipeline.
         timestep: name of the timestep argument, where it cannot be told from the graph.
         strict: raise BackendError where the backend cannot compile, instead of falling back to eager with a warning.
+        cache_dtype: keep caches in this type, such as ``torch.bfloat16``, where the features are wider; rounds them.
+        cache_budget_bytes: the most that the caches of one pass of one request may hold. Where the policy needs more,
+            they are kept in bfloat16; where that is too much, steps that read the branches' caches skip the blocks
+            instead, for which one tensor is kept. A warning says so, at the first call of each shape.
 
     Returns:
         An ``OptimizedModel``: an nn.Module with the same call signature, outputs, config, dtype, device and
@@ -329,34 +348,41 @@ def optimize(
     Raises:
         UsageError: ``model`` is neither an nn.Module nor a pipeline with a transformer, is in training mode or
             optimized already, or the backend is unknown.
-        PolicyError: an unknown policy, or one that cannot plan without ``num_inference_steps``.
+        PolicyError: an unknown policy, or one that cannot plan without ``num_inference_steps``. At the first call:
+            the policy does not fit the model, or the budget is too small; the message says what the least would be.
     """
     chosen, engine = resolve_policy(policy), make_backend(backend, strict)
+    options = CacheOptions(cache_dtype, cache_budget_bytes)
     if is_pipeline(model):
-        return _optimize_pipeline(model, chosen, engine, num_inference_steps, timestep)
-    _check_plain(model)
+        return _optimize_pipeline(model, chosen, engine, num_inference_steps, timestep, options)
+    check_plain(model)
     if num_inference_steps is not None:
         check_whole("num_inference_steps", num_inference_steps, least=1)
     next(chosen.steps(num_inference_steps))  # a policy that cannot plan says so now, not at the first call
-    return OptimizedModel(model, chosen, engine, Requests(chosen, num_inference_steps), timestep)
+    return OptimizedModel(model, chosen, engine, Requests(chosen, num_inference_steps), timestep, options)
 
 
 def _optimize_pipeline(
-    pipe: Any, policy: Policy, backend: Backend, num_inference_steps: int | None, timestep: str | None
+    pipe: Any,
+    policy: Policy,
+    backend: Backend,
+    num_inference_steps: int | None,
+    timestep: str | None,
+    options: CacheOptions,
 ) -> Any:
     """Replaces the transformers of ``pipe``; they share their requests, since one loop calls them all."""
     if num_inference_steps is not None:
         raise UsageError("a pipeline's scheduler says how many steps a request has; leave num_inference_steps out")
     found = transformers(pipe)
     for model in found.values():
-        _check_plain(model)
+        check_plain(model)
     requests = Requests(policy, None, PipelineSchedule(pipe))
     for name, model in found.items():
-        set_component(pipe, name, OptimizedModel(model, policy, backend, requests, timestep))
+        set_component(pipe, name, OptimizedModel(model, policy, backend, requests, timestep, options))
     return pipe
 
 
-def _check_plain(model: Any) -> None:
+def check_plain(model: Any) -> None:
     check_model(model, "an nn.Module or a diffusers pipeline")
     if isinstance(model, OptimizedModel):
         raise UsageError("this model is optimized already; duca_compile.restore it first")

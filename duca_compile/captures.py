@@ -18,6 +18,7 @@ from duca_compile.graph import CapturedGraph, Facts, Readings, Variant, VariantF
 from duca_compile.lock import COMPILING
 from duca_compile.opaque import opaque, site_number
 from duca_compile.passes.pipeline import build_variant, make_rows
+from duca_compile.passes.predict import fitted
 from duca_compile.policies.base import Policy
 from duca_compile.runtime.clock import Sight
 from duca_compile.runtime.dispatcher import Dispatcher, Prologue
@@ -88,16 +89,18 @@ class Compiled:
         policy: Policy,
         backend: Backend,
         live: Mapping[str, Tensor],
+        cache_dtype: torch.dtype | None,
     ) -> None:
         self.facts = facts
         self._readings = [] if captured.readings is None else [captured.readings]
         self._held: Sight | None = None  # the last tensors that they held for
         self._read_weights = () if captured.readings is None else tuple(captured.readings.attributes)
+        captured = fitted(captured, facts, policy.predictor)
         self._variants = _Variants(captured, facts, prologue, backend)
         names = {id(tensor): name for name, tensor in live.items()}
         # A trace may have names of its own for the model's weights. What is none of these is a constant of the graph.
         self._weights = {own: names[id(t)] for own, t in captured.attributes.items() if id(t) in names}
-        self.programs = Programs(facts, policy, self._variants)
+        self.programs = Programs(facts, policy, self._variants, cache_dtype)
         self.dispatcher = Dispatcher(self.programs, policy, prologue, not backend.exact)
         self.used = 0  # when it was last called, by the model's count of calls
 

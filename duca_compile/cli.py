@@ -31,12 +31,13 @@ if TYPE_CHECKING:
     from torch import nn
 
     from duca_compile import demo as demonstration
+    from duca_compile.explanation import Explanation
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps of the loop.")]
-PolicyOption = Annotated[str, typer.Option(help="duca, fora or taylorseer.")]
+PolicyOption = Annotated[str, typer.Option(help="duca, toca, fora, taylorseer, rfc, speca or gate.")]
 Interval = Annotated[int | None, typer.Option(min=1, help="Steps from one full step to the next.")]
 Target = Annotated[
     str | None,
@@ -101,6 +102,77 @@ def explain(
         console.print(found.schedule(chosen, steps))
     except DucaError as error:
         _fail(error)
+
+
+@app.command("train-predictor")
+def train(
+    target: Annotated[
+        str | None,
+        typer.Argument(help="package.module:function returning (model, sample); else the embedded model."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Where the predictor goes; ends in .safetensors.")] = Path(
+        "predictor.safetensors"
+    ),
+    loops: Annotated[int, typer.Option(min=1, help="Denoising loops to train on.")] = 50,
+    updates: Annotated[int, typer.Option(min=1, help="Gradient steps for each loop.")] = 20,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Of AdamW, at the start.")] = 1e-3,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of steps.")] = 0,
+    steps: Annotated[int, typer.Option(min=2, help="Denoising steps of a loop of the embedded model.")] = 20,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint, if there is one.")] = False,
+    device: Device = "cpu",
+) -> None:
+    """Train the predictor that DisCa needs, on the model's own denoising loops; sample(drop_in, number) runs one."""
+    from duca_compile.training import TrainingSettings, train_predictor
+
+    try:
+        settings = TrainingSettings(loops, updates, learning_rate=learning_rate, seed=seed)
+        model, sample = _embedded_loops(device, steps) if target is None else _load_target(target)
+        predictor = train_predictor(model, sample, out, settings, resume=resume)
+    except DucaError as error:
+        _fail(error)
+    errors = [f"{loss**0.5:.4f}" for loss in predictor.config.losses]
+    console.print(f"relative error of the model's output: {errors[0]} in the first loop, {errors[-1]} in the last")
+    console.print(f"predictor: {out}")
+
+
+def _embedded_loops(device: str, steps: int) -> tuple[nn.Module, Callable[[nn.Module, int], Any]]:
+    from duca_compile import demo as demonstration
+
+    model = demonstration.DemoModel.load(_device(device))
+
+    def sample(drop_in: nn.Module, number: int) -> None:
+        model.sample(drop_in, steps, model.noise(number), lambda seconds: None)
+
+    return model.transformer, sample
+
+
+@app.command()
+def flops(
+    target: Annotated[
+        str | None,
+        typer.Argument(help="package.module:function returning (model, kwargs of one call); else DiT-XL/2 at 256x256."),
+    ] = None,
+    steps: Steps = 50,
+    interval: Annotated[
+        list[int] | None, typer.Option(min=1, help="Steps between full steps; may be repeated. 3 to 7 by default.")
+    ] = None,
+) -> None:
+    """Count the loops of the papers' settings on a DiT: as the papers count, and every product of the graph."""
+    from duca_compile.paper_flops import explain_dit_xl, loop_flops, published_policies
+    from duca_compile.policies import Uncached
+
+    try:
+        found = explain_dit_xl() if target is None else _explain_target(target)
+        policies = [Uncached(), *published_policies(tuple(interval or range(3, 8)))]
+        rows = [loop_flops(found, policy, steps) for policy in policies]
+    except DucaError as error:
+        _fail(error)
+    table = Table(Column("policy", no_wrap=True), "papers' TFLOPs", "speed-up", "counted TFLOPs", "speed-up")
+    for row in rows:
+        papers, counted = f"{row.papers / 1e12:.2f}", f"{row.counted / 1e12:.2f}"
+        table.add_row(row.policy, papers, f"{row.papers_speedup:.2f}x", counted, f"{row.counted_speedup:.2f}x")
+    console.print(f"{found.model}: {steps} steps of {found.branches[0].shape[0]} rows")
+    console.print(table)
 
 
 @app.command()
@@ -242,15 +314,22 @@ def _embedded(device: str) -> tuple[nn.Module, dict[str, Any]]:
     return model.transformer, arguments
 
 
-def _load_target(target: str) -> tuple[nn.Module, dict[str, Any]]:
+def _explain_target(target: str) -> Explanation:
+    from duca_compile.explanation import explain as explain_model
+
+    model, arguments = _load_target(target)
+    return explain_model(model, **arguments)
+
+
+def _load_target(target: str) -> tuple[nn.Module, Any]:
     sys.path.insert(0, os.getcwd())
     try:
-        model, arguments = resolve_name(target)()
+        model, other = resolve_name(target)()
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"cannot load {target!r}: {error}; name it as package.module:function") from error
     except TypeError as error:
-        raise UsageError(f"{target!r} must take no arguments and return (model, kwargs): {error}") from error
-    return model, arguments
+        raise UsageError(f"{target!r} must take no arguments and return two values: {error}") from error
+    return model, other
 
 
 def _device(name: str) -> str:

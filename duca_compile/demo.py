@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from duca_compile.api import OptimizedModel, optimize
 from duca_compile.errors import UsageError
-from duca_compile.policies import FORA, DuCa, Policy, StepKind, TaylorSeer, Uncached
+from duca_compile.policies import FORA, RFC, DuCa, Policy, ResidualGate, SpeCa, StepKind, TaylorSeer, ToCa, Uncached
 
 COLORS = {
     StepKind.FULL: "#c0392b",
@@ -28,6 +28,7 @@ COLORS = {
     StepKind.REUSE: "#5dade2",
     StepKind.SKIP: "#58b368",
     StepKind.FORECAST: "#9b59b6",
+    StepKind.PREDICT: "#2c3e50",
 }
 
 
@@ -115,13 +116,16 @@ class Run:
 
 
 def make_policy(name: str, interval: int | None) -> Policy:
-    if name == "duca":
-        return DuCa() if interval is None else DuCa(interval=interval)
-    if name == "fora":
-        return FORA() if interval is None else FORA(interval)
-    if name == "taylorseer":
-        return TaylorSeer() if interval is None else TaylorSeer(interval)
-    raise UsageError(f"policy={name!r} is unknown; choose 'duca', 'fora' or 'taylorseer'")
+    """The policy called ``name``; those that decide while they run have no interval."""
+    fixed: dict[str, Callable[..., Policy]] = {"duca": DuCa, "fora": FORA, "taylorseer": TaylorSeer, "toca": ToCa}
+    adaptive: dict[str, Callable[..., Policy]] = {"gate": ResidualGate, "rfc": RFC, "speca": SpeCa}
+    if name in adaptive:
+        if interval is not None:
+            raise UsageError(f"policy={name!r} has no interval: it decides while it runs; leave --interval out")
+        return adaptive[name]()
+    if name not in fixed:
+        raise UsageError(f"policy={name!r} is unknown; choose one of {sorted(fixed | adaptive)}")
+    return fixed[name]() if interval is None else fixed[name](interval=interval)
 
 
 class Loop:
@@ -149,6 +153,10 @@ class Loop:
         if len(self._passes) > 1:
             for executed, seconds in zip(self._executed, times, strict=True):
                 self._times[executed.kind].append(seconds)
+
+    @property
+    def full_steps(self) -> int:
+        return sum(executed.kind is StepKind.FULL for executed in self._executed)
 
     def result(self) -> Run:
         """What was measured by the passes after the first; of their times, the best."""
@@ -185,17 +193,21 @@ def compare(
     """
     plain = optimize(demo.transformer, Uncached(), backend)
     cached = optimize(demo.transformer, policy, backend, steps)
-    full = sum(step.kind is StepKind.FULL for step in policy.steps(steps))
-    loops = [
-        Loop(demo, plain, f"uncached, {steps} steps", steps, seed),
-        Loop(demo, cached, f"{policy.name}, {steps} steps", steps, seed),
-        Loop(demo, plain, f"uncached, {full} steps", full, seed),
-    ]
-    advance = [watch(loop.name, PASSES * loop.steps) for loop in loops]
-    for _ in range(PASSES):
-        for loop, on_step in zip(loops, advance, strict=True):
+    turns: dict[Loop, Callable[[], None]] = {}
+
+    def compile_pass(model: OptimizedModel, name: str, steps: int) -> Loop:
+        loop = Loop(demo, model, f"{name}, {steps} steps", steps, seed)
+        turns[loop] = watch(loop.name, PASSES * steps)
+        loop.run(turns[loop])
+        return loop
+
+    compile_pass(plain, "uncached", steps)
+    full = compile_pass(cached, policy.name, steps).full_steps
+    compile_pass(plain, "uncached", full)
+    for _ in range(PASSES - 1):
+        for loop, on_step in turns.items():
             loop.run(on_step)
-    return [loop.result() for loop in loops]
+    return [loop.result() for loop in turns]
 
 
 def check_writable(path: Path) -> None:

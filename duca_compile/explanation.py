@@ -13,14 +13,16 @@ from rich.text import Text
 from torch import nn
 
 from duca_compile.api import OptimizedModel, analyze_call, check_model, check_parts, resolve_policy
+from duca_compile.budget import peak_of_request
 from duca_compile.capture import Binder
 from duca_compile.errors import UsageError
-from duca_compile.graph import Branch, CapturedGraph, Facts, Role, Variance
+from duca_compile.graph import Branch, CapturedGraph, Facts, Role, Variance, Variant, VariantSpec
 from duca_compile.passes.hoist import frontier
 from duca_compile.passes.pipeline import build_variant
+from duca_compile.passes.predict import fitted, predictor_bytes
 from duca_compile.pipelines import is_pipeline
-from duca_compile.policies import Policy, Step, StepKind
-from duca_compile.runtime.planning import check_selection, plan_step
+from duca_compile.policies import AdaptivePolicy, Policy, Step, StepKind
+from duca_compile.runtime.planning import cache_bytes, check_rows, check_selection, plan_step, probe_spec
 
 _UNCACHED = {
     Role.TEXT: "only attention reads it, and that is",
@@ -35,6 +37,7 @@ KIND_STYLES = {
     StepKind.REUSE: "cyan",
     StepKind.SKIP: "green",
     StepKind.FORECAST: "magenta",
+    StepKind.PREDICT: "blue",
 }
 
 
@@ -56,6 +59,8 @@ class ScheduleReport:
     steps: tuple[PlannedStep, ...]
     uncached_flops: float  # of one step
     cache_bytes: int  # of one pass, once all is there that the policy keeps
+    adaptive: bool = False  # these are the cheapest steps that the policy may choose
+    weight_bytes: int = 0  # of a learned predictor, once for all requests
 
     @property
     def full_steps(self) -> int:
@@ -80,8 +85,12 @@ class ScheduleReport:
                 tokens = f"{fresh:.1%} of each MLP" if kind is StepKind.PARTIAL else ""
                 table.add_row(Text(kind.value, style=KIND_STYLES[kind]), str(len(chosen)), f"{mean:.2%}", tokens)
         yield table
+        if self.adaptive:
+            yield "decided while it runs: these are the fewest full steps that there can be"
         yield f"ideal speed-up {self.ideal_speedup:.2f}x (by FLOPs; elementwise work counts as none)"
         yield f"caches hold {_size(self.cache_bytes)}"
+        if self.weight_bytes:
+            yield f"the predictor's weights hold {_size(self.weight_bytes)}"
 
     def __str__(self) -> str:
         return _rendered(self)
@@ -109,16 +118,12 @@ class Explanation:
     def cache_bytes(self) -> int:
         """Bytes that all branch caches and the cached end of the stream hold.
 
-        Of an optimized model whose policy forecasts: the caches that its forecasts read, with their differences.
+        Of an optimized model: those that its policy keeps.
         """
-        return self._cache_bytes(self.policy)
-
-    def _cache_bytes(self, policy: Policy | None) -> int:
-        value = next(n for n in self.captured.graph.nodes if n.name == self.facts.stream_end).meta["val"]
-        branches, end = sum(b.cache_bytes for b in self.branches), int(value.numel() * value.dtype.itemsize)
-        if policy is None or policy.forecast is None:
-            return branches + end
-        return (policy.forecast.order + 1) * (end if policy.forecast.lite else branches)
+        if self.policy is not None:
+            return self.schedule(self.policy).cache_bytes
+        end = next(n for n in self.captured.graph.nodes if n.name == self.facts.stream_end).meta["val"]
+        return sum(b.cache_bytes for b in self.branches) + int(end.numel() * end.dtype.itemsize)
 
     @property
     def hoisted(self) -> tuple[str, ...]:
@@ -142,18 +147,42 @@ class Explanation:
         """
         chosen = resolve_policy(policy if policy is not None else self.policy or "duca")
         check_selection(self.facts, chosen)
-        variants: dict[Any, Any] = {}
+        check_rows(self.facts, chosen)
+        captured = fitted(self.captured, self.facts, chosen.predictor)
+        variants: dict[VariantSpec, Variant] = {}
+
+        def variant(spec: VariantSpec) -> Variant:
+            if spec not in variants:
+                variants[spec] = build_variant(captured, self.facts, spec)
+            return variants[spec]
+
+        look = probe_spec(self.facts, chosen)
+        looking = 0.0 if look is None else variant(look).flops({})
 
         def planned(index: int, step: Step) -> PlannedStep:
             spec, counts = plan_step(self.facts, chosen, step)
-            if spec not in variants:
-                variants[spec] = build_variant(self.captured, self.facts, spec)
             shares = [counts[i] / self.branches[i].tokens for i in counts]
             fresh = sum(shares) / len(shares) if shares else 0.0
-            return PlannedStep(index, step.kind, variants[spec].flops(counts), fresh)
+            return PlannedStep(index, step.kind, looking + variant(spec).flops(counts), fresh)
 
         steps = tuple(planned(i, step) for i, step in enumerate(chosen.planned(num_inference_steps)))
-        return ScheduleReport(chosen.name, steps, self.flops, self._cache_bytes(chosen) if chosen.caches else 0)
+        kept = cache_bytes(self.facts, chosen, variants.values())
+        adaptive, weights = isinstance(chosen, AdaptivePolicy), predictor_bytes(captured)
+        return ScheduleReport(chosen.name, steps, self.flops, kept, adaptive, weights)
+
+    def peak_bytes(self, policy: str | Policy | None = None, num_inference_steps: int = 50) -> int:
+        """The most that one pass of a request allocates at once under the eager backend.
+
+        That is caches, loop-invariant and timestep-only values, and what a step computes on its way; the model's
+        weights and the call's own tensors were there before. Compiled steps allocate less on their way.
+
+        Raises:
+            PolicyError: an unknown policy, or one that this model cannot serve.
+        """
+        chosen = resolve_policy(policy if policy is not None else self.policy or "duca")
+        check_selection(self.facts, chosen)
+        check_rows(self.facts, chosen)
+        return peak_of_request(self.captured, self.facts, chosen, num_inference_steps)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         facts = self.facts

@@ -14,6 +14,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from duca_compile.policies.adaptive import Probe, Verify
 from duca_compile.policies.base import Kept
 
 if TYPE_CHECKING:
@@ -24,10 +25,18 @@ if TYPE_CHECKING:
     from duca_compile.opaque import CallSite
 
 STREAM_END = "stream_end"
+BRANCH = "branch_"
 # 0-dimensional float32 inputs of the variants of policies that forecast (TaylorSeer).
 FORECAST_GAP = "forecast_gap"  # steps from the last full step to this one
 FORECAST_ORDERS = "forecast_orders"  # how many differences the full steps so far allow; the others stay zero
 FORECAST_DISTANCE = "forecast_distance"  # steps from the last full step to the forecast
+# Of adaptive policies. What decisions are made from is float32 and has one value for each row.
+FULL_ROWS = "full_rows"  # input, bool (batch,): the rows that the full step is for; the caches of others stay
+VERIFY_ERROR = "verify_error"  # result: how far a forecast is from what the last block computes of it
+PROBE_CHANGE = "probe_change"  # result: how much what the probe looks at has changed
+PROBE_SEEN = "probe_seen"  # result: what it looked at; the cache of the same name is what it compares with
+PROBE_STREAM = "probe_stream"  # result, and input of the variant that goes on from there
+MEASURED = frozenset({VERIFY_ERROR, PROBE_CHANGE, PROBE_SEEN, PROBE_STREAM})
 _OURS = str(Path(__file__).parent)
 
 
@@ -154,6 +163,7 @@ class Branch:
 
     index: int
     block: int
+    chain: int  # the place of its stream among all streams
     path: str
     source: str
     role: Role
@@ -166,13 +176,22 @@ class Branch:
     shape: tuple[int, ...]
     dtype: torch.dtype
     flops: int
-    attention: str | None  # the scaled_dot_product_attention whose keys hold the branch's tokens one for one
+    input: str  # what its first product reads: in a transformer, the stream behind norm, scale and shift
+    attention: str | None  # the scaled_dot_product_attention whose keys (in cross-attention, queries) are its tokens
     token_places: Mapping[str, TokenPlace] | None  # body node -> where its tokens are; None where they mix
     mixing_reason: str | None
 
     @property
     def slot(self) -> str:
-        return f"branch_{self.index}"
+        return f"{BRANCH}{self.index}"
+
+    @property
+    def input_slot(self) -> str:
+        return f"input_{self.index}"
+
+    @property
+    def scale_slot(self) -> str:
+        return f"scale_{self.index}"
 
     @property
     def score_slot(self) -> str:
@@ -205,14 +224,27 @@ class Facts:
     flops: Mapping[str, int]
     notes: tuple[str, ...]  # what was not understood, and why
     changing: frozenset[str]  # the inputs that change from step to step: the timestep and the latents
+    batch: int  # rows of the latent
+    grids: Mapping[int, tuple[int, ...]]  # how the latent's tokens lie, by their number, where the graph shows it
 
     @property
     def blocks(self) -> int:
         return self.branches[-1].block + 1
 
-    def score_source(self, branch: Branch) -> Branch | None:
-        """The self-attention whose token scores choose the tokens of ``branch``: the nearest one before it."""
-        earlier = [b for b in self.branches[: branch.index + 1] if b.attention and "self" in b.kind]
+    @property
+    def first(self) -> Branch:
+        """The first branch whose tokens are the latent's: what it reads tells soonest how far the latent has moved."""
+        return next((b for b in self.branches if b.role is not Role.TEXT), self.branches[0])
+
+    def score_source(self, branch: Branch, scores: str | None) -> Branch | None:
+        """The attention whose token scores choose the tokens of ``branch``: the nearest one before it.
+
+        Scores by entropy come from a cross-attention, maybe the branch itself; the others from a self-attention.
+        """
+        if scores is None:
+            return None
+        kind = "cross" if scores == "entropy" else "self"
+        earlier = [b for b in self.branches[: branch.index + 1] if b.attention and kind in b.kind]
         same_length = [b for b in earlier if b.tokens == branch.tokens]
         return same_length[-1] if same_length else None
 
@@ -223,10 +255,18 @@ class VariantSpec:
 
     actions: tuple[Action, ...]
     skip: bool = False
-    scores: str | None = None  # "v_norm" or "attention": emitted for computed self-attentions
+    scores: str | None = None  # "v_norm", "attention" or "entropy": emitted for computed attentions
+    paired: bool = False  # scores are the mean of both halves of the batch
     emit: bool = True  # whether later steps will read caches
     order: int | None = None  # the highest difference kept of each cache; None where nothing is forecast
-    lite: bool = False  # where forecast: the stream's end is all that is cached
+    lite: bool = False  # the stream's end is all that is cached
+    relational: bool = False  # where forecast: the change of each branch's input says how far (RFC)
+    predict: frozenset[str] = frozenset()  # where a trained network gives the stream's end: its weights' names (DisCa)
+    verify: Verify | None = None  # how a forecast is held to what the last block computes of it
+    probe: Probe | None = None  # what was looked at before; the variant goes on from there
+    probing: bool = False  # the variant is that look itself
+    change: bool = False  # the streams' change from start to end is cached, not the end
+    by_row: bool = False  # full steps are for chosen rows of the batch; numbers of forecasts differ by row
     chosen_with: tuple[int, ...] = ()  # for each branch, the one whose token input it shares; empty: each its own
     keeps: Kept = Kept.ALL  # the kinds of caches that later steps will read
     cache_dtype: torch.dtype | None = None  # what caches are kept in, where that is narrower
@@ -246,6 +286,7 @@ class Variant:
     outputs: tuple[str, ...]
     dynamic_inputs: tuple[str, ...]  # token index inputs: their second dimension changes from step to step
     pieces: frozenset[str]  # the timestep-only values that it reads
+    kept: Mapping[str, int]  # bytes of each cache that it returns
     flops_fixed: int
     flops_per_token: Mapping[int, float]  # branch index -> FLOPs for one recomputed token position, all batch rows
 
@@ -265,6 +306,16 @@ def cache_input(slot: str) -> str:
 def difference_slot(slot: str, order: int) -> str:
     """The slot of the difference of this order of what ``slot`` holds; of order 0 it is ``slot`` itself."""
     return f"{slot}_d{order}" if order else slot
+
+
+def is_live(slot: str, live: Kept) -> bool:
+    """Whether the cache of this slot is still read, where caches of the kinds ``live`` are."""
+    return not slot.startswith(((STREAM_END,) * (not live.end)) + ((BRANCH,) * (not live.branches)))
+
+
+def change_slot(index: int) -> str:
+    """The slot of what a stretch of a stream's branches, of which this is the last, add to it together."""
+    return f"change_{index}"
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

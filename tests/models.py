@@ -170,8 +170,12 @@ class DiT(nn.Module):
             x = block(x, condition, text)
             if self.long_skip == "middle" and index == 0:
                 x = x + start
+            if index == 0:
+                early = x
         if self.long_skip == "end":
             x = x + start
+        if self.long_skip == "late":
+            x = torch.cat([x[..., : WIDTH // 2], early[..., WIDTH // 2 :]], dim=-1)
         return self.head(x * (1 + self.head_modulation(condition)[:, None]))
 
 

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
-from torch import Tensor
+from torch import Tensor, nn
 
 import duca_compile
-from duca_compile import DuCa, Explanation
-from duca_compile.captures import Compiled
-from duca_compile.graph import Action
+from duca_compile import DuCa, Explanation, OptimizedModel, Policy
+from duca_compile.api import analyze_call
+from duca_compile.backends import make_backend
+from duca_compile.capture import Call, live_tensors
+from duca_compile.captures import Captures, Compiled
+from duca_compile.graph import Action, CapturedGraph, Facts
 from duca_compile.passes.pipeline import make_rows
 from duca_compile.policies import Step, StepKind
+from duca_compile.runtime.dispatcher import Prologue
 from duca_compile.runtime.planning import plan_step
 from tests.zoo import ZOO, Entry
 
@@ -49,6 +54,32 @@ def step_values(compiled: Compiled, tensors: tuple[Tensor, ...]) -> dict[str, Te
     values |= compiled.dispatcher._prologue.compute(values)
     rows = make_rows(compiled.captured, compiled.facts)
     return values | dict(zip(rows.outputs, rows.compute(values, values), strict=True))
+
+
+class Shared:
+    """Optimizes one model again and again, and captures each kind of call once for all."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._found: dict[Any, Any] = {}
+
+    def captured(self, call: Call) -> tuple[CapturedGraph, Facts, Prologue]:
+        kind = tuple((tensor.shape, tensor.dtype) for tensor in call.tensors)
+        if kind not in self._found:
+            self._found[kind] = analyze_call(self.model, call, None)
+        found: tuple[CapturedGraph, Facts, Prologue] = self._found[kind]
+        return found
+
+    def optimized(self, policy: Policy, steps: int | None, backend: str = "eager") -> OptimizedModel:
+        """As ``optimize`` gives it."""
+        made: OptimizedModel = duca_compile.optimize(self.model, policy, backend, steps, strict=True)
+        engine, live = make_backend(backend, strict=True), live_tensors(self.model)
+
+        def capture(call: Call) -> Compiled:
+            return Compiled(*self.captured(call), policy, engine, live)
+
+        made.__dict__["_compiled"] = Captures(self.model, capture)
+        return made
 
 
 def explained(entry: Entry) -> Explanation:

@@ -11,7 +11,7 @@ import torch
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
-from duca_compile import FORA, DuCa, TaylorSeer, UsageError, demo
+from duca_compile import FORA, RFC, DuCa, ResidualGate, SpeCa, TaylorSeer, ToCa, UsageError, demo
 from duca_compile.cli import app
 from duca_compile.explanation import KIND_STYLES
 from duca_compile.policies import StepKind
@@ -99,12 +99,17 @@ def test_the_command_writes_a_picture_and_prints_the_tables(tmp_path: Path) -> N
 
 
 def test_every_policy_and_kind_of_step_can_be_shown() -> None:
-    policies = [DuCa, FORA, TaylorSeer]
-    for name, policy in zip(("duca", "fora", "taylorseer"), policies, strict=True):
+    fixed = {"duca": DuCa, "fora": FORA, "taylorseer": TaylorSeer, "toca": ToCa}
+    for name, policy in fixed.items():
         assert demo.make_policy(name, None) == policy()
         assert demo.make_policy(name, 4) == policy(4)
-    with pytest.raises(UsageError, match="policy='toca' is unknown; choose 'duca', 'fora' or 'taylorseer'"):
-        demo.make_policy("toca", None)
+    for name, adaptive in {"gate": ResidualGate, "rfc": RFC, "speca": SpeCa}.items():
+        assert demo.make_policy(name, None) == adaptive()
+        with pytest.raises(UsageError, match=f"policy='{name}' has no interval"):
+            demo.make_policy(name, 4)
+    known = r"\['duca', 'fora', 'gate', 'rfc', 'speca', 'taylorseer', 'toca'\]"
+    with pytest.raises(UsageError, match=f"policy='rfc' is unknown; choose one of {known}"):
+        demo.make_policy("rfc", None)
     assert set(demo.COLORS) == set(KIND_STYLES) == set(StepKind)
     assert len({kind.letter for kind in StepKind}) == len(StepKind)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from duca_compile.analysis.cost import node_flops
+from duca_compile.analysis.grid import token_grids
 from duca_compile.analysis.residual import find_branches
 from duca_compile.analysis.variance import latent_input, timestep_input, variances
-from duca_compile.graph import Branch, CapturedGraph, Facts
+from duca_compile.graph import Branch, CapturedGraph, Facts, value_shape
 
 
 def analyze(captured: CapturedGraph, timestep: str | None = None) -> Facts:
@@ -22,8 +23,19 @@ def analyze(captured: CapturedGraph, timestep: str | None = None) -> Facts:
     variance = variances(graph, latents, time)
     flops = node_flops(graph)
     branches, stream_end, streams = find_branches(graph, variance, flops)
+    shapes = {node.name: value_shape(node) or () for node in graph.find_nodes(op="placeholder")}
     return Facts(
-        latent, time, variance, streams, branches, stream_end, flops, _notes(branches), frozenset(latents | {time})
+        latent,
+        time,
+        variance,
+        streams,
+        branches,
+        stream_end,
+        flops,
+        _notes(branches),
+        changing=frozenset(latents | {time}),
+        batch=shapes[latent][0],
+        grids=token_grids(graph, branches),
     )
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses import FakeTensorMode
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -20,6 +21,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
         self._held: dict[int, weakref.ref[Any]] = {}
+
+    def ignore(self, tensors: Sequence[Tensor]) -> None:
+        """These are there before the run: neither they nor views of them are counted."""
+        self._held.update({t.untyped_storage()._cdata: weakref.ref(t) for t in tensors})
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -52,16 +57,14 @@ def peak_bytes(module: fx.GraphModule, sizes: Mapping[str, tuple[int, ...]]) -> 
     """
     inputs = module.graph.find_nodes(op="placeholder")
     watch = _Watch()
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        given = [_like(node.meta["val"], sizes.get(node.name)) for node in inputs]
+    with FakeTensorMode() as mode, torch.no_grad():
+        given = tuple(_like(node.meta["val"], sizes.get(node.name)) for node in inputs)
+        named = (*module.named_parameters(), *module.named_buffers())
+        weights = {name: cast(Tensor, mode.from_tensor(tensor)) for name, tensor in named}
+        watch.ignore([*given, *weights.values()])
         with watch:
-            module.forward(*given)
+            functional_call(module, weights, given)
     return watch.peak
-
-
-def held_bytes(nodes: Iterable[fx.Node]) -> int:
-    """Bytes of the values of ``nodes``."""
-    return sum(node.meta["val"].numel() * node.meta["val"].element_size() for node in nodes)
 
 
 def _like(value: Tensor, shape: tuple[int, ...] | None) -> Tensor:

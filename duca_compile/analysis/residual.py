@@ -67,13 +67,16 @@ def find_branches(
     above = ancestors(heaviest[0].stream)
     roles = [_role(chain, chain is heaviest, above, variance, lineage) for chain in latent]
     role_of = {each.add: role for chain, role in zip(latent, roles, strict=True) for each in chain}
+    chain_of = {each.add: place for place, chain in enumerate(latent) for each in chain}
     cached = sorted((each for chain in main for each in chain), key=lambda each: order[each.add])
     branches: list[Branch] = []
     for index, residual in enumerate(cached):
         path = module_path(residual.add)
         same_block = bool(branches) and branches[-1].path == path
         block = branches[-1].block + (not same_block) if branches else 0
-        branches.append(_branch(index, block, role_of[residual.add], residual, variance, order))
+        branches.append(
+            _branch(index, block, chain_of[residual.add], role_of[residual.add], residual, variance, order, flops)
+        )
     streams = [_stream(chain, role, chain in main) for chain, role in zip(latent, roles, strict=True)]
     streams += [_stream(chain, Role.ENCODER, cached=False) for chain in encoders]
     return tuple(branches), cached[-1].add.name, tuple(streams)
@@ -261,7 +264,14 @@ def _first_behind(node: fx.Node, chains: list[list[_Residual]]) -> list[_Residua
 
 
 def _branch(
-    index: int, block: int, role: Role, residual: _Residual, variance: dict[str, Variance], order: dict[fx.Node, int]
+    index: int,
+    block: int,
+    chain: int,
+    role: Role,
+    residual: _Residual,
+    variance: dict[str, Variance],
+    order: dict[fx.Node, int],
+    flops: dict[str, int],
 ) -> Branch:
     core, gated = _behind_gate(residual, variance)
     value = core.meta["val"]
@@ -269,20 +279,22 @@ def _branch(
     above = closure(core, lambda n: residual.body.intersection(n.all_input_nodes))
     inside = sorted(residual.body & {core, *above}, key=order.__getitem__)
     attention = [n for n in inside if op_name(n) == "scaled_dot_product_attention"]
-    scored = [n for n in attention if len(shape) == 3 and own_keys(n, *shape[:2]) is not None]
     places: Places | None = None
     reason: str | None = None
     try:
         places = follow_tokens(residual.stream, inside, core)
     except Mixing as mixing:
         reason = f"{mixing} at {source_line(mixing.node) or module_path(mixing.node)}"
+    kind = _kind(residual, inside, places)
+    scored = [n for n in attention if len(shape) == 3 and _is_scored(n, kind, *shape[:2])]
     return Branch(
         index=index,
         block=block,
+        chain=chain,
         path=module_path(residual.add),
         source=source_line(residual.add),
         role=role,
-        kind=_kind(residual, inside, places),
+        kind=kind,
         stream=residual.stream.name,
         core=core.name,
         add=residual.add.name,
@@ -291,10 +303,30 @@ def _branch(
         shape=shape,
         dtype=value.dtype,
         flops=residual.flops,
+        input=_input(residual.stream, inside, shape[0], flops).name,
         attention=scored[0].name if scored else None,
         token_places=places,
         mixing_reason=reason,
     )
+
+
+def _input(stream: fx.Node, inside: list[fx.Node], rows: int, flops: dict[str, int]) -> fx.Node:
+    """What the first product of a branch reads, in its form of one entry for each row of the branch."""
+    own = {stream, *inside}
+    product = next((n for n in inside if flops[n.name]), inside[0])
+    node = next(n for n in product.all_input_nodes if n in own)
+    while node is not stream and (value_shape(node) or (0,))[0] != rows:
+        node = next(n for n in node.all_input_nodes if n in own)
+    return node
+
+
+def _is_scored(attention: fx.Node, kind: str, batch: int, tokens: int) -> bool:
+    """Whether its map says something of each of the branch's tokens: as keys, or as queries of a cross-attention."""
+    if kind != "cross_attention":
+        return own_keys(attention, batch, tokens) is not None
+    query = attention.args[0]
+    shape = (value_shape(query) if isinstance(query, fx.Node) else None) or ()
+    return len(shape) == 4 and (shape[0], shape[2]) == (batch, tokens)
 
 
 def _behind_gate(residual: _Residual, variance: dict[str, Variance]) -> tuple[fx.Node, bool]:

@@ -16,9 +16,10 @@ import duca_compile
 from duca_compile.errors import ExportError, UsageError, missing_package
 from duca_compile.export.batch import OpenGraph
 from duca_compile.export.trace import Traced
-from duca_compile.graph import OutputLayout, cache_input
+from duca_compile.graph import Branch, OutputLayout, cache_input
 from duca_compile.runtime import manifest
 from duca_compile.runtime.manifest import FILE, SCHEMA, Manifest
+from duca_compile.runtime.planning import tokens_of
 
 OPSETS = range(18, 25)
 
@@ -211,9 +212,19 @@ def _result(output: OutputLayout) -> Any:
 
 
 def _branches(traced: Traced) -> tuple[manifest.Branch, ...]:
+    selection = traced.policy.selection
+
+    def grid(branch: Branch) -> tuple[int, ...] | None:
+        return None if selection is None else tokens_of(traced.facts, selection, branch).grid
+
     pairs = zip(traced.one.facts.branches, traced.other.facts.branches, strict=True)
     return tuple(
-        manifest.Branch(mine.index, traced.size(mine.shape[0], theirs.shape[0], f"branch {mine.index}"), mine.tokens)
+        manifest.Branch(
+            mine.index,
+            traced.size(mine.shape[0], theirs.shape[0], f"branch {mine.index}"),
+            mine.tokens,
+            grid(mine),
+        )
         for mine, theirs in pairs
         if mine.pointwise
     )

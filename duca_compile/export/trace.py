@@ -12,11 +12,14 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from duca_compile.api import LOOKED_AHEAD, OptimizedModel, analyze_call, check_model
+from duca_compile.budget import CacheOptions
 from duca_compile.capture import Binder, Call
 from duca_compile.errors import ExportError, UsageError
 from duca_compile.export.batch import Fit, OpenGraph, Seen, open_graph
 from duca_compile.graph import Action, CapturedGraph, Facts, Variant, VariantSpec
 from duca_compile.passes.pipeline import build_variant, make_rows
+from duca_compile.passes.predict import fitted
+from duca_compile.policies.adaptive import AdaptivePolicy
 from duca_compile.policies.base import Policy, Step, StepKind
 from duca_compile.policies.checks import check_whole
 from duca_compile.runtime import manifest
@@ -65,6 +68,10 @@ class Traced:
         check_model(model.source)
         if num_inference_steps is not None:
             check_whole("num_inference_steps", num_inference_steps, least=1)
+        if model.cache_options != CacheOptions():
+            raise UsageError(
+                "an artifact has no cache_dtype and no cache_budget_bytes: optimize the model without them"
+            )
         self.model: torch.nn.Module = model.source
         self.policy: Policy = model.policy
         self._total = model._requests.total if num_inference_steps is None else num_inference_steps
@@ -79,6 +86,11 @@ class Traced:
             # An odd multiple, so that the same powers of two divide both: values are packed alike then.
             self.other = self._capture(self._with_rows(given.batch, 3 * self.one.batch))
         check_selection(self.facts, self.policy)
+        if isinstance(self.policy, AdaptivePolicy):
+            raise ExportError(
+                f"{self.policy.name} decides its steps while it runs, and an artifact's steps are fixed; export a "
+                "policy with a schedule, such as TaylorSeer"
+            )
         self.variants: dict[str, TracedVariant] = {}
         self._names: dict[VariantSpec, str] = {}
 
@@ -140,6 +152,7 @@ class Traced:
                 "only and cannot be exported; compute what it reads before the loop"
             )
         latent = next(n for n in graph.graph.find_nodes(op="placeholder") if n.name == facts.latent)
+        graph = fitted(graph, facts, self.policy.predictor)
         return Capture(int(latent.meta["val"].shape[0]), graph, facts, prologue)
 
     def _with_rows(self, batch: int, rows: int) -> Call:
@@ -183,7 +196,7 @@ class TracedVariant:
             if not branch.pointwise:
                 continue
             if self.spec.actions[branch.index] is Action.COMPUTE:
-                computed[str(branch.index)] = score_output(facts, branch, outputs)
+                computed[str(branch.index)] = score_output(facts, branch, self.spec.scores, outputs)
             else:
                 waiting.append(branch.index)
         tokens = tuple(map(self.spec.tokens_input, waiting))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import ClassVar, Generic, TypeVar
 
@@ -10,7 +11,7 @@ import torch
 from torch import fx
 
 from duca_compile.errors import InternalError
-from duca_compile.graph import Action, Branch, Facts, VariantSpec
+from duca_compile.graph import Action, Branch, Facts, VariantSpec, cache_input
 
 
 @dataclass
@@ -43,11 +44,24 @@ class VariantDraft(Draft):
 
     def add_input(self, name: str, value: torch.Tensor) -> fx.Node:
         """A new placeholder; ``value`` (fake or meta) says its shape and dtype."""
-        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
-        with self.graph.inserting_after(last):
+        with self.graph.inserting_after(self._last_input()):
             node = self.graph.placeholder(name)
         node.meta["val"] = value
+        self._nodes[name] = node
         return node
+
+    def cache(self, slot: str, value: torch.Tensor) -> fx.Node:
+        """The placeholder of a cache, which several passes may read."""
+        name = cache_input(slot)
+        return self._nodes[name] if name in self._nodes else self.add_input(name, value)
+
+    def _last_input(self) -> fx.Node:
+        inputs: list[fx.Node] = [n for n in self.graph.nodes if n.op == "placeholder"]
+        return inputs[-1]
+
+    def behind(self, node: fx.Node) -> AbstractContextManager[None]:
+        """Where nodes computed from ``node`` go: right behind it, and behind all inputs."""
+        return self.graph.inserting_after(self._last_input() if node.op == "placeholder" else node)
 
     def add_result(self, name: str, node: fx.Node) -> None:
         output = self.graph.output_node()

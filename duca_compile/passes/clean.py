@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -27,12 +28,20 @@ class Clean(ExactPass[Draft]):
             elif _is_identity(node):
                 node.replace_all_uses_with(node.all_input_nodes[0])
                 draft.graph.erase_node(node)
+            elif node.target is aten.type_as.default and _device(node.args[1]) == _device(node.args[0]):
+                node.target = aten.to.dtype  # which does not read the second operand, whose type alone it takes
+                node.args = (node.args[0], node.meta["val"].dtype)
             elif node.target is aten.view.default:
                 node.target = aten.reshape.default  # the same where a view is possible, and no error elsewhere
             else:
                 continue
             changed = True
         return changed
+
+
+def _device(value: Any) -> torch.device:
+    device: torch.device = value.meta["val"].device
+    return device
 
 
 def _is_identity(node: fx.Node) -> bool:
@@ -43,7 +52,7 @@ def _is_identity(node: fx.Node) -> bool:
         return True
     if name == "squeeze":  # of a size that is not one; the same in torch, and an error in ONNX
         return bool(node.all_input_nodes[0].meta["val"].shape == node.meta["val"].shape)
-    if name != "to" or len(node.args) > 2 or node.kwargs:
+    if name not in ("to", "type_as") or len(node.args) > 2 or node.kwargs:
         return False
     before, after = node.all_input_nodes[0].meta["val"], node.meta["val"]
     return bool(before.dtype == after.dtype and before.device == after.device)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from duca_compile.graph import FORECAST_GAP, FORECAST_ORDERS, STREAM_END, Action, cache_input, difference_slot
+from duca_compile.graph import FORECAST_GAP, FORECAST_ORDERS, STREAM_END, Action, difference_slot
 from duca_compile.passes.base import ExactPass, VariantDraft
+from duca_compile.passes.rows import beside, number_input
 
 aten = torch.ops.aten
 
@@ -18,6 +19,7 @@ class EmitDifferences(ExactPass[VariantDraft]):
 
     The gap between the two steps divides all orders, as published, also where earlier gaps were others. Orders that
     the full steps so far do not allow are zeros, whatever the old values are, so one variant serves every full step.
+    Of the emitted inputs of branches, the first alone has differences, where a probe forecasts it.
     """
 
     requires = frozenset({"caches_emitted"})
@@ -26,20 +28,22 @@ class EmitDifferences(ExactPass[VariantDraft]):
     def apply(self, draft: VariantDraft) -> bool:
         order = draft.spec.order or 0
         kept = {STREAM_END, *(b.slot for b in draft.branches(Action.COMPUTE))}
+        if draft.spec.probe is not None and draft.spec.probe.of == "forecast":
+            kept.add(draft.facts.first.input_slot)
         slots = [n for n in draft.results if n in kept and difference_slot(n, order) not in draft.results]
         if not slots:
             return False
         (results,) = draft.graph.output_node().args
         assert isinstance(results, tuple)
         emitted = dict(zip(draft.results, results, strict=True))
-        number = emitted[slots[0]].meta["val"].new_empty((), dtype=torch.float32)
-        gap, orders = draft.add_input(FORECAST_GAP, number), draft.add_input(FORECAST_ORDERS, number)
-        with draft.graph.inserting_before(draft.graph.output_node()):
-            allowed = [draft.graph.call_function(aten.gt.Scalar, (orders, i)) for i in range(order)]
+        numbers = [number_input(draft, name, emitted[slots[0]].meta["val"]) for name in (FORECAST_GAP, FORECAST_ORDERS)]
         for slot in slots:
             now, like = emitted[slot], emitted[slot].meta["val"]
+            gap, orders = (beside(draft, number, like) for number in numbers)
+            with draft.graph.inserting_before(draft.graph.output_node()):
+                allowed = [draft.graph.call_function(aten.gt.Scalar, (orders, i)) for i in range(order)]
             for i in range(order):
-                old = draft.add_input(cache_input(difference_slot(slot, i)), like)
+                old = draft.cache(difference_slot(slot, i), like)
                 with draft.graph.inserting_before(draft.graph.output_node()):
                     change = draft.graph.call_function(aten.sub.Tensor, (now, old))
                     slope = draft.graph.call_function(aten.div.Tensor, (change, gap))

@@ -14,7 +14,8 @@ class EmitCaches(ExactPass[VariantDraft]):
 
     Only what later steps read of these, as the spec says.
 
-    Where features are forecast it is either the branches or the end: whatever the forecasts read.
+    Where features are forecast it is either the branches or the end: whatever the forecasts read. Where inputs say how
+    far they have moved, these too. Where the streams' change is cached it is neither.
     """
 
     ensures = frozenset({"caches_emitted"})
@@ -23,10 +24,13 @@ class EmitCaches(ExactPass[VariantDraft]):
         spec = draft.spec
         if not spec.emit:
             return False
-        branches = draft.branches(Action.COMPUTE) if spec.keeps.branches and not spec.lite else []
+        whole = spec.lite or spec.change  # what is cached are whole streams, no branches
+        branches = draft.branches(Action.COMPUTE) if spec.keeps.branches and not whole else []
         wanted = {branch.slot: branch.core for branch in branches}
-        if spec.lite or (spec.order is None and not spec.skip and spec.keeps.end):
+        if spec.lite or (spec.order is None and not spec.skip and not spec.change and spec.keeps.end):
             wanted[STREAM_END] = draft.facts.stream_end
+        if spec.relational:
+            wanted |= {branch.input_slot: branch.input for branch in draft.branches(Action.COMPUTE)}
         new = {slot: name for slot, name in wanted.items() if slot not in draft.results}
         for slot, name in new.items():
             draft.add_result(slot, draft.node(name))

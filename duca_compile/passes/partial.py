@@ -40,7 +40,7 @@ class RecomputeTokens(CachingPass):
         for branch in partial:
             name = draft.spec.tokens_input(branch.index)
             if name not in gathers:
-                value = torch.empty(*branch.shape[:2], dtype=torch.int64, device="meta")
+                value = draft.node(branch.core).meta["val"].new_empty(branch.shape[:2], dtype=torch.int64)
                 gathers[name] = _Gather(draft.graph, draft.add_input(name, value), readers[name] > 1, cores)
             _recompute(draft, branch, gathers[name])
         return bool(partial)

@@ -10,9 +10,20 @@ from torch import fx
 
 from duca_compile.analysis.closure import ancestors
 from duca_compile.errors import InternalError
-from duca_compile.graph import Action, CapturedGraph, Facts, Variance, Variant, VariantSpec, copy_graph
+from duca_compile.graph import (
+    MEASURED,
+    PROBE_SEEN,
+    Action,
+    CapturedGraph,
+    Facts,
+    Variance,
+    Variant,
+    VariantSpec,
+    copy_graph,
+)
 from duca_compile.passes.base import D, Draft, Pass, VariantDraft
 from duca_compile.passes.cast import CastCaches
+from duca_compile.passes.changes import EmitChanges
 from duca_compile.passes.clean import Clean
 from duca_compile.passes.dead_code import RemoveDeadCode
 from duca_compile.passes.deduplicate import Deduplicate
@@ -21,9 +32,15 @@ from duca_compile.passes.emit import EmitCaches
 from duca_compile.passes.forecast import Forecast
 from duca_compile.passes.hoist import Hoist, invariant_graph, row_input, row_layout, timestep_graph
 from duca_compile.passes.partial import RecomputeTokens
+from duca_compile.passes.predict import PredictStream
+from duca_compile.passes.probe import GoOn, LookAhead
+from duca_compile.passes.relate import EmitRelations, ForecastFromInputs
+from duca_compile.passes.residual import AddChanges
 from duca_compile.passes.reuse import ReuseBranches
+from duca_compile.passes.rows import KeepRows
 from duca_compile.passes.scores import EmitScores
 from duca_compile.passes.skip import SkipBlocks
+from duca_compile.passes.verification import VerifyForecast
 from duca_compile.passes.write_last import WriteLast
 from duca_compile.runtime.rows import Rows
 
@@ -32,13 +49,22 @@ PREPARE: tuple[Pass[Draft], ...] = (Clean(), Deduplicate(), RemoveDeadCode())
 # branches come first of the replacements: their bodies are copied from the nodes that reuse leaves dead.
 REWRITE: tuple[Pass[VariantDraft], ...] = (
     Hoist(),
+    LookAhead(),
     EmitCaches(),
+    EmitChanges(),
     EmitDifferences(),
+    EmitRelations(),
+    KeepRows(),
     EmitScores(),
+    VerifyForecast(),
     RecomputeTokens(),
     Forecast(),
+    ForecastFromInputs(),
     ReuseBranches(),
     SkipBlocks(),
+    AddChanges(),
+    GoOn(),
+    PredictStream(),
     CastCaches(),
     RemoveDeadCode(),
     WriteLast(),
@@ -88,6 +114,7 @@ def build_variant(captured: CapturedGraph, facts: Facts, spec: VariantSpec) -> V
         outputs=tuple(draft.results),
         dynamic_inputs=tuple(name for name in inputs if name in partial),
         pieces=pieces,
+        kept=_kept(draft),
         flops_fixed=fixed + _timestep_flops(captured.graph, facts, pieces),
         flops_per_token=per_token,
     )
@@ -115,6 +142,18 @@ def to_module(captured: CapturedGraph, graph: fx.Graph) -> fx.GraphModule:
     return fx.GraphModule({name: captured.attributes[name] for name in used}, graph)
 
 
+def _kept(draft: VariantDraft) -> dict[str, int]:
+    """Bytes of the results that are kept until the next step: all but the model's own, scores and measures."""
+    (results,) = draft.graph.output_node().args
+    assert isinstance(results, tuple)
+    found: dict[str, int] = {}
+    for name, node in zip(draft.results, results, strict=True):
+        if name == PROBE_SEEN or (not name.startswith(("output_", "score_")) and name not in MEASURED):
+            value = node.meta["val"]
+            found[name] = value.numel() * value.element_size()
+    return found
+
+
 def _timestep_flops(graph: fx.Graph, facts: Facts, pieces: frozenset[str]) -> int:
     """FLOPs of the timestep-only values that a variant reads: each step needs them, whenever they are computed."""
     needed = {node for node in graph.nodes if node.name in pieces}
@@ -129,5 +168,6 @@ def _variant_flops(graph: fx.Graph, facts: Facts) -> tuple[int, dict[int, float]
             index, origin = node.meta["tokens_of"]
             per_token[index] += facts.flops[origin] / facts.branches[index].tokens
         else:
-            fixed += facts.flops.get(node.name, 0)
+            own = facts.flops.get(node.meta.get("copy_of", node.name), 0)
+            fixed += node.meta.get("flops", own)
     return fixed, dict(per_token)

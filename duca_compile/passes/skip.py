@@ -12,7 +12,7 @@ from duca_compile.passes.base import CachingPass, VariantDraft
 class SkipBlocks(CachingPass):
     def apply(self, draft: VariantDraft) -> bool:
         end = draft.node(draft.facts.stream_end)
-        if not draft.spec.skip or not end.users:
+        if not draft.spec.skip or draft.spec.change or not end.users:
             return False
         end.replace_all_uses_with(draft.add_input(cache_input(STREAM_END), end.meta["val"]))
         return True

@@ -1,25 +1,41 @@
 """Which variant runs at which step. No graph code here."""
 
+from duca_compile.policies.adaptive import AdaptivePolicy, Decider, Probe, Verify
 from duca_compile.policies.base import Forecast, Policy, Selection, Step, StepKind, TokenQuery
+from duca_compile.policies.disca import DisCa
 from duca_compile.policies.duca import DuCa
 from duca_compile.policies.fora import FORA
+from duca_compile.policies.gate import ResidualGate
 from duca_compile.policies.published import published
+from duca_compile.policies.rfc import RFC, RelationalFeatureCaching
 from duca_compile.policies.schedule import Interval, Linear
+from duca_compile.policies.speca import SpeCa
 from duca_compile.policies.taylorseer import TaylorSeer
+from duca_compile.policies.toca import ToCa
 from duca_compile.policies.uncached import Uncached
 
 __all__ = [
     "FORA",
+    "RFC",
+    "AdaptivePolicy",
+    "Decider",
+    "DisCa",
     "DuCa",
     "Forecast",
     "Interval",
     "Linear",
     "Policy",
+    "Probe",
+    "RelationalFeatureCaching",
+    "ResidualGate",
     "Selection",
+    "SpeCa",
     "Step",
     "StepKind",
     "TaylorSeer",
+    "ToCa",
     "TokenQuery",
     "Uncached",
+    "Verify",
     "published",
 ]

@@ -6,12 +6,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, Flag, auto
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from duca_compile.errors import PolicyError
 from duca_compile.policies.checks import check_number, check_whole
 
-SelectionKind = Literal["v_norm", "attention", "random"]
+if TYPE_CHECKING:
+    from duca_compile.predictor import Predictor
+
+SelectionKind = Literal["v_norm", "attention", "entropy", "random"]
 
 
 class StepKind(Enum):
@@ -22,11 +25,12 @@ class StepKind(Enum):
     REUSE = "reuse"  # every branch from the cache, gates fresh
     SKIP = "skip"  # the end of the stream from the cache (DuCa's aggressive step)
     FORECAST = "forecast"  # every branch, or the end of the stream, extrapolated from the last full steps (TaylorSeer)
+    PREDICT = "predict"  # the end of the stream from a trained network (DisCa)
 
     @property
     def letter(self) -> str:
-        """One letter for schedules; that of a forecast is T, as in Taylor, since F is a full step."""
-        return "T" if self is StepKind.FORECAST else self.value[0].upper()
+        """One letter for schedules; T, as in Taylor, is a forecast, and L, as in learned, a prediction."""
+        return {StepKind.FORECAST: "T", StepKind.PREDICT: "L"}.get(self, self.value[0].upper())
 
 
 class Kept(Flag):
@@ -56,6 +60,7 @@ class Step:
         ratio: share of tokens to recompute in a partial step, before per-block and per-kind factors.
         leading_full: blocks at the front that run in full regardless of ``kind`` (the released ToCa and DuCa code
             changes its mind after the first block of some full steps).
+        verified: whether a forecast is held to what the last block computes of it (SpeCa).
         kept: what steps of the schedule have to keep for later ones.
         live: what later steps read of that which is there after this one; the rest is dropped.
     """
@@ -64,6 +69,7 @@ class Step:
     interval: int = 1
     ratio: float = 0.0
     leading_full: int = 0
+    verified: bool = False
     kept: Kept = Kept.ALL
     live: Kept = Kept.ALL
 
@@ -87,10 +93,15 @@ class Selection:
     """How a partial step chooses its tokens.
 
     Attributes:
-        kind: "v_norm" (small value norms first), "attention" (most attended first) or "random".
+        kind: "v_norm" (small value norms first), "attention" (most attended first; ToCa's s1), "entropy" (most spread
+            out cross-attention first; ToCa's s2) or "random".
         staleness: weight of the steps since a token was last computed, over the interval (ToCa's s3, lambda 3).
         patch_bonus: the best token of each patch has its score multiplied by 1 + this (ToCa's s4, lambda 4).
         patch: side of those patches in tokens.
+        grid: (height, width) or (frames, height, width) of the tokens, for those patches, where the graph does not
+            show it.
+        paired: rows i and i + batch / 2 are the two halves of guidance and share one choice, by the mean of their
+            attention maps or value norms.
         seed: of the random selection; one draw serves every row of the batch, so both CFG halves agree.
         shared: one choice for all layers, by the mean of their scores; by default where it is random. The other tokens
             then cost one pass over the caches instead of one for each layer.
@@ -104,6 +115,8 @@ class Selection:
     patch_bonus: float = 0.0
     patch: int = 2
     seed: int = 0
+    grid: tuple[int, ...] | None = None
+    paired: bool = False
     shared: bool | None = None
 
     def __post_init__(self) -> None:
@@ -113,6 +126,13 @@ class Selection:
         check_number("patch_bonus", self.patch_bonus, least=0)
         check_whole("patch", self.patch, least=1)
         check_whole("seed", self.seed, least=0)
+        if self.grid is not None:
+            if len(self.grid) not in (2, 3):
+                raise PolicyError(f"grid={self.grid!r} is impossible: it is (height, width) or (frames, height, width)")
+            for i, size in enumerate(self.grid):
+                check_whole(f"grid[{i}]", size, least=1)
+        if not isinstance(self.paired, bool):
+            raise PolicyError(f"paired={self.paired!r} is impossible: it must be True or False")
         if self.shared is None:
             object.__setattr__(self, "shared", self.kind == "random")
 
@@ -125,11 +145,14 @@ class Forecast:
         order: the highest difference that is kept and used; 0 reuses what the last full step computed.
         lite: only the end of the stream is kept and forecast, and all blocks are skipped.
         first: the step, counted from 0, from which on differences are built.
+        relational: a series gives the direction of a branch's change alone; how far it goes follows from how far its
+            input has gone, which is computed (RFC).
     """
 
     order: int
     lite: bool = False
     first: int = 1
+    relational: bool = False
 
 
 class Policy(ABC):
@@ -155,6 +178,11 @@ class Policy(ABC):
         """How forecast steps extrapolate; None where there are none. Only full steps fill the caches then."""
         return None
 
+    @property
+    def predictor(self) -> Predictor | None:
+        """The trained network of predict steps; None where there are none. Only the stream's end is cached then."""
+        return None
+
     @abstractmethod
     def steps(self, total: int | None) -> Iterator[Step]:
         """The steps of one request in order: ``total`` of them, or without end where ``total`` is None.
@@ -164,10 +192,11 @@ class Policy(ABC):
         """
 
     def planned(self, total: int | None) -> Iterator[Step]:
-        """The same steps, with what later ones read of each. Where features are forecast, all is kept."""
+        """The same steps, with what later ones read of each. Where features are forecast or predicted, all is kept."""
         from duca_compile.policies.liveness import with_liveness
 
-        return self.steps(total) if self.forecast is not None else with_liveness(self.steps(total))
+        whole = self.forecast is not None or self.predictor is not None
+        return self.steps(total) if whole else with_liveness(self.steps(total))
 
     def fresh_tokens(self, step: Step, query: TokenQuery) -> int:
         """How many tokens of a branch to recompute in a partial step; 0 reuses the branch."""

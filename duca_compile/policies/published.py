@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from duca_compile.errors import PolicyError
@@ -10,14 +11,17 @@ from duca_compile.policies.base import Policy, Selection, SelectionKind
 from duca_compile.policies.duca import DuCa
 from duca_compile.policies.fora import FORA
 from duca_compile.policies.schedule import Interval, Linear
+from duca_compile.policies.speca import SpeCa
 from duca_compile.policies.taylorseer import TaylorSeer
+from duca_compile.policies.toca import ToCa
 
 
 def published(method: str, family: str, **settings: Any) -> Policy:
     """The policy of ``method`` as its authors released it for ``family``.
 
     ``published("duca", "dit", interval=3, fresh_ratio=0.05, selection="attention", latched=True)``;
-    ``published("fora", "dit", interval=3)``; ``published("taylorseer", "dit", interval=4, max_order=4)``.
+    ``published("fora", "dit", interval=3)``; ``published("speca", "flux", max_taylor_steps=8)``. docs/methods lists the
+    families and numbers of each method.
 
     Raises:
         PolicyError: no such method, family or setting; the message lists what there is.
@@ -38,12 +42,83 @@ def _fora_dit(*, interval: int = 3) -> FORA:
     return FORA(Interval(interval, descending=True))
 
 
+def _fora_flux(*, interval: int = 3) -> FORA:
+    """FORA on FLUX: full at every ``interval``-th step from the first on."""
+    return FORA(interval)
+
+
+def _dit_interval(interval: int) -> Interval:
+    """ToCa and DuCa on DiT: denser full steps towards the end, every second step at s/T in [0.2, 0.4)."""
+    return Interval(interval, factor=Linear(1.4, -0.8), forced=(0.2, 0.4, 2), descending=True)
+
+
+def _toca_dit(
+    *, interval: int = 3, fresh_ratio: float = 0.07, selection: SelectionKind = "attention", latched: bool = True
+) -> ToCa:
+    """ToCa on DiT with DDIM: more fresh tokens towards the end and in deeper blocks, 2x2 patches favoured."""
+    return ToCa(
+        interval=_dit_interval(interval),
+        fresh_ratio=fresh_ratio,
+        selection=Selection(selection, staleness=0.25, patch_bonus=0.6, patch=2),
+        step_factor=Linear(3.0, -4.0),
+        block_factor=Linear(0.8, 0.4),
+        kind_factor={"mlp": 2.5},
+        latched=latched,
+    )
+
+
+def _toca_dit_ddpm(
+    *, interval: int = 4, fresh_ratio: float = 0.07, selection: SelectionKind = "attention", latched: bool = True
+) -> ToCa:
+    """ToCa on DiT with DDPM, 250 steps: more fresh tokens towards the end, and in earlier blocks."""
+    return ToCa(
+        interval=_dit_interval(interval),
+        fresh_ratio=fresh_ratio,
+        selection=Selection(selection, staleness=0.25, patch_bonus=0.6, patch=2),
+        step_factor=Linear(1.4, -0.8),
+        block_factor=Linear(1.8, -1.6),
+        kind_factor={"mlp": 2.5},
+        latched=latched,
+    )
+
+
+def _toca_pixart(
+    *,
+    interval: int = 3,
+    fresh_ratio: float = 0.3,
+    selection: SelectionKind = "entropy",
+    paired: bool = True,
+    latched: bool = True,
+) -> ToCa:
+    """ToCa on PixArt-alpha with DPM-Solver, 20 steps: chosen by the cross-attention of both halves of guidance."""
+    return ToCa(
+        interval=Interval(interval, factor=Linear(0.8, 0.4)),
+        fresh_ratio=fresh_ratio,
+        selection=Selection(selection, staleness=0.25, patch_bonus=0.4, patch=4, paired=paired),
+        step_factor=Linear(1.9, -1.8),
+        block_factor=Linear(1.6, -1.2),
+        kind_factor={"mlp": 1.6, "cross_attention": 0.6},
+        latched=latched,
+    )
+
+
+def _toca_flux(*, interval: int = 4, fresh_ratio: float = 0.1) -> ToCa:
+    """ToCa on FLUX: three full steps at the start. Single blocks are reused whole here; released, a part is fresh."""
+    return ToCa(
+        interval=Interval(interval, first_full=3),
+        fresh_ratio=fresh_ratio,
+        selection=Selection("attention", staleness=0.25),
+        block_factor=Linear(1.5, -1.0),
+        kind_factor={"mlp": 0.4},
+    )
+
+
 def _duca_dit(
     *, interval: int = 3, fresh_ratio: float = 0.05, selection: SelectionKind = "attention", latched: bool = True
 ) -> DuCa:
     """DuCa on DiT with DDIM: denser full steps towards the end, more fresh tokens too, 2x2 patches favoured."""
     return DuCa(
-        interval=Interval(interval, factor=Linear(1.4, -0.8), forced=(0.2, 0.4, 2), descending=True),
+        interval=_dit_interval(interval),
         fresh_ratio=fresh_ratio,
         selection=Selection(selection, staleness=0.25, patch_bonus=0.8, patch=2),
         step_factor=Linear(3.0, -4.0),
@@ -53,13 +128,55 @@ def _duca_dit(
     )
 
 
-def _taylorseer_dit(*, interval: int = 4, max_order: int = 4) -> TaylorSeer:
-    """TaylorSeer on DiT: the first two steps in full, so that the first forecasts have a slope."""
-    return TaylorSeer(interval, max_order, first_full_steps=2)
+def _duca_pixart(
+    *, interval: int = 3, fresh_ratio: float = 0.75, selection: SelectionKind = "v_norm", paired: bool = True
+) -> DuCa:
+    """DuCa on PixArt-alpha: a constant interval, value norms averaged over both halves of guidance."""
+    return DuCa(
+        interval=interval,
+        fresh_ratio=fresh_ratio,
+        selection=Selection(selection, staleness=0.25, patch_bonus=0.4, patch=4, paired=paired),
+        step_factor=Linear(1.9, -1.8),
+        block_factor=Linear(1.6, -1.2),
+        kind_factor={"mlp": 1.6, "cross_attention": 0.6},
+    )
+
+
+def _duca_hunyuan_video(*, interval: int = 5, fresh_ratio: float = 0.1) -> DuCa:
+    """DuCa on HunyuanVideo, of the TaylorSeer repository: random tokens, no staleness."""
+    return DuCa(interval, fresh_ratio, "random")
+
+
+def _taylorseer(first_full_steps: int, interval: int, max_order: int) -> Callable[..., TaylorSeer]:
+    def build(*, interval: int = interval, max_order: int = max_order) -> TaylorSeer:
+        return TaylorSeer(interval, max_order, first_full_steps)
+
+    return build
+
+
+def _speca(released: SpeCa) -> Callable[..., SpeCa]:
+    """The released numbers, any of which an argument replaces; by the paper's rule where ``compat="paper"``."""
+
+    def build(**settings: Any) -> SpeCa:
+        return replace(released, **settings)
+
+    return build
 
 
 _PUBLISHED: dict[tuple[str, str], Callable[..., Policy]] = {
     ("fora", "dit"): _fora_dit,
+    ("fora", "flux"): _fora_flux,
+    ("toca", "dit"): _toca_dit,
+    ("toca", "dit-ddpm"): _toca_dit_ddpm,
+    ("toca", "pixart"): _toca_pixart,
+    ("toca", "flux"): _toca_flux,
     ("duca", "dit"): _duca_dit,
-    ("taylorseer", "dit"): _taylorseer_dit,
+    ("duca", "pixart"): _duca_pixart,
+    ("duca", "hunyuanvideo"): _duca_hunyuan_video,
+    ("taylorseer", "dit"): _taylorseer(first_full_steps=2, interval=4, max_order=4),
+    ("taylorseer", "flux"): _taylorseer(first_full_steps=3, interval=6, max_order=1),
+    ("taylorseer", "hunyuanvideo"): _taylorseer(first_full_steps=1, interval=5, max_order=1),
+    ("speca", "dit"): _speca(SpeCa(4, 0.1, 0.01, 0.01, 2, 5, 3, "released")),
+    ("speca", "flux"): _speca(SpeCa(2, 7.0, 0.3, 0.1, 2, 8, 3, "released", "branch")),
+    ("speca", "hunyuanvideo"): _speca(SpeCa(1, 1.0, 0.1, 0.1, 4, 12, 1, "released", "branch")),
 }

@@ -50,15 +50,22 @@ class Interval:
         forced: (from, to, interval): at progress in [from, to) the interval is this one instead.
         descending: steps count down to 0, and progress falls from 1 to 0, as in the released DiT code; the pattern is
             then anchored at the last step. Otherwise they count up from 0.
+        first_full: how many steps at the start are full; the pattern counts from the last of them.
     """
 
     length: int
     factor: Linear | None = None
     forced: tuple[float, float, int] | None = None
     descending: bool = False
+    first_full: int = 1
 
     def __post_init__(self) -> None:
         check_whole("interval", self.length, least=1)
+        check_whole("first_full", self.first_full, least=1)
+        if self.descending and self.first_full > 1:
+            raise PolicyError(
+                f"first_full={self.first_full} is impossible with descending=True: that pattern counts from the end"
+            )
         if self.factor is not None and min(self.factor(0.0), self.factor(1.0)) <= 0:
             raise PolicyError(f"factor={self.factor} is impossible: it divides the interval, so it must stay above 0")
         if self.forced is not None:
@@ -83,14 +90,14 @@ class Interval:
                 "this schedule depends on the number of steps; pass optimize(..., num_inference_steps=50) "
                 "(the number your scheduler runs)"
             )
-        interval, index = self.length, 0
+        interval, index, last_full = self.length, 0, self.first_full - 1
         while total is None or index < total:
             ordinal = total - 1 - index if self.descending and total is not None else index
             progress = ordinal / total if total is not None else 0.0
-            residue = 0 if index == 0 else ordinal % interval
+            residue = 0 if index <= last_full else (ordinal - last_full) % interval
             if residue == 0:
                 interval = self._interval_at(progress)
-            late = 0 if index == 0 else ordinal % interval
+            late = 0 if index <= last_full else (ordinal - last_full) % interval
             yield Moment(residue, late, progress)
             index += 1
 

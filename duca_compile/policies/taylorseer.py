@@ -23,6 +23,8 @@ class TaylorSeer(Policy):
         first_full_steps: how many steps at the start are full; released with 2 for DiT, 3 for FLUX and 1 for
             HunyuanVideo.
         lite: forecasts the end of the residual stream alone, which is then all that is cached, and runs no block.
+        relational: the series gives a branch's direction alone, and how far its input has moved gives the length: the
+            estimation of relational feature caching (arXiv 2602.19506), at this interval. Caches hold the inputs too.
 
     Raises:
         PolicyError: impossible numbers.
@@ -32,6 +34,7 @@ class TaylorSeer(Policy):
     max_order: int = 2
     first_full_steps: int = 2
     lite: bool = False
+    relational: bool = False
 
     def __post_init__(self) -> None:
         check_whole("interval", self.interval, least=1)
@@ -39,14 +42,20 @@ class TaylorSeer(Policy):
         check_whole("first_full_steps", self.first_full_steps, least=1)
         if not isinstance(self.lite, bool):
             raise PolicyError(f"lite={self.lite!r} is impossible: it must be True or False")
+        if not isinstance(self.relational, bool) or (self.relational and (self.lite or self.max_order == 0)):
+            raise PolicyError(
+                f"relational={self.relational!r} is impossible: it must be True or False, and needs branches "
+                "(lite=False) and a direction (max_order of at least 1)"
+            )
 
     @property
     def name(self) -> str:
-        return f"TaylorSeer{' lite' if self.lite else ''} (N={self.interval}, order {self.max_order})"
+        kind = " lite" if self.lite else " relational" if self.relational else ""
+        return f"TaylorSeer{kind} (N={self.interval}, order {self.max_order})"
 
     @property
     def forecast(self) -> Forecast:
-        return Forecast(self.max_order, self.lite, first=self.first_full_steps - 1)
+        return Forecast(self.max_order, self.lite, self.first_full_steps - 1, self.relational)
 
     def steps(self, total: int | None) -> Iterator[Step]:
         last = self.first_full_steps - 1

@@ -25,6 +25,7 @@ from duca_compile.runtime.dispatcher import Dispatcher, Plan, Program
 from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
 from duca_compile.runtime.manifest import Manifest, Size, TensorSpec, inside, read_manifest
 from duca_compile.runtime.request import Executed
+from duca_compile.runtime.selection import Tokens
 from duca_compile.runtime.session import Requests, Session, current_pass, named_pass
 
 BACKENDS = ("onnxruntime", "openvino", "tensorrt", "aoti")
@@ -119,8 +120,15 @@ class _Planner:
         self._rows = {name: _Rows(found.graphs[name], functions[name]) for name in used if name is not None}
 
     @property
-    def shapes(self) -> list[tuple[int, int]]:
-        return [(_at(branch.rows, self._batch), branch.tokens) for branch in self._manifest.branches]
+    def batch(self) -> int:
+        return self._batch
+
+    @property
+    def tokens(self) -> list[Tokens]:
+        return [Tokens(_at(b.rows, self._batch), b.tokens, b.grid) for b in self._manifest.branches]
+
+    def look(self) -> None:
+        """Policies that decide while they run are not exported."""
 
     def arrays(self, like: Array) -> NumpyArrays:
         del like
@@ -170,8 +178,8 @@ class _Planner:
         return ForecastInputs(numbers, caches if FORECAST_GAP in numbers else {})
 
 
-def _number(dtype: str, value: int) -> Array:
-    return np.array(value, dtype)
+def _number(dtype: str, values: Sequence[int]) -> Array:
+    return np.array(values[0], dtype)
 
 
 def _at(size: int | Size, batch: int) -> int:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from duca_compile.errors import first_line
-from duca_compile.graph import cache_input
+from duca_compile.graph import MEASURED, PROBE_CHANGE, PROBE_SEEN, VERIFY_ERROR, cache_input
+from duca_compile.policies.adaptive import AdaptivePolicy, Probe
 from duca_compile.policies.base import Kept, Policy, Step, StepKind
+from duca_compile.runtime.adaptive import Decisions, merged
 from duca_compile.runtime.arrays import Array, Arrays
 from duca_compile.runtime.clock import Sight, Tick
 from duca_compile.runtime.forecasting import ForecastInputs
 from duca_compile.runtime.request import CacheState, Executed, Request
-from duca_compile.runtime.selection import TokenSelector
+from duca_compile.runtime.selection import Tokens, TokenSelector
 
 if TYPE_CHECKING:
     from torch import Tensor, fx
@@ -40,6 +42,7 @@ class Program:
     rows: tuple[int, ...]  # their positions in the selector
     tokens: tuple[str, ...]  # the names of the inputs that say which tokens
     computed: Mapping[int, int | None]  # positions that are computed in full -> the output with their scores
+    measures: tuple[tuple[str, int], ...] = ()  # what decisions are made from, and from which outputs
     loose: tuple[str, ...] | None = None  # the caches whose outputs are views of larger tensors
     aliases: tuple[int, ...] | None = None  # the model's own outputs that share memory with the state or each other
 
@@ -58,7 +61,8 @@ class Program:
         """Of a function of flat values with these names."""
         own = sum(name.startswith("output_") for name in outputs)
         extra = [*enumerate(outputs)][own:]
-        writes = {cache_input(name): i for i, name in extra if not name.startswith("score_")}
+        kept = [(i, name) for i, name in extra if not name.startswith("score_") and name not in MEASURED]
+        writes = {cache_input(name): i for i, name in kept}
         caches = frozenset(name for name in inputs if name.startswith(cache_input("")))
         return Program(
             run,
@@ -73,6 +77,7 @@ class Program:
             rows=rows,
             tokens=tokens,
             computed=computed,
+            measures=tuple((name, i) for i, name in extra if name in MEASURED),
         )
 
 
@@ -119,14 +124,21 @@ class Planner(Protocol):
     """Knows what each step comes to for one kind of call."""
 
     @property
-    def shapes(self) -> Sequence[tuple[int, int]]:
-        """(batch, tokens) of each branch whose tokens can be chosen."""
+    def batch(self) -> int:
+        """The rows of the latent."""
+
+    @property
+    def tokens(self) -> Sequence[Tokens]:
+        """The tokens of each branch whose tokens can be chosen."""
 
     def arrays(self, like: Array) -> Arrays:
         """What chooses tokens by scores such as ``like``."""
 
     def plan(self, step: Step) -> Plan:
         """The same object for the same step."""
+
+    def look(self) -> Plan | None:
+        """What measures before a step is decided; None where the policy does not ask for it."""
 
     def rows(self, needed: Any) -> TimestepRows:
         """What computes the timestep-only values that ``needed``, a program's pieces, stands for; of None, all."""
@@ -160,12 +172,71 @@ class Dispatcher:
         started = time.perf_counter()
         state = request.state(self, (name, tick.pass_index))
         self._hoist(state, call)
-        plan = self._plan(request.step_at(tick.step), tick.step, state)
-        outputs = self._run(plan, state, self._given(plan, state, call, request, tick))
+        if isinstance(self._policy, AdaptivePolicy):
+            outputs, done = self._decided(self._policy, state, call, request, tick)
+        else:
+            plan = self._plan(request.step_at(tick.step), tick.step, state)
+            outputs = self._run(plan, state, self._given(plan, state, call, request, tick))
+            done = Executed(tick.step, tick.pass_index, plan.step.kind, plan.flops, 0.0)
         state.last_step = tick.step
-        seconds = time.perf_counter() - started
-        request.history.append(Executed(tick.step, tick.pass_index, plan.step.kind, plan.flops, seconds, name))
+        request.history.append(replace(done, seconds=time.perf_counter() - started, pass_name=name))
         return outputs
+
+    def _decided(
+        self, policy: AdaptivePolicy, state: CacheState, call: Mapping[str, Array], request: Request, tick: Tick
+    ) -> tuple[Sequence[Array], Executed]:
+        """Measures, decides, and runs what was decided: all within this step."""
+        if state.decisions is None or tick.step - state.last_step > 1:
+            state.decisions = Decisions(policy, request.total, self.planner.batch)
+        flops = 0.0
+
+        def run(step: Step, rows: Sequence[bool] | None = None) -> Sequence[Array]:
+            nonlocal flops
+            plan = self.planner.plan(step)
+            flops += plan.flops
+            return self._run(plan, state, self._given(plan, state, call, request, tick, rows))
+
+        proposed = state.decisions.propose(tick.step)
+        drafts = sorted((s for s in proposed if s.kind is not StepKind.FULL), key=lambda s: s.verified)
+        measured: list[float] = []
+        cheap: Sequence[Array] | None = None
+        if isinstance(policy.measure, Probe):
+            known = bool(state.past) if policy.measure.of == "forecast" else cache_input(PROBE_SEEN) in state.caches
+            flops += self._look(state, call, request, tick)
+            measured = state.measured[PROBE_CHANGE].tolist() if known else []
+        elif drafts:
+            cheap = run(drafts[-1])
+            measured = state.measured[VERIFY_ERROR].tolist() if drafts[-1].verified else []
+        steps = state.decisions.decide(tick.step, proposed, measured)
+        full = [step.kind is StepKind.FULL for step in steps]
+        if cheap is None and not all(full):
+            cheap = run(steps[full.index(False)])
+        if isinstance(policy.measure, Probe) and policy.measure.of != "forecast":
+            self._remember_look(policy.measure, state, full)
+        if any(full):
+            computed = run(Step(StepKind.FULL), full)
+            outputs = computed if cheap is None or all(full) else merged(full, computed, cheap)
+        else:
+            assert cheap is not None
+            outputs = cheap
+        state.measured.clear()
+        kind = StepKind.FULL if any(full) else steps[0].kind
+        rows = () if policy.per == "batch" else tuple(step.kind for step in steps)
+        return outputs, Executed(tick.step, tick.pass_index, kind, flops, 0.0, None, tuple(measured), rows)
+
+    def _look(self, state: CacheState, call: Mapping[str, Array], request: Request, tick: Tick) -> float:
+        """Runs the probe; what it found is in ``state.measured``. Returns its FLOPs."""
+        plan = self.planner.look()
+        assert plan is not None
+        self._run(plan, state, self._given(plan, state, call, request, tick))
+        return plan.flops
+
+    def _remember_look(self, probe: Probe, state: CacheState, full: Sequence[bool]) -> None:
+        """What the next look compares with: this one, or where it is to be of a full step, that of the full rows."""
+        name, seen = cache_input(PROBE_SEEN), state.measured[PROBE_SEEN]
+        if probe.to_last_full and not all(full):
+            (seen,) = merged(full, (seen,), (state.caches[name],)) if any(full) else (state.caches[name],)
+        state.caches[name] = seen
 
     def warm_up(
         self,
@@ -182,6 +253,8 @@ class Dispatcher:
         state = CacheState()
         self._hoist(state, call)
         indices = {id(plan): index for index, plan in first.values()}
+        if self.planner.look() is not None:
+            self._look(state, call, request, Tick(0, 0, False))
         for plan in watch([plan for _, plan in first.values()]):
             tick = Tick(indices[id(plan)], 0, False)
             self._run(plan, state, self._given(plan, state, call, request, tick))
@@ -196,13 +269,20 @@ class Dispatcher:
         state.rows, state.foreseen = {}, False
 
     def _given(
-        self, plan: Plan, state: CacheState, call: Mapping[str, Array], request: Request, tick: Tick
+        self,
+        plan: Plan,
+        state: CacheState,
+        call: Mapping[str, Array],
+        request: Request,
+        tick: Tick,
+        rows: Sequence[bool] | None = None,
     ) -> dict[str, Array]:
-        """The inputs that this step alone determines."""
+        """The inputs that this step alone determines; a full step may be for some ``rows`` of the batch."""
         return {
             **call,
+            **state.measured,
             **self._timestep_values(plan.program, state, call, request, tick),
-            **plan.program.forecast.values(self._policy.forecast, state, tick.step),
+            **plan.program.forecast.values(self._policy.forecast, state, tick.step, rows),
         }
 
     def _timestep_values(
@@ -252,6 +332,7 @@ class Dispatcher:
         values = {**given, **state.hoisted, **state.caches, **self._tokens(plan, state)}
         results = program.run(*program.fetch(values))
         state.caches.update({name: results[i] for name, i in program.writes.items()})
+        state.measured.update({name: results[i] for name, i in program.measures})
         if program.loose is None:  # a property of the variant, so looked up once
             program.loose = tuple(name for name, i in program.writes.items() if _is_loose(results[i]))
         for name in program.loose:
@@ -287,7 +368,7 @@ class Dispatcher:
         if selection is None:
             return
         if state.selector is None:
-            state.selector = TokenSelector(selection, self.planner.shapes, self.planner.arrays(results[0]))
+            state.selector = TokenSelector(selection, self.planner.tokens, self.planner.arrays(results[0]))
         state.selector.refresh({row: None if slot is None else results[slot] for row, slot in computed.items()})
 
 

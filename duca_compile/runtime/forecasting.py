@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from duca_compile.graph import FORECAST_DISTANCE, FORECAST_GAP, FORECAST_ORDERS
+from duca_compile.graph import FORECAST_DISTANCE, FORECAST_GAP, FORECAST_ORDERS, FULL_ROWS
 from duca_compile.policies.base import Forecast
 from duca_compile.runtime.arrays import Array
 
 if TYPE_CHECKING:
     from duca_compile.runtime.request import CacheState
 
-NUMBERS = (FORECAST_GAP, FORECAST_ORDERS, FORECAST_DISTANCE)
+NUMBERS = (FORECAST_GAP, FORECAST_ORDERS, FORECAST_DISTANCE, FULL_ROWS)
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,10 @@ class Past:
     last_full: int | None = None
     orders: int = 0  # how many differences of each cache are built; the others are zero
 
+    def distance(self, step: int) -> int:
+        """Steps since the last full one; 1 where there was none, since it divides."""
+        return 1 if self.last_full is None else step - self.last_full
+
     def after(self, step: int, forecast: Forecast) -> Past:
         """The same after a full step: one order more, if differences are built yet."""
         built = self.last_full is not None and step >= forecast.first
@@ -31,27 +35,31 @@ class Past:
 
 @dataclass(frozen=True)
 class ForecastInputs:
-    """The inputs that a variant has for forecasts alone, by name, with what makes them."""
+    """The inputs of a variant that the step's number and decisions alone determine, by name, with what makes them."""
 
-    numbers: Mapping[str, Callable[[int], Array]]
-    old: Mapping[str, Callable[[], Array]]  # caches that a full step takes differences to; zeros, where there are none
+    numbers: Mapping[str, Callable[[Sequence[int]], Array]]
+    old: Mapping[str, Callable[[], Array]]  # caches that it compares with or keeps rows of; zeros where there are none
+    rows: int = 1  # how many values each number has: one, or one for each row of the batch
 
-    def values(self, forecast: Forecast | None, state: CacheState, step: int) -> dict[str, Array]:
+    def values(
+        self, forecast: Forecast | None, state: CacheState, step: int, rows: Sequence[bool] | None = None
+    ) -> dict[str, Array]:
         """The numbers for ``step``, which before a full step is noted in ``state``, with zeros for old caches.
 
-        A pass that is new or missed a step has no differences: its full step counts as a first one.
+        A pass that is new or missed a step has no differences: its full step counts as a first one. Where rows differ,
+        ``rows`` says which of them a full step is for.
         """
-        if forecast is None or not self.numbers:
-            return {}
-        if FORECAST_GAP not in self.numbers:
-            assert state.past.last_full is not None  # caches that a forecast reads come from a full step
-            return self._filled({FORECAST_DISTANCE: step - state.past.last_full})
-        past = state.past if step - state.last_step <= 1 else Past()
-        state.past = past.after(step, forecast)
         for name in self.old.keys() - state.caches.keys():
             state.caches[name] = self.old[name]()
-        gap = 1 if past.last_full is None else step - past.last_full
-        return self._filled({FORECAST_GAP: gap, FORECAST_ORDERS: state.past.orders})
-
-    def _filled(self, numbers: Mapping[str, int]) -> dict[str, Array]:
-        return {name: self.numbers[name](number) for name, number in numbers.items()}
+        if not self.numbers:
+            return {}
+        full = (True,) * self.rows if rows is None or self.rows == 1 else tuple(rows)
+        numbers: dict[str, Sequence[int]] = {FULL_ROWS: full}
+        if FORECAST_DISTANCE in self.numbers:
+            numbers[FORECAST_DISTANCE] = [past.distance(step) for past in state.past or (Past(),) * self.rows]
+        elif forecast is not None:
+            past = state.past if state.past and step - state.last_step <= 1 else (Past(),) * self.rows
+            state.past = tuple(p.after(step, forecast) if f else p for p, f in zip(past, full, strict=True))
+            numbers[FORECAST_GAP] = [p.distance(step) for p in past]
+            numbers[FORECAST_ORDERS] = [p.orders for p in state.past]
+        return {name: make(numbers[name]) for name, make in self.numbers.items()}

@@ -183,6 +183,7 @@ class Branch:
     index: int
     rows: int | Size
     tokens: int
+    grid: tuple[int, ...] | None = None  # how they lie, where a patch bonus asks for it
 
 
 @dataclass(frozen=True)

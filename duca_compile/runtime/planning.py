@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from dataclasses import replace
 
 from duca_compile.errors import PolicyError
-from duca_compile.graph import Action, Branch, Facts, Role, VariantSpec
-from duca_compile.policies.base import Policy, Step, StepKind, TokenQuery
-from duca_compile.runtime.selection import check_grid
+from duca_compile.graph import Action, Branch, Facts, Role, Variant, VariantSpec
+from duca_compile.policies.adaptive import AdaptivePolicy, Probe
+from duca_compile.policies.base import Kept, Policy, Selection, Step, StepKind, TokenQuery
+from duca_compile.runtime.selection import SCORE_BYTES, Tokens, check_grid
 
 _ACTIONS = {
     StepKind.FULL: Action.COMPUTE,
@@ -15,6 +17,7 @@ _ACTIONS = {
     StepKind.REUSE: Action.REUSE,
     StepKind.SKIP: Action.REUSE,
     StepKind.FORECAST: Action.FORECAST,
+    StepKind.PREDICT: Action.COMPUTE,
 }
 
 
@@ -22,16 +25,51 @@ def plan_step(facts: Facts, policy: Policy, step: Step) -> tuple[VariantSpec, di
     """The variant that ``step`` needs, and how many tokens each of its partial branches recomputes."""
     counts: dict[int, int] = {}
     actions = tuple(_action(facts, policy, step, branch, counts) for branch in facts.branches)
+    adaptive, forecast, selection = isinstance(policy, AdaptivePolicy), policy.forecast, policy.selection
+    if policy.predictor is not None:
+        names = frozenset(policy.predictor.weights) if step.kind is StepKind.PREDICT else frozenset[str]()
+        return VariantSpec(actions, emit=step.kind is StepKind.FULL, lite=True, predict=names), counts
+    lite = forecast is not None and forecast.lite
     scores = score_kind(policy) if Action.COMPUTE in actions else None
-    forecast = policy.forecast
-    if forecast is None:
-        shared = _shared(facts, counts) if policy.selection is not None and policy.selection.shared else ()
-        return VariantSpec(
-            actions, step.kind is StepKind.SKIP, scores, policy.caches, chosen_with=shared, keeps=step.kept
-        ), counts
-    skip = step.kind is StepKind.SKIP or (step.kind is StepKind.FORECAST and forecast.lite)
-    emit = policy.caches and step.kind is StepKind.FULL  # between full steps, caches stay as the last one made them
-    return VariantSpec(actions, skip, scores, emit, forecast.order, forecast.lite), counts
+    # Where forecasts or changes are cached, only full steps fill the caches: between them they stay as they are.
+    fills = step.kind is StepKind.FULL or (forecast is None and not adaptive)
+    spec = VariantSpec(
+        actions,
+        skip=step.kind is StepKind.SKIP or (step.kind is StepKind.FORECAST and lite),
+        scores=scores,
+        paired=scores is not None and selection is not None and selection.paired,
+        emit=policy.caches and fills,
+        order=None if forecast is None else forecast.order,
+        lite=lite,
+        relational=forecast is not None and forecast.relational,
+        chosen_with=_shared(facts, counts) if selection is not None and selection.shared else (),
+        keeps=Kept.BRANCHES if adaptive else step.kept,
+    )
+    return (_adapted(spec, policy, step) if isinstance(policy, AdaptivePolicy) else spec), counts
+
+
+def _adapted(spec: VariantSpec, policy: AdaptivePolicy, step: Step) -> VariantSpec:
+    by_row = policy.per != "batch" and (step.kind is StepKind.FULL or spec.order is not None)
+    measure = policy.measure
+    if isinstance(measure, Probe):
+        return replace(spec, probe=measure, change=policy.change, by_row=by_row)
+    return replace(spec, verify=measure if step.verified else None, by_row=by_row)
+
+
+def probe_spec(facts: Facts, policy: Policy) -> VariantSpec | None:
+    """The variant that looks before a step is decided; None where the policy has none."""
+    if not isinstance(policy, AdaptivePolicy) or not isinstance(policy.measure, Probe):
+        return None
+    actions, forecast = (Action.COMPUTE,) * len(facts.branches), policy.forecast
+    compares = forecast is not None and policy.measure.of == "forecast"
+    return VariantSpec(
+        actions,
+        emit=False,
+        order=forecast.order if compares and forecast is not None else None,
+        probe=policy.measure,
+        probing=True,
+        by_row=compares and policy.per != "batch",
+    )
 
 
 def _action(facts: Facts, policy: Policy, step: Step, branch: Branch, counts: dict[int, int]) -> Action:
@@ -64,9 +102,9 @@ def _shared(facts: Facts, counts: dict[int, int]) -> tuple[int, ...]:
     )
 
 
-def score_output(facts: Facts, branch: Branch, outputs: Collection[str]) -> str | None:
+def score_output(facts: Facts, branch: Branch, scores: str | None, outputs: Collection[str]) -> str | None:
     """The output among ``outputs`` that holds the scores of the tokens of ``branch``; None where there is none."""
-    source = facts.score_source(branch)
+    source = facts.score_source(branch, scores)
     return source.score_slot if source is not None and source.score_slot in outputs else None
 
 
@@ -81,10 +119,50 @@ def check_selection(facts: Facts, policy: Policy) -> None:
     kind = score_kind(policy)
     for branch in facts.branches:
         if policy.selection is not None and branch.pointwise and branch.role is not Role.TEXT:
-            check_grid(policy.selection, branch.tokens)
-        if kind is not None and branch.pointwise and facts.score_source(branch) is None:
+            check_grid(policy.selection, tokens_of(facts, policy.selection, branch))
+        if kind is not None and branch.pointwise and facts.score_source(branch, kind) is None:
+            attention = "cross-attention" if kind == "entropy" else "self-attention"
             raise PolicyError(
-                f"selection={kind!r} needs a self-attention (scaled_dot_product_attention) over the same "
+                f"selection={kind!r} needs a {attention} (scaled_dot_product_attention) over the same "
                 f"{branch.tokens} tokens before {branch.path or 'the branch'} at {branch.source}; "
                 "use selection='random'"
             )
+        if policy.selection is not None and policy.selection.paired and branch.shape[0] % 2:
+            raise PolicyError(
+                f"paired=True takes the first and the second half of the batch for the two halves of guidance, and "
+                f"there are {branch.shape[0]} rows; call the model with both, or set paired=False"
+            )
+
+
+def check_rows(facts: Facts, policy: Policy) -> None:
+    """Raises PolicyError where rows of the batch are to decide for themselves, and the graph has no such rows."""
+    if not isinstance(policy, AdaptivePolicy) or policy.per == "batch":
+        return
+    odd = next((b for b in facts.branches if b.shape[0] != facts.batch), None)
+    if odd is not None or len(facts.changing) > 2:
+        where = f"{odd.path} has {odd.shape[0]} rows of {facts.batch}" if odd else "the latent is a list of tensors"
+        raise PolicyError(
+            f"decide_per={policy.per!r} needs values with one row for each row of the latent: {where}; "
+            "use decide_per='batch'"
+        )
+    if policy.per == "pair" and facts.batch % 2:
+        raise PolicyError(f"decide_per='pair' needs an even batch, and there are {facts.batch} rows")
+
+
+def tokens_of(facts: Facts, selection: Selection, branch: Branch) -> Tokens:
+    """The tokens that the branch chooses from. How they lie may be unknown, and is no question of text."""
+    grid = None if branch.role is Role.TEXT else selection.grid or facts.grids.get(branch.tokens)
+    return Tokens(branch.shape[0], branch.tokens, grid if selection.patch_bonus else None)
+
+
+def cache_bytes(facts: Facts, policy: Policy, variants: Iterable[Variant]) -> int:
+    """Bytes that one pass holds between steps, where these are the variants that the policy runs."""
+    held: dict[str, int] = {}
+    for variant in variants:
+        held.update(variant.kept)
+    scored = sum(branch.shape[0] * branch.tokens for branch in facts.branches if branch.pointwise)
+    selection = policy.selection
+    if selection is not None:
+        tensors = (selection.staleness > 0) + (score_kind(policy) is not None)
+        held["selection"] = tensors * scored * SCORE_BYTES
+    return sum(held.values())

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from duca_compile.graph import FORECAST_GAP, Action, Facts, Variant, VariantFunction, VariantSpec, cache_input
+from duca_compile.graph import (
+    FORECAST_GAP,
+    FULL_ROWS,
+    Action,
+    Facts,
+    Variant,
+    VariantFunction,
+    VariantSpec,
+    cache_input,
+)
 from duca_compile.lock import COMPILING
-from duca_compile.policies.base import Policy, Step
+from duca_compile.policies.base import Policy, Step, StepKind
+from duca_compile.policies.end_only import EndOnly
 from duca_compile.runtime.arrays import TorchArrays
 from duca_compile.runtime.dispatcher import Plan, Program
 from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
-from duca_compile.runtime.planning import check_selection, plan_step, score_output
+from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec, score_output, tokens_of
 from duca_compile.runtime.rows import Rows
+from duca_compile.runtime.selection import Tokens
 
 
 class Builder(Protocol):
@@ -35,19 +48,27 @@ class Programs:
         PolicyError: this graph cannot serve the policy.
     """
 
-    def __init__(self, facts: Facts, policy: Policy, builder: Builder) -> None:
+    def __init__(self, facts: Facts, policy: Policy, builder: Builder, cache_dtype: torch.dtype | None = None) -> None:
         check_selection(facts, policy)
-        self._facts, self._policy, self._builder = facts, policy, builder
+        check_rows(facts, policy)
+        self._facts, self._policy, self._builder, self._cache_dtype = facts, policy, builder, cache_dtype
         self._rows: dict[frozenset[str] | None, Rows] = {}
         self._plans: dict[Step, Plan] = {}
+        self._look: Plan | None = None
         self.by_spec: dict[VariantSpec, tuple[Variant, Program]] = {}
         self._selectable = [b for b in facts.branches if b.pointwise]
         self._position = {b.index: i for i, b in enumerate(self._selectable)}
 
     @property
-    def shapes(self) -> list[tuple[int, int]]:
-        """(batch, tokens) of each branch whose tokens can be chosen."""
-        return [(b.shape[0], b.tokens) for b in self._selectable]
+    def batch(self) -> int:
+        """The rows of the latent."""
+        return self._facts.batch
+
+    @property
+    def tokens(self) -> list[Tokens]:
+        """The tokens of each branch whose tokens can be chosen."""
+        selection = self._policy.selection
+        return [] if selection is None else [tokens_of(self._facts, selection, b) for b in self._selectable]
 
     def arrays(self, like: Tensor) -> TorchArrays:
         return TorchArrays(like.device)
@@ -64,11 +85,21 @@ class Programs:
         if plan is not None:
             return plan
         with COMPILING:
-            spec, counts = plan_step(self._facts, self._policy, step)
-            variant, program = self._program(spec)
+            run = self._policy.instead_of(step) if isinstance(self._policy, EndOnly) else step
+            spec, counts = plan_step(self._facts, self._policy, run)
+            variant, program = self._program(replace(spec, cache_dtype=self._cache_dtype))
             waiting = tuple(counts.get(index, 0) for index in program.waiting)
-            plan = self._plans[step] = Plan(step, program, waiting, variant.flops(counts))
+            plan = self._plans[step] = Plan(run, program, waiting, variant.flops(counts))
         return plan
+
+    def look(self) -> Plan | None:
+        """What measures before a step is decided; None where the policy does not ask for it."""
+        spec = probe_spec(self._facts, self._policy)
+        if self._look is None and spec is not None:
+            with COMPILING:
+                variant, program = self._program(spec)
+            self._look = Plan(Step(StepKind.FULL), program, (), variant.flops({}))
+        return self._look
 
     def _program(self, spec: VariantSpec) -> tuple[Variant, Program]:
         if spec not in self.by_spec:
@@ -92,7 +123,7 @@ class Programs:
         found: dict[int, int | None] = {}
         for branch in self._selectable:
             if variant.spec.actions[branch.index] is Action.COMPUTE:
-                score = score_output(self._facts, branch, variant.outputs)
+                score = score_output(self._facts, branch, variant.spec.scores, variant.outputs)
                 found[self._position[branch.index]] = None if score is None else variant.outputs.index(score)
         return found
 
@@ -101,12 +132,16 @@ def _forecast_inputs(variant: Variant) -> ForecastInputs:
     kinds = {n.name: n.meta["val"] for n in variant.module.graph.nodes if n.op == "placeholder"}
     numbers = {name: partial(_number, kinds[name]) for name in NUMBERS if name in kinds}
     caches = {name: partial(_zeros, like) for name, like in kinds.items() if name.startswith(cache_input(""))}
-    return ForecastInputs(numbers, caches if FORECAST_GAP in numbers else {})
+    compares = variant.spec.probing or numbers.keys() & {FORECAST_GAP, FULL_ROWS}
+    rows = max((kinds[name].numel() for name in numbers), default=1)
+    return ForecastInputs(numbers, caches if compares else {}, rows)
 
 
-def _number(like: Tensor, value: int) -> Tensor:
-    """Made on the device that reads it: a copy from the host would wait for it."""
-    return torch.full((), value, dtype=like.dtype, device=like.device)
+def _number(like: Tensor, values: Sequence[int]) -> Tensor:
+    """Made on the device that reads it, where all are the same: a copy from the host would wait for it."""
+    if len(set(values)) > 1:
+        return torch.tensor(values, dtype=like.dtype).to(like.device)
+    return torch.full(like.shape, values[0], dtype=like.dtype, device=like.device)
 
 
 def _zeros(like: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
-from duca_compile.graph import STREAM_END, cache_input
+from duca_compile.graph import cache_input, is_live
 from duca_compile.policies.base import Kept, Policy, Step, StepKind
+from duca_compile.runtime.adaptive import Decisions
 from duca_compile.runtime.arrays import Array, same_values, size
 from duca_compile.runtime.clock import Sight, StepClock, Tick, held, version
 from duca_compile.runtime.forecasting import Past
@@ -36,6 +37,8 @@ class Executed:
     flops: float
     seconds: float  # of host time; on an accelerator work may still be queued
     pass_name: str | None = None
+    measured: tuple[float, ...] = ()  # of adaptive policies: what was measured, one value for each row
+    rows: tuple[StepKind, ...] = ()  # of those whose rows decide for themselves: what each row did
 
 
 @dataclass
@@ -50,28 +53,26 @@ class CacheState:
     rows: Mapping[float, Sequence[Array]] = field(default_factory=dict)  # timestep -> the values it alone determines
     foreseen: bool = False  # whether the rows of the coming timesteps were computed
     selector: TokenSelector | None = None
-    past: Past = field(default_factory=Past)
+    past: tuple[Past, ...] = ()  # of the batch, or of each row where rows decide for themselves
+    decisions: Decisions | None = None
+    measured: dict[str, Array] = field(default_factory=dict)  # what this step's variants measured, by name
 
     _most: tuple[int, int] = (0, 0)  # how many caches there were at most, and their bytes
 
     @property
     def most_bytes(self) -> int:
-        """The most bytes that the caches have held."""
+        """The most bytes that the caches have held, with the scores of tokens."""
         if len(self.caches) >= self._most[0]:
             self._most = len(self.caches), sum(map(size, self.caches.values()))
-        return self._most[1]
+        return self._most[1] + (0 if self.selector is None else self.selector.bytes)
 
     def keep(self, live: Kept) -> None:
         """Drops the caches that no later step reads."""
         if len(self.caches) > self._most[0]:
             self.most_bytes  # noqa: B018 - remembers it
-        end = cache_input(STREAM_END)
-        if live is Kept.NOTHING:
-            self.caches.clear()
-        elif not live.end:
-            self.caches.pop(end, None)
-        elif not live.branches:
-            self.caches = {name: value for name, value in self.caches.items() if name == end}
+        prefix = cache_input("")
+        for name in [name for name in self.caches if not is_live(name.removeprefix(prefix), live)]:
+            del self.caches[name]
         self.ready.clear()
 
 
@@ -129,6 +130,11 @@ class Request:
         """Drops every cache; the next call starts a new request."""
         self._clock.reset()
         self._states.clear()
+
+    @property
+    def total(self) -> int | None:
+        """The steps of the running request, where they are known."""
+        return self._total
 
     @property
     def cache_bytes(self) -> int:

@@ -1,10 +1,11 @@
-"""Chooses the tokens that a partial step recomputes (ToCa, arXiv 2410.05317, scores s1, s3 and s4; DuCa's V-norm)."""
+"""Chooses the tokens that a partial step recomputes (ToCa, arXiv 2410.05317, scores s1 to s4; DuCa's V-norm)."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from math import isqrt
+from math import prod
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,31 +14,52 @@ from duca_compile.policies.base import Selection
 from duca_compile.runtime.arrays import Array, Arrays
 
 
-def check_grid(selection: Selection, tokens: int) -> None:
-    """Raises PolicyError where a patch bonus is asked for and the tokens are not a square grid of patches."""
-    side, patch = isqrt(tokens), selection.patch
-    if selection.patch_bonus and (side * side != tokens or side % patch):
+class Tokens(NamedTuple):
+    """A set of tokens that branches choose from. ``grid`` says how they lie, (frames,) height and width, where known.
+
+    A patch bonus goes to tokens with a grid alone: text has none.
+    """
+
+    batch: int
+    number: int
+    grid: tuple[int, ...] | None = None
+
+
+def check_grid(selection: Selection, tokens: Tokens) -> None:
+    """Raises PolicyError where a patch bonus is asked for and the grid is unknown or not tiled by patches."""
+    _, count, grid = tokens
+    patch = selection.patch
+    if not selection.patch_bonus:
+        return
+    if grid is None:
         raise PolicyError(
-            f"patch_bonus needs a square token grid that {patch}x{patch} patches tile; "
-            f"this model has {tokens} tokens. Set Selection(patch_bonus=0)."
+            f"patch_bonus needs to know how the {count} tokens lie, which this model's graph does not show; say "
+            "Selection(grid=(height, width)) or Selection(grid=(frames, height, width)), or set patch_bonus=0"
+        )
+    if prod(grid) != count:
+        raise PolicyError(f"grid={grid} has {prod(grid)} places, and the model has {count} tokens")
+    if grid[-2] % patch or grid[-1] % patch:
+        raise PolicyError(
+            f"patch_bonus needs a grid that {patch}x{patch} patches tile, and the {count} tokens lie as "
+            f"{' x '.join(map(str, grid))}; set Selection(patch=...) to a divisor of both sides, or patch_bonus=0"
         )
 
 
+SCORE_BYTES = 4  # of each score and staleness, in float32
 AHEAD = 8  # steps that random tokens are drawn for at once
 
 
 class TokenSelector:
     """Chooses tokens for the selectable branches of one pass, which are known by their position among them.
 
-    Branches over the same tokens are scored together; ``shapes`` gives (batch, tokens) of each branch. Random numbers
+    Branches over the same tokens are scored together; ``tokens`` gives those of each branch. Random numbers
     are numpy's, whatever the arrays are, so that one seed makes the same choice in every runtime.
     """
 
-    def __init__(self, selection: Selection, shapes: Sequence[tuple[int, int]], arrays: Arrays) -> None:
-        counts = Counter(shapes)
-        groups = {shape: _Group(selection, count, *shape, arrays) for shape, count in counts.items()}
+    def __init__(self, selection: Selection, tokens: Sequence[Tokens], arrays: Arrays) -> None:
+        groups = {each: _Group(selection, count, each, arrays) for each, count in Counter(tokens).items()}
         self._groups = list(groups.values())
-        self._places = [(groups[shape], shapes[:i].count(shape)) for i, shape in enumerate(shapes)]
+        self._places = [(groups[each], tokens[:i].count(each)) for i, each in enumerate(tokens)]
         self._split: dict[tuple[int, ...], list[tuple[_Group, list[int], list[int]]]] = {}
 
     def refresh(self, raw: Mapping[int, Array | None]) -> None:
@@ -49,14 +71,18 @@ class TokenSelector:
     def select(self, positions: Sequence[int], counts: Sequence[int], interval: int) -> list[Array | None]:
         """Token indices, int64 (batch, count), for each branch in ``positions``; the others grow one step staler.
 
-        None where the count is 0 for all branches over the same tokens. Raises PolicyError where a patch bonus is
-        asked for and the tokens are not a square grid of patches.
+        None where the count is 0 for all branches over the same tokens.
         """
         chosen: list[Array | None] = [None] * len(positions)
         for group, own, rows in self._by_group(tuple(positions)):
             for i, tokens in zip(own, group.select(rows, [counts[i] for i in own], interval), strict=False):
                 chosen[i] = tokens
         return chosen
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the scores and staleness, which are kept as long as the caches."""
+        return sum(group.bytes for group in self._groups)
 
     def _by_group(self, positions: tuple[int, ...]) -> list[tuple[_Group, list[int], list[int]]]:
         """For each group the indices into ``positions`` that are its own, and their rows in it."""
@@ -74,18 +100,25 @@ class TokenSelector:
 class _Group:
     """Scores and staleness of branches over the same tokens, as (branches, batch, tokens) arrays."""
 
-    def __init__(self, selection: Selection, branches: int, batch: int, tokens: int, arrays: Arrays) -> None:
+    def __init__(self, selection: Selection, branches: int, tokens: Tokens, arrays: Arrays) -> None:
         self._selection = selection
-        self._shape = (branches, batch, tokens)
+        self._shape = (branches, tokens.batch, tokens.number)
+        self._grid = tokens.grid
         self._arrays = arrays
         self._scores: Array | None = None
-        self._staleness = arrays.zeros(self._shape)
+        self._staleness: Array | None = arrays.zeros(self._shape) if selection.staleness else None
         self._random = np.random.default_rng(selection.seed)
         self._stock: list[tuple[Array, ...]] = []  # random tokens for coming steps
         self._stocked = 0  # how many for each branch
 
+    @property
+    def bytes(self) -> int:
+        held = [array for array in (self._staleness, self._scores) if array is not None]
+        return len(held) * prod(self._shape) * SCORE_BYTES
+
     def refresh(self, raw: Mapping[int, Array | None]) -> None:
-        self._staleness[self._rows(list(raw))] = 0
+        if self._staleness is not None:
+            self._staleness[self._rows(list(raw))] = 0
         scores = {position: score for position, score in raw.items() if score is not None}
         if self._selection.kind == "random" or not scores:
             return
@@ -95,23 +128,25 @@ class _Group:
 
     def select(self, positions: list[int], counts: list[int], interval: int) -> Sequence[Array]:
         most = max(counts)
-        if not most and not self._selection.staleness:
+        stale = self._staleness
+        if not most and stale is None:
             return ()
-        if self._selection.kind == "random" and not self._selection.staleness and not self._selection.patch_bonus:
+        bonus = self._grid is not None and self._selection.patch_bonus
+        if self._selection.kind == "random" and stale is None and not bonus:
             drawn = self._drawn(most)
             own = [drawn[0 if self._selection.shared else position] for position in positions]
             return [each if n == most else self._arrays.dense(each[:, :n]) for each, n in zip(own, counts, strict=True)]
         rows = self._rows(positions)
         score = self._base()[rows]
-        if self._selection.staleness:
-            score = score + self._selection.staleness * self._staleness[rows] / interval
+        if stale is not None:
+            score = score + self._selection.staleness * stale[rows] / interval
         if self._selection.shared:
             score = self._arrays.zeros(score.shape) + score.mean(0)
-        if self._selection.patch_bonus and most:
+        if bonus and most:
             score = self._favour_patches(score)
         order = self._arrays.top(score, most)
-        if self._selection.staleness:
-            self._age(rows, order, counts)
+        if stale is not None:
+            self._age(stale, rows, order, counts)
         return [self._arrays.dense(chosen[:, :count]) for chosen, count in zip(order, counts, strict=True)]
 
     def _drawn(self, count: int) -> tuple[Array, ...]:
@@ -126,12 +161,12 @@ class _Group:
             self._stock, self._stocked = [tuple(step) for step in self._arrays.of(shared)], count
         return self._stock.pop()
 
-    def _age(self, rows: list[int] | slice, order: Array, counts: Sequence[int]) -> None:
+    def _age(self, staleness: Array, rows: list[int] | slice, order: Array, counts: Sequence[int]) -> None:
         limit = self._arrays.of(np.array(counts).reshape(-1, 1, 1))
         rank = self._arrays.of(np.arange(order.shape[-1]))
-        stale = self._staleness[rows] + 1
+        stale = staleness[rows] + 1
         kept = self._arrays.take(stale, order) * (rank >= limit)
-        self._staleness[rows] = self._arrays.put(stale, order, kept)
+        staleness[rows] = self._arrays.put(stale, order, kept)
 
     def _rows(self, positions: list[int]) -> list[int] | slice:
         """An index of the branches; a slice where it is all of them, which copies nothing."""
@@ -145,13 +180,11 @@ class _Group:
         return self._arrays.of(np.broadcast_to(draw, self._shape).copy())
 
     def _favour_patches(self, score: Array) -> Array:
-        """Multiplies the highest score of each patch by 1 + patch_bonus."""
-        patch = self._selection.patch
-        branches, batch, tokens = score.shape
-        check_grid(self._selection, tokens)
-        side = isqrt(tokens)
-        cells = (branches, batch, side // patch, side // patch)
-        grid = score.reshape(branches, batch, side // patch, patch, side // patch, patch).swapaxes(3, 4)
+        """Multiplies the highest score of each patch, of each frame where there are several, by 1 + patch_bonus."""
+        assert self._grid is not None
+        patch, (height, width) = self._selection.patch, self._grid[-2:]
+        cells = (*score.shape[:2], prod(self._grid[:-2]), height // patch, width // patch)
+        grid = score.reshape(*cells[:-1], patch, cells[-1], patch).swapaxes(-3, -2)
         best = self._arrays.one_hot(grid.reshape(*cells, patch * patch).argmax(-1), patch * patch)
         boosted = grid * (1 + self._selection.patch_bonus * best.reshape(*cells, patch, patch))
-        return boosted.swapaxes(3, 4).reshape(branches, batch, tokens)
+        return boosted.swapaxes(-3, -2).reshape(score.shape)

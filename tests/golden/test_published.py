@@ -23,6 +23,17 @@ POLICIES: dict[str, Policy] = {
     "duca_attention_n3": published("duca", "dit", interval=3, fresh_ratio=0.05, selection="attention", latched=True),
     "duca_vnorm_n4": published("duca", "dit", interval=4, fresh_ratio=0.05, selection="v_norm", latched=True),
     "duca_vnorm_n3_released": published("duca", "dit", interval=3, fresh_ratio=0.05, selection="v_norm", latched=False),
+    "toca_n4": published("toca", "dit", interval=4, fresh_ratio=0.07, selection="attention"),
+    "speca_released": published(
+        "speca",
+        "dit",
+        max_order=4,
+        base_threshold=0.1,
+        decay_rate=0.01,
+        min_taylor_steps=2,
+        max_taylor_steps=5,
+        compat="released",
+    ),
     "taylorseer_n4_o2": published("taylorseer", "dit", interval=4, max_order=2),
 }
 # The files label a cached step by the code path that ran it; FORA was recorded as ToCa with no fresh tokens.

@@ -13,9 +13,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812
 from tracing import COMPUTE, FORECAST, PARTIAL, REUSE, analysed, module, names, node, raw
 
+from duca_compile.analysis.closure import ancestors
 from duca_compile.errors import InternalError
-from duca_compile.graph import Action, CapturedGraph, Facts, VariantSpec, copy_graph, op_name
+from duca_compile.graph import VERIFY_ERROR, Action, CapturedGraph, Facts, VariantSpec, copy_graph, op_name
 from duca_compile.passes.base import Draft, Pass, VariantDraft
+from duca_compile.passes.changes import EmitChanges
 from duca_compile.passes.clean import Clean
 from duca_compile.passes.dead_code import RemoveDeadCode
 from duca_compile.passes.deduplicate import Deduplicate
@@ -25,10 +27,15 @@ from duca_compile.passes.forecast import Forecast
 from duca_compile.passes.hoist import Hoist
 from duca_compile.passes.partial import RecomputeTokens
 from duca_compile.passes.pipeline import PREPARE, run_passes, to_module
+from duca_compile.passes.probe import GoOn, LookAhead
+from duca_compile.passes.residual import AddChanges
 from duca_compile.passes.reuse import ReuseBranches
+from duca_compile.passes.rows import KeepRows
 from duca_compile.passes.scores import EmitScores
 from duca_compile.passes.skip import SkipBlocks
+from duca_compile.passes.verification import VerifyForecast
 from duca_compile.passes.write_last import WriteLast
+from duca_compile.policies import Probe, Verify
 
 X = torch.randn(2, 4, 8)
 
@@ -67,6 +74,20 @@ class TestClean:
         before, after, changed = exact(Clean(), module(forward), x=X)
         assert {"to", "_assert_tensor_metadata", "dropout", "sin"} == set(before)
         assert (after, changed) == (["sin"], True)
+
+    def test_a_cast_to_the_type_of_another_value_does_not_read_it(self) -> None:
+        def forward(self: nn.Module, x: Tensor) -> Tensor:
+            return x.double().sin().type_as(x).type_as(x.cos())
+
+        before, after, changed = exact(Clean(), module(forward), x=X)
+        assert [name for name in before if name != "_assert_tensor_metadata"] == [
+            "to",
+            "sin",
+            "type_as",
+            "cos",
+            "type_as",
+        ]
+        assert (after, changed) == (["to", "sin", "to", "cos"], True), "the second changes nothing"
 
     def test_keeps_what_changes_the_value(self) -> None:
         def forward(self: nn.Module, x: Tensor) -> Tensor:
@@ -422,9 +443,142 @@ class TestCaching:
     def test_no_attention_is_computed(self) -> None:
         assert self.unchanged(EmitScores(), self.draft(REUSE, COMPUTE, REUSE, COMPUTE, scores="v_norm"))
 
+    @pytest.mark.parametrize(("of", "compared"), [("stream", "add"), ("branch", "linear")])
+    def test_a_forecast_is_compared_with_a_copy_of_the_last_block(self, of: Any, compared: str) -> None:
+        _, facts = self.model
+        draft = self.draft(*[FORECAST] * 4, order=1, emit=False, verify=Verify("norm_ratio", of))
+        before = operators(draft.graph)
+        assert self.apply(VerifyForecast(), draft)
+        assert list(self.returned(draft)) == ["output_0", VERIFY_ERROR]
+        own = node(draft.graph, facts.stream_end if of == "stream" else facts.branches[-1].core)
+        copies = {n.meta["copy_of"]: n for n in draft.graph.nodes if "copy_of" in n.meta}
+        last = {name for b in facts.branches[2:] for name in b.body}
+        assert last <= copies.keys() | ({own.name} if of == "branch" else set())
+        assert not copies.keys() & {name for b in facts.branches[:2] for name in b.body}, "the first is not"
+        assert op_name(own) == op_name(copies[own.name]) == compared
+        assert operators(draft.graph)[: len(before)] == before, "the forecast itself stays"
+        assert Forecast().apply(draft)
+        draft.graph.lint()
+        drafted = {n.name for n in draft.graph.nodes if "addcmul" in n.name}
+        reads = {name for n in copies.values() for each in n.all_input_nodes for name in above(each)}
+        assert reads & drafted, "the copy reads the drafted stream"
+
+    def test_nothing_is_verified(self) -> None:
+        assert self.unchanged(VerifyForecast(), self.draft(*[FORECAST] * 4, order=1, emit=False))
+
+    def test_a_look_returns_the_change_and_what_it_saw_and_nothing_else(self) -> None:
+        _, facts = self.model
+        for of, seen in (("modulated", "add"), ("first_block", "sub")):
+            draft = self.draft(*[COMPUTE] * 4, emit=False, probe=Probe(of), probing=True)  # type: ignore[arg-type]
+            assert self.apply(LookAhead(), draft)
+            returned = self.returned(draft)
+            assert list(returned) == ["probe_change", "probe_seen", "probe_stream"]
+            stream = facts.branches[0].stream if of == "modulated" else facts.branches[1].add
+            assert returned["probe_stream"] == stream
+            assert op_name(node(draft.graph, returned["probe_seen"])) == seen
+            RemoveDeadCode().apply(draft)
+            attentions = len(names(draft.graph, "scaled_dot_product"))
+            assert attentions == (0 if of == "modulated" else 1), "it computes no more than it must"
+
+    def test_there_is_nothing_to_look_at(self) -> None:
+        for spec in ({}, {"probe": Probe()}):
+            assert self.unchanged(LookAhead(), self.draft(*[COMPUTE] * 4, **spec))
+
+    def test_a_variant_goes_on_from_the_look(self) -> None:
+        _, facts = self.model
+        draft = self.draft(*[COMPUTE] * 4, probe=Probe("first_block"))
+        readers = self.readers(draft, facts.branches[1].add)
+        assert self.apply(GoOn(), draft)
+        assert self.readers(draft, "probe_stream") == readers
+        RemoveDeadCode().apply(draft)
+        assert len(names(draft.graph, "scaled_dot_product")) == 1, "the first block is not computed again"
+
+    def test_there_is_nothing_to_go_on_from(self) -> None:
+        assert self.unchanged(GoOn(), self.draft(*[COMPUTE] * 4))
+        assert self.unchanged(GoOn(), self.draft(*[COMPUTE] * 4, probe=Probe(), probing=True))
+
+    def test_what_a_stream_gains_is_returned(self) -> None:
+        _, facts = self.model
+        for probe, start in ((None, facts.branches[0].stream), (Probe("first_block"), facts.branches[1].add)):
+            draft = self.draft(*[COMPUTE] * 4, change=True, probe=probe)
+            assert self.unchanged(EmitCaches(), draft)
+            assert self.apply(EmitChanges(), draft)
+            returned = self.returned(draft)
+            assert list(returned) == ["output_0", "change_3"]
+            change = node(draft.graph, returned["change_3"])
+            assert (op_name(change), [n.name for n in change.args]) == ("sub", [facts.stream_end, start])
+
+    def test_a_stretch_ends_where_something_else_reads_the_stream(self) -> None:
+        """A long skip from behind the first block: two stretches, of which the second starts where the first ends."""
+        captured, facts = analysed(models.build(depth=3, long_skip="late"), **models.example())
+        spec = VariantSpec((COMPUTE,) * len(facts.branches), change=True)
+        draft = VariantDraft(copy_graph(captured.graph), facts, spec, ["output_0"])
+        assert self.apply(EmitChanges(), draft)
+        adds = [b.add for b in facts.branches]
+        ends = [[n.name for n in node(draft.graph, name).args] for name in list(self.returned(draft).values())[1:]]
+        assert ends == [[adds[1], facts.branches[0].stream], [adds[5], adds[1]]]
+
+    @pytest.mark.parametrize("spec", [{}, {"change": True, "emit": False}])
+    def test_no_change_is_asked_for(self, spec: dict[str, Any]) -> None:
+        assert self.unchanged(EmitChanges(), self.draft(*[COMPUTE] * 4, **spec))
+
+    def test_a_cached_change_is_added_to_the_start(self) -> None:
+        _, facts = self.model
+        draft = self.draft(*[REUSE] * 4, skip=True, change=True, emit=False)
+        head = self.readers(draft, facts.stream_end)
+        assert self.unchanged(SkipBlocks(), draft)
+        assert self.apply(AddChanges(), draft)
+        assert self.readers(draft, facts.stream_end) == set()
+        (restored,) = node(draft.graph, "cache_change_3").users
+        assert [n.name for n in restored.args] == [facts.branches[0].stream, "cache_change_3"]
+        assert {user.name for user in restored.users} == head
+
+    @pytest.mark.parametrize("spec", [{}, {"skip": True}, {"change": True}])
+    def test_no_change_is_added(self, spec: dict[str, Any]) -> None:
+        assert self.unchanged(AddChanges(), self.draft(*[COMPUTE] * 4, **spec))
+
+    @pytest.mark.parametrize("order", [None, 1])
+    def test_rows_that_a_full_step_is_not_for_keep_their_caches(self, order: int | None) -> None:
+        draft = self.draft(*[COMPUTE] * 4, order=order, by_row=True)
+        EmitCaches().apply(draft)
+        EmitDifferences().apply(draft)
+        new = self.returned(draft)
+        assert self.apply(KeepRows(), draft)
+        returned = self.returned(draft)
+        assert list(returned) == list(new)
+        assert returned["output_0"] == new["output_0"], "the model's own results have no old ones"
+        for slot in list(returned)[1:]:
+            merged = node(draft.graph, returned[slot])
+            rows, now, old = merged.args
+            assert (op_name(merged), now.name, old.name) == ("where", new[slot], f"cache_{slot}")
+            assert (op_name(rows), rows.args[0].name, rows.args[1]) == ("reshape", "full_rows", [2, 1, 1])
+        inputs = [n.name for n in draft.graph.nodes if n.op == "placeholder"]
+        assert len(inputs) == len(set(inputs)), "an old cache is one input, for differences too"
+        gap = [n for n in draft.graph.nodes if n.name == "forecast_gap"]
+        assert [n.meta["val"].shape for n in gap] == ([] if order is None else [(2,)])
+
+    @pytest.mark.parametrize("spec", [{}, {"by_row": True, "emit": False}])
+    def test_all_rows_are_alike(self, spec: dict[str, Any]) -> None:
+        draft = self.draft(*[COMPUTE] * 4, **spec)
+        EmitCaches().apply(draft)
+        assert self.unchanged(KeepRows(), draft)
+
+    def test_a_forecast_by_row_has_a_distance_for_each(self) -> None:
+        draft = self.draft(*[FORECAST] * 4, order=2, emit=False, by_row=True)
+        assert self.apply(Forecast(), draft)
+        distance = node(draft.graph, "forecast_distance")
+        assert distance.meta["val"].shape == (2,)
+        powers = [n.args[2] for n in draft.graph.nodes if op_name(n) == "addcmul"]
+        assert {(op_name(power), tuple(power.args[1])) for power in powers} == {("reshape", (2, 1, 1))}
+
     def test_a_node_that_is_gone_is_a_bug(self) -> None:
         with pytest.raises(InternalError, match="node 'nowhere' is gone"):
             self.draft(*[COMPUTE] * 4).node("nowhere")
+
+
+def above(value: fx.Node) -> set[str]:
+    """The value and all that it is computed from, by name."""
+    return {n.name for n in {value, *ancestors(value)}}
 
 
 def attention_model(mask: Tensor | None, scale: float | None) -> nn.Module:
@@ -472,8 +626,8 @@ def test_scores_equal_their_formulas(kind: str, mask: Tensor | None, scale: floa
 
 def test_passes_are_frozen_options() -> None:
     every: Sequence[type[Pass[Any]]] = [
-        Clean, Deduplicate, RemoveDeadCode, Hoist, EmitCaches, EmitDifferences, EmitScores,
-        RecomputeTokens, Forecast, ReuseBranches, SkipBlocks,
+        Clean, Deduplicate, RemoveDeadCode, Hoist, LookAhead, EmitCaches, EmitChanges, EmitDifferences, KeepRows,
+        EmitScores, VerifyForecast, RecomputeTokens, Forecast, ReuseBranches, SkipBlocks, AddChanges, GoOn,
     ]  # fmt: skip
     for each in every:
         assert each() == each()

@@ -19,10 +19,13 @@ from duca_compile.policies import (
     Interval,
     Linear,
     Policy,
+    ResidualGate,
     Selection,
+    SpeCa,
     Step,
     StepKind,
     TaylorSeer,
+    ToCa,
     TokenQuery,
     Uncached,
     published,
@@ -107,6 +110,38 @@ def test_full_steps_of_taylorseer(length: int, first: int, total: int) -> None:
     assert full == [i < first or (i - first + 1) % length == 0 for i in range(total)]
 
 
+@pytest.mark.parametrize(("interval", "full"), [(4, 17), (5, 14), (6, 13), (7, 14)])
+def test_toca_on_dit_runs_as_many_full_steps_as_published(interval: int, full: int) -> None:
+    assert schedule(published("toca", "dit", interval=interval)).count("F") == full
+
+
+@pytest.mark.parametrize(
+    ("family", "interval", "total", "mixed"),
+    [("dit", 3, 50, [4, 17]), ("dit", 4, 50, [7, 19, 41]), ("pixart", 3, 20, [4])],
+)
+def test_where_the_released_toca_runs_a_full_step_in_its_first_block_alone(
+    family: str, interval: int, total: int, mixed: list[int]
+) -> None:
+    """On DiT at 45 and 32 of 50 steps counted down for N=3, and at 42, 30 and 8 for N=4; on PixArt at 4, counted up."""
+    released = list(published("toca", family, interval=interval, latched=False).steps(total))
+    assert [i for i, step in enumerate(released) if step.leading_full] == mixed
+    latched = list(published("toca", family, interval=interval).steps(total))
+    assert all(latched[i].kind is StepKind.FULL and released[i].kind is StepKind.PARTIAL for i in mixed)
+
+
+def test_toca_is_partial_between_full_steps() -> None:
+    assert schedule(ToCa(3), None) == ("FCC" * 17)[:50]
+    assert schedule(published("toca", "flux"), 12) == "FFFCCCFCCCFC", "three full steps, then every fourth"
+    assert ToCa().selection == Selection("attention", staleness=0.25)
+    assert ToCa(selection=Selection("random")).selection == Selection("random")
+
+
+@given(length=st.integers(1, 12), first=st.integers(1, 5), total=st.integers(1, 60))
+def test_the_first_steps_of_an_interval_may_all_be_full(length: int, first: int, total: int) -> None:
+    full = [moment.residue == 0 for moment in Interval(length, first_full=first).moments(total)]
+    assert full == [i < first or (i - first + 1) % length == 0 for i in range(total)]
+
+
 @given(length=st.integers(1, 12), total=st.integers(1, 60))
 def test_descending_schedules_are_anchored_at_the_last_step(length: int, total: int) -> None:
     kinds = [step.kind for step in FORA(Interval(length, descending=True)).steps(total)]
@@ -150,6 +185,17 @@ class TestFreshTokens:
         ratio = 0.05 * (3 - 4 * countdown / 50) * (0.8 + 0.4 * block / 27) * 2.5
         assert self.count(policy, step, block) == int(ratio * 256)
 
+    @pytest.mark.parametrize("blocks", [28, 4])
+    @pytest.mark.parametrize("index", [1, 11, 19])
+    def test_of_toca_on_pixart_follow_the_step_the_layer_and_the_module(self, blocks: int, index: int) -> None:
+        """The depth is the model's, whatever it is."""
+        policy = published("toca", "pixart")
+        step = Step(StepKind.PARTIAL, 3, list(policy.steps(20))[index].ratio)
+        for block in range(blocks):
+            for kind, factor in (("mlp", 1.6), ("cross_attention", 0.6)):
+                ratio = 0.3 * (1.9 - 1.8 * index / 20) * (1.6 - 1.2 * block / (blocks - 1)) * factor
+                assert self.count(policy, step, block, blocks, kind) == int(min(1.0, ratio) * 256)
+
     def test_of_the_first_quarter_are_none(self) -> None:
         policy = published("duca", "dit", interval=3)
         early = [self.count(policy, step, block=27) for step in list(policy.steps(50))[:12]]
@@ -190,12 +236,41 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: Interval(3, forced=(-0.1, 0.4, 2)), "forced[0]=-0.1 is impossible"),
     (lambda: Interval(3, forced=(0.1, nan, 2)), "forced[1]=nan is impossible"),
     (lambda: Interval(3, forced=(0.1, 0.4, 0)), "forced[2]=0 is impossible"),
-    (lambda: DuCa(selection="norm"), "selection='norm' is unknown; choose one of ('v_norm', 'attention', 'random')"),
+    (lambda: DuCa(selection="norm"), "selection='norm' is unknown; choose one of ('v_norm', 'attention', 'entropy', "
+     "'random')"),
     (lambda: DuCa(selection=None), "selection=None is unknown"),
     (lambda: Selection("norm"), "selection='norm' is unknown"),
     (lambda: DuCa(first="full"), "first='full' is unknown; choose 'partial' or 'skip'"),
-    (lambda: published("duca", "flux"), "nothing is published here for duca/flux; there is ['duca/dit', 'fora/dit', "
-     "'taylorseer/dit']"),
+    (lambda: published("duca", "flux"), "nothing is published here for duca/flux; there is ['duca/dit', "
+     "'duca/hunyuanvideo', 'duca/pixart', 'fora/dit', "),
+    (lambda: Interval(3, first_full=0), "first_full=0 is impossible"),
+    (lambda: Interval(3, descending=True, first_full=2), "first_full=2 is impossible with descending=True"),
+    (lambda: Selection("random", grid=(16,)), "grid=(16,) is impossible: it is (height, width) or "),
+    (lambda: Selection("random", grid=(4, 0)), "grid[1]=0 is impossible"),
+    (lambda: Selection("entropy", paired="yes"), "paired='yes' is impossible"),
+    (lambda: ToCa(interval=0), "interval=0 is impossible"),
+    (lambda: ToCa(fresh_ratio=2), "fresh_ratio=2 is impossible"),
+    (lambda: ToCa(kind_factor={"attention": 1.0}), "kind_factor names 'attention'; only ('mlp', 'cross_attention')"),
+    *((lambda v=v: SpeCa(max_order=v), f"max_order={v!r} is impossible") for v in (-1, 5, 1.0)),
+    *((lambda v=v: SpeCa(base_threshold=v), f"base_threshold={v!r} is impossible") for v in (-0.1, nan, inf)),
+    *((lambda v=v: SpeCa(decay_rate=v), f"decay_rate={v!r} is impossible") for v in (-0.1, 1.5, nan)),
+    (lambda: SpeCa(min_threshold=-1), "min_threshold=-1 is impossible"),
+    (lambda: SpeCa(min_taylor_steps=-1), "min_taylor_steps=-1 is impossible"),
+    (lambda: SpeCa(max_taylor_steps=0), "max_taylor_steps=0 is impossible"),
+    (lambda: SpeCa(first_full_steps=0), "first_full_steps=0 is impossible"),
+    (lambda: SpeCa(compat="code"), "compat='code' is unknown; choose 'paper' or 'released'"),
+    (lambda: SpeCa(verify_of="head"), "verify_of='head' is unknown; choose 'stream' or 'branch'"),
+    (lambda: SpeCa(decide_per="sample"), "decide_per='sample' is unknown; choose 'batch', 'row' or 'pair'"),
+    (lambda: SpeCa(compat="released", decide_per="row"), "compat='released' takes one error for the whole batch"),
+    (lambda: ResidualGate(threshold=-1), "threshold=-1 is impossible"),
+    (lambda: ResidualGate(probe="head"), "probe='head' is unknown; choose 'modulated' or 'first_block'"),
+    (lambda: ResidualGate(cached="all"), "cached='all' is unknown; choose one of ['branches', 'change', 'forecast']"),
+    (lambda: ResidualGate(coefficients=(1.0, nan)), "coefficients[1]=nan is impossible"),
+    (lambda: ResidualGate(max_order=9), "max_order=9 is impossible"),
+    (lambda: ResidualGate(max_cached_steps=0), "max_cached_steps=0 is impossible"),
+    (lambda: ResidualGate(accumulate=1), "accumulate=1 is impossible: it must be True or False"),
+    (lambda: ResidualGate(decide_per="half"), "decide_per='half' is unknown"),
+    (lambda: published("speca", "dit", interval=3), "published('speca', 'dit'): "),
     *((lambda v=v: TaylorSeer(v), f"interval={v!r} is impossible: it must be a whole number of at least 1")
       for v in (0, True, 2.5, Interval(3))),
     *((lambda v=v: TaylorSeer(max_order=v), f"max_order={v!r} is impossible: it must be a whole number from 0 to 4")
@@ -231,6 +306,13 @@ def test_policies_are_values() -> None:
     assert DuCa(3).selection == Selection("random")
     assert [p.name for p in (DuCa(4), FORA(Interval(6)), Uncached())] == ["DuCa (N=4)", "FORA (N=6)", "uncached"]
     seers = [TaylorSeer(6, 1), TaylorSeer(lite=True)]
+    adaptive = [ToCa(3), SpeCa(), SpeCa(4, 0.3, compat="released"), ResidualGate(0.2)]
+    assert [p.name for p in adaptive] == [
+        "ToCa (N=3)",
+        "SpeCa (threshold 0.1, order 2)",
+        "SpeCa (threshold 0.3, order 4, as released)",
+        "residual gate (modulated, threshold 0.2, change)",
+    ]
     assert [p.name for p in seers] == ["TaylorSeer (N=6, order 1)", "TaylorSeer lite (N=5, order 2)"]
     with pytest.raises(AttributeError):
         DuCa().interval = 3  # type: ignore[misc]

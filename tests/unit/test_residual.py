@@ -182,7 +182,7 @@ def test_an_attention_whose_keys_are_not_the_tokens_gives_no_token_scores() -> N
         facts = facts_of(block)
         assert [b.kind for b in facts.branches] == [SELF, MLP] * 2
         assert [b.attention for b in facts.branches] == [None] * 4
-        assert facts.score_source(facts.branches[1]) is None
+        assert facts.score_source(facts.branches[1], "attention") is None
 
 
 @pytest.mark.parametrize("order", ["image first", "text first"])
@@ -218,8 +218,10 @@ def test_joint_attention_scores_the_tokens_of_the_stream(order: str, kind: str, 
 
 def test_the_scores_of_an_mlp_come_from_the_self_attention_before_it() -> None:
     facts = facts_of(models.CrossBlock)
-    sources = [facts.score_source(b) for b in facts.branches]
+    sources = [facts.score_source(b, "v_norm") for b in facts.branches]
     assert [s and s.index for s in sources] == [0, 0, 0, 3, 3, 3]
+    spread = [facts.score_source(b, "entropy") for b in facts.branches]
+    assert [s and s.index for s in spread] == [None, 1, 1, 1, 4, 4], "its own tokens too"
 
 
 def test_no_residual_is_an_error() -> None:

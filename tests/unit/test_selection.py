@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -10,18 +11,26 @@ from torch import Tensor
 
 from duca_compile.errors import PolicyError
 from duca_compile.policies import Selection
-from duca_compile.runtime.arrays import TorchArrays
-from duca_compile.runtime.selection import TokenSelector, check_grid
+from duca_compile.policies.base import SelectionKind
+from duca_compile.runtime.arrays import NumpyArrays, TorchArrays
+from duca_compile.runtime.selection import Tokens, TokenSelector, check_grid
 
 BATCH, TOKENS = 2, 16
+CPU = TorchArrays(torch.device("cpu"))
 
 
-def selector(selection: Selection, branches: int = 1, batch: int = BATCH, tokens: int = TOKENS) -> TokenSelector:
-    return TokenSelector(selection, [(batch, tokens)] * branches, TorchArrays(torch.device("cpu")))
+def selector(
+    selection: Selection,
+    branches: int = 1,
+    batch: int = BATCH,
+    tokens: int = TOKENS,
+    grid: tuple[int, ...] | None = None,
+) -> TokenSelector:
+    return TokenSelector(selection, [Tokens(batch, tokens, grid)] * branches, CPU)
 
 
-def scored(selection: Selection, *scores: Tensor) -> TokenSelector:
-    made = selector(selection, len(scores), *scores[0].shape)
+def scored(selection: Selection, *scores: Tensor, grid: tuple[int, ...] | None = None) -> TokenSelector:
+    made = selector(selection, len(scores), *scores[0].shape, grid)
     made.refresh(dict(enumerate(scores)))
     return made
 
@@ -116,9 +125,7 @@ def test_branches_that_are_not_asked_keep_their_state() -> None:
 
 def test_branches_over_other_tokens_choose_on_their_own() -> None:
     """Image and text branches in turn: each gets indices of its own range, in the order asked for."""
-    chosen = TokenSelector(
-        Selection("attention"), [(BATCH, 16), (BATCH, 5), (BATCH, 16)], TorchArrays(torch.device("cpu"))
-    )
+    chosen = TokenSelector(Selection("attention"), [Tokens(BATCH, 16), Tokens(BATCH, 5), Tokens(BATCH, 16)], CPU)
     chosen.refresh({0: torch.arange(16.0).expand(BATCH, -1), 1: -torch.arange(5.0).expand(BATCH, -1), 2: None})
     image, text = chosen.select([0, 1], [2, 3], 3)
     assert image[0].tolist() == [15, 14]
@@ -137,7 +144,7 @@ class TestPatchBonus:
     def test_favours_the_best_token_of_each_patch(self) -> None:
         """A 4x4 grid in 2x2 patches, scores rising: the last token of each patch wins over all others."""
         scores = torch.arange(1.0, 17.0)[None]
-        chosen = scored(Selection("attention", patch_bonus=5.0, patch=2), scores)
+        chosen = scored(Selection("attention", patch_bonus=5.0, patch=2), scores, grid=(4, 4))
         assert chosen.select([0], [5], 3)[0].tolist() == [[15, 13, 7, 5, 14]]
 
     def test_multiplies_by_one_plus_the_bonus(self) -> None:
@@ -145,22 +152,52 @@ class TestPatchBonus:
         row = torch.full((16,), 0.1)
         row[[0, 1, 10]] = torch.tensor([3.0, 2.9, 1.5])
         order = [
-            scored(Selection("attention", patch_bonus=bonus, patch=2), row[None]).select([0], [3], 3)[0].tolist()
+            scored(Selection("attention", patch_bonus=bonus, patch=2), row[None], grid=(4, 4))
+            .select([0], [3], 3)[0]
+            .tolist()
             for bonus in (1.0, 0.9)
         ]
         assert order == [[[0, 10, 1]], [[0, 1, 10]]]
 
     def test_lowers_a_negative_score_as_in_the_released_code(self) -> None:
         scores = -torch.arange(1.0, 17.0)[None]
-        penalised = scored(Selection("v_norm", patch_bonus=8.5, patch=4), scores)
+        penalised = scored(Selection("v_norm", patch_bonus=8.5, patch=4), scores, grid=(4, 4))
         order = penalised.select([0], [16], 3)[0][0].tolist()
         assert order == [1, 2, 3, 4, 5, 6, 7, 8, 0, *range(9, 16)], "-1 became -9.5"
 
-    @pytest.mark.parametrize(("tokens", "patch"), [(15, 2), (9, 2), (16, 3)])
-    def test_needs_a_square_grid_that_patches_tile(self, tokens: int, patch: int) -> None:
-        with pytest.raises(PolicyError, match=f"{patch}x{patch} patches.*{tokens} tokens"):
-            check_grid(Selection("random", patch_bonus=0.5, patch=patch), tokens)
-        check_grid(Selection("random", patch=patch), tokens)  # without a bonus any number of tokens will do
+    def test_is_given_in_each_frame_of_a_grid_of_any_sides(self) -> None:
+        """Two frames of 2 x 6 in 2x2 patches: the bonus lifts the best of each of the six patches over all others."""
+        scores = torch.rand(1, 24, generator=torch.Generator().manual_seed(0)) + 1
+        chosen = scored(Selection("attention", patch_bonus=5.0, patch=2), scores, grid=(2, 2, 6))
+        best = set()
+        for frame in range(2):
+            for column in (0, 2, 4):
+                patch = [12 * frame + 6 * row + column + i for row in range(2) for i in range(2)]
+                best.add(max(patch, key=lambda token: float(scores[0, token])))
+        assert set(chosen.select([0], [6], 3)[0][0].tolist()) == best
+
+    def test_is_none_for_tokens_that_lie_nowhere(self) -> None:
+        scores = torch.arange(1.0, 17.0)[None]
+        plain, text = (scored(Selection("attention", patch_bonus=bonus), scores) for bonus in (0.0, 5.0))
+        assert torch.equal(plain.select([0], [5], 3)[0], text.select([0], [5], 3)[0])
+
+    @pytest.mark.parametrize(
+        ("tokens", "message"),
+        [
+            (Tokens(2, 16), "how the 16 tokens lie, which this model's graph does not show; say Selection"),
+            (Tokens(2, 15, (3, 5)), "that 2x2 patches tile, and the 15 tokens lie as 3 x 5"),
+            (Tokens(2, 24, (3, 2, 4)), None),
+            (Tokens(2, 24, (4, 2, 3)), "that 2x2 patches tile, and the 24 tokens lie as 4 x 2 x 3"),
+            (Tokens(2, 16, (4, 6)), r"grid=\(4, 6\) has 24 places, and the model has 16 tokens"),
+        ],
+    )
+    def test_needs_a_known_grid_that_patches_tile(self, tokens: Tokens, message: str | None) -> None:
+        check_grid(Selection("random", patch=2), tokens)  # without a bonus any tokens will do
+        if message is None:
+            check_grid(Selection("random", patch_bonus=0.5, patch=2), tokens)
+            return
+        with pytest.raises(PolicyError, match=message):
+            check_grid(Selection("random", patch_bonus=0.5, patch=2), tokens)
 
 
 class TestRandom:
@@ -208,3 +245,29 @@ class TestRandom:
         chosen = selector(Selection("random"), batch=1, tokens=64)
         chosen.refresh({0: torch.arange(64.0)[None]})
         assert chosen.select([0], [4], 3)[0].tolist() != [[63, 62, 61, 60]]
+
+
+@given(
+    kind=st.sampled_from(["v_norm", "attention", "random"]),
+    staleness=st.sampled_from([0.0, 0.25]),
+    bonus=st.sampled_from([0.0, 0.8]),
+    shared=st.booleans(),
+    seed=st.integers(0, 5),
+)
+def test_numpy_and_torch_choose_the_same(
+    kind: SelectionKind, staleness: float, bonus: float, shared: bool, seed: int
+) -> None:
+    """What runs an artifact has no torch, and is to choose the tokens that the optimized model chooses."""
+    selection = Selection(kind, staleness, bonus, seed=seed, shared=shared)
+    random = np.random.default_rng(seed)
+    pair = [TokenSelector(selection, [(BATCH, TOKENS)] * 2, arrays) for arrays in (CPU, NumpyArrays())]
+    for _ in range(3):
+        scores = random.standard_normal((2, BATCH, TOKENS), np.float32)
+        pair[0].refresh({i: torch.from_numpy(scores[i]) for i in range(2)})
+        pair[1].refresh({i: scores[i] for i in range(2)})
+        for counts in ([3, 3], [5, 2]):
+            tensors, arrays = (each.select([0, 1], counts, 3) for each in pair)
+            for tensor, array in zip(tensors, arrays, strict=True):
+                assert tensor.dtype is torch.int64
+                assert array.dtype == np.int64
+                assert np.array_equal(tensor.numpy(), array)

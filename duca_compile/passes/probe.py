@@ -1,0 +1,128 @@
+"""A look at the start of the model: a variant of its own, and what goes on from there (TeaCache, FirstBlockCache)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from duca_compile.errors import PolicyError
+from duca_compile.graph import (
+    PROBE_CHANGE,
+    PROBE_SEEN,
+    PROBE_STREAM,
+    Branch,
+    Role,
+    cache_input,
+    op_name,
+)
+from duca_compile.passes.base import CachingPass, ExactPass, VariantDraft
+from duca_compile.passes.forecast import Series
+from duca_compile.passes.relate import ratio, row_norm
+from duca_compile.policies.adaptive import Probe
+
+aten = torch.ops.aten
+
+_PRODUCTS = {
+    "addmm",
+    "bmm",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "einsum",
+    "linear",
+    "matmul",
+    "mm",
+    "scaled_dot_product_attention",
+}
+
+
+@dataclass(frozen=True)
+class LookAhead(ExactPass[VariantDraft]):
+    """Returns how much the look has changed, what it saw, and the stream behind it; and nothing of the model's own.
+
+    The change is the mean of |now - before| over the mean of |before|, for each row, in float32.
+    """
+
+    def apply(self, draft: VariantDraft) -> bool:
+        probe = draft.spec.probe
+        if not draft.spec.probing or probe is None or PROBE_CHANGE in draft.results:
+            return False
+        if probe.of == "forecast":
+            return self._against_forecast(draft)
+        _, stream = probed_stream(draft, probe)
+        seen = _modulated(draft) if probe.of == "modulated" else None
+        call, output = draft.graph.call_function, draft.graph.output_node()
+        like = stream.meta["val"] if seen is None else seen.meta["val"]
+        before = draft.add_input(cache_input(PROBE_SEEN), like)
+        dims = list(range(1, like.dim()))
+        with draft.graph.inserting_before(output):
+            if seen is None:
+                seen = call(aten.sub.Tensor, (stream, draft.node(_first_branches(draft)[0].stream)))
+                seen.meta["val"] = like
+            wide = [call(aten.to.dtype, (value, torch.float32)) for value in (seen, before)]
+            moved = call(aten.mean.dim, (call(aten.abs.default, (call(aten.sub.Tensor, tuple(wide)),)), dims))
+            size = call(aten.mean.dim, (call(aten.abs.default, (wide[1],)), dims))
+            change = call(aten.div.Tensor, (moved, size))
+        output.args = ((change, seen, stream),)
+        draft.results[:] = [PROBE_CHANGE, PROBE_SEEN, PROBE_STREAM]
+        return True
+
+    def _against_forecast(self, draft: VariantDraft) -> bool:
+        """The change is ||I - F||_1 / ||I||_1 for each row: I is what the first branch reads, and F its forecast."""
+        branch, graph = draft.facts.first, draft.graph
+        given = draft.node(branch.input)
+        like = given.meta["val"]
+        start = draft.cache(branch.input_slot, like)
+        with graph.inserting_before(graph.output_node()):
+            expected = Series(draft).behind(start, branch.input_slot, like)
+            missed = row_norm(draft, graph.call_function(aten.sub.Tensor, (given, expected)), like, 1)
+            change = ratio(draft, missed, row_norm(draft, given, like, 1))
+        graph.output_node().args = ((change, draft.node(branch.stream)),)
+        draft.results[:] = [PROBE_CHANGE, PROBE_STREAM]
+        return True
+
+
+@dataclass(frozen=True)
+class GoOn(CachingPass):
+    """Reads the stream from the look that was taken in this step, rather than compute it again."""
+
+    def apply(self, draft: VariantDraft) -> bool:
+        probe = draft.spec.probe
+        if probe is None or draft.spec.probing:
+            return False
+        _, stream = probed_stream(draft, probe)
+        if not stream.users:
+            return False
+        stream.replace_all_uses_with(draft.add_input(PROBE_STREAM, stream.meta["val"]))
+        return True
+
+
+def probed_stream(draft: VariantDraft, probe: Probe) -> tuple[int, fx.Node]:
+    """The main stream's number, and its value where the look ends: at the start, or behind the first block."""
+    if probe.of == "forecast":
+        return draft.facts.first.chain, draft.node(draft.facts.first.stream)
+    branches = _first_branches(draft)
+    name = branches[0].stream if probe.of == "modulated" else branches[-1].add
+    return branches[0].chain, draft.node(name)
+
+
+def _first_branches(draft: VariantDraft) -> list[Branch]:
+    """Those of the first block of the main stream."""
+    main = [b for b in draft.facts.branches if b.role is Role.MAIN]
+    return [b for b in main if (b.chain, b.block) == (main[0].chain, main[0].block)]
+
+
+def _modulated(draft: VariantDraft) -> fx.Node:
+    """The value that the first matrix product of the first branch reads: the stream behind norm and modulation."""
+    branch = _first_branches(draft)[0]
+    stream = draft.node(branch.stream)
+    for node in draft.graph.nodes:
+        if node.name in branch.body and op_name(node) in _PRODUCTS:
+            read: list[fx.Node] = [n for n in node.all_input_nodes if n is stream or n.name in branch.body]
+            return read[0]
+    raise PolicyError(
+        f"probe='modulated' looks for the first matrix product of {branch.path or 'the first branch'} at "
+        f"{branch.source}, and there is none that it knows; use probe='first_block'"
+    )

@@ -1,0 +1,93 @@
+"""Policies that decide a step's kind from what is measured in that step. No graph code here: plain numbers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from duca_compile.errors import PolicyError
+from duca_compile.policies.base import Policy, Step
+
+DecidePer = Literal["batch", "row", "pair"]
+
+
+@dataclass(frozen=True)
+class Verify:
+    """How a forecast is held to account: the last block is computed on the forecast stream.
+
+    Attributes:
+        metric: "norm_ratio", for each row the norm of the difference over the norm of what was computed; or
+            "relative_l1", the mean over the whole batch of the elementwise |difference| / |computed|, as released.
+        of: "stream", its end; or "branch", the output of the last branch before its gate.
+    """
+
+    metric: Literal["norm_ratio", "relative_l1"] = "norm_ratio"
+    of: Literal["stream", "branch"] = "stream"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What is looked at before a step is decided: a small part of the model, computed at every step.
+
+    Attributes:
+        of: "modulated", the input of the first block's first branch behind norm and modulation; "first_block", what the
+            first block adds to the stream; or "forecast", what the first branch of the latent reads, against what the
+            last full steps let expect of it (relational feature caching).
+        to_last_full: it is compared with the last full step; else with the last step. Not for "forecast".
+    """
+
+    of: Literal["modulated", "first_block", "forecast"] = "modulated"
+    to_last_full: bool = False
+
+
+class Decider(ABC):
+    """Decides the steps of one pass of one request, for the whole batch or for some of its rows."""
+
+    @abstractmethod
+    def propose(self, index: int) -> Step:
+        """What step ``index`` is to be, as far as that is known before anything ran; the first one asked for is full.
+
+        Steps are asked for in order, none is left out.
+        """
+
+    @abstractmethod
+    def decide(self, index: int, proposed: Step, measured: float | None) -> Step:
+        """What the step is: ``proposed``, or a full one in its place.
+
+        ``measured`` is the largest value over the decider's rows; None where nothing was measured.
+        """
+
+
+class AdaptivePolicy(Policy):
+    """A policy whose steps depend on what is measured; ``steps`` gives the cheapest ones that it may choose."""
+
+    @property
+    @abstractmethod
+    def measure(self) -> Verify | Probe:
+        """What decisions are made from."""
+
+    @property
+    @abstractmethod
+    def per(self) -> DecidePer:
+        """Who decides: the strictest row for all, each row for itself, or both halves of guidance together."""
+
+    def planned(self, total: int | None) -> Iterator[Step]:
+        """The same as ``steps``: what is cached is kept to the end."""
+        return self.steps(total)
+
+    @property
+    def change(self) -> bool:
+        """Whether skip steps add the cached change of the streams to their starts, rather than restore the end."""
+        return False
+
+    @abstractmethod
+    def decider(self, total: int | None) -> Decider:
+        """A new decider, for one request of ``total`` steps."""
+
+
+def check_per(per: str) -> None:
+    """Raises PolicyError where ``per`` names nobody who decides."""
+    if per not in ("batch", "row", "pair"):
+        raise PolicyError(f"decide_per={per!r} is unknown; choose 'batch', 'row' or 'pair'")

@@ -1,0 +1,38 @@
+"""A policy made to cache one tensor: what would read the branches' caches skips the blocks instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from duca_compile.policies.base import Forecast, Kept, Policy, Step, StepKind
+
+
+@dataclass(frozen=True)
+class EndOnly(Policy):
+    """``of`` with the end of the stream as its only cache; partial and reuse steps are skip steps."""
+
+    of: Policy
+
+    @property
+    def name(self) -> str:
+        return f"{self.of.name}, the stream's end alone"
+
+    @property
+    def caches(self) -> bool:
+        return self.of.caches
+
+    @property
+    def forecast(self) -> Forecast | None:
+        return None if self.of.forecast is None else replace(self.of.forecast, lite=True)
+
+    def steps(self, total: int | None) -> Iterator[Step]:
+        return map(self.instead_of, self.of.planned(total))
+
+    def instead_of(self, step: Step) -> Step:
+        """The step to run where ``of`` has ``step``."""
+        live = Kept.END if step.live is not Kept.NOTHING else Kept.NOTHING
+        step = replace(step, kept=Kept.END, live=live)
+        if step.kind in (StepKind.PARTIAL, StepKind.REUSE):
+            return replace(step, kind=StepKind.SKIP, ratio=0.0, leading_full=0)
+        return step

@@ -1,0 +1,128 @@
+"""Residual gating: a look at the start of the model says whether the rest has changed enough to be computed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Literal
+
+from duca_compile.errors import PolicyError
+from duca_compile.policies.adaptive import AdaptivePolicy, DecidePer, Decider, Probe, check_per
+from duca_compile.policies.base import Forecast, Step, StepKind
+from duca_compile.policies.checks import check_number, check_whole
+
+_KINDS = {"change": StepKind.SKIP, "branches": StepKind.REUSE, "forecast": StepKind.FORECAST}
+
+
+@dataclass(frozen=True)
+class ResidualGate(AdaptivePolicy):
+    """A step is cheap while what a probe sees stays close to what it saw before.
+
+    The probe's relative change is the mean |now - before| over the mean |before|, for each row. The first step is full.
+
+    Attributes:
+        threshold: the change from which on a step is full.
+        probe: "modulated", the first block's input behind norm and modulation, as in TeaCache (arXiv 2411.19108); or
+            "first_block", what the first block adds to the stream, as in FirstBlockCache.
+        accumulate: the changes from step to step are added up since the last full step (TeaCache). Else the change
+            since the last full step counts (FirstBlockCache).
+        coefficients: a polynomial that each change goes through first, the highest power first, as calibrated for a
+            model; none leaves it as it is.
+        cached: what a cheap step does. "change": it adds what all blocks added at the last full step to the start of
+            the stream, one tensor for each stream. "branches": it reuses every branch under fresh gates. "forecast":
+            it forecasts every branch.
+        max_order: the highest difference of those forecasts, 0 to 4.
+        max_cached_steps: cheap steps after which one is full, whatever the change; None for no limit.
+        last_full: the last step is full too, where the number of steps is known.
+        decide_per: as in ``SpeCa``: "batch", "row" or "pair".
+
+    Raises:
+        PolicyError: impossible numbers.
+    """
+
+    threshold: float = 0.1
+    probe: Literal["modulated", "first_block"] = "modulated"
+    accumulate: bool = True
+    coefficients: tuple[float, ...] = ()
+    cached: Literal["change", "branches", "forecast"] = "change"
+    max_order: int = 1
+    max_cached_steps: int | None = None
+    last_full: bool = True
+    decide_per: DecidePer = "batch"
+
+    def __post_init__(self) -> None:
+        check_number("threshold", self.threshold, least=0)
+        if self.probe not in ("modulated", "first_block"):
+            raise PolicyError(f"probe={self.probe!r} is unknown; choose 'modulated' or 'first_block'")
+        if self.cached not in _KINDS:
+            raise PolicyError(f"cached={self.cached!r} is unknown; choose one of {sorted(_KINDS)}")
+        for i, coefficient in enumerate(self.coefficients):
+            check_number(f"coefficients[{i}]", coefficient)
+        check_whole("max_order", self.max_order, least=0, most=4)
+        if self.max_cached_steps is not None:
+            check_whole("max_cached_steps", self.max_cached_steps, least=1)
+        for name, value in (("accumulate", self.accumulate), ("last_full", self.last_full)):
+            if not isinstance(value, bool):
+                raise PolicyError(f"{name}={value!r} is impossible: it must be True or False")
+        check_per(self.decide_per)
+
+    @property
+    def name(self) -> str:
+        return f"residual gate ({self.probe}, threshold {self.threshold:g}, {self.cached})"
+
+    @property
+    def forecast(self) -> Forecast | None:
+        return Forecast(self.max_order) if self.cached == "forecast" else None
+
+    @property
+    def change(self) -> bool:
+        return self.cached == "change"
+
+    @property
+    def measure(self) -> Probe:
+        return Probe(self.probe, to_last_full=not self.accumulate)
+
+    @property
+    def per(self) -> DecidePer:
+        return self.decide_per
+
+    def decider(self, total: int | None) -> Decider:
+        return _Gate(self, total)
+
+    def steps(self, total: int | None) -> Iterator[Step]:
+        decider = self.decider(total)
+        for index in count() if total is None else range(total):
+            yield decider.decide(index, decider.propose(index), None)
+
+    def rescaled(self, change: float) -> float:
+        """The polynomial's value."""
+        if not self.coefficients:
+            return change
+        value = 0.0
+        for coefficient in self.coefficients:
+            value = value * change + coefficient
+        return value
+
+
+class _Gate(Decider):
+    def __init__(self, policy: ResidualGate, total: int | None) -> None:
+        self._policy, self._total = policy, total
+        self._started = False
+        self._change, self._cached = 0.0, 0
+
+    def propose(self, index: int) -> Step:
+        policy = self._policy
+        last = policy.last_full and self._total is not None and index >= self._total - 1
+        limit = policy.max_cached_steps is not None and self._cached >= policy.max_cached_steps
+        first, self._started = not self._started, True
+        return Step(StepKind.FULL if first or last or limit else _KINDS[policy.cached])
+
+    def decide(self, index: int, proposed: Step, measured: float | None) -> Step:
+        change = 0.0 if measured is None else self._policy.rescaled(measured)
+        self._change = self._change + change if self._policy.accumulate else change
+        if proposed.kind is not StepKind.FULL and self._change < self._policy.threshold:
+            self._cached += 1
+            return proposed
+        self._change, self._cached = 0.0, 0
+        return Step(StepKind.FULL)

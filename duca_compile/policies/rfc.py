@@ -1,0 +1,87 @@
+"""Relational feature caching (arXiv 2602.19506): forecasts whose length follows from how far the inputs have moved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+
+from duca_compile.policies.adaptive import AdaptivePolicy, DecidePer, Decider, Probe, check_per
+from duca_compile.policies.base import Forecast, Step, StepKind
+from duca_compile.policies.checks import check_number, check_whole
+
+
+@dataclass(frozen=True)
+class RelationalFeatureCaching(AdaptivePolicy):
+    """The first steps in full; then each step is a forecast until the forecasts of the first input have gone astray.
+
+    ``TaylorSeer(relational=True)`` has these forecasts at a fixed interval.
+
+    Attributes:
+        threshold: the sum of relative errors of the first input since the last full step beyond which a step is full.
+            Smaller is slower, and closer to the uncached loop.
+        max_order: the highest difference used, 1 to 4. Caches hold this many tensors more for each branch, and its
+            input.
+        first_full_steps: how many steps at the start are full.
+        decide_per: who decides: "batch", the row that strays most for all; "row", each for itself; or "pair", both
+            halves of guidance together.
+
+    Raises:
+        PolicyError: impossible numbers.
+    """
+
+    threshold: float = 0.2
+    max_order: int = 2
+    first_full_steps: int = 2
+    decide_per: DecidePer = "batch"
+
+    def __post_init__(self) -> None:
+        check_number("threshold", self.threshold, least=0)
+        check_whole("max_order", self.max_order, least=1, most=4)
+        check_whole("first_full_steps", self.first_full_steps, least=1)
+        check_per(self.decide_per)
+
+    @property
+    def name(self) -> str:
+        return f"RFC (threshold {self.threshold:g}, order {self.max_order})"
+
+    @property
+    def forecast(self) -> Forecast:
+        return Forecast(self.max_order, first=self.first_full_steps - 1, relational=True)
+
+    @property
+    def measure(self) -> Probe:
+        return Probe("forecast")
+
+    @property
+    def per(self) -> DecidePer:
+        return self.decide_per
+
+    def decider(self, total: int | None) -> Decider:
+        return _Scheduling(self)
+
+    def steps(self, total: int | None) -> Iterator[Step]:
+        decider = self.decider(total)
+        for index in count() if total is None else range(total):
+            yield decider.propose(index)
+
+
+class _Scheduling(Decider):
+    """Relational cache scheduling."""
+
+    def __init__(self, policy: RelationalFeatureCaching) -> None:
+        self._policy, self._started, self._error = policy, False, 0.0
+
+    def propose(self, index: int) -> Step:
+        first, self._started = not self._started, True
+        return Step(StepKind.FULL if first or index < self._policy.first_full_steps else StepKind.FORECAST)
+
+    def decide(self, index: int, proposed: Step, measured: float | None) -> Step:
+        self._error += measured or 0.0
+        if proposed.kind is not StepKind.FULL and self._error <= self._policy.threshold:
+            return proposed
+        self._error = 0.0
+        return Step(StepKind.FULL)
+
+
+RFC = RelationalFeatureCaching

@@ -1,0 +1,164 @@
+"""SpeCa, speculative feature caching (arXiv 2509.11628): forecasts are drafts, and the last block verifies them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Literal
+
+from duca_compile.errors import PolicyError
+from duca_compile.policies.adaptive import AdaptivePolicy, DecidePer, Decider, Verify, check_per
+from duca_compile.policies.base import Forecast, Step, StepKind
+from duca_compile.policies.checks import check_number, check_whole
+
+
+@dataclass(frozen=True)
+class SpeCa(AdaptivePolicy):
+    """After a full step, features are drafted by Taylor series until a draft fails its verification.
+
+    A draft's error is that of the last block's output: as forecast, against computed from the drafted stream. A draft
+    whose error is above the threshold is thrown away, and the step is computed in full.
+
+    Attributes:
+        max_order: the highest difference that drafts use, 0 to 4, as in TaylorSeer.
+        base_threshold: the largest error that is accepted at the start of the loop.
+        decay_rate: what the threshold is multiplied by over the whole loop; it falls exponentially. Where it is not 1,
+            the number of steps must be known.
+        min_threshold: the threshold falls no lower.
+        min_taylor_steps: drafts after each full step that are accepted unseen.
+        max_taylor_steps: drafts after which a step is full, whatever the error.
+        first_full_steps: how many steps at the start are full.
+        compat: "paper", as above. "released" is the authors' code: the first step after a full one is always a draft,
+            every draft is used, its error decides the next step, and is the mean over the whole batch of the
+            elementwise relative difference.
+        verify_of: what is compared: the end of the "stream" (released for DiT), or the last "branch" before its gate
+            (released for FLUX and HunyuanVideo).
+        decide_per: "batch": where one row's draft fails, all rows are computed in full. "row": each row keeps its
+            draft, or has it replaced, on its own; "pair": so do rows i and i + batch / 2, the two halves of guidance.
+            A request's result then does not depend on what else is in the batch.
+
+    Raises:
+        PolicyError: impossible numbers, or an unknown number of steps.
+    """
+
+    max_order: int = 2
+    base_threshold: float = 0.1
+    decay_rate: float = 0.01
+    min_threshold: float = 0.0
+    min_taylor_steps: int = 0
+    max_taylor_steps: int = 8
+    first_full_steps: int = 3
+    compat: Literal["paper", "released"] = "paper"
+    verify_of: Literal["stream", "branch"] = "stream"
+    decide_per: DecidePer = "batch"
+
+    def __post_init__(self) -> None:
+        check_whole("max_order", self.max_order, least=0, most=4)
+        check_number("base_threshold", self.base_threshold, least=0)
+        check_number("decay_rate", self.decay_rate, least=0, most=1)
+        check_number("min_threshold", self.min_threshold, least=0)
+        check_whole("min_taylor_steps", self.min_taylor_steps, least=0)
+        check_whole("max_taylor_steps", self.max_taylor_steps, least=1)
+        check_whole("first_full_steps", self.first_full_steps, least=1)
+        check_per(self.decide_per)
+        if self.compat not in ("paper", "released"):
+            raise PolicyError(f"compat={self.compat!r} is unknown; choose 'paper' or 'released'")
+        if self.verify_of not in ("stream", "branch"):
+            raise PolicyError(f"verify_of={self.verify_of!r} is unknown; choose 'stream' or 'branch'")
+        if self.compat == "released" and self.decide_per != "batch":
+            raise PolicyError("compat='released' takes one error for the whole batch; set decide_per='batch'")
+
+    @property
+    def name(self) -> str:
+        released = ", as released" if self.compat == "released" else ""
+        return f"SpeCa (threshold {self.base_threshold:g}, order {self.max_order}{released})"
+
+    @property
+    def forecast(self) -> Forecast:
+        return Forecast(self.max_order, first=self.first_full_steps - 1)
+
+    @property
+    def measure(self) -> Verify:
+        return Verify("relative_l1" if self.compat == "released" else "norm_ratio", self.verify_of)
+
+    @property
+    def per(self) -> DecidePer:
+        return self.decide_per
+
+    def decider(self, total: int | None) -> Decider:
+        self.threshold(0, total)  # which says so now where it needs to know the number of steps
+        return _Released(self, total) if self.compat == "released" else _Paper(self, total)
+
+    def steps(self, total: int | None) -> Iterator[Step]:
+        decider = self.decider(total)
+        for index in count() if total is None else range(total):
+            yield decider.decide(index, decider.propose(index), 0.0)
+
+    def threshold(self, index: int, total: int | None) -> float:
+        """The largest error that is accepted at step ``index``, counted from 0."""
+        if self.decay_rate == 1:
+            return max(self.base_threshold, self.min_threshold)
+        if total is None:
+            raise PolicyError(
+                "SpeCa's threshold falls over the loop, so it depends on the number of steps; pass "
+                "optimize(..., num_inference_steps=50) (the number your scheduler runs), or set decay_rate=1"
+            )
+        progress = min(1.0, (index + 1) / total)
+        return max(float(self.base_threshold * self.decay_rate**progress), self.min_threshold)
+
+
+class _Drafts(Decider):
+    """Counts the drafts since the last full step. A pass that joins late has its first steps in full, too."""
+
+    def __init__(self, policy: SpeCa, total: int | None) -> None:
+        self._policy, self._total = policy, total
+        self._started: int | None = None  # the step at which the pass joined
+        self._drafts = 0
+
+    def propose(self, index: int) -> Step:
+        if self._started is None:
+            self._started = index
+            return Step(StepKind.FULL)
+        return self._next(index, index - self._started < self._policy.first_full_steps)
+
+    def _next(self, index: int, warming_up: bool) -> Step:
+        if warming_up or self._drafts >= self._policy.max_taylor_steps:
+            return Step(StepKind.FULL)
+        return Step(StepKind.FORECAST, verified=self._drafts >= self._policy.min_taylor_steps)
+
+    def decide(self, index: int, proposed: Step, measured: float | None) -> Step:
+        full = proposed.kind is StepKind.FULL or self._rejects(index, proposed, measured)
+        self._drafts = 0 if full else self._drafts + 1
+        return Step(StepKind.FULL) if full else proposed
+
+    def _rejects(self, index: int, proposed: Step, measured: float | None) -> bool:
+        if not proposed.verified or measured is None:
+            return False
+        return not measured <= self._policy.threshold(index, self._total)  # a nan is no small error
+
+
+class _Paper(_Drafts):
+    """A draft's own error decides, in its own step."""
+
+
+class _Released(_Drafts):
+    """The error of the last draft that was verified decides the next step."""
+
+    def __init__(self, policy: SpeCa, total: int | None) -> None:
+        super().__init__(policy, total)
+        self._error: float | None = None
+
+    def _next(self, index: int, warming_up: bool) -> Step:
+        if self._drafts == 0:  # right after a full step, also among the first ones
+            self._error = None
+            return Step(StepKind.FORECAST)
+        step = super()._next(index, warming_up)
+        if step.verified and self._error is not None and self._error > self._policy.threshold(index, self._total):
+            return Step(StepKind.FULL)
+        return step
+
+    def _rejects(self, index: int, proposed: Step, measured: float | None) -> bool:
+        if proposed.verified and measured is not None:
+            self._error = measured
+        return False
