@@ -182,10 +182,11 @@ def export(
     steps: Steps = 50,
     policy: PolicyOption = "duca",
     interval: Interval = None,
+    format: Annotated[str, typer.Option(help="onnx, or aoti: machine code for this machine.")] = "onnx",
     opset: Annotated[int, typer.Option(help="Of ONNX.")] = 20,
     fixed_batch: Annotated[bool, typer.Option("--fixed-batch", help="Only calls of the example's batch size.")] = False,
 ) -> None:
-    """Write a model and a policy as an artifact, which runs without torch."""
+    """Write a model and a policy as an artifact, which runs without the model; of format onnx, without torch."""
     from duca_compile.api import optimize
     from duca_compile.demo import make_policy
     from duca_compile.export.artifact import save
@@ -195,7 +196,7 @@ def export(
         model, arguments = _embedded("cpu") if target is None else _load_target(target)
         with console.status("exporting"):
             optimized = optimize(model, chosen, "eager", steps)
-            found = save(optimized, out, arguments, opset=opset, dynamic_batch=not fixed_batch)
+            found = save(optimized, out, arguments, format=format, opset=opset, dynamic_batch=not fixed_batch)
     except DucaError as error:
         _fail(error)
     console.print(describe(found))
