@@ -89,7 +89,7 @@ class Compiled:
         policy: Policy,
         backend: Backend,
         live: Mapping[str, Tensor],
-        cache_dtype: torch.dtype | None,
+        cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.facts = facts
         self._readings = [] if captured.readings is None else [captured.readings]

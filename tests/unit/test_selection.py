@@ -260,7 +260,8 @@ def test_numpy_and_torch_choose_the_same(
     """What runs an artifact has no torch, and is to choose the tokens that the optimized model chooses."""
     selection = Selection(kind, staleness, bonus, seed=seed, shared=shared)
     random = np.random.default_rng(seed)
-    pair = [TokenSelector(selection, [(BATCH, TOKENS)] * 2, arrays) for arrays in (CPU, NumpyArrays())]
+    tokens = [Tokens(BATCH, TOKENS, (4, 4))] * 2
+    pair = [TokenSelector(selection, tokens, arrays) for arrays in (CPU, NumpyArrays())]
     for _ in range(3):
         scores = random.standard_normal((2, BATCH, TOKENS), np.float32)
         pair[0].refresh({i: torch.from_numpy(scores[i]) for i in range(2)})
