@@ -64,9 +64,8 @@ class OpenVINOBackend(CompilingBackend):
 
     def reason(self, error: Exception) -> str:
         """Of a failed conversion, the lines with the operators that it has no rule for."""
-        return " ".join(line.lstrip("- ") for line in str(error).splitlines() if line.startswith("--")) or first_line(
-            error
-        )
+        rules = [line.lstrip("- ") for line in str(error).splitlines() if line.startswith("--")]
+        return " ".join(rules) or first_line(error)
 
 
 class _Program:

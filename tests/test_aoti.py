@@ -184,6 +184,8 @@ def test_the_wrong_backend_and_a_foreign_package_are_named(artifact: Path, tmp_p
     for backend in ("onnxruntime", "openvino", "tensorrt"):
         with pytest.raises(UsageError, match=f"backend='{backend}' cannot run an artifact of format 'aoti'"):
             duca_compile.load(artifact, backend=backend)
+    with pytest.raises(UsageError, match="threads are ONNX Runtime's and OpenVINO's"):
+        duca_compile.load(artifact, backend="aoti", threads=1)
     found = read_manifest(artifact)
     assert found.opset is None
     assert {graph.file.path for graph in found.graphs.values()} == {aoti.PACKAGE}

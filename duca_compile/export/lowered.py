@@ -90,7 +90,8 @@ def _share(graph: onnx_ir.Graph) -> dict[Value, onnx_ir.ExternalTensor]:
 
 def _is_shared(value: Value, tensor: onnx_ir.ExternalTensor) -> bool:
     readers = {node.op_type for node in value.consumers()}
-    return bool(readers) and readers <= {*_SHARED_BY} and len(tensor.shape) > 1 and tensor.nbytes >= _SHARED_FROM
+    products = bool(readers) and readers <= {*_SHARED_BY} and len(tensor.shape) > 1
+    return products and tensor.dtype in PRECISIONS.values() and tensor.nbytes >= _SHARED_FROM
 
 
 def _weight(value: Value, tensor: onnx_ir.ExternalTensor) -> Weight:

@@ -415,7 +415,7 @@ def load(
             or "aoti" for an artifact of that format.
         providers: of ONNX Runtime, the first choice first; the CPU where it is None. One that cannot be used is an
             error, never a silent fall-back.
-        threads: that one operator may use, on a CPU; as many as the backend takes where it is None.
+        threads: that one operator may use in ONNX Runtime and OpenVINO; as many as they take where it is None.
         share_weights: hold the weights once, mapped from the file, for all graphs. Else each graph rearranges copies of
             its own, which can be faster for wide models. Engines of TensorRT and code of AOTInductor always share them.
         verify: compare each file with its hash. This reads all of them.
@@ -454,6 +454,10 @@ def _engine(
         from duca_compile.runtime.openvino import OpenVINOEngine
 
         return OpenVINOEngine(folder, found.weights.file, threads, share_weights)
+    if threads is not None:
+        raise UsageError(
+            f"threads are ONNX Runtime's and OpenVINO's; with {backend!r} set torch.set_num_threads instead"
+        )
     if backend == "tensorrt":
         from duca_compile.runtime.tensorrt import TensorRTEngine
 
@@ -465,7 +469,7 @@ def _engine(
 
 def check_files(folder: Path, found: Manifest, verify: bool = True) -> None:
     """Raises ArtifactError where a file is missing, leaves the folder, or, with ``verify``, is not what was written."""
-    for file in {found.weights.file, *(graph.file for graph in found.graphs.values())}:
+    for file in dict.fromkeys((found.weights.file, *(graph.file for graph in found.graphs.values()))):
         path = inside(folder, file)
         try:
             size = path.stat().st_size
