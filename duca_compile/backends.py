@@ -124,7 +124,8 @@ class _FirstCall:
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         # Strides are built into compiled code, and a caller's latent or expanded timestep may come with any.
-        tensors = tuple(map(Tensor.contiguous, tensors))
+        if not all(map(Tensor.is_contiguous, tensors)):
+            tensors = tuple(map(Tensor.contiguous, tensors))
         if self._compiled is None:
             with COMPILING:
                 if self._compiled is None:

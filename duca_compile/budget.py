@@ -11,7 +11,7 @@ import torch
 
 from duca_compile.analysis.memory import peak_bytes
 from duca_compile.errors import PolicyError, UsageError
-from duca_compile.graph import CapturedGraph, Facts, Variant, VariantSpec, cache_input, is_live
+from duca_compile.graph import CapturedGraph, Facts, Variant, VariantSpec, cache_input, dead_slots
 from duca_compile.passes.hoist import frontier, row_layout
 from duca_compile.passes.pipeline import build_variant
 from duca_compile.policies.adaptive import AdaptivePolicy
@@ -105,7 +105,9 @@ def peak_of_request(captured: CapturedGraph, facts: Facts, policy: Policy, total
         variant, own = known[key]
         replaced = {slot for slot in variant.kept if cache_input(slot) not in variant.inputs}
         most = max(most, own + sum(size for slot, size in held.items() if slot not in replaced))
-        held = {slot: size for slot, size in {**held, **variant.kept}.items() if is_live(slot, step.live)}
+        held = {
+            slot: size for slot, size in {**held, **variant.kept}.items() if not slot.startswith(dead_slots(step.live))
+        }
     hoisted = [node.meta["val"] for node in frontier(captured.graph, facts)]
     rows = row_layout(captured.graph, facts).items()
     outside: int = sum(value.numel() * value.element_size() for value in hoisted)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
+from functools import cache
 from math import prod
 from operator import attrgetter
 from pathlib import Path
@@ -308,9 +309,10 @@ def difference_slot(slot: str, order: int) -> str:
     return f"{slot}_d{order}" if order else slot
 
 
-def is_live(slot: str, live: Kept) -> bool:
-    """Whether the cache of this slot is still read, where caches of the kinds ``live`` are."""
-    return not slot.startswith(((STREAM_END,) * (not live.end)) + ((BRANCH,) * (not live.branches)))
+@cache
+def dead_slots(live: Kept) -> tuple[str, ...]:
+    """What the slots begin with whose caches are read no more, where caches of the kinds ``live`` are."""
+    return (STREAM_END,) * (not live.end) + (BRANCH,) * (not live.branches)
 
 
 def change_slot(index: int) -> str:

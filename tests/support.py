@@ -76,7 +76,7 @@ class Shared:
         engine, live = make_backend(backend, strict=True), live_tensors(self.model)
 
         def capture(call: Call) -> Compiled:
-            return Compiled(*self.captured(call), policy, engine, live)
+            return Compiled(*self.captured(call), policy, engine, live, None)
 
         made.__dict__["_compiled"] = Captures(self.model, capture)
         return made

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import duca_compile
 from duca_compile import OptimizedModel, Policy, PolicyError, ResidualGate, SpeCa, TaylorSeer
+from duca_compile.export.trace import Traced
 from duca_compile.policies import StepKind
 from tests.support import Shared
 from tests.test_optimize import build
@@ -342,3 +343,30 @@ def test_rows_that_there_are_none_of_are_refused() -> None:
 def test_a_threshold_that_falls_needs_the_number_of_steps(model: nn.Module) -> None:
     with pytest.raises(PolicyError, match="num_inference_steps"):
         duca_compile.optimize(model, "speca", "eager")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("policy", "share"),
+    [(ResidualGate(0.12, "first_block", decide_per="row"), 0.75), (SpeCa(2, 0.02, 1.0, decide_per="row"), 0.5)],
+)
+def test_caches_may_be_narrow_and_measures_are_not(model: nn.Module, policy: Policy, share: float) -> None:
+    """What a probe compares with stays as wide as it is."""
+    wide = optimize(model, policy)
+    narrow = duca_compile.optimize(model, policy, "eager", STEPS, cache_dtype=torch.bfloat16)
+    for a, b in zip(loop(narrow), loop(wide), strict=True):
+        assert (a - b).norm() <= 0.05 * b.norm()
+    assert narrow.cache_bytes == wide.cache_bytes * share
+    values = torch.tensor([value for executed in narrow.history for value in executed.measured])
+    assert not torch.equal(values, values.bfloat16().float())
+
+
+def test_a_budget_that_it_does_not_fit_is_refused_and_never_changes_the_method(model: nn.Module) -> None:
+    optimized = duca_compile.optimize(model, ResidualGate(), "eager", STEPS, cache_budget_bytes=100)
+    with torch.no_grad(), pytest.raises(PolicyError, match="the least is 6144 bytes, for residual gate"):
+        optimized(**call(0))
+
+
+def test_it_is_not_exported(model: nn.Module) -> None:
+    with pytest.raises(duca_compile.ExportError, match="decides its steps while it runs"):
+        Traced(optimize(model, ResidualGate()), call(0), STEPS, dynamic_batch=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum, Flag, auto
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -72,6 +72,13 @@ class Step:
     verified: bool = False
     kept: Kept = Kept.ALL
     live: Kept = Kept.ALL
+
+    def __hash__(self) -> int:
+        """Remembered: plans are looked up by it at every call."""
+        if "_hash" not in self.__dict__:
+            self.__dict__["_hash"] = hash(tuple(getattr(self, field.name) for field in fields(self)))
+        known: int = self.__dict__["_hash"]
+        return known
 
 
 @dataclass(frozen=True)

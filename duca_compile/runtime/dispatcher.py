@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from duca_compile.errors import first_line
 from duca_compile.graph import MEASURED, PROBE_CHANGE, PROBE_SEEN, VERIFY_ERROR, cache_input
 from duca_compile.policies.adaptive import AdaptivePolicy, Probe
-from duca_compile.policies.base import Kept, Policy, Step, StepKind
+from duca_compile.policies.base import Policy, Step, StepKind
 from duca_compile.runtime.adaptive import Decisions, merged
 from duca_compile.runtime.arrays import Array, Arrays
 from duca_compile.runtime.clock import Sight, Tick
@@ -173,19 +173,23 @@ class Dispatcher:
         state = request.state(self, (name, tick.pass_index))
         self._hoist(state, call)
         if isinstance(self._policy, AdaptivePolicy):
-            outputs, done = self._decided(self._policy, state, call, request, tick)
+            outputs, kind, flops, measured, rows = self._decided(self._policy, state, call, request, tick)
         else:
             plan = self._plan(request.step_at(tick.step), tick.step, state)
             outputs = self._run(plan, state, self._given(plan, state, call, request, tick))
-            done = Executed(tick.step, tick.pass_index, plan.step.kind, plan.flops, 0.0)
+            kind, flops, measured, rows = plan.step.kind, plan.flops, (), ()
         state.last_step = tick.step
-        request.history.append(replace(done, seconds=time.perf_counter() - started, pass_name=name))
+        seconds = time.perf_counter() - started
+        request.history.append(Executed(tick.step, tick.pass_index, kind, flops, seconds, name, measured, rows))
         return outputs
 
     def _decided(
         self, policy: AdaptivePolicy, state: CacheState, call: Mapping[str, Array], request: Request, tick: Tick
-    ) -> tuple[Sequence[Array], Executed]:
-        """Measures, decides, and runs what was decided: all within this step."""
+    ) -> tuple[Sequence[Array], StepKind, float, tuple[float, ...], tuple[StepKind, ...]]:
+        """Measures, decides, and runs what was decided: all within this step.
+
+        Returns the outputs, and the step's kind, its FLOPs, what was measured and each row's kind for the history.
+        """
         if state.decisions is None or tick.step - state.last_step > 1:
             state.decisions = Decisions(policy, request.total, self.planner.batch)
         flops = 0.0
@@ -222,7 +226,7 @@ class Dispatcher:
         state.measured.clear()
         kind = StepKind.FULL if any(full) else steps[0].kind
         rows = () if policy.per == "batch" else tuple(step.kind for step in steps)
-        return outputs, Executed(tick.step, tick.pass_index, kind, flops, 0.0, None, tuple(measured), rows)
+        return outputs, kind, flops, tuple(measured), rows
 
     def _look(self, state: CacheState, call: Mapping[str, Array], request: Request, tick: Tick) -> float:
         """Runs the probe; what it found is in ``state.measured``. Returns its FLOPs."""
@@ -340,7 +344,7 @@ class Dispatcher:
         if program.computed:
             self._refresh(program.computed, results, state)
         outputs = self._unaliased(program, results[: program.own], state)
-        if plan.step.live is not Kept.ALL:
+        if plan.step.live is not state.kept or program.replaces:
             state.keep(plan.step.live)
         return outputs
 

@@ -97,7 +97,7 @@ class Programs:
         spec = probe_spec(self._facts, self._policy)
         if self._look is None and spec is not None:
             with COMPILING:
-                variant, program = self._program(spec)
+                variant, program = self._program(replace(spec, cache_dtype=self._cache_dtype))
             self._look = Plan(Step(StepKind.FULL), program, (), variant.flops({}))
         return self._look
 

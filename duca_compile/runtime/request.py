@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
 from weakref import WeakKeyDictionary
 
-from duca_compile.graph import cache_input, is_live
+from duca_compile.graph import cache_input, dead_slots
 from duca_compile.policies.base import Kept, Policy, Step, StepKind
 from duca_compile.runtime.adaptive import Decisions
 from duca_compile.runtime.arrays import Array, same_values, size
@@ -57,6 +57,7 @@ class CacheState:
     decisions: Decisions | None = None
     measured: dict[str, Array] = field(default_factory=dict)  # what this step's variants measured, by name
 
+    kept: Kept = Kept.ALL  # the kinds of caches that were kept behind the last step
     _most: tuple[int, int] = (0, 0)  # how many caches there were at most, and their bytes
 
     @property
@@ -68,10 +69,13 @@ class CacheState:
 
     def keep(self, live: Kept) -> None:
         """Drops the caches that no later step reads."""
+        self.kept = live
+        if live is Kept.ALL:
+            return
         if len(self.caches) > self._most[0]:
             self.most_bytes  # noqa: B018 - remembers it
-        prefix = cache_input("")
-        for name in [name for name in self.caches if not is_live(name.removeprefix(prefix), live)]:
+        dead = tuple(map(cache_input, dead_slots(live)))
+        for name in [name for name in self.caches if name.startswith(dead)]:
             del self.caches[name]
         self.ready.clear()
 
@@ -195,7 +199,7 @@ class Request:
         else:
             self.coming_times = () if first is None else _viewed(timestep) or self._loops.starting_at(first)
         self._clock.expect(self._total, monotone)
-        self._coming = self._policy.planned(self._total)
+        self._coming = self._loops.steps(self._policy, self._total)
 
     def _is_further_pass(self, names: Names, call: Mapping[str, Tensor], name: str | None) -> bool:
         if name is not None and name not in self._passes:
@@ -232,10 +236,21 @@ class Request:
 
 
 class Loops:
-    """The timesteps of earlier requests: a loop that starts as one before will go on as that did, most often."""
+    """The timesteps of earlier requests: a loop that starts as one before will go on as that did, most often.
+
+    And the steps of one policy, which are planned once for each number of them.
+    """
 
     def __init__(self) -> None:
         self._known: dict[float, tuple[float, ...]] = {}  # by the first timestep
+        self._planned: dict[int, tuple[Step, ...]] = {}
+
+    def steps(self, policy: Policy, total: int | None) -> Iterator[Step]:
+        if total is None:
+            return policy.planned(None)
+        if total not in self._planned:
+            self._planned[total] = tuple(policy.planned(total))
+        return iter(self._planned[total])
 
     def remember(self, times: Sequence[float | None]) -> None:
         values = tuple(time for time in times if time is not None)
