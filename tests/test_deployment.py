@@ -25,7 +25,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import duca_compile
-from duca_compile import FORA, DuCa, Policy, Selection, TaylorSeer, published
+from duca_compile import FORA, DuCa, Policy, Selection, TaylorSeer, ToCa, published
 from duca_compile.demo import DemoModel
 from duca_compile.runtime.manifest import read_manifest
 from tests.artifacts import BLOCKED, ROOT, distance, export, loop, optimized, tiny_dit, without_torch
@@ -166,6 +166,7 @@ def test_an_artifact_takes_the_place_of_a_pipelines_transformer(demo: DemoModel,
 POLICIES = [
     DuCa(interval=4, fresh_ratio=0.3, selection=Selection("v_norm", staleness=0.25, patch_bonus=0.4)),
     published("duca", "dit", interval=3, latched=False),  # attention scores, and full steps that change their mind
+    ToCa(),
     TaylorSeer(interval=4, max_order=2),
     TaylorSeer(interval=4, max_order=1, lite=True),
     FORA(3),
