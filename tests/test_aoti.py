@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import duca_compile
 from duca_compile import ArtifactError, DuCa, Linear, UsageError
-from duca_compile.export import aoti
+from duca_compile.export import aoti, tensorrt
 from duca_compile.runtime.artifact import Artifact
 from duca_compile.runtime.manifest import read_manifest
 from tests.test_inductor import close
@@ -186,6 +186,8 @@ def test_the_wrong_backend_and_a_foreign_package_are_named(artifact: Path, tmp_p
             duca_compile.load(artifact, backend=backend)
     with pytest.raises(UsageError, match="threads are ONNX Runtime's and OpenVINO's"):
         duca_compile.load(artifact, backend="aoti", threads=1)
+    with pytest.raises(UsageError, match="engines are built of ONNX graphs"):
+        tensorrt.build(artifact, ["sm89"])
     found = read_manifest(artifact)
     assert found.opset is None
     assert {graph.file.path for graph in found.graphs.values()} == {aoti.PACKAGE}

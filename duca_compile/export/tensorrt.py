@@ -105,7 +105,7 @@ def build(
     Raises:
         BackendError: the library is missing, cannot build for a target, or fails.
         ExportError: TensorRT has no form for an operator of a graph; names the module that it comes from.
-        UsageError: an option that makes no sense.
+        UsageError: an option that makes no sense, or an artifact of another format.
         ArtifactError: ``artifact`` is none.
     """
     trt, name = _library(library)
@@ -113,6 +113,8 @@ def build(
     _check(trt, options)
     source = Path(artifact)
     manifest = read_manifest(source)
+    if manifest.format != "onnx":
+        raise UsageError(f"{source} is an artifact of format {manifest.format!r}; engines are built of ONNX graphs")
     target = source / FOLDER if folder is None else Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     builder = _Builder(trt, options, manifest, target, progress)
