@@ -16,6 +16,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, fx
+from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext, SymbolicContext
@@ -191,7 +192,10 @@ def _compiled(
     module = fx.GraphModule({}, lifted.graph)
     FakeTensorProp(module, mode).propagate_dont_convert_inputs(*inputs)
     outline(module, cuts)
-    with torch._guards.tracing(torch._guards.TracingContext(mode)), _without_hints():
+    context = torch._guards.tracing(torch._guards.TracingContext(mode))
+    # The dispatcher gives only what it was compiled for, so each call need not check the sizes of every tensor.
+    unchecked = inductor_config.patch(size_asserts=False, alignment_asserts=False)
+    with context, unchecked, _without_hints():
         return cast(Callable[..., Any], compile_fx(module, inputs))
 
 

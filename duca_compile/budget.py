@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -14,12 +14,14 @@ from duca_compile.errors import PolicyError, UsageError
 from duca_compile.graph import CapturedGraph, Facts, Variant, VariantSpec, cache_input, dead_slots
 from duca_compile.passes.hoist import frontier, row_layout
 from duca_compile.passes.pipeline import build_variant
+from duca_compile.passes.predict import with_predictor
 from duca_compile.policies.adaptive import AdaptivePolicy
 from duca_compile.policies.base import Policy
 from duca_compile.policies.checks import check_whole
 from duca_compile.policies.end_only import EndOnly
 from duca_compile.policies.liveness import LOOKED_AHEAD
-from duca_compile.runtime.planning import cache_bytes, plan_step, probe_spec
+from duca_compile.runtime.planning import plan_step, probe_spec, score_kind
+from duca_compile.runtime.selection import SCORE_BYTES
 
 log = logging.getLogger("duca_compile")
 
@@ -84,14 +86,27 @@ def variants(
     captured: CapturedGraph, facts: Facts, policy: Policy, dtype: torch.dtype | None, total: int | None
 ) -> list[Variant]:
     """All that the policy's steps need, built and not compiled."""
+    captured = with_predictor(captured, facts, policy.predictor)
     steps = dict.fromkeys(islice(policy.planned(total), LOOKED_AHEAD))
     look = probe_spec(facts, policy)
     specs = [plan_step(facts, policy, step)[0] for step in steps] + ([] if look is None else [look])
     return [build_variant(captured, facts, replace(spec, cache_dtype=dtype)) for spec in dict.fromkeys(specs)]
 
 
+def cache_bytes(facts: Facts, policy: Policy, built: Iterable[Variant]) -> int:
+    """Bytes that the caches and token scores of one pass hold at most, where these are the variants that run."""
+    held: dict[str, int] = {}
+    for variant in built:
+        held.update(variant.kept)
+    selection = policy.selection
+    kinds = 0 if selection is None else (selection.staleness > 0) + (score_kind(policy) is not None)
+    scored = sum(branch.shape[0] * branch.tokens for branch in facts.branches if branch.pointwise)
+    return sum(held.values()) + kinds * scored * SCORE_BYTES
+
+
 def peak_of_request(captured: CapturedGraph, facts: Facts, policy: Policy, total: int | None) -> int:
     """The most that one pass of a request of ``total`` steps allocates at once, step by step under eager."""
+    captured = with_predictor(captured, facts, policy.predictor)
     known: dict[tuple[VariantSpec, tuple[int, ...]], tuple[Variant, int]] = {}
     held: dict[str, int] = {}
     most = 0
@@ -115,7 +130,8 @@ def peak_of_request(captured: CapturedGraph, facts: Facts, policy: Policy, total
 
 
 def _candidates(policy: Policy, dtype: torch.dtype | None) -> Iterator[tuple[Policy, torch.dtype | None]]:
-    for candidate in (policy,) if isinstance(policy, AdaptivePolicy) else (policy, EndOnly(policy)):
+    alone = isinstance(policy, AdaptivePolicy) or policy.predictor is not None  # a predictor reads the end alone anyhow
+    for candidate in (policy,) if alone else (policy, EndOnly(policy)):
         yield candidate, dtype
         if dtype is None or dtype.itemsize > NARROW.itemsize:
             yield candidate, NARROW

@@ -18,7 +18,7 @@ from duca_compile.graph import CapturedGraph, Facts, Readings, Variant, VariantF
 from duca_compile.lock import COMPILING
 from duca_compile.opaque import opaque, site_number
 from duca_compile.passes.pipeline import build_variant, make_rows
-from duca_compile.passes.predict import fitted
+from duca_compile.passes.predict import with_predictor
 from duca_compile.policies.base import Policy
 from duca_compile.runtime.clock import Sight
 from duca_compile.runtime.dispatcher import Dispatcher, Prologue
@@ -95,7 +95,7 @@ class Compiled:
         self._readings = [] if captured.readings is None else [captured.readings]
         self._held: Sight | None = None  # the last tensors that they held for
         self._read_weights = () if captured.readings is None else tuple(captured.readings.attributes)
-        captured = fitted(captured, facts, policy.predictor)
+        captured = with_predictor(captured, facts, policy.predictor)
         self._variants = _Variants(captured, facts, prologue, backend)
         names = {id(tensor): name for name, tensor in live.items()}
         # A trace may have names of its own for the model's weights. What is none of these is a constant of the graph.

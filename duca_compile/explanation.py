@@ -13,16 +13,16 @@ from rich.text import Text
 from torch import nn
 
 from duca_compile.api import OptimizedModel, analyze_call, check_model, check_parts, resolve_policy
-from duca_compile.budget import peak_of_request
+from duca_compile.budget import cache_bytes, peak_of_request
 from duca_compile.capture import Binder
 from duca_compile.errors import UsageError
 from duca_compile.graph import Branch, CapturedGraph, Facts, Role, Variance, Variant, VariantSpec
 from duca_compile.passes.hoist import frontier
 from duca_compile.passes.pipeline import build_variant
-from duca_compile.passes.predict import fitted, predictor_bytes
+from duca_compile.passes.predict import predictor_bytes, with_predictor
 from duca_compile.pipelines import is_pipeline
 from duca_compile.policies import AdaptivePolicy, Policy, Step, StepKind
-from duca_compile.runtime.planning import cache_bytes, check_rows, check_selection, plan_step, probe_spec
+from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec
 
 _UNCACHED = {
     Role.TEXT: "only attention reads it, and that is",
@@ -148,7 +148,7 @@ class Explanation:
         chosen = resolve_policy(policy if policy is not None else self.policy or "duca")
         check_selection(self.facts, chosen)
         check_rows(self.facts, chosen)
-        captured = fitted(self.captured, self.facts, chosen.predictor)
+        captured = with_predictor(self.captured, self.facts, chosen.predictor)
         variants: dict[VariantSpec, Variant] = {}
 
         def variant(spec: VariantSpec) -> Variant:

@@ -315,6 +315,11 @@ def dead_slots(live: Kept) -> tuple[str, ...]:
     return (STREAM_END,) * (not live.end) + (BRANCH,) * (not live.branches)
 
 
+def is_cache(result: str) -> bool:
+    """Whether a result of this name is kept until the next step: all but the model's own, scores and measures."""
+    return result == PROBE_SEEN or not (result.startswith(("output_", "score_")) or result in MEASURED)
+
+
 def change_slot(index: int) -> str:
     """The slot of what a stretch of a stream's branches, of which this is the last, add to it together."""
     return f"change_{index}"

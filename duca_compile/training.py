@@ -22,7 +22,7 @@ from duca_compile.captures import Compiled
 from duca_compile.errors import UsageError
 from duca_compile.graph import STREAM_END, Action, Variant, VariantFunction, VariantSpec, cache_input
 from duca_compile.passes.pipeline import build_variant
-from duca_compile.passes.predict import fitted, last_products, named, trained_weights
+from duca_compile.passes.predict import last_products, named, trained_weights, with_predictor
 from duca_compile.policies import TaylorSeer
 from duca_compile.policies.checks import check_number, check_whole
 from duca_compile.predictor import FUSE, Predictor, PredictorConfig, read, write
@@ -200,7 +200,7 @@ class _Graphs:
         if id(compiled) not in self._variants:
             captured, facts = compiled.captured, compiled.facts
             plain = {name: weight.detach() for name, weight in weights.items()}
-            spliced = fitted(captured, facts, Predictor(self._config, plain))
+            spliced = with_predictor(captured, facts, Predictor(self._config, plain))
             actions = (Action.COMPUTE,) * len(facts.branches)
             spec = VariantSpec(actions, emit=False, lite=True, predict=frozenset(weights))
             variant = build_variant(spliced, facts, spec)

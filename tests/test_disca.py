@@ -30,7 +30,10 @@ from duca_compile import (
 )
 from duca_compile.cli import app
 from duca_compile.demo import DemoModel
+from duca_compile.graph import Action, VariantSpec, copy_graph
 from duca_compile.paper_flops import Blocks, paper_flops
+from duca_compile.passes.base import VariantDraft
+from duca_compile.passes.predict import PredictStream
 from duca_compile.policies import Step, StepKind
 from duca_compile.predictor import FUSE
 from duca_compile.training import checkpoint_path
@@ -302,6 +305,26 @@ def test_caches_and_flops_are_as_announced(model: nn.Module, trained: Path) -> N
     assert plan.steps[1].flops == skip + embedding + fuse + 2 * (block + gates + embedder)
     with pytest.raises(PolicyError, match="has predict steps, which the papers' count does not know"):
         paper_flops(Blocks.of(found.captured, found.facts), DisCa(trained, 3), STEPS)
+
+
+@torch.no_grad()
+def test_a_budget_holds_the_one_cache_or_says_what_it_takes(model: nn.Module, trained: Path) -> None:
+    stream = 4 * 16 * 32 * 4
+    narrow = duca_compile.optimize(model, DisCa(trained, 3), "eager", cache_budget_bytes=stream // 2)
+    loop(narrow, 0)
+    assert narrow.cache_bytes == stream // 2
+    with pytest.raises(PolicyError, match=f"the least is {stream // 2} bytes, for DisCa"):
+        loop(duca_compile.optimize(model, DisCa(trained, 3), "eager", cache_budget_bytes=stream // 4), 0)
+
+
+def test_the_pass_changes_a_graph_once_and_no_other(model: nn.Module, trained: Path) -> None:
+    found = duca_compile.explain(model, latent(0), timestep=torch.full((4,), 5), class_labels=LABELS)
+    compute = (Action.COMPUTE,) * len(found.branches)
+    for names, changes in ((frozenset(Predictor.load(trained).weights), [True, False]), (frozenset[str](), [False])):
+        spec = VariantSpec(compute, emit=False, lite=True, predict=names)
+        draft = VariantDraft(copy_graph(found.captured.graph), found.facts, spec, ["output_0"])
+        assert [PredictStream().apply(draft) for _ in changes] == changes
+        draft.graph.lint()
 
 
 def test_full_steps_are_listed_or_in_intervals(trained: Path) -> None:

@@ -18,7 +18,7 @@ from duca_compile.errors import ExportError, UsageError
 from duca_compile.export.batch import Fit, OpenGraph, Seen, open_graph
 from duca_compile.graph import Action, CapturedGraph, Facts, Variant, VariantSpec
 from duca_compile.passes.pipeline import build_variant, make_rows
-from duca_compile.passes.predict import fitted
+from duca_compile.passes.predict import with_predictor
 from duca_compile.policies.adaptive import AdaptivePolicy
 from duca_compile.policies.base import Policy, Step, StepKind
 from duca_compile.policies.checks import check_whole
@@ -152,7 +152,7 @@ class Traced:
                 "only and cannot be exported; compute what it reads before the loop"
             )
         latent = next(n for n in graph.graph.find_nodes(op="placeholder") if n.name == facts.latent)
-        graph = fitted(graph, facts, self.policy.predictor)
+        graph = with_predictor(graph, facts, self.policy.predictor)
         return Capture(int(latent.meta["val"].shape[0]), graph, facts, prologue)
 
     def _with_rows(self, batch: int, rows: int) -> Call:

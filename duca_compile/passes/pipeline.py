@@ -11,8 +11,6 @@ from torch import fx
 from duca_compile.analysis.closure import ancestors
 from duca_compile.errors import InternalError
 from duca_compile.graph import (
-    MEASURED,
-    PROBE_SEEN,
     Action,
     CapturedGraph,
     Facts,
@@ -20,6 +18,7 @@ from duca_compile.graph import (
     Variant,
     VariantSpec,
     copy_graph,
+    is_cache,
 )
 from duca_compile.passes.base import D, Draft, Pass, VariantDraft
 from duca_compile.passes.cast import CastCaches
@@ -148,7 +147,7 @@ def _kept(draft: VariantDraft) -> dict[str, int]:
     assert isinstance(results, tuple)
     found: dict[str, int] = {}
     for name, node in zip(draft.results, results, strict=True):
-        if name == PROBE_SEEN or (not name.startswith(("output_", "score_")) and name not in MEASURED):
+        if is_cache(name):
             value = node.meta["val"]
             found[name] = value.numel() * value.element_size()
     return found

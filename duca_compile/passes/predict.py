@@ -146,7 +146,7 @@ def last_products(captured: CapturedGraph, facts: Facts) -> list[tuple[str, ...]
     return found
 
 
-def fitted(captured: CapturedGraph, facts: Facts, predictor: Predictor | None) -> CapturedGraph:
+def with_predictor(captured: CapturedGraph, facts: Facts, predictor: Predictor | None) -> CapturedGraph:
     """``captured`` with the predictor's weights among the model's own, in the model's type and on its device.
 
     Raises:
@@ -176,7 +176,7 @@ def fitted(captured: CapturedGraph, facts: Facts, predictor: Predictor | None) -
 
 
 def predictor_bytes(captured: CapturedGraph) -> int:
-    """What a predictor's weights hold, as ``fitted`` put them there."""
+    """What a predictor's weights hold, as ``with_predictor`` put them there."""
     own = [weight for name, weight in captured.attributes.items() if name.startswith(_PREFIX)]
     return sum(weight.numel() * weight.element_size() for weight in own)
 

@@ -24,7 +24,7 @@ class EndOnly(Policy):
 
     @property
     def forecast(self) -> Forecast | None:
-        return None if self.of.forecast is None else replace(self.of.forecast, lite=True)
+        return None if self.of.forecast is None else replace(self.of.forecast, lite=True, relational=False)
 
     def steps(self, total: int | None) -> Iterator[Step]:
         return map(self.instead_of, self.of.planned(total))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import replace
 
 from duca_compile.errors import PolicyError
-from duca_compile.graph import Action, Branch, Facts, Role, Variant, VariantSpec
+from duca_compile.graph import Action, Branch, Facts, Role, VariantSpec
 from duca_compile.policies.adaptive import AdaptivePolicy, Probe
 from duca_compile.policies.base import Kept, Policy, Selection, Step, StepKind, TokenQuery
-from duca_compile.runtime.selection import SCORE_BYTES, Tokens, check_grid
+from duca_compile.runtime.selection import Tokens, check_grid
 
 _ACTIONS = {
     StepKind.FULL: Action.COMPUTE,
@@ -153,16 +153,3 @@ def tokens_of(facts: Facts, selection: Selection, branch: Branch) -> Tokens:
     """The tokens that the branch chooses from. How they lie may be unknown, and is no question of text."""
     grid = None if branch.role is Role.TEXT else selection.grid or facts.grids.get(branch.tokens)
     return Tokens(branch.shape[0], branch.tokens, grid if selection.patch_bonus else None)
-
-
-def cache_bytes(facts: Facts, policy: Policy, variants: Iterable[Variant]) -> int:
-    """Bytes that one pass holds between steps, where these are the variants that the policy runs."""
-    held: dict[str, int] = {}
-    for variant in variants:
-        held.update(variant.kept)
-    scored = sum(branch.shape[0] * branch.tokens for branch in facts.branches if branch.pointwise)
-    selection = policy.selection
-    if selection is not None:
-        tensors = (selection.staleness > 0) + (score_kind(policy) is not None)
-        held["selection"] = tensors * scored * SCORE_BYTES
-    return sum(held.values())

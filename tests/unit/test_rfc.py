@@ -15,12 +15,16 @@ from models import BATCH, WIDTH
 from torch import Tensor, fx, nn
 from torch._inductor.compile_fx import compile_fx
 from torch.nn import functional as F  # noqa: N812
-from tracing import FORECAST, analysed
+from tracing import COMPUTE, FORECAST, analysed
 
 import duca_compile
 from duca_compile import RFC, OptimizedModel, TaylorSeer, backends
-from duca_compile.graph import VariantSpec
+from duca_compile.graph import VariantSpec, copy_graph
+from duca_compile.passes.base import VariantDraft
+from duca_compile.passes.differences import EmitDifferences
+from duca_compile.passes.emit import EmitCaches
 from duca_compile.passes.pipeline import build_variant
+from duca_compile.passes.relate import EmitRelations, ForecastFromInputs
 from duca_compile.policies import Policy, StepKind
 from tests.test_optimize import LABELS, build, latent
 from tests.zoo import ZOO
@@ -306,6 +310,34 @@ def test_other_structures_run(name: str) -> None:
         assert output.isfinite().all()
         assert torch.equal(output, plain) == (step in (0, 1, 5))
     assert letters(optimized) == "FFTTTF"
+
+
+@torch.no_grad()
+def test_a_budget_narrows_the_caches_or_forecasts_the_end_alone() -> None:
+    model = models.build(models.Block, depth=2)
+    policy = TaylorSeer(3, 1, relational=True)
+    whole = duca_compile.explain(model, **call(0)).schedule(policy, STEPS).cache_bytes
+    for budget, expected in ((whole // 2, whole // 2), (whole // 4, 2 * BATCH * models.TOKENS * WIDTH * 4)):
+        optimized = duca_compile.optimize(model, policy, "eager", cache_budget_bytes=budget)
+        outputs = [optimized(**call(step)) for step in range(STEPS)]
+        assert all(output.isfinite().all() for output in outputs)
+        assert optimized.cache_bytes == expected
+        assert letters(optimized) == "FFTTFTTFTTFT"
+
+
+def test_passes_change_a_graph_once_and_no_other() -> None:
+    captured, facts = analysed(models.build(models.Block), **call(0))
+    for relational in (True, False):
+        full = VariantSpec((COMPUTE,) * 4, order=2, relational=relational)
+        draft = VariantDraft(copy_graph(captured.graph), facts, full, ["output_0"])
+        EmitCaches().apply(draft)
+        EmitDifferences().apply(draft)
+        assert [EmitRelations().apply(draft) for _ in range(2)] == [relational, False]
+        draft.graph.lint()
+        forecast = VariantSpec((FORECAST,) * 4, emit=False, order=2, relational=relational)
+        draft = VariantDraft(copy_graph(captured.graph), facts, forecast, ["output_0"])
+        assert [ForecastFromInputs().apply(draft) for _ in range(2)] == [relational, False]
+        draft.graph.lint()
 
 
 @torch.no_grad()
