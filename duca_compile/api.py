@@ -333,7 +333,7 @@ def optimize(
             diffusers pipeline, whose components named ``transformer...`` are replaced.
         policy: "duca", "toca", "fora", "taylorseer", "rfc", "speca", "gate", "none", or a Policy object such as
             ``DuCa(interval=5, fresh_ratio=0.1)``.
-        backend: "inductor" (the compiler of torch.compile) or "eager".
+        backend: "inductor" (the compiler of torch.compile), "openvino" (on a CPU) or "eager".
         num_inference_steps: steps of a request; needed by schedules that depend on it. Not for a pipeline.
         timestep: name of the timestep argument, where it cannot be told from the graph.
         strict: raise BackendError where the backend cannot compile, instead of falling back to eager with a warning.
@@ -351,6 +351,7 @@ def optimize(
     Raises:
         UsageError: ``model`` is neither an nn.Module nor a pipeline with a transformer, is in training mode or
             optimized already, or the backend is unknown.
+        BackendError: the backend's package is not installed.
         PolicyError: an unknown policy, or one that cannot plan without ``num_inference_steps``. At the first call:
             the policy does not fit the model, or the budget is too small; the message says what the least would be.
     """
