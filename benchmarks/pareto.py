@@ -32,7 +32,7 @@ from suite import ABSENT, in_process
 from torch import Tensor, nn
 
 import duca_compile
-from duca_compile import FORA, DuCa, Policy, Uncached, published
+from duca_compile import FORA, RFC, DuCa, Policy, ResidualGate, TaylorSeer, Uncached, published
 from duca_compile.demo import DemoModel
 from duca_compile.errors import PolicyError
 
@@ -66,16 +66,14 @@ def label(policy: Policy) -> str:
 
 def policies() -> dict[str, Policy]:
     """The sweep, by what is shown of each."""
-    chosen: list[Policy] = [FORA(interval) for interval in INTERVALS]
+    chosen: list[Policy] = [TaylorSeer(n, order, lite=True) for order in (1, 2, 3) for n in INTERVALS]
+    chosen += [TaylorSeer(n, order) for order in (1, 2) for n in INTERVALS[1::2]]
+    chosen += [RFC(threshold, max_order=order) for order in (1, 2) for threshold in THRESHOLDS]
+    chosen += [ResidualGate(threshold) for threshold in THRESHOLDS]
+    chosen += [FORA(interval) for interval in INTERVALS[1::2]]
     chosen += [DuCa(interval, fresh_ratio=0.1) for interval in INTERVALS]
-    chosen += [DuCa(interval, fresh_ratio=0.4) for interval in (3, 5, 7)]
     chosen += [DuCa(interval, fresh_ratio=0.1, first="skip") for interval in (3, 5)]
-    chosen += [
-        DuCa(interval, fresh_ratio=0.1, selection=each) for interval in (3, 5) for each in ("v_norm", "attention")
-    ]
-    if hasattr(duca_compile, "TaylorSeer"):
-        seer = duca_compile.TaylorSeer
-        chosen += [seer(n, order, lite=lite) for lite in (False, True) for order in (1, 2) for n in INTERVALS]
+    chosen += [DuCa(interval, fresh_ratio=0.4, selection="v_norm") for interval in (3, 5)]
     found = {label(policy): policy for policy in [Uncached(), *chosen]}
     found |= {f"published DuCa-DiT (N={n})": published("duca", "dit", interval=n) for n in (3, 4)}
     return found | {f"published FORA-DiT (N={n})": published("fora", "dit", interval=n) for n in (3, 5)}
