@@ -608,8 +608,8 @@ def methods(found: Found) -> Iterator[str]:
         "The perceptual distance is as LPIPS without learned weights, in the three blocks of convolutions of a small",
         "CNN that was trained on the real Fashion-MNIST (`examples/eval_demo.py`, seed 1; it names 92.3 % of the",
         "held-out images right; `results/judge.safetensors`): the network of no published metric, so compare within",
-        "this table alone. The Fréchet distance is between its 64 features of the method's images and of the uncached ones. It",
-        "falls with the number of images, so it compares within a table alone.",
+        "this table alone. The Fréchet distance is between its 64 features of the method's images and of the uncached",
+        "ones. It falls with the number of images.",
     )
     yield "![Time against quality of all methods](results/methods.png)"
     yield prose(
