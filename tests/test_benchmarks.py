@@ -1,5 +1,6 @@
 """The benchmarks: the page is what their results say, and the suite runs on tiny models whatever is installed."""
 
+import csv
 import importlib
 import json
 import subprocess
@@ -10,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 SCRIPTS = {path.stem for path in FOLDER.glob("*.py")}
@@ -20,13 +22,22 @@ def run(script: str, *arguments: str | Path) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.fixture
-def compare(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def script(monkeypatch: pytest.MonkeyPatch, name: str) -> Iterator[ModuleType]:
     """The scripts import each other by name, as they do when they are run."""
     monkeypatch.syspath_prepend(FOLDER)
-    yield importlib.import_module("compare")
-    for name in SCRIPTS & sys.modules.keys():
-        del sys.modules[name]
+    yield importlib.import_module(name)
+    for each in SCRIPTS & sys.modules.keys():
+        del sys.modules[each]
+
+
+@pytest.fixture
+def compare(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    yield from script(monkeypatch, "compare")
+
+
+@pytest.fixture
+def methods(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    yield from script(monkeypatch, "methods")
 
 
 def point(name: str, speed: float, psnr: float, mode: str = "compile", library: str = "other") -> dict[str, Any]:
@@ -58,6 +69,51 @@ def test_the_faster_mode_counts_and_what_failed_does_not(compare: ModuleType) ->
     failed = {**point("b", 9.0, 30.0, library="cache-dit"), "status": "RuntimeError: no"}
     exact = point("c", 1.0, 126.0, library="cache-dit")  # skipped nothing
     assert compare.peers_of(compare.split([eager, compiled, failed, exact], 50)) == [compiled]
+
+
+def test_the_methods_run_are_kept_and_compared_with_fewer_steps(tmp_path: Path) -> None:
+    state, out = tmp_path / "state", tmp_path / "methods.json"
+    places = ("--state", state, "--out", out)
+    run("methods.py", "--quick", "--methods", "FORA", "ResidualGate", *places)
+    found = json.loads(out.read_text())
+    points = {f"{each['method']}, {each['setting']}": each for each in found["points"]}
+    assert {each["method"] for each in points.values()} == {"fewer steps", "FORA", "ResidualGate"}
+    assert {(each["images"], each["seeds"]) for each in points.values()} == {(20, 2)}
+    fora, plain = points["FORA, N=2"], points["fewer steps, 2 steps"]
+    assert plain["flops"] == 0.5 < fora["flops"] < 0.505
+    assert fora["kinds"] == {"full": 2, "reuse": 2}
+    assert fora["cache_bytes"] > plain["cache_bytes"] == 0
+    assert fora["frechet"]["mean"] > 0
+    gained = fora["psnr"]["mean"] - points[fora["plain"]]["psnr"]["mean"]
+    assert fora["over_plain"]["mean"] == pytest.approx(gained, abs=1e-9)
+    rows = [*csv.DictReader(out.with_suffix(".csv").read_text().splitlines())]
+    assert [float(each["psnr_mean"]) for each in rows] == [each["psnr"]["mean"] for each in found["points"]]
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    rounds = {path: path.stat().st_mtime_ns for path in state.glob("4-steps/*")}
+    run("methods.py", "--report", *places)
+    assert json.loads(out.read_text()) == found
+    assert {path: path.stat().st_mtime_ns for path in state.glob("4-steps/*")} == rounds
+
+
+def test_the_table_of_methods_says_what_the_results_say(methods: ModuleType) -> None:
+    found = json.loads((FOLDER / "results" / "methods.json").read_text())
+    assert "\n".join(methods.methods_tables(found)) + "\n" == (FOLDER / "results" / "methods.md").read_text()
+    assert methods.table(found["points"]) == (FOLDER / "results" / "methods.csv").read_text()
+
+
+def test_distances_are_zero_of_the_same_images_and_grow(methods: ModuleType) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(4, 1, 28, 28, generator=generator) * 2 - 1
+    noise = torch.randn(images.shape, generator=generator)
+    judge = methods.load_judge(methods.RESULTS / "judge.safetensors", Path("not needed"))
+    distances = torch.stack([methods.perceptual(judge, images + s * noise, images) for s in (0.0, 0.1, 0.3)])
+    assert (distances[0] == 0).all()
+    assert (distances.diff(dim=0) > 0).all()
+    assert methods.psnr(images + 0.2, images) == pytest.approx([20.0] * 4, abs=1e-4)  # 10 log10(4 / 0.04)
+    features = torch.randn(50, 8, generator=generator).double()
+    moved = methods.paired_frechet(features + 0.5, features)
+    assert moved["mean"] == pytest.approx(8 * 0.25, abs=1e-9)
+    assert moved["error"] == pytest.approx(0.0, abs=1e-9)  # pairs are drawn, and all have moved alike
 
 
 @pytest.mark.slow
