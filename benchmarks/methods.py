@@ -53,7 +53,7 @@ THRESHOLDS = (0.01, 30.0)
 RESAMPLES = 200
 QUALITIES = {"psnr": "PSNR, dB", "perceptual": "perceptual distance"}
 KEY = "ways"  # of the JSON in a round's file
-TRIALS = 6  # loops of a search for a threshold
+TRIALS, CLOSE = 6, 0.03  # loops of a search for a threshold at most, and the error in FLOPs that ends it
 TRAINING = TrainingSettings(loops=10, updates=40)  # of DisCa's predictor
 TRAINING_STEPS = 20
 ABOUT = "about.json"
@@ -92,10 +92,16 @@ def fixed(learned: Predictor | None, interval: int) -> dict[str, Policy]:
     return found if learned is None else found | {"DisCa": DisCa(learned, interval)}
 
 
+def speca(threshold: float, steps: int, decay: float) -> Policy:
+    """With no limit but the threshold, so that it reaches the fewest FLOPs aimed at."""
+    return SpeCa(base_threshold=threshold, decay_rate=decay, first_full_steps=2, max_taylor_steps=steps)
+
+
 # those that decide while they run, of a threshold and the number of steps
 ADAPTIVE: dict[str, Callable[[float, int], Policy]] = {
     "RFC": lambda threshold, steps: RFC(threshold),
-    "SpeCa": lambda threshold, steps: SpeCa(base_threshold=threshold, first_full_steps=2, max_taylor_steps=steps),
+    "SpeCa": lambda threshold, steps: speca(threshold, steps, decay=0.01),
+    "SpeCa constant": lambda threshold, steps: speca(threshold, steps, decay=1.0),
     "ResidualGate": lambda threshold, steps: ResidualGate(threshold),
 }
 METHODS = [*fixed(None, 2), "DisCa", *ADAPTIVE]
@@ -162,6 +168,8 @@ class Settings:
             self.demo.sample(model, self.steps, self.demo.noise(SEARCH_SEED), ignore)
             share = sum(each.flops for each in model.history) / (self.steps * self._explained.flops)
             tried[threshold] = abs(math.log(share * level))
+            if tried[threshold] < CLOSE:
+                break
             low, high = (math.log(threshold), high) if share * level > 1 else (low, math.log(threshold))
         return min(tried, key=lambda each: tried[each])
 
@@ -425,17 +433,14 @@ def measure(args: argparse.Namespace) -> None:
     if args.quick:
         args.steps, args.levels, args.images, args.seeds = [4], [2], 20, 2
         backend, trials, training, training_steps = "eager", 1, TrainingSettings(loops=1, updates=1), 2
-    learned = None
+    path, learned = args.state / ABOUT, None
+    about: Found = json.loads(path.read_text()) if path.exists() else {}
+    about |= {"what": __doc__.splitlines()[0], "surroundings": surroundings(1), "backend": backend}
+    about["classes"] = len(demo.class_names)
     if "DisCa" in args.methods:
         learned = trained(demo, args.state / "predictor.safetensors", training, training_steps)
-    about = {
-        "what": __doc__.splitlines()[0],
-        "surroundings": surroundings(1),
-        "backend": backend,
-        "classes": len(demo.class_names),
-        "training": {**asdict(training), "steps": training_steps, "losses": learned.config.losses if learned else ()},
-    }
-    write(about, args.state / ABOUT)
+        about["training"] = {**asdict(training), "steps": training_steps, "losses": learned.config.losses}
+    write(about, path)
     rounds = math.ceil(args.images / len(demo.class_names))
     for steps in args.steps:
         settings = Settings(demo, learned, steps, backend, args.state / "thresholds.json", trials)

@@ -71,10 +71,13 @@ def test_the_faster_mode_counts_and_what_failed_does_not(compare: ModuleType) ->
     assert compare.peers_of(compare.split([eager, compiled, failed, exact], 50)) == [compiled]
 
 
-def test_the_methods_run_are_kept_and_compared_with_fewer_steps(tmp_path: Path) -> None:
+def test_the_methods_run_are_kept_and_compared_with_fewer_steps(
+    tmp_path: Path, methods: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state, out = tmp_path / "state", tmp_path / "methods.json"
-    places = ("--state", state, "--out", out)
-    run("methods.py", "--quick", "--methods", "FORA", "ResidualGate", *places)
+    command = ["methods.py", "--state", str(state), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", [*command, "--quick", "--methods", "FORA", "ResidualGate"])
+    methods.main()
     found = json.loads(out.read_text())
     points = {f"{each['method']}, {each['setting']}": each for each in found["points"]}
     assert {each["method"] for each in points.values()} == {"fewer steps", "FORA", "ResidualGate"}
@@ -90,7 +93,8 @@ def test_the_methods_run_are_kept_and_compared_with_fewer_steps(tmp_path: Path) 
     assert [float(each["psnr_mean"]) for each in rows] == [each["psnr"]["mean"] for each in found["points"]]
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     rounds = {path: path.stat().st_mtime_ns for path in state.glob("4-steps/*")}
-    run("methods.py", "--report", *places)
+    monkeypatch.setattr(sys, "argv", [*command, "--report"])
+    methods.main()
     assert json.loads(out.read_text()) == found
     assert {path: path.stat().st_mtime_ns for path in state.glob("4-steps/*")} == rounds
 
