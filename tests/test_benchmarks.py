@@ -76,12 +76,12 @@ def test_the_methods_run_are_kept_and_compared_with_fewer_steps(
 ) -> None:
     state, out = tmp_path / "state", tmp_path / "methods.json"
     command = ["methods.py", "--state", str(state), "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", [*command, "--quick", "--methods", "FORA", "ResidualGate"])
+    monkeypatch.setattr(sys, "argv", [*command, "--quick", "--methods", "FORA", "RFC"])
     methods.main()
     found = json.loads(out.read_text())
     points = {f"{each['method']}, {each['setting']}": each for each in found["points"]}
-    assert {each["method"] for each in points.values()} == {"fewer steps", "FORA", "ResidualGate"}
-    assert {(each["images"], each["seeds"]) for each in points.values()} == {(20, 2)}
+    assert {each["method"] for each in points.values()} == {"fewer steps", "FORA", "RFC"}
+    assert {(each["images"], each["seeds"]) for each in points.values()} == {(4, 2)}
     fora, plain = points["FORA, N=2"], points["fewer steps, 2 steps"]
     assert plain["flops"] == 0.5 < fora["flops"] < 0.505
     assert fora["kinds"] == {"full": 2, "reuse": 2}
