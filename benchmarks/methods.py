@@ -384,6 +384,7 @@ def flat(each: Found) -> Found:
 
 def draw(points: list[Found], path: Path) -> None:
     """PSNR and perceptual distance against time; the line is fewer plain steps."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     numbers = [*dict.fromkeys(each["steps"] for each in points)]
@@ -399,10 +400,9 @@ def draw(points: list[Found], path: Path) -> None:
                     [1 / each["speedup"]["median"] for each in shown],
                     [each[what]["mean"] for each in shown],
                     [each[what]["error"] for each in shown],
-                    fmt="-" if method == FEWER else "",
                     linestyle="-" if method == FEWER else ":",
                     marker="osD^v<>Ph*X"[index % 11],
-                    color="black" if method == FEWER else f"C{index - 1}",
+                    color="black" if method == FEWER else colormaps["tab20"](index - 1),
                     markersize=5,
                     label=method,
                 )
@@ -411,7 +411,7 @@ def draw(points: list[Found], path: Path) -> None:
             axes.set_ylabel(f"{label}, to the uncached images")
             axes.grid(alpha=0.3)
         grid[1, column].set_yscale("log")
-    grid[0, 0].legend(fontsize=8)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
     figure.savefig(path, format="png")
 
 

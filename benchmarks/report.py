@@ -614,7 +614,7 @@ def methods(found: Found) -> Iterator[str]:
     )
     yield "![Time against quality of all methods](results/methods.png)"
     yield prose(
-        "What each method gains in PSNR, image by image, over the fewest plain steps whose FLOPs are no less (dB, with",
+        "What each method gains in PSNR, image by image, over the fewest plain steps whose FLOPs are no less, to half a percent (dB, with",
         "standard error), and its place by perceptual distance among all of the level, plain steps included.",
         "[The tables](results/methods.md) have all columns; so has [the CSV file](results/methods.csv).",
     )
@@ -639,9 +639,10 @@ def methods_matrix(found: Found) -> Iterator[str]:
         judged = {each["method"]: each["over_plain"] for each in points if "over_plain" in each}
         ahead = [name for name, each in judged.items() if each["mean"] > 2 * each["error"]]
         behind = [name for name, each in judged.items() if each["mean"] < -2 * each["error"]]
-        images = min(each["images"] for each in points)
+        counts = sorted({each["images"] for each in points})
+        images = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
         yield (
-            f"- {steps} steps, about 1/{level} ({images} images of {points[0]['seeds']} seeds): more than two standard "
+            f"- {steps} steps, about 1/{level} ({images} images each): more than two standard "
             f"errors ahead of plain steps by PSNR: {', '.join(ahead) or 'none'}; behind: {', '.join(behind) or 'none'}."
         )
     yield ""
