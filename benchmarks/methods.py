@@ -319,9 +319,9 @@ def collect(state: Path, steps: int) -> list[Found]:
 
 def difference(own: list[Any], plain: list[Any], key: str, plain_key: str) -> Found:
     """Of the PSNR, image by image, over the rounds that both have."""
-    others = {name: tensors[f"psnr, {plain_key}"] for name, _, tensors in plain}
-    both = [tensors[f"psnr, {key}"] - others[name] for name, _, tensors in own if name in others]
-    return with_error(torch.cat(both).double().numpy())
+    others = {name: tensors[f"psnr, {plain_key}"].double() for name, _, tensors in plain}
+    both = [tensors[f"psnr, {key}"].double() - others[name] for name, _, tensors in own if name in others]
+    return with_error(torch.cat(both).numpy())
 
 
 def point(steps: int, key: str, rounds: list[tuple[str, Found, dict[str, Tensor]]]) -> Found:
