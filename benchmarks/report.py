@@ -615,8 +615,8 @@ def methods(found: Found) -> Iterator[str]:
     yield "![Time against quality of all methods](results/methods.png)"
     yield prose(
         "What each method gains in PSNR, image by image, over the fewest plain steps whose FLOPs are no less, to half",
-        "a percent (dB, with standard error), and its place by perceptual distance among all of the level, plain steps included.",
-        "[The tables](results/methods.md) have all columns; so has [the CSV file](results/methods.csv).",
+        "a percent (dB, with standard error), and its place by perceptual distance among all of the level, plain steps",
+        "included. [The tables](results/methods.md) have all columns; so has [the CSV file](results/methods.csv).",
     )
     yield from methods_matrix(found)
 
