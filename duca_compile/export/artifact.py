@@ -115,7 +115,7 @@ def _write(traced: Traced, folder: Path, pool: Any, opset: int) -> Manifest:
         inputs=tuple(inputs.values()),
         signature=_signature(traced),
         policy=manifest.Policy(
-            traced.policy.name, traced.policy.caches, traced.policy.selection, traced.policy.forecast
+            traced.policy.name, traced.policy.caches, traced.policy.selection, traced.policy.forecast, traced.rule
         ),
         schedule=schedule,
         branches=_branches(traced),
