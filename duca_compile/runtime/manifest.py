@@ -422,8 +422,10 @@ def _typed(value: Any, kind: Any, place: str) -> Any:
         return tuple(_typed(each, arguments[0], f"{place}[{i}]") for i, each in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {key: _typed(each, arguments[1], f"{place}.{key}") for key, each in value.items()}
-    if origin is Literal and value in arguments:
-        return value
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise _wrong(value, f"one of {arguments}", place)
     if isinstance(kind, type) and issubclass(kind, Enum):
         try:
             return kind(value)
