@@ -53,9 +53,7 @@ def export(model: OptimizedModel, path: Path, **options: Any) -> Manifest:
     return duca_compile.save(model, path, example(2), **options)
 
 
-def loop(
-    model: Callable[..., Any], rows: int, arrays: bool = False, seed: int = 1, steps: int = STEPS
-) -> list[Tensor]:
+def loop(model: Callable[..., Any], rows: int, arrays: bool = False, seed: int = 1, steps: int = STEPS) -> list[Tensor]:
     """The model's outputs over a whole DDIM loop; with ``arrays`` it is given numpy's arrays."""
     scheduler = DDIMScheduler()
     scheduler.set_timesteps(steps)

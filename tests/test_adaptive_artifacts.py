@@ -27,6 +27,7 @@ from duca_compile import (
     TrainingSettings,
     train_predictor,
 )
+from duca_compile.export.trace import Traced
 from duca_compile.runtime.artifact import Artifact
 from duca_compile.runtime.manifest import Manifest, Rule, read_manifest
 from tests.artifacts import distance, example, export, loop, optimized, tiny_dit, without_torch
@@ -78,12 +79,19 @@ def test_what_is_measured_decides_as_in_torch(small: OptimizedModel, folder: Pat
 
 
 def rewritten(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], str]:
+    """The manifest with something else in it."""
+
     def read(folder: Path) -> str:
         content = json.loads((folder / "manifest.json").read_text())
         change(content)
         return json.dumps(content)
 
     return read
+
+
+def looking(**changed: Any) -> Callable[[Path], str]:
+    """The manifest with another look."""
+    return rewritten(lambda content: content["schedule"]["look"].update(changed))
 
 
 def rule(**changed: Any) -> Callable[[Path], str]:
@@ -94,7 +102,7 @@ def rule(**changed: Any) -> Callable[[Path], str]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (rewritten(lambda c: c["policy"]["rule"].update(policy="Oracle")), "'Oracle' decides .* knows only .*; update it"),
+        (rewritten(lambda c: c["policy"]["rule"].update(policy="Oracle")), "'Oracle' decides .* knows only .*; update"),
         (rewritten(lambda c: c["policy"]["rule"].pop("fields")), "policy.rule.fields is missing"),
         (rule(colour="red"), "policy.rule.fields.colour is unknown in schema 1"),
         (rule(threshold="low"), "policy.rule.fields.threshold must be float, not 'low'"),
@@ -104,10 +112,10 @@ def rule(**changed: Any) -> Callable[[Path], str]:
         (rule(cached="branches"), "policy.rule may choose .*REUSE.*, which is not there"),
         (rule(cached="forecast"), "policy.forecast is not that of policy.rule"),
         (rewritten(lambda c: c["schedule"].update(look=None)), "schedule.look must be there for residual gate"),
-        (rewritten(lambda c: c["schedule"]["look"].update(variant="full")), "its graph lacks the output 'probe_change'"),
-        (rewritten(lambda c: c["schedule"]["look"].update(variant="none")), "there is no variant 'none'"),
+        (looking(variant="full"), "its graph lacks the output 'probe_change'"),
+        (looking(variant="none"), "there is no variant 'none'"),
     ],
-)  # fmt: skip
+)
 def test_a_manifest_whose_rule_does_not_fit_is_refused(
     folder: Path, change: Callable[[Path], str], message: str
 ) -> None:
@@ -132,6 +140,13 @@ class Stricter(SpeCa):
 def test_a_policy_of_ones_own_is_refused() -> None:
     with pytest.raises(ExportError, match=r"by the code of Stricter, .* one of \['RelationalFeatureCaching', "):
         Rule.of(Stricter())
+
+
+def test_rows_of_a_type_that_numpy_lacks_are_refused() -> None:
+    model = optimized(RFC(decide_per="row"), tiny_dit().bfloat16(), STEPS)
+    call = example(2) | {"hidden_states": example(2)["hidden_states"].bfloat16()}
+    with pytest.raises(ExportError, match="numpy, which lacks bfloat16"):
+        Traced(model, call, STEPS, dynamic_batch=False)
 
 
 POLICIES: dict[str, tuple[Policy, str]] = {

@@ -88,9 +88,20 @@ class Traced:
             self.other = self._capture(self._with_rows(given.batch, 3 * self.one.batch))
         check_selection(self.facts, self.policy)
         check_rows(self.facts, self.policy)
-        self.rule = manifest.Rule.of(self.policy) if isinstance(self.policy, AdaptivePolicy) else None
+        self.rule = self._rule()
         self.variants: dict[str, TracedVariant] = {}
         self._names: dict[VariantSpec, str] = {}
+
+    def _rule(self) -> manifest.Rule | None:
+        policy = self.policy
+        if not isinstance(policy, AdaptivePolicy):
+            return None
+        if policy.per != "batch" and any(branch.dtype is torch.bfloat16 for branch in self.facts.branches):
+            raise ExportError(
+                f"with decide_per={policy.per!r} rows of two steps are put together in numpy, which lacks bfloat16; "
+                "convert the model to another type, or use decide_per='batch'"
+            )
+        return manifest.Rule.of(policy)
 
     @property
     def facts(self) -> Facts:

@@ -30,7 +30,8 @@ from duca_compile.runtime.request import Executed
 from duca_compile.runtime.selection import Tokens
 from duca_compile.runtime.session import Requests, Session, current_pass, named_pass
 
-HOST = ("output_", "score_", PROBE_CHANGE, VERIFY_ERROR)  # outputs that leave the engine; all others only go into later steps
+# Outputs that leave the engine; all others only go into later steps.
+HOST = ("output_", "score_", PROBE_CHANGE, VERIFY_ERROR)
 
 # Flat values in the order of a graph's inputs to those of its outputs. Values are numpy arrays, torch tensors or what
 # an earlier function of the same engine returned; what HOST names is returned as numpy arrays.

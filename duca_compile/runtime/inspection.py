@@ -42,8 +42,7 @@ def describe(found: Manifest) -> Group:
 def _graphs(found: Manifest) -> Table:
     table = Table("graph", "bytes", "nodes", "inputs", "outputs", "FLOPs per row", "operators")
     for name, graph in found.graphs.items():
-        plans = (*found.schedule.plans, *([found.schedule.look] if found.schedule.look else []))
-        flops = [plan.flops for plan in plans if found.variants[plan.variant].graph == name]
+        flops = [run.flops for run in found.schedule.runs if found.variants[run.variant].graph == name]
         table.add_row(
             name,
             f"{graph.file.bytes:,}",

@@ -178,6 +178,11 @@ class Schedule:
     full: int
     look: Look | None = None
 
+    @property
+    def runs(self) -> tuple[Plan | Look, ...]:
+        """All that a step may run: the plans, and the look."""
+        return self.plans if self.look is None else (*self.plans, self.look)
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -353,7 +358,7 @@ def _check(manifest: Manifest) -> None:
     for name, variant in manifest.variants.items():
         for graph in (variant.graph, variant.rows):
             need(graph is None or graph in graphs, f"variants.{name}: there is no graph {graph!r}")
-    for each in (*schedule.plans, *([schedule.look] if schedule.look else [])):
+    for each in schedule.runs:
         need(each.variant in manifest.variants, f"schedule: there is no variant {each.variant!r}")
     places = range(len(schedule.plans))
     need({*schedule.steps, schedule.full} <= {*places}, "schedule.steps: a place that is not among the plans")
