@@ -23,7 +23,6 @@ import duca_compile
 from duca_compile import OptimizedModel, Policy
 
 DOUBLE, SINGLE, TEXT, SIDE = 19, 38, 8, 4
-TARGET = 0.2e-3  # seconds beyond the graph's own
 WARM = ORDER + 2  # rounds that are not counted: they compile, and a forecast gains an order with each full step
 
 PEERS = {

@@ -22,22 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compare import EXACT, OK, frontier, matches, peers_of, speed, split
 from measure import Model, Spread, message, of_pairs, surroundings, timed, write
 from peers import CacheDit, FirstBlockCache, Peer, Setting, TaylorSeerHooks, periodic
 from rich.console import Console
 from rich.table import Table
 from runners import configure
-from suite import ABSENT, OK, in_process
+from suite import ABSENT, in_process
 from torch import Tensor, nn
 
 import duca_compile
-from duca_compile import FORA, DuCa, Policy, Uncached, published
+from duca_compile import FORA, RFC, DuCa, Policy, ResidualGate, TaylorSeer, Uncached, published
 from duca_compile.demo import DemoModel
 from duca_compile.errors import PolicyError
 
-TARGET = 1.2  # times the speed of the best of the others at an equal or higher PSNR
 BASE_EVERY = 12
-EXACT = 80.0  # dB; what is above differs by rounding: it skipped nothing
 INTERVALS = (2, 3, 4, 5, 6, 7, 8)
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
 PRESETS = ("slow", "medium", "fast", "ultra")
@@ -67,16 +66,14 @@ def label(policy: Policy) -> str:
 
 def policies() -> dict[str, Policy]:
     """The sweep, by what is shown of each."""
-    chosen: list[Policy] = [FORA(interval) for interval in INTERVALS]
+    chosen: list[Policy] = [TaylorSeer(n, order, lite=True) for order in (1, 2, 3) for n in INTERVALS]
+    chosen += [TaylorSeer(n, order) for order in (1, 2) for n in INTERVALS[1::2]]
+    chosen += [RFC(threshold, max_order=order) for order in (1, 2) for threshold in THRESHOLDS]
+    chosen += [ResidualGate(threshold) for threshold in THRESHOLDS]
+    chosen += [FORA(interval) for interval in INTERVALS[1::2]]
     chosen += [DuCa(interval, fresh_ratio=0.1) for interval in INTERVALS]
-    chosen += [DuCa(interval, fresh_ratio=0.4) for interval in (3, 5, 7)]
     chosen += [DuCa(interval, fresh_ratio=0.1, first="skip") for interval in (3, 5)]
-    chosen += [
-        DuCa(interval, fresh_ratio=0.1, selection=each) for interval in (3, 5) for each in ("v_norm", "attention")
-    ]
-    if hasattr(duca_compile, "TaylorSeer"):
-        seer = duca_compile.TaylorSeer
-        chosen += [seer(n, order, lite=lite) for lite in (False, True) for order in (1, 2) for n in INTERVALS]
+    chosen += [DuCa(interval, fresh_ratio=0.4, selection="v_norm") for interval in (3, 5)]
     found = {label(policy): policy for policy in [Uncached(), *chosen]}
     found |= {f"published DuCa-DiT (N={n})": published("duca", "dit", interval=n) for n in (3, 4)}
     return found | {f"published FORA-DiT (N={n})": published("fora", "dit", interval=n) for n in (3, 5)}
@@ -258,65 +255,7 @@ def perform(task: dict[str, Any]) -> list[dict[str, Any]]:
     return points
 
 
-# ---- comparing
-
-
-def best_of_modes(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each setting, the faster mode."""
-    found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for point in points:
-        if point["status"] == OK:
-            name = tuple(point[each] for each in ("steps", "library", "method", "setting"))
-            if name not in found or speed(point) > speed(found[name]):
-                found[name] = point
-    return [*found.values()]
-
-
-def speed(point: dict[str, Any]) -> float:
-    return float(point["speedup"]["median"])
-
-
-def frontier(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The points that no other one beats in speed at an equal or higher PSNR, the fastest first."""
-    found: list[dict[str, Any]] = []
-    for point in sorted(points, key=lambda each: (-speed(each), -each["psnr"])):
-        if not found or point["psnr"] > found[-1]["psnr"]:
-            found.append(point)
-    return found
-
-
-@dataclass(frozen=True)
-class Match:
-    """Another's point, the fastest of ours at an equal or higher PSNR (to a tenth), and how much faster it is."""
-
-    other: dict[str, Any]
-    own: dict[str, Any] | None
-
-    @property
-    def ratio(self) -> float:
-        return speed(self.own) / speed(self.other) if self.own else 0.0
-
-
-def matches(own: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[Match]:
-    found = []
-    for other in others:
-        able = [point for point in own if round(point["psnr"], 1) >= round(other["psnr"], 1)]
-        found.append(Match(other, max(able, key=speed, default=None)))
-    return found
-
-
-def split(points: list[dict[str, Any]], steps: int) -> dict[str, list[dict[str, Any]]]:
-    """By library, the faster mode of each setting."""
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for point in best_of_modes(points):
-        if point["steps"] == steps:
-            found[point["library"]].append(point)
-    return found
-
-
-def peers_of(by_library: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    found = [point for library in ("cache-dit", "diffusers") for point in by_library.get(library, [])]
-    return [point for point in found if point["psnr"] < EXACT]
+# ---- what is printed and drawn
 
 
 def table(points: list[dict[str, Any]], steps: int) -> Table:

@@ -13,13 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from host import TARGET as HOST
-from pareto import TARGET, Match, frontier, matches, peers_of, speed, split
+from compare import OK, TARGET, Match, frontier, matches, peers_of, speed, split
 
 LIMITS = {"partial": 0.10, "reuse": 0.02, "skip": 0.01}  # of a full step
 EFFICIENCY = 0.9
+LIMITS = {"partial": 0.10, "reuse": 0.02, "skip": 0.01}  # of a full step
+EFFICIENCY = 1.0
+LOSSLESS = 0.97  # of torch.compile of the plain model, for the policy that caches nothing
+DEEP, DEEPER = 1.0, 1.2  # cold compiling of the deep model, over that of the plain one, and of ours of the shallow one
+SECOND = 0.25  # of the first process
 CAPTURE_SECONDS, CAPTURE_MEMORY = 20.0, 1.3  # the latter over the memory of the parameters
-OK, OWN, FEWER = "ok", "duca_compile", "fewer steps"
+HOST = 50e-6  # seconds outside of the graph
+OWN, FEWER = "duca_compile", "fewer steps"
+NONE = "duca_compile, none, compile"
 COMPILE, EAGER = "PyTorch, plain, compile", "PyTorch, plain, eager"
 MIB = 2**20
 
@@ -47,7 +53,7 @@ alone. The last command writes this file. All figures below are from [results](r
 | `scale.py` | a third command: what comes before compiling, on a model of real size (`results/scale.json`) |
 | `host.py` | the host's work for a step, on a tiny FLUX of 57 blocks |
 | `measure.py` | clocks, memory, FLOPs |
-| `report.py` | this page |
+| `report.py`, `compare.py` | this page; what beats what |
 """
 
 METHOD = """
@@ -127,6 +133,7 @@ def setting(suite: Found) -> list[str]:
         row("seed", f"{given['seed']}, of weights, prompts and latents"),
         row("load average", f"{before:.1f} at the start, {after:.1f} at the end"),
         row("date", where["started"]),
+        *([prose("**This is a trial with `--quick`, which measures nothing.**")] if given["quick"] else []),
         "",
         *head("model", "class of diffusers", "size", "loop"),
         *(
@@ -154,7 +161,7 @@ def method(suite: Found) -> list[str]:
         "rounds": suite["arguments"]["rounds"],
         "calls": suite["starting_calls"],
     }
-    return [prose(paragraph.format(**known)) for paragraph in METHOD.split("\n\n")]
+    return [prose(paragraph.format(**known)) for paragraph in METHOD.strip().split("\n\n")]
 
 
 def ordinal(number: int) -> str:
@@ -183,6 +190,11 @@ def loops(suite: Found) -> Iterator[str]:
         yield from head(*columns, "executed")
         for label, each in rows.items():
             yield loop_row(label, each)
+        compared = {key: rows[key]["seconds"]["median"] for key in (COMPILE, NONE) if key in ran(rows)}
+        if len(compared) == 2:
+            share = rows[NONE]["speedup_over_compile"]["median"]
+            yield f'\n`policy="none"` takes {1 / share:.3f} of torch.compile\'s time; '
+            yield verdict(1 / share <= LOSSLESS, f"at most {LOSSLESS}") + "."
     yield ""
 
 
@@ -227,6 +239,47 @@ def starts(suite: Found) -> Iterator[str]:
             last = warm or cold
             yield row(label, *seconds, f"{last['later_calls_seconds']:.1f}", mib(last["peak_bytes"]))
     yield ""
+
+
+def depth(found: Found) -> Iterator[str]:
+    """Cold and warm starts of models that differ in depth alone."""
+    before, after = found["load_average_before_and_after"]
+    yield "## Compiling by depth"
+    yield prose(
+        "Seconds of the first calls of a process until each variant of the policy has run, less what the same calls",
+        "take later in that process: capturing, analysing, rewriting and compiling. DiTs of width 384 and 256 tokens.",
+        f"*Warm* finds what the cold process compiled. Load {before:.1f} before, {after:.1f} after.",
+    )
+    yield from head("run", "blocks", "cold, s", "warm, s", "warm / cold")
+    spent: dict[tuple[str, int], float] = {}
+    for each in found["runs"]:
+        if each["status"] != OK:
+            yield row(each["method"], str(each["blocks"]), escaped(each["status"]), "", "")
+            continue
+        cold, warm = (preparing(each[run]) for run in ("cold", "warm"))
+        spent[each["method"], each["blocks"]] = cold
+        yield row(each["method"], str(each["blocks"]), f"{cold:.1f}", f"{warm:.1f}", f"{warm / cold:.2f}")
+    yield ""
+    yield from depth_verdicts(found, spent)
+
+
+def depth_verdicts(found: Found, spent: dict[tuple[str, int], float]) -> Iterator[str]:
+    (own,) = {method for method, _ in spent if method.startswith(OWN)} or {OWN}
+    shallow, deep = min(found["blocks"]), max(found["blocks"])
+    plain = "PyTorch, plain"
+    if {(own, shallow), (own, deep), (plain, deep)} <= spent.keys():
+        over, grown = spent[own, deep] / spent[plain, deep], spent[own, deep] / spent[own, shallow]
+        yield f"- All variants of {own} at {deep} blocks take {over:.2f} of the plain model's compiling time;"
+        yield f"  {verdict(over <= DEEP, f'at most {DEEP}')}."
+        yield f"- {deep} blocks take {grown:.2f} of the time of {shallow};"
+        yield f"  {verdict(grown <= DEEPER, f'at most {DEEPER}')}."
+    worst = max(preparing(r["warm"]) / preparing(r["cold"]) for r in found["runs"] if r["method"] == own)
+    yield f"- The second process takes {worst:.2f} of the first at most;"
+    yield f"  {verdict(worst <= SECOND, f'at most {SECOND}')}.\n"
+
+
+def preparing(run: Found) -> float:
+    return float(run["first_calls_seconds"] - run["later_calls_seconds"])
 
 
 def calls(suite: Found) -> Iterator[str]:
@@ -489,6 +542,8 @@ def page(folder: Path) -> str:
     parts = [INTRODUCTION, *setting(suite), *loops(suite), *starts(suite)]
     if any(of_part(model, "calls") for model in suite["models"].values()):
         parts += calls(suite)
+    if "depth" in suite:
+        parts += depth(suite["depth"])
     if suite.get("host", {}).get("found"):
         parts += hosts(suite["host"])
     if (folder / "scale.json").exists():

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from compare import OK
 from host import DOUBLE, SIDE, SINGLE, TEXT, WARM, Host
 from measure import (
     KINDS,
@@ -45,12 +46,13 @@ from measure import (
 from rich.console import Console
 from rich.table import Table
 from runners import INTERVAL, METHODS, MODES, PLAIN, Method, MissingError, Mode, Runner, configure, work
-from workloads import WORKLOADS, Workload, quick
+from workloads import DEPTHS, WORKLOADS, Workload, quick
 
 import duca_compile
 
-OK, ABSENT = "ok", "not installed"
-PARTS = ("start", "loops", "calls", "host")
+ABSENT = "not installed"
+PARTS = ("start", "loops", "calls", "host", "depth")
+DEPTH_METHODS = ("PyTorch, plain", "duca_compile, duca")
 STARTING = INTERVAL + 2  # calls in which all variants have run, and a full step again
 WARMING = 2  # loops that are not counted; some peers compile again in the second
 HERE = Path(__file__).resolve()
@@ -260,7 +262,7 @@ def perform(task: dict[str, Any]) -> Any:
     what, seed = task["what"], task["seed"]
     if what == "host":
         return {mode: Host(mode, task["rounds"], seed, *task["size"]).measure() for mode in task["modes"]}
-    workload = workloads(task["quick"])[task["workload"]]
+    workload = (workloads(task["quick"]) | DEPTHS)[task["workload"]]
     if what == "loops":
         return run_loops(workload, task["modes"], task["rounds"], seed)
     if what == "calls":
@@ -300,6 +302,8 @@ class Suite:
                 self._model(name, Path(folder))
         if "host" in self.args.parts:
             self._host()
+        if "depth" in self.args.parts:
+            self._depth()
         self.found["load_average_at_end"] = os.getloadavg()
         self._save()
 
@@ -365,6 +369,22 @@ class Suite:
             self.console.print(host_table(found["found"]))
         else:
             self.console.print("host", found["status"])
+
+    def _depth(self) -> None:
+        load, runs = os.getloadavg()[0], []
+        chosen = [*DEPTHS.values()][: 1 if self.args.quick else None]
+        for workload in chosen:
+            common = {"seed": self.args.seed, "quick": False, "workload": workload.name}
+            for method in (each for each in METHODS if each.label in DEPTH_METHODS):
+                with tempfile.TemporaryDirectory(prefix="duca_suite_") as folder:
+                    found = self._start(method, "compile", common, Path(folder), Path(folder) / "all")
+                runs.append({"method": method.label, "blocks": workload.config["num_layers"], **found})
+        self.found["depth"] = {
+            "runs": runs,
+            "blocks": [each.config["num_layers"] for each in chosen],
+            "load_average_before_and_after": [load, os.getloadavg()[0]],
+        }
+        self._save()
 
     def _save(self) -> None:
         if self.args.out:

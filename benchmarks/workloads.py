@@ -227,6 +227,9 @@ WORKLOADS = {
 }
 
 
+DEPTHS = {each.name: each for each in (dit("DiT, 12 blocks", 12, 6, 64), dit("DiT, 28 blocks", 28, 6, 64))}
+
+
 def quick() -> dict[str, Workload]:
     """Tiny ones, to try everything."""
     found = (dit("tiny DiT", 3, 2, 16, side=8), flux("tiny FLUX", 2, 2, 2, 32, side=4, text=7))

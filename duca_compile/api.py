@@ -318,6 +318,7 @@ def optimize(
     *,
     timestep: str | None = None,
     strict: bool = False,
+    mode: str = "default",
     cache_dtype: torch.dtype | None = None,
     cache_budget_bytes: int | None = None,
 ) -> Any:
@@ -332,10 +333,12 @@ def optimize(
             diffusers pipeline, whose components named ``transformer...`` are replaced.
         policy: "duca", "toca", "fora", "taylorseer", "rfc", "speca", "gate", "none", or a Policy object such as
             ``DuCa(interval=5, fresh_ratio=0.1)``.
-        backend: "inductor" (the compiler of torch.compile) or "eager".
+        backend: "inductor" (the compiler of torch.compile), "openvino" (on a CPU) or "eager".
         num_inference_steps: steps of a request; needed by schedules that depend on it. Not for a pipeline.
         timestep: name of the timestep argument, where it cannot be told from the graph.
         strict: raise BackendError where the backend cannot compile, instead of falling back to eager with a warning.
+        mode: "reduce-overhead" replays each step of the Inductor backend as a CUDA graph, from static buffers; on a CPU
+            it is the same as "default".
         cache_dtype: keep caches in this type, such as ``torch.bfloat16``, where the features are wider; rounds them.
         cache_budget_bytes: the most that the caches of one pass of one request may hold. Where the policy needs more,
             they are kept in bfloat16; where that is too much, steps that read the branches' caches skip the blocks
@@ -348,10 +351,11 @@ def optimize(
     Raises:
         UsageError: ``model`` is neither an nn.Module nor a pipeline with a transformer, is in training mode or
             optimized already, or the backend is unknown.
+        BackendError: the backend's package is not installed.
         PolicyError: an unknown policy, or one that cannot plan without ``num_inference_steps``. At the first call:
             the policy does not fit the model, or the budget is too small; the message says what the least would be.
     """
-    chosen, engine = resolve_policy(policy), make_backend(backend, strict)
+    chosen, engine = resolve_policy(policy), make_backend(backend, strict, mode)
     options = CacheOptions(cache_dtype, cache_budget_bytes)
     if is_pipeline(model):
         return _optimize_pipeline(model, chosen, engine, num_inference_steps, timestep, options)

@@ -1,4 +1,4 @@
-"""Turns a variant into a callable: as it is, or through torch.compile with Inductor.
+"""Turns a variant into a callable: as it is, through torch.compile with Inductor, or through OpenVINO.
 
 Everything of torch that is not public API and that compiling needs is in this module.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext, SymbolicContext
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from duca_compile.cuda_graphs import Replayed
 from duca_compile.errors import BackendError, UsageError, first_line
 from duca_compile.graph import Variant, VariantFunction
 from duca_compile.lock import COMPILING
@@ -28,7 +30,8 @@ from duca_compile.passes.outline import outline
 
 log = logging.getLogger("duca_compile")
 
-BACKENDS = ("inductor", "eager")
+BACKENDS = ("inductor", "openvino", "eager")
+MODES = ("default", "reduce-overhead")
 
 
 class Backend(Protocol):
@@ -50,64 +53,106 @@ class EagerBackend:
         return variant.module.forward
 
 
-class InductorBackend:
-    """torch.compile, one graph per variant, no recompilation for other token counts.
+class CompilingBackend(ABC):
+    """Compiles each variant at its first call, for all token counts.
 
-    Where Inductor has no C++ compiler or fails on a variant, that variant runs under eager with one warning;
-    ``strict`` raises BackendError instead.
+    Where that fails, the variant runs under eager with one warning; ``strict`` raises BackendError instead.
     """
 
-    name = "inductor"
+    name: str
+    label: str
+    advice: str  # what to do where it fails
     exact = False
 
-    def __init__(self, strict: bool = False) -> None:
+    def __init__(self, strict: bool = False, mode: str = "default") -> None:
         self._strict = strict
         self._failed = False
+        self.replays = mode == "reduce-overhead"
 
     def compile(self, variant: Variant, cuts: frozenset[str] = frozenset()) -> VariantFunction:
         return variant.module.forward if self._failed else _FirstCall(self, variant, cuts)
 
+    @abstractmethod
+    def lower(
+        self,
+        lifted: Lifted,
+        weights: list[Tensor],
+        tensors: tuple[Tensor, ...],
+        dynamic: tuple[int, ...],
+        cuts: frozenset[str],
+    ) -> Callable[..., Any]:
+        """A function of the weights and then the tensors; ``dynamic`` are the places of token indices (batch, k)."""
+
+    def reason(self, error: Exception) -> str:
+        return first_line(error)
+
     def failed(self, error: Exception) -> None:
-        reason = first_line(error)
+        reason = self.reason(error)
         if self._strict:
-            raise BackendError(f"Inductor could not compile a variant: {reason}") from error
+            raise BackendError(f"{self.label} could not compile a variant: {reason}") from error
         self._failed = True
         warnings.warn(
-            f"Inductor could not compile a variant ({reason}); running under eager instead. Install a C++ compiler "
-            "(Debian: apt-get install g++) or set CXX, or ask for backend='eager'.",
+            f"{self.label} could not compile a variant ({reason}); running under eager instead. {self.advice}",
             RuntimeWarning,
             stacklevel=2,
         )
 
 
+class InductorBackend(CompilingBackend):
+    """torch.compile, one graph per variant, no recompilation for other token counts."""
+
+    name = "inductor"
+    label = "Inductor"
+    advice = "Install a C++ compiler (Debian: apt-get install g++) or set CXX, or ask for backend='eager'."
+
+    def lower(
+        self,
+        lifted: Lifted,
+        weights: list[Tensor],
+        tensors: tuple[Tensor, ...],
+        dynamic: tuple[int, ...],
+        cuts: frozenset[str],
+    ) -> Callable[..., Any]:
+        return _compiled(lifted, weights, tensors, dynamic, cuts)
+
+
 class _FirstCall:
     """Compiles at the first call; afterwards it calls the compiled code with the weights of now."""
 
-    def __init__(self, backend: InductorBackend, variant: Variant, cuts: frozenset[str]) -> None:
+    def __init__(self, backend: CompilingBackend, variant: Variant, cuts: frozenset[str]) -> None:
         self._backend, self._module, self._cuts = backend, variant.module, cuts
         self._dynamic = dynamic_positions(variant)
         self._compiled: Callable[..., Any] | None = None
+        self._replayed: Replayed | None = None
         self._lifted = _lift(variant.module)
         self._weights: list[Tensor] = []
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        # Inductor builds strides into its code, and a caller's latent or expanded timestep may come with any.
+        # Strides are built into compiled code, and a caller's latent or expanded timestep may come with any.
         if not all(map(Tensor.is_contiguous, tensors)):
             tensors = tuple(map(Tensor.contiguous, tensors))
         if self._compiled is None:
             with COMPILING:
                 if self._compiled is None:
                     self._compiled = self._compile(tensors)
+        if self._backend.replays and tensors[0].device.type == "cuda":
+            self._replayed = self._replayed or Replayed(self._run)
+            return self._replayed(*tensors)
+        return self._run(*tensors)
+
+    def _run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        assert self._compiled is not None
         return tuple(self._compiled(*self._weights, *tensors))
 
     def refresh(self) -> None:
         """The module has other weights of the same kinds from now on."""
+        self._replayed = None  # it was recorded with the old ones
         self._weights = [attrgetter(name)(self._module) for name in self._lifted.weights]
 
     def _compile(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
         self.refresh()
         try:
-            return _compiled(self._lifted, self._weights, tensors, self._dynamic, self._cuts)
+            return self._backend.lower(self._lifted, self._weights, tensors, self._dynamic, self._cuts)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -117,14 +162,14 @@ class _FirstCall:
 
 
 @dataclass(frozen=True)
-class _Lifted:
+class Lifted:
     """A graph whose weights are its first inputs, in the order of their names in the module."""
 
     graph: fx.Graph
     weights: tuple[str, ...]
 
 
-def _lift(module: fx.GraphModule) -> _Lifted:
+def _lift(module: fx.GraphModule) -> Lifted:
     graph, own = fx.Graph(), dict[fx.Node, fx.Node]()
     weights = module.graph.find_nodes(op="get_attr")
     for node in weights:
@@ -136,11 +181,11 @@ def _lift(module: fx.GraphModule) -> _Lifted:
             own[node] = graph.node_copy(node, lambda n: own[n])
             if own[node].name != node.name:
                 own[node].name = node.name
-    return _Lifted(graph, tuple(str(node.target) for node in weights))
+    return Lifted(graph, tuple(str(node.target) for node in weights))
 
 
 def _compiled(
-    lifted: _Lifted,
+    lifted: Lifted,
     weights: list[Tensor],
     tensors: tuple[Tensor, ...],
     dynamic: tuple[int, ...],
@@ -186,12 +231,18 @@ def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic: bool) -> Tensor:
     return mode.from_tensor(tensor, static_shapes=not dynamic, symbolic_context=context if dynamic else None)
 
 
-def make_backend(name: str, strict: bool) -> Backend:
-    """Raises UsageError for an unknown name."""
+def make_backend(name: str, strict: bool, mode: str = "default") -> Backend:
+    """Raises UsageError for an unknown name or mode, and BackendError for a backend whose package is not installed."""
+    if mode not in MODES or (mode != "default" and name != "inductor"):
+        raise UsageError(f"mode={mode!r} is unknown to backend={name!r}; inductor has {MODES}")
     if name == "eager":
         return EagerBackend()
     if name == "inductor":
-        return InductorBackend(strict)
+        return InductorBackend(strict, mode)
+    if name == "openvino":
+        from duca_compile.openvino_backend import OpenVINOBackend
+
+        return OpenVINOBackend(strict)
     raise UsageError(f"backend={name!r} is unknown; choose one of {BACKENDS}")
 
 

@@ -20,8 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from rich.text import Text
 
-from duca_compile.errors import DucaError, UsageError, first_line
+from duca_compile.errors import DucaError, UsageError, first_line, missing_package
 from duca_compile.policies import StepKind
+from duca_compile.runtime.artifact import BACKENDS as ARTIFACT_BACKENDS
 from duca_compile.runtime.artifact import Artifact, load
 from duca_compile.runtime.inspection import describe
 from duca_compile.runtime.manifest import read_manifest
@@ -181,10 +182,11 @@ def export(
     steps: Steps = 50,
     policy: PolicyOption = "duca",
     interval: Interval = None,
+    format: Annotated[str, typer.Option(help="onnx, or aoti: machine code for this machine.")] = "onnx",
     opset: Annotated[int, typer.Option(help="Of ONNX.")] = 20,
     fixed_batch: Annotated[bool, typer.Option("--fixed-batch", help="Only calls of the example's batch size.")] = False,
 ) -> None:
-    """Write a model and a policy as an artifact, which runs without torch."""
+    """Write a model and a policy as an artifact, which runs without the model; of format onnx, without torch."""
     from duca_compile.api import optimize
     from duca_compile.demo import make_policy
     from duca_compile.export.artifact import save
@@ -194,7 +196,7 @@ def export(
         model, arguments = _embedded("cpu") if target is None else _load_target(target)
         with console.status("exporting"):
             optimized = optimize(model, chosen, "eager", steps)
-            found = save(optimized, out, arguments, opset=opset, dynamic_batch=not fixed_batch)
+            found = save(optimized, out, arguments, format=format, opset=opset, dynamic_batch=not fixed_batch)
     except DucaError as error:
         _fail(error)
     console.print(describe(found))
@@ -214,12 +216,13 @@ def run(
     artifact: Folder,
     npz: Annotated[Path, typer.Option(help="Arguments by name; with one more axis in front, one entry for each step.")],
     out: Annotated[Path, typer.Option(help="Where the outputs go, one entry for each step.")] = Path("outputs.npz"),
+    backend: Annotated[str, typer.Option(help=" or ".join(ARTIFACT_BACKENDS) + ".")] = "onnxruntime",
     provider: Annotated[list[str] | None, typer.Option(help="Of ONNX Runtime, the first choice first.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of one operator.")] = None,
 ) -> None:
     """Run an artifact on arrays from a file, step by step."""
     try:
-        found = load(artifact, providers=provider, threads=threads)
+        found = load(artifact, backend, providers=provider, threads=threads)
         calls = _calls(found, npz)
         started = time.perf_counter()
         results = [_outputs(found(**call)) for call in calls]
@@ -230,6 +233,45 @@ def run(
         _fail(error)
     kinds = "".join(executed.kind.letter for executed in found.history)
     console.print(f"{len(calls)} calls in {seconds:.3f} s, steps {kinds}; outputs: {out}")
+
+
+@app.command()
+def build(
+    artifact: Folder,
+    target: Annotated[
+        list[str] | None, typer.Option(help="GPU architecture, such as sm89; may be repeated. Else this machine's GPU.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="Of products: bfloat16, float16 or float32.")] = "bfloat16",
+    batch: Annotated[
+        tuple[int, int, int], typer.Option(help="Least, usual and largest number of rows, where it is open.")
+    ] = (1, 2, 8),
+    library: Annotated[str | None, typer.Option(help="tensorrt_rtx or tensorrt; else what is installed.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the engines go; else the artifact's folder.")] = None,
+) -> None:
+    """Build TensorRT engines of an artifact; those that are there from before are kept."""
+    try:
+        with missing_package("export"):
+            from duca_compile.export.tensorrt import build as build_engines
+        with _progress() as progress:
+            found = build_engines(
+                artifact, target or (), precision=precision, batch=batch, library=library, folder=out, progress=progress
+            )
+    except DucaError as error:
+        _fail(error)
+    table = Table("graph", "engine", "weights from the pool", "file")
+    for name, engine in found.engines.items():
+        weights = sum(weight.bytes for weight in engine.weights)
+        table.add_row(name, _mebibytes(engine.bytes), _mebibytes(weights), engine.file)
+    shared = sum(weight.bytes for weight in found.weights.values())
+    table.add_row("all", _mebibytes(sum(e.bytes for e in found.engines.values())), f"{_mebibytes(shared)}, each once")
+    console.print(table)
+    console.print(
+        f"{found.options.library} {found.version}, {', '.join(found.options.targets) or 'this GPU'}, {precision}"
+    )
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
 
 
 def _calls(artifact: Artifact, path: Path) -> list[dict[str, np.ndarray]]:

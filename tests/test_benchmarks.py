@@ -21,10 +21,10 @@ def run(script: str, *arguments: str | Path) -> str:
 
 
 @pytest.fixture
-def pareto(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def compare(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The scripts import each other by name, as they do when they are run."""
     monkeypatch.syspath_prepend(FOLDER)
-    yield importlib.import_module("pareto")
+    yield importlib.import_module("compare")
     for name in SCRIPTS & sys.modules.keys():
         del sys.modules[name]
 
@@ -40,24 +40,24 @@ def test_the_page_says_what_the_results_say() -> None:
     assert run("report.py", FOLDER / "results") == page, say
 
 
-def test_the_frontier_is_what_nothing_else_beats(pareto: ModuleType) -> None:
+def test_the_frontier_is_what_nothing_else_beats(compare: ModuleType) -> None:
     fast, slow = point("fast", 5.0, 20.0), point("slow", 2.0, 30.0)
     beaten, equal = point("beaten", 1.9, 29.0), point("equal", 5.0, 19.0)
-    assert pareto.frontier([slow, beaten, equal, fast]) == [fast, slow]
+    assert compare.frontier([slow, beaten, equal, fast]) == [fast, slow]
 
 
-def test_ours_is_compared_at_an_equal_or_higher_psnr(pareto: ModuleType) -> None:
+def test_ours_is_compared_at_an_equal_or_higher_psnr(compare: ModuleType) -> None:
     own = [point("rough", 6.0, 19.9), point("good", 3.0, 29.96), point("better", 2.0, 40.0)]
     others = [point("a", 4.0, 20.0), point("b", 2.0, 30.0), point("c", 1.5, 50.0)]
-    found = [(match.own and match.own["setting"], match.ratio) for match in pareto.matches(own, others)]
+    found = [(match.own and match.own["setting"], match.ratio) for match in compare.matches(own, others)]
     assert found == [("good", 0.75), ("good", 1.5), (None, 0.0)]  # 29.96 counts as 30.0
 
 
-def test_the_faster_mode_counts_and_what_failed_does_not(pareto: ModuleType) -> None:
+def test_the_faster_mode_counts_and_what_failed_does_not(compare: ModuleType) -> None:
     eager, compiled = point("a", 2.0, 30.0, "eager", "cache-dit"), point("a", 3.0, 30.0, "compile", "cache-dit")
     failed = {**point("b", 9.0, 30.0, library="cache-dit"), "status": "RuntimeError: no"}
     exact = point("c", 1.0, 126.0, library="cache-dit")  # skipped nothing
-    assert pareto.peers_of(pareto.split([eager, compiled, failed, exact], 50)) == [compiled]
+    assert compare.peers_of(compare.split([eager, compiled, failed, exact], 50)) == [compiled]
 
 
 @pytest.mark.slow

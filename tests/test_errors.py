@@ -205,7 +205,9 @@ def test_more_steps_than_planned_run_in_full_with_one_warning(caplog: pytest.Log
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(UsageError, match=r"backend='tvm' is unknown; choose one of \('inductor', 'eager'\)"):
+    with pytest.raises(
+        UsageError, match=r"backend='tvm' is unknown; choose one of \('inductor', 'openvino', 'eager'\)"
+    ):
         duca_compile.optimize(TinyDiT().eval(), Uncached(), "tvm")
 
 

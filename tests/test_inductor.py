@@ -1,5 +1,6 @@
 """Variants under torch.compile: one graph each, the eager results, no recompilation after warm-up."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ from torch import Tensor, fx, nn
 from torch._inductor.compile_fx import compile_fx
 
 import duca_compile
-from duca_compile import FORA, DuCa, Linear, Policy, TaylorSeer, backends
+from duca_compile import FORA, DuCa, Linear, Policy, TaylorSeer, UsageError, backends
+from duca_compile.cuda_graphs import Replayed
 from duca_compile.runtime.rows import Rows
 from tests.test_optimize import build, kinds, loop
 
@@ -155,13 +157,55 @@ def test_weights_stay_shared_under_inductor() -> None:
     assert close(loop(optimized, 4), loop(duca_compile.optimize(model, FORA(2), "eager"), 4))
 
 
+def test_replayed_steps_keep_their_buffers_and_hand_out_copies() -> None:
+    """With a stand-in for a CUDA graph, which fills the tensors of the recording anew at each replay."""
+    recorded: list[tuple[Tensor, ...]] = []
+
+    def record(run: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
+        results = run()
+        recorded.append(results)
+
+        def replay() -> None:
+            for held, new in zip(results, run(), strict=True):
+                held.copy_(new)
+
+        return replay, results
+
+    def step(x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+        return x * 2, cache.add_(x.sum())
+
+    replayed = Replayed(step, record)
+    cache, outputs = torch.zeros(3), []
+    for number in range(1, 4):
+        before = cache.clone()
+        output, new = replayed(torch.full((2,), float(number)), cache)
+        assert torch.equal(cache, before), "the caller's cache is not written to"
+        cache = new
+        outputs.append(output)
+    assert [output.tolist() for output in outputs] == [[2, 2], [4, 4], [6, 6]], "later replays leave them alone"
+    assert cache.tolist() == [12, 12, 12]
+    assert len(recorded) == 1
+    replayed(torch.ones(5), cache)
+    assert len(recorded) == 2, "other shapes are another recording"
+
+
+@torch.no_grad()
+def test_the_mode_is_no_other_on_a_cpu(model: nn.Module) -> None:
+    optimized = duca_compile.optimize(model, FORA(2), "inductor", strict=True, mode="reduce-overhead")
+    assert close(loop(optimized, 4), loop(duca_compile.optimize(model, FORA(2), "eager"), 4))
+    for backend, mode in (("eager", "reduce-overhead"), ("inductor", "fast")):
+        with pytest.raises(UsageError, match=f"mode='{mode}' is unknown to backend='{backend}'"):
+            duca_compile.optimize(model, backend=backend, mode=mode)
+
+
 @pytest.mark.gpu
 @torch.no_grad()
-def test_on_a_gpu() -> None:
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_on_a_gpu(mode: str) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
     model = build(depth=2).to("cuda")
-    optimized = duca_compile.optimize(model, DuCa(interval=3), "inductor", 8, strict=True)
+    optimized = duca_compile.optimize(model, DuCa(interval=3), "inductor", 8, strict=True, mode=mode)
     for step in range(8):
         time = torch.full((4,), 900 - step, device="cuda")
         labels = torch.zeros(4, dtype=torch.int64, device="cuda")

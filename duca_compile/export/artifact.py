@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch.utils._pytree import MappingKey, SequenceKey, TreeSpec, tree_flatten_with_path
 
 import duca_compile
 from duca_compile.errors import ExportError, UsageError, missing_package
+from duca_compile.export.batch import OpenGraph
 from duca_compile.export.trace import Traced
 from duca_compile.graph import Branch, OutputLayout, cache_input
 from duca_compile.runtime import manifest
@@ -29,19 +30,21 @@ def save(
     example: Mapping[str, Any],
     *,
     num_inference_steps: int | None = None,
+    format: str = "onnx",
     opset: int = 20,
     dynamic_batch: bool = True,
 ) -> Manifest:
     """Exports an optimized model to a new folder at ``path``, which ``duca_compile.load`` runs.
 
-    The folder has a manifest, one ONNX file for each variant that the policy's steps need, and one file with the
-    weights that all of them share. It appears whole or not at all.
+    The folder has a manifest, one graph for each variant that the policy's steps need, and one file with the weights
+    that all of them share. It appears whole or not at all.
 
     Args:
         model: what ``duca_compile.optimize`` returned for a model, not for a pipeline. Its backend plays no part.
         path: the folder, which must not exist.
         example: the arguments of one call by name. Shapes other than the number of rows hold for the artifact.
         num_inference_steps: steps of a request, where ``optimize`` was not told.
+        format: "onnx", a file for each graph, or "aoti", one package that AOTInductor compiles for this machine.
         opset: of ONNX. From 23 on attention and RMS norms stay whole.
         dynamic_batch: whether calls may have any number of rows; else that of the example.
 
@@ -58,13 +61,14 @@ def save(
         raise UsageError(f"there is something at {target}; name a folder that does not exist")
     if opset not in OPSETS:
         raise UsageError(f"opset={opset!r} is impossible: it must be from {OPSETS[0]} to {OPSETS[-1]}")
-    with missing_package("export"):
-        from duca_compile.export.onnx import PoolWriter
+    if format not in WRITERS:
+        raise UsageError(f"format={format!r} is unknown; choose one of {tuple(WRITERS)}")
+    make = WRITERS[format]()
     traced = Traced(model, example, num_inference_steps, dynamic_batch)
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
-        found = _write(traced, temporary, PoolWriter(temporary), opset)
+        found = _write(traced, make(temporary, opset))
         (temporary / FILE).write_text(found.dumps(), "utf-8")
         os.rename(temporary, target)
     finally:
@@ -72,26 +76,56 @@ def save(
     return found
 
 
-def _write(traced: Traced, folder: Path, pool: Any, opset: int) -> Manifest:
-    import onnx
-    import onnxscript
+class Writer(Protocol):
+    """Writes the graphs of an artifact into its folder."""
 
-    from duca_compile.export.onnx import check_graph, write_graph
+    @property
+    def format(self) -> Literal["onnx", "aoti"]:
+        """What the graphs are."""
 
+    @property
+    def opset(self) -> int | None:
+        """Of ONNX, if they are that."""
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Of the packages that it uses."""
+
+    def add(self, graph: OpenGraph) -> None:
+        """Raises ExportError where the graph has no such form."""
+
+    def close(self) -> tuple[dict[str, manifest.Graph], manifest.Pool]:
+        """The graphs by name, and their weights."""
+
+
+def _onnx() -> Callable[[Path, int], Writer]:
+    with missing_package("export"):
+        from duca_compile.export.onnx import OnnxWriter
+    return OnnxWriter
+
+
+def _aoti() -> Callable[[Path, int], Writer]:
+    from duca_compile.export.aoti import AOTIWriter
+
+    return lambda folder, opset: AOTIWriter(folder)
+
+
+WRITERS = {"onnx": _onnx, "aoti": _aoti}
+
+
+def _write(traced: Traced, writer: Writer) -> Manifest:
     schedule = traced.schedule()
-    graphs = {"prologue": write_graph(traced.prologue(), folder, pool, opset)}
+    writer.add(traced.prologue())
     rows: dict[frozenset[str], str] = {}
     variants: dict[str, manifest.Variant] = {}
     for name, variant in traced.variants.items():
-        graphs[name] = write_graph(variant.graph, folder, pool, opset)
+        writer.add(variant.graph)
         pieces = variant.pieces
         if pieces and pieces not in rows:
             rows[pieces] = f"rows-{name}"
-            graphs[rows[pieces]] = write_graph(traced.rows(rows[pieces], pieces), folder, pool, opset)
+            writer.add(traced.rows(rows[pieces], pieces))
         variants[name] = variant.describe(traced.facts, rows.get(pieces))
-    weights = pool.close()
-    for graph in graphs.values():
-        check_graph(folder / graph.file.path)
+    graphs, weights = writer.close()
     one = traced.one
     caches = {s.name: s for g in graphs.values() for s in g.inputs if s.name.startswith(cache_input(""))}
     inputs = {s.name: s for g in graphs.values() for s in g.inputs if s.name in one.graph.inputs}
@@ -104,14 +138,10 @@ def _write(traced: Traced, folder: Path, pool: Any, opset: int) -> Manifest:
             weight_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
             config=_json(dict(getattr(traced.model, "config", {}))),
         ),
-        versions={
-            "duca_compile": duca_compile.__version__,
-            "torch": torch.__version__,
-            "onnx": onnx.__version__,
-            "onnxscript": onnxscript.__version__,
-        },
+        versions={"duca_compile": duca_compile.__version__, "torch": torch.__version__, **writer.versions},
+        format=writer.format,
         precision=_precision(traced),
-        opset=opset,
+        opset=writer.opset,
         inputs=tuple(inputs.values()),
         signature=_signature(traced),
         policy=manifest.Policy(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import io
@@ -10,10 +11,11 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 import onnx_ir
+import onnxscript
 import torch
 
 from duca_compile.errors import ExportError, first_line
@@ -25,6 +27,8 @@ POOL = "weights.bin"
 ALIGNMENT = 2**16  # where large tensors start: what can be mapped into memory on every system
 ALIGNED_FROM = 2**21  # bytes; below, filling up to the alignment would cost more than 3 % of the pool
 LINE = 64  # where the others start
+MODULE = "module"  # a node's metadata: the path of the source model's module that it comes from
+_SCOPES = "pkg.torch.onnx.name_scopes"
 INLINE = 256  # bytes; what is not larger stays in the ONNX file: sizes, axes, numbers
 
 
@@ -56,6 +60,26 @@ class PoolWriter:
         self._file.close()
         file = File(POOL, self._end, self._hash.hexdigest())
         return Pool(file, ALIGNMENT, ALIGNED_FROM, tuple(self._chunks.values()))
+
+
+class OnnxWriter:
+    """Writes one ONNX file for each graph, over one pool of weights."""
+
+    format: Literal["onnx", "aoti"] = "onnx"
+
+    def __init__(self, folder: Path, opset: int) -> None:
+        self._folder, self.opset = folder, opset
+        self.versions = {"onnx": onnx.__version__, "onnxscript": onnxscript.__version__}
+        self._pool, self._graphs = PoolWriter(folder), dict[str, Graph]()
+
+    def add(self, graph: OpenGraph) -> None:
+        self._graphs[graph.name] = write_graph(graph, self._folder, self._pool, self.opset)
+
+    def close(self) -> tuple[dict[str, Graph], Pool]:
+        weights = self._pool.close()
+        for graph in self._graphs.values():
+            check_graph(self._folder / graph.file.path)
+        return self._graphs, weights
 
 
 def to_onnx(graph: OpenGraph, opset: int) -> onnx_ir.Model:
@@ -90,12 +114,15 @@ def _describe(value: Any, spec: TensorSpec) -> None:
 
 
 def _strip(model: onnx_ir.Model) -> None:
-    """Drops what the exporter notes of the source: most of the file, with paths of this machine."""
+    """Drops what the exporter notes of the source, most of the file, with paths of this machine; keeps module names."""
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     for node in model.graph.all_nodes():
         node.doc_string = None
+        scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))[:-1]  # the last one is the operator
         node.metadata_props.clear()
+        if scopes and scopes[-1] and not scopes[-1].startswith("_empty"):  # what torch added is in no module
+            node.metadata_props[MODULE] = scopes[-1]
         for value in node.outputs:
             value.metadata_props.clear()
     for value in (*model.graph.inputs, *model.graph.initializers.values()):

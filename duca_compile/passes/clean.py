@@ -1,4 +1,4 @@
-"""Removes what the trace left behind: checks, eval-mode dropout, casts to the same type, strides built into views."""
+"""Removes what the trace left behind: checks, dropout, casts and squeezes that change nothing, strides in views."""
 
 from __future__ import annotations
 
@@ -50,6 +50,8 @@ def _is_identity(node: fx.Node) -> bool:
         return not node.args[2]
     if name == "alias":
         return True
+    if name == "squeeze":  # of a size that is not one; the same in torch, and an error in ONNX
+        return bool(node.all_input_nodes[0].meta["val"].shape == node.meta["val"].shape)
     if name not in ("to", "type_as") or len(node.args) > 2 or node.kwargs:
         return False
     before, after = node.all_input_nodes[0].meta["val"], node.meta["val"]

@@ -76,7 +76,7 @@ class NumpyArrays:
         return copy
 
     def choose(self, rows: Sequence[bool], new: Array, old: Array) -> Array:
-        one, other = (each if isinstance(each, np.ndarray) else each.numpy() for each in (new, old))
+        one, other = _host(new), _host(old)
         return np.where(np.array(rows).reshape(-1, *[1] * (one.ndim - 1)), one, other)
 
 
@@ -115,6 +115,14 @@ class TorchArrays:
     def choose(self, rows: Sequence[bool], new: Array, old: Array) -> Array:
         chosen = self._torch.tensor(rows).to(self._device)
         return self._torch.where(chosen.view(-1, *[1] * (new.dim() - 1)), new, old)
+
+
+def _host(array: Array) -> np.ndarray:
+    """What an engine returned, a tensor or a value of ONNX Runtime, as a numpy array."""
+    if isinstance(array, np.ndarray):
+        return array
+    found: np.ndarray = (array.cpu() if hasattr(array, "cpu") else array).numpy()
+    return found
 
 
 def size(array: Array) -> int:

@@ -30,19 +30,21 @@ from duca_compile.runtime.request import Executed
 from duca_compile.runtime.selection import Tokens
 from duca_compile.runtime.session import Requests, Session, current_pass, named_pass
 
+BACKENDS = ("onnxruntime", "openvino", "tensorrt", "aoti")
+SCORE = "score_"
 # Outputs that leave the engine; all others only go into later steps.
-HOST = ("output_", "score_", PROBE_CHANGE, VERIFY_ERROR)
+HOST = ("output_", SCORE, PROBE_CHANGE, VERIFY_ERROR)
 
 # Flat values in the order of a graph's inputs to those of its outputs. Values are numpy arrays, torch tensors or what
-# an earlier function of the same engine returned; what HOST names is returned as numpy arrays.
+# an earlier function of the same engine returned; what HOST names is returned as numpy arrays, or outputs as tensors.
 GraphFunction = Callable[..., Sequence[Array]]
 
 
 class Engine(Protocol):
     """Runs the graphs of an artifact."""
 
-    def function(self, graph: manifest.Graph) -> GraphFunction:
-        """What runs a graph; any number of threads may call it. Raises BackendError where the engine cannot."""
+    def function(self, name: str, graph: manifest.Graph) -> GraphFunction:
+        """What runs the graph of this name, in any number of threads. Raises BackendError where the engine cannot."""
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
         """A value of the engine's own."""
@@ -218,7 +220,7 @@ class Artifact:
         self.manifest, self._engine = found, engine
         rule = found.policy.rule
         self.policy: Policy = Recorded(found.policy, found.schedule) if rule is None else rule.rebuilt()
-        self._functions = {name: engine.function(graph) for name, graph in found.graphs.items()}
+        self._functions = {name: engine.function(name, graph) for name, graph in found.graphs.items()}
         self._prologue = _Prologue(found.graphs[found.prologue], self._functions[found.prologue])
         self._requests = Requests(self.policy, found.schedule.num_inference_steps)
         self._bind = _Binder(found)
@@ -377,12 +379,14 @@ def _checked(spec: TensorSpec, value: Any, batch: int) -> Array:
 
 
 def _like(output: Array, call: Mapping[str, Array]) -> Array:
-    """The output as a torch tensor where the call's values are such, on their device."""
+    """The output as a torch tensor where the call's values are such, on their device; else as a numpy array."""
     torch = sys.modules.get("torch")
     if torch is None:
         return output
     given = next((value for value in call.values() if isinstance(value, torch.Tensor)), None)
-    return output if given is None else torch.from_dlpack(output).to(given.device)
+    if given is not None:
+        return torch.from_dlpack(output).to(given.device)
+    return output.cpu().numpy() if isinstance(output, torch.Tensor) else output
 
 
 _TYPES: dict[tuple[str, tuple[str, ...]], Any] = {}
@@ -419,12 +423,13 @@ def load(
 
     Args:
         path: the folder.
-        backend: "onnxruntime".
+        backend: "onnxruntime", "openvino" for a CPU, "tensorrt" for the engines that ``duca-compile build`` made,
+            or "aoti" for an artifact of that format.
         providers: of ONNX Runtime, the first choice first; the CPU where it is None. One that cannot be used is an
             error, never a silent fall-back.
-        threads: that one operator may use; as many as ONNX Runtime takes where it is None.
+        threads: that one operator may use in ONNX Runtime and OpenVINO; as many as they take where it is None.
         share_weights: hold the weights once, mapped from the file, for all graphs. Else each graph rearranges copies of
-            its own, which can be faster for wide models.
+            its own, which can be faster for wide models. Engines of TensorRT and code of AOTInductor always share them.
         verify: compare each file with its hash. This reads all of them.
 
     Raises:
@@ -435,16 +440,48 @@ def load(
     folder = Path(path)
     found = read_manifest(folder)
     check_files(folder, found, verify)
-    if backend != "onnxruntime":
-        raise UsageError(f"backend={backend!r} is unknown; choose 'onnxruntime'")
-    from duca_compile.runtime.onnx import OnnxEngine
+    return Artifact(found, _engine(backend, folder, found, providers, threads, share_weights))
 
-    return Artifact(found, OnnxEngine(folder, providers, threads, share_weights))
+
+def _engine(
+    backend: str,
+    folder: Path,
+    found: Manifest,
+    providers: Sequence[str] | None,
+    threads: int | None,
+    share_weights: bool,
+) -> Engine:
+    if backend not in BACKENDS:
+        raise UsageError(f"backend={backend!r} is unknown; choose one of {BACKENDS}")
+    if (found.format == "aoti") != (backend == "aoti"):
+        fitting = ("aoti",) if found.format == "aoti" else BACKENDS[:-1]
+        raise UsageError(f"backend={backend!r} cannot run an artifact of format {found.format!r}; choose of {fitting}")
+    if backend == "onnxruntime":
+        from duca_compile.runtime.onnx import OnnxEngine
+
+        return OnnxEngine(folder, providers, threads, share_weights)
+    if providers is not None:
+        raise UsageError(f"providers are ONNX Runtime's; leave them out with backend={backend!r}")
+    if backend == "openvino":
+        from duca_compile.runtime.openvino import OpenVINOEngine
+
+        return OpenVINOEngine(folder, found.weights.file, threads, share_weights)
+    if threads is not None:
+        raise UsageError(
+            f"threads are ONNX Runtime's and OpenVINO's; with {backend!r} set torch.set_num_threads instead"
+        )
+    if backend == "tensorrt":
+        from duca_compile.runtime.tensorrt import TensorRTEngine
+
+        return TensorRTEngine(folder, found)
+    from duca_compile.runtime.aoti import AOTIEngine
+
+    return AOTIEngine(folder, found)
 
 
 def check_files(folder: Path, found: Manifest, verify: bool = True) -> None:
     """Raises ArtifactError where a file is missing, leaves the folder, or, with ``verify``, is not what was written."""
-    for file in (found.weights.file, *(graph.file for graph in found.graphs.values())):
+    for file in dict.fromkeys((found.weights.file, *(graph.file for graph in found.graphs.values()))):
         path = inside(folder, file)
         try:
             size = path.stat().st_size

@@ -24,7 +24,7 @@ def describe(found: Manifest) -> Group:
     lines = {
         "model": f"{source.model}, {source.parameters:,} parameters, {found.precision}",
         "made with": ", ".join(f"{name} {version}" for name, version in found.versions.items()),
-        "opset": str(found.opset),
+        "format": found.format if found.opset is None else f"{found.format}, opset {found.opset}",
         "call": ", ".join(f"{spec.name}: {_kind(spec)}" for spec in found.inputs),
         "built in": ", ".join(f"{name}={value!r}" for name, value in found.signature.options.items()) or "-",
         "policy": found.policy.name,

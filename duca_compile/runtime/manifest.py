@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path, PurePosixPath
@@ -101,7 +101,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Graph:
-    """One ONNX file: flat tensors in, flat tensors out.
+    """One ONNX file, or one model of a package of AOTInductor: flat tensors in, flat tensors out.
 
     Attributes:
         in_place: outputs that may take the memory of an input, since nothing else reads that input.
@@ -113,6 +113,14 @@ class Graph:
     outputs: tuple[TensorSpec, ...]
     in_place: dict[str, str]
     operators: dict[str, int]
+
+    def batch(self, shapes: Sequence[Sequence[int]]) -> int:
+        """The number of rows of a call whose inputs have these shapes; 1 where no size depends on it."""
+        for spec, shape in zip(self.inputs, shapes, strict=True):
+            for size, found in zip(spec.shape, shape, strict=True):
+                if isinstance(size, Size) and size.name == BATCH:
+                    return (found - size.plus) // size.factor
+        return 1
 
 
 @dataclass(frozen=True)
@@ -280,8 +288,9 @@ class Manifest:
     schema: int
     source: Source
     versions: dict[str, str]
+    format: Literal["onnx", "aoti"]
     precision: str
-    opset: int
+    opset: int | None
     inputs: tuple[TensorSpec, ...]
     signature: Signature
     policy: Policy

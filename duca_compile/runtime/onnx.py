@@ -11,7 +11,7 @@ import numpy as np
 from duca_compile.errors import BackendError, UsageError, first_line, missing_package
 from duca_compile.runtime.arrays import Array
 from duca_compile.runtime.artifact import HOST, GraphFunction
-from duca_compile.runtime.manifest import BATCH, Graph, Size, inside
+from duca_compile.runtime.manifest import Graph, inside
 
 with missing_package("export"):
     import onnxruntime as ort
@@ -42,7 +42,8 @@ class OnnxEngine:
         self._options.add_session_config_entry("session.force_spinning_stop", "1")
         self._options.add_session_config_entry("session.disable_prepacking", str(int(share_weights)))
 
-    def function(self, graph: Graph) -> GraphFunction:
+    def function(self, name: str, graph: Graph) -> GraphFunction:
+        del name
         path = inside(self._folder, graph.file)
         try:
             session = ort.InferenceSession(path, self._options, self._providers)
@@ -64,17 +65,11 @@ class _Function:
     """Runs one graph; what it returns is memory of its own, or of an input that may be written to."""
 
     def __init__(self, session: Any, graph: Graph, device: str) -> None:
-        self._session, self._device = session, device
+        self._session, self._graph, self._device = session, graph, device
         self._inputs = [spec.name for spec in graph.inputs]
         self._results = [
             (spec, self._inputs.index(graph.in_place[spec.name]) if spec.name in graph.in_place else None)
             for spec in graph.outputs
-        ]
-        self._rows = [
-            (place, axis, size)
-            for place, spec in enumerate(graph.inputs)
-            for axis, size in enumerate(spec.shape)
-            if isinstance(size, Size) and size.name == BATCH
         ]
 
     def __call__(self, *values: Array) -> list[Array]:
@@ -87,19 +82,13 @@ class _Function:
             if place is not None:
                 binding.bind_ortvalue_output(spec.name, given[place])
             elif spec.name.startswith(HOST) and spec.dtype in _NUMPY:
-                arrays[i] = np.empty(spec.at(self._batch(given)), spec.dtype)
+                arrays[i] = np.empty(spec.at(self._graph.batch([value.shape() for value in given])), spec.dtype)
                 binding.bind_ortvalue_output(spec.name, _shared(arrays[i]))
             else:
                 binding.bind_output(spec.name, self._device)
         self._session.run_with_iobinding(binding)
         results = binding.get_outputs()
         return [arrays.get(i, result) for i, result in enumerate(results)]
-
-    def _batch(self, given: Sequence[ort.OrtValue]) -> int:
-        if not self._rows:
-            return 1  # no size depends on it
-        place, axis, size = self._rows[0]
-        return (int(given[place].shape()[axis]) - size.plus) // size.factor
 
 
 def _shared(array: Array) -> ort.OrtValue:

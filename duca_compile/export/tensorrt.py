@@ -1,0 +1,404 @@
+"""TensorRT engines of an artifact: one adapter for TensorRT-RTX (``tensorrt_rtx``) and TensorRT (``tensorrt``, 10 on).
+
+TensorRT-RTX builds for other GPUs, without any being there; TensorRT builds for the one that it runs on. The weights of
+matrix products are inputs of every engine, named after their place in the pool, so that all variants read one copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import onnx_ir
+from rich.progress import Progress, TaskID
+
+from duca_compile.errors import ArtifactError, BackendError, ExportError, UsageError
+from duca_compile.export.lowered import PRECISIONS, Lowered, Weight, lower
+from duca_compile.export.onnx import MODULE
+from duca_compile.runtime.manifest import BATCH, Graph, Manifest, Size, TensorSpec, inside, read_manifest
+
+LIBRARIES = ("tensorrt_rtx", "tensorrt")
+FOLDER = "tensorrt"  # in the artifact, unless another is named
+RECORD = "engines.json"
+TIMINGS = "timing.cache"
+_CHANGES = "1"  # of how engines are built here: a part of the key of each
+
+
+@dataclass(frozen=True)
+class Options:
+    """What engines are built for.
+
+    Attributes:
+        targets: GPU architectures such as "sm89", one engine for all of them; none for the GPU of this machine.
+        precision: of products: "bfloat16", "float16" or "float32". All else stays as the artifact has it.
+        batch: the least, the usual and the largest number of rows of a call, where the artifact leaves it open.
+        library: "tensorrt_rtx" or "tensorrt".
+    """
+
+    targets: tuple[str, ...]
+    precision: str
+    batch: tuple[int, int, int]
+    library: str
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A built graph.
+
+    Attributes:
+        file: in the folder; ``bytes`` is its size.
+        graph: the hash of the ONNX file.
+        key: the hash of all that it was built from.
+        weights: its inputs that are not the graph's.
+    """
+
+    file: str
+    graph: str
+    key: str
+    bytes: int
+    weights: tuple[Weight, ...]
+
+
+@dataclass(frozen=True)
+class Build:
+    """The engines of an artifact, by the names of its graphs; ``engines.json`` in their folder."""
+
+    version: str  # of the library
+    options: Options
+    engines: dict[str, Engine]
+
+    @property
+    def weights(self) -> dict[str, Weight]:
+        """Each weight that an engine takes, once."""
+        return {weight.name: weight for engine in self.engines.values() for weight in engine.weights}
+
+
+def build(
+    artifact: str | os.PathLike[str],
+    targets: Sequence[str] = (),
+    *,
+    precision: str = "bfloat16",
+    batch: tuple[int, int, int] = (1, 2, 8),
+    library: str | None = None,
+    folder: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Build:
+    """Builds an engine of each graph of an artifact, unless it is there from before.
+
+    Args:
+        artifact: the folder that ``duca_compile.save`` wrote.
+        targets, precision, batch, library: see ``Options``. ``library`` is the installed one where it is None.
+        folder: where the engines go; ``tensorrt`` in the artifact where it is None.
+        progress: shows the phases of each build.
+
+    Returns:
+        What was built, which ``engines.json`` in the folder says too.
+
+    Raises:
+        BackendError: the library is missing, cannot build for a target, or fails.
+        ExportError: TensorRT has no form for an operator of a graph; names the module that it comes from.
+        UsageError: an option that makes no sense, or an artifact of another format.
+        ArtifactError: ``artifact`` is none.
+    """
+    trt, name = _library(library)
+    options = Options(tuple(dict.fromkeys(map(str.lower, targets))), precision, batch, name)
+    _check(trt, options)
+    source = Path(artifact)
+    manifest = read_manifest(source)
+    if manifest.format != "onnx":
+        raise UsageError(f"{source} is an artifact of format {manifest.format!r}; engines are built of ONNX graphs")
+    target = source / FOLDER if folder is None else Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    builder = _Builder(trt, options, manifest, target, progress)
+    engines = {graph: builder.engine(graph, inside(source, found.file)) for graph, found in manifest.graphs.items()}
+    found = Build(trt.__version__, options, engines)
+    _replace(target / RECORD, (json.dumps(asdict(found), indent=1) + "\n").encode())
+    return found
+
+
+def read_build(folder: Path) -> tuple[Build, Any]:
+    """What was built in a folder, and the library that built it.
+
+    Raises:
+        ArtifactError: nothing was.
+        BackendError: the library is not installed, or is of another version.
+    """
+    path = folder / RECORD
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        options = Options(**{**found["options"], **{k: tuple(found["options"][k]) for k in ("targets", "batch")}})
+        engines = {
+            name: Engine(
+                **{**each, "weights": tuple(Weight(**{**w, "shape": tuple(w["shape"])}) for w in each["weights"])}
+            )
+            for name, each in found["engines"].items()
+        }
+        build = Build(found["version"], options, engines)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is no record of engines ({error}); build them: duca-compile build") from error
+    trt, _ = _library(options.library)
+    if trt.__version__ != build.version:
+        raise BackendError(
+            f"the engines in {folder} were built by {options.library} {build.version}, and {trt.__version__} is "
+            "installed; build them again: duca-compile build"
+        )
+    return build, trt
+
+
+def _library(name: str | None) -> tuple[Any, str]:
+    """The library of this name, or the first that is installed."""
+    if name is not None and name not in LIBRARIES:
+        raise UsageError(f"library={name!r} is unknown; choose one of {LIBRARIES}")
+    for each in LIBRARIES if name is None else (name,):
+        try:
+            return import_module(each), each
+        except ImportError:
+            continue
+    raise BackendError(
+        f"{name or ' or '.join(LIBRARIES)} is not installed; duca-compile[tensorrt] installs the first, and NVIDIA's "
+        "tensorrt package is the second"
+    )
+
+
+def _check(trt: Any, options: Options) -> None:
+    if options.precision not in PRECISIONS:
+        raise UsageError(f"precision={options.precision!r} is unknown; choose one of {tuple(PRECISIONS)}")
+    least, usual, most = options.batch
+    if not 1 <= least <= usual <= most:
+        raise UsageError(f"batch={options.batch} must be the least, the usual and the largest number of rows, in order")
+    if not options.targets:
+        return
+    if not hasattr(trt, "ComputeCapability"):
+        raise UsageError(f"{options.library} builds for the GPU of this machine only; leave the targets out")
+    known = {name.lower() for name in trt.ComputeCapability.__members__ if name.startswith("SM")}
+    for target in options.targets:
+        if target not in known:
+            raise UsageError(f"target {target!r} is unknown to {options.library}; choose of {sorted(known)}")
+
+
+class _Builder:
+    """Builds the engines of one artifact."""
+
+    def __init__(self, trt: Any, options: Options, manifest: Manifest, folder: Path, progress: Progress | None) -> None:
+        self._trt, self._options, self._manifest, self._folder = trt, options, manifest, folder
+        self._progress = progress
+        self._log = _log(trt)
+        self._timings = folder / TIMINGS
+        self._times_kernels = options.library == "tensorrt"  # TensorRT-RTX chooses kernels when it loads an engine
+
+    def engine(self, name: str, path: Path) -> Engine:
+        """The engine of one graph, from the cache where there is one of the same key."""
+        graph = self._manifest.graphs[name]
+        key = self._key(graph)
+        file = self._folder / f"{name}-{key[:16]}.engine"
+        lowered = lower(path, self._options.precision)
+        if not file.exists():
+            _replace(file, self._built(name, graph, lowered))
+        return Engine(file.name, graph.file.sha256, key, file.stat().st_size, lowered.weights)
+
+    def _key(self, graph: Graph) -> str:
+        """Of all that the engine is built from. Plans of the same inputs differ in their bytes."""
+        inputs = {
+            "graph": graph.file.sha256,
+            "weights": self._manifest.weights.file.sha256,
+            "profile": {spec.name: self._profile(spec) for spec in graph.inputs},
+            "options": asdict(self._options),
+            "version": [self._trt.__version__, _CHANGES],
+        }
+        return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+    def _profile(self, spec: TensorSpec) -> list[list[int]] | None:
+        """The least, the usual and the largest shape of an input; None where it has one."""
+        if not any(isinstance(size, Size) for size in spec.shape):
+            return None
+        rows = self._options.batch
+        counts = self._token_counts()
+
+        def at(size: int | Size, which: int) -> int:
+            if not isinstance(size, Size):
+                return size
+            return size.at(rows[which] if size.name == BATCH else counts[size.name][which])
+
+        return [[at(size, which) for size in spec.shape] for which in range(3)]
+
+    def _token_counts(self) -> dict[str, tuple[int, int, int]]:
+        """How many tokens the schedule's steps recompute, by the input that names them: least, median and most."""
+        found: dict[str, list[int]] = {}
+        for plan in self._manifest.schedule.plans:
+            for branch, count in plan.counts.items():
+                found.setdefault(f"tokens_{branch}", []).append(count)
+        return {name: (min(each), sorted(each)[len(each) // 2], max(each)) for name, each in found.items()}
+
+    def _built(self, name: str, graph: Graph, lowered: Lowered) -> bytes:
+        trt = self._trt
+        data = lowered.serialized()
+        builder = trt.Builder(self._log)
+        check(trt, builder, name, data, lowered.model)
+        network = _network(trt, builder)
+        parser = trt.OnnxParser(network, self._log)
+        if not parser.parse(data):
+            raise ExportError(f"graph {name!r}: {_parser_errors(parser)}")
+        _let_decompose(trt, network)
+        config = builder.create_builder_config()
+        self._set_targets(config)
+        self._add_profile(builder, config, graph)
+        if self._times_kernels:
+            known = self._timings.read_bytes() if self._timings.exists() else b""
+            config.set_timing_cache(config.create_timing_cache(known), False)
+        with self._log.collected() as errors, _watched(trt, config, self._progress, name):
+            plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise BackendError(f"{self._options.library} could not build graph {name!r}: {'; '.join(errors[-3:])}")
+        if self._times_kernels:
+            _replace(self._timings, bytes(config.get_timing_cache().serialize()))
+        return bytes(plan)
+
+    def _set_targets(self, config: Any) -> None:
+        targets = self._options.targets
+        if not targets:
+            return
+        config.num_compute_capabilities = len(targets)
+        for place, target in enumerate(targets):
+            config.set_compute_capability(getattr(self._trt.ComputeCapability, target.upper()), place)
+
+    def _add_profile(self, builder: Any, config: Any, graph: Graph) -> None:
+        shapes = {spec.name: self._profile(spec) for spec in graph.inputs}
+        if not any(shapes.values()):
+            return
+        profile = builder.create_optimization_profile()
+        for name, each in shapes.items():
+            if each is not None:
+                profile.set_shape(name, *each)
+        config.add_optimization_profile(profile)
+
+
+def check(trt: Any, builder: Any, name: str, data: bytes, model: onnx_ir.Model) -> None:
+    """Asks TensorRT's parser about every node of a serialized model.
+
+    Raises:
+        ExportError: it does not support one; says which, why, and of which module of the source model it is.
+    """
+    network = _network(trt, builder)  # held: the parser does not
+    parser = trt.OnnxParser(network, _log(trt))
+    if parser.supports_model_v2(data):
+        return
+    nodes = list(model.graph)
+    taken = {place for i in range(parser.num_subgraphs) for place in parser.get_subgraph_nodes(i)}
+    refused = [node for place, node in enumerate(nodes) if place not in taken]
+    found = [f"{node.op_type} of {node.metadata_props.get(MODULE) or 'no module'}" for node in refused]
+    raise ExportError(
+        f"TensorRT does not support {', '.join(dict.fromkeys(found)) or 'a node'} in graph {name!r}: "
+        f"{_parser_errors(parser)}"
+    )
+
+
+def _network(trt: Any, builder: Any) -> Any:
+    """An empty network whose types are those of the graph: the only kind that newer versions have."""
+    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return builder.create_network(0 if typed is None else 1 << int(typed))
+
+
+def _parser_errors(parser: Any) -> str:
+    errors = [parser.get_error(i) for i in range(parser.num_errors)]
+    return "; ".join(f"{e.node_name()}: {e.code().name}, {e.desc()}" for e in errors) or "it does not say why"
+
+
+def _let_decompose(trt: Any, network: Any) -> None:
+    """An attention that no fused kernel is there for is computed in parts, instead of failing the build."""
+    kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
+    for layer in (network.get_layer(i) for i in range(network.num_layers if kind is not None else 0)):
+        if layer.type == kind:
+            layer.__class__ = trt.IAttentionInputLayer
+            layer.attention.decomposable = True
+
+
+_LOGS: dict[str, Any] = {}
+
+
+def _log(trt: Any) -> Any:
+    """The library's one log; it keeps errors for whoever collects them, and says nothing else."""
+    if trt.__name__ not in _LOGS:
+
+        class Log(trt.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                super().__init__()
+                self._errors: list[str] = []
+
+            def log(self, severity: Any, text: str) -> None:
+                if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
+                    self._errors.append(text)
+
+            @contextmanager
+            def collected(self) -> Iterator[list[str]]:
+                self._errors = []
+                yield self._errors
+
+        _LOGS[trt.__name__] = Log()
+    return _LOGS[trt.__name__]
+
+
+@contextmanager
+def _watched(trt: Any, config: Any, progress: Progress | None, name: str) -> Iterator[None]:
+    """Shows the phases of a build, the nested ones indented."""
+    if progress is None:
+        yield
+        return
+    phases = _Phases(progress, name)
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            phases.start(phase, parent, steps)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            phases.advance(phase, step)
+            return True
+
+        def phase_finish(self, phase: str) -> None:
+            phases.finish(phase)
+
+    config.progress_monitor = Monitor()
+    try:
+        yield
+    finally:
+        phases.close()
+
+
+class _Phases:
+    """The tasks of a progress display for phases that any thread reports."""
+
+    def __init__(self, progress: Progress, name: str) -> None:
+        self._progress, self._name, self._lock = progress, name, threading.Lock()
+        self._tasks: dict[str, tuple[TaskID, int]] = {}  # with how deep they are nested
+
+    def start(self, phase: str, parent: str | None, steps: int) -> None:
+        with self._lock:
+            depth = self._tasks[parent][1] + 1 if parent in self._tasks else 0
+            task = self._progress.add_task(f"{'  ' * depth}{self._name}: {phase}", total=steps)
+            self._tasks[phase] = task, depth
+
+    def advance(self, phase: str, step: int) -> None:
+        with self._lock:
+            self._progress.update(self._tasks[phase][0], completed=step + 1)
+
+    def finish(self, phase: str) -> None:
+        with self._lock:
+            self._progress.remove_task(self._tasks.pop(phase)[0])
+
+    def close(self) -> None:
+        for phase in list(self._tasks):  # of a build that failed
+            self.finish(phase)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
