@@ -76,7 +76,7 @@ class Artifact {
   explicit Artifact(const std::string& folder) : manifest_(Json::parse(read(folder + "/manifest.json"))) {
     if (manifest_["format"].text != "aoti") throw std::runtime_error(folder + " is no artifact of format aoti");
     if (manifest_["policy"]["rule"].kind != Json::Null) {
-      throw std::runtime_error(folder + ": its policy decides while it runs, which this program does not; load it in Python");
+      throw std::runtime_error(folder + ": its policy decides while it runs; load it in Python");
     }
     weights_ = load(folder + "/" + manifest_["weights"]["file"]["path"].text);
     for (const auto& [name, graph] : manifest_["graphs"].fields) {
