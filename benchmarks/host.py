@@ -23,6 +23,7 @@ import duca_compile
 from duca_compile import OptimizedModel, Policy
 
 DOUBLE, SINGLE, TEXT, SIDE = 19, 38, 8, 4
+LOOP = 20  # steps of a request of ours; it has the timesteps of the one before, as those of a schedule have
 WARM = ORDER + 2  # rounds that are not counted: they compile, and a forecast gains an order with each full step
 
 PEERS = {
@@ -116,7 +117,7 @@ class Host:
     def _own_round(self, own: Own, index: int) -> None:
         for place in range(own.period):
             before = own.graph.seconds if own.graph else 0.0
-            seconds = self._call(own.model, index * own.period + place)
+            seconds = self._call(own.model, (index * own.period + place) % LOOP)
             if own.graph:
                 assert own.graph.seconds > before, "the timed programs did not run"
                 kind = f"duca_compile, {own.prefix}{own.model.history[-1].kind.value}"

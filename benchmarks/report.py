@@ -319,7 +319,7 @@ def hosts(host: Found) -> Iterator[str]:
                 continue
             outside = each.get("host_seconds_outside_the_graph")
             held = outside and mode == "compile" and not label.endswith("full")
-            met = verdict(outside["median"] <= HOST, f"at most {1e3 * HOST:.1f} ms") if outside and held else ""
+            met = verdict(outside["median"] <= HOST, f"at most {1e3 * HOST:.2f} ms") if outside and held else ""
             yield row(label, mode, spread(each["seconds"], 1e3), spread(outside, 1e3) if outside else "", met)
     yield "\nA partial step also chooses tokens, and hands over one index tensor for each branch that it recomputes.\n"
 
@@ -475,7 +475,7 @@ def host_losses(suite: Found) -> Iterator[str]:
                     )
             outside = each["host_seconds_outside_the_graph"]["median"]
             if mode == "compile" and outside > HOST:
-                yield f"Host: {label} takes {1e3 * outside:.2f} ms outside of its graph, above {1e3 * HOST:.1f} ms."
+                yield f"Host: {label} takes {1e3 * outside:.2f} ms outside of its graph, above {1e3 * HOST:.2f} ms."
 
 
 def quality_losses(pareto: Found | None) -> Iterator[str]:
