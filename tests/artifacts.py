@@ -45,18 +45,18 @@ def example(rows: int) -> dict[str, Tensor]:
     return {"hidden_states": latent, "timestep": torch.full((rows,), 999), "class_labels": torch.arange(rows) % 10}
 
 
-def optimized(policy: Policy, model: nn.Module | None = None) -> OptimizedModel:
-    return duca_compile.optimize(tiny_dit() if model is None else model, policy, "eager", STEPS)
+def optimized(policy: Policy, model: nn.Module | None = None, steps: int = STEPS) -> OptimizedModel:
+    return duca_compile.optimize(tiny_dit() if model is None else model, policy, "eager", steps)
 
 
 def export(model: OptimizedModel, path: Path, **options: Any) -> Manifest:
     return duca_compile.save(model, path, example(2), **options)
 
 
-def loop(model: Callable[..., Any], rows: int, arrays: bool = False, seed: int = 1) -> list[Tensor]:
+def loop(model: Callable[..., Any], rows: int, arrays: bool = False, seed: int = 1, steps: int = STEPS) -> list[Tensor]:
     """The model's outputs over a whole DDIM loop; with ``arrays`` it is given numpy's arrays."""
     scheduler = DDIMScheduler()
-    scheduler.set_timesteps(STEPS)
+    scheduler.set_timesteps(steps)
     latent = torch.randn(rows, 2, 8, 8, generator=torch.Generator().manual_seed(seed))
     outputs = []
     with torch.no_grad():

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import duca_compile
 from duca_compile import OptimizedModel, Policy, PolicyError, ResidualGate, SpeCa, TaylorSeer
-from duca_compile.export.trace import Traced
 from duca_compile.policies import StepKind
 from tests.support import Shared
 from tests.test_optimize import build
@@ -365,8 +364,3 @@ def test_a_budget_that_it_does_not_fit_is_refused_and_never_changes_the_method(m
     optimized = duca_compile.optimize(model, ResidualGate(), "eager", STEPS, cache_budget_bytes=100)
     with torch.no_grad(), pytest.raises(PolicyError, match="the least is 6144 bytes, for residual gate"):
         optimized(**call(0))
-
-
-def test_it_is_not_exported(model: nn.Module) -> None:
-    with pytest.raises(duca_compile.ExportError, match="decides its steps while it runs"):
-        Traced(optimize(model, ResidualGate()), call(0), STEPS, dynamic_batch=False)

@@ -145,7 +145,7 @@ def _write(traced: Traced, writer: Writer) -> Manifest:
         inputs=tuple(inputs.values()),
         signature=_signature(traced),
         policy=manifest.Policy(
-            traced.policy.name, traced.policy.caches, traced.policy.selection, traced.policy.forecast
+            traced.policy.name, traced.policy.caches, traced.policy.selection, traced.policy.forecast, traced.rule
         ),
         schedule=schedule,
         branches=_branches(traced),

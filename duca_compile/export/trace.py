@@ -24,7 +24,7 @@ from duca_compile.policies.base import Policy, Step, StepKind
 from duca_compile.policies.checks import check_whole
 from duca_compile.runtime import manifest
 from duca_compile.runtime.dispatcher import Prologue
-from duca_compile.runtime.planning import check_selection, plan_step, score_output
+from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec, score_output
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,13 @@ class Traced:
 
     Attributes:
         model, policy: the source model, and the policy.
+        rule: how the policy decides, where it does so while it runs.
         call: the example.
         variants: what the policy's steps need, by name; filled by ``schedule``.
 
     Raises:
         UsageError: ``model`` is not optimized, or in training mode.
-        ExportError: its graph does not hold for other calls.
+        ExportError: its graph does not hold for other calls, or the policy decides by a rule that no runtime knows.
         PolicyError: the policy cannot plan without ``num_inference_steps``, or the model cannot serve it.
     """
 
@@ -86,13 +87,21 @@ class Traced:
             # An odd multiple, so that the same powers of two divide both: values are packed alike then.
             self.other = self._capture(self._with_rows(given.batch, 3 * self.one.batch))
         check_selection(self.facts, self.policy)
-        if isinstance(self.policy, AdaptivePolicy):
-            raise ExportError(
-                f"{self.policy.name} decides its steps while it runs, and an artifact's steps are fixed; export a "
-                "policy with a schedule, such as TaylorSeer"
-            )
+        check_rows(self.facts, self.policy)
+        self.rule = self._rule()
         self.variants: dict[str, TracedVariant] = {}
         self._names: dict[VariantSpec, str] = {}
+
+    def _rule(self) -> manifest.Rule | None:
+        policy = self.policy
+        if not isinstance(policy, AdaptivePolicy):
+            return None
+        if policy.per != "batch" and any(branch.dtype is torch.bfloat16 for branch in self.facts.branches):
+            raise ExportError(
+                f"with decide_per={policy.per!r} rows of two steps are put together in numpy, which lacks bfloat16; "
+                "convert the model to another type, or use decide_per='batch'"
+            )
+        return manifest.Rule.of(policy)
 
     @property
     def facts(self) -> Facts:
@@ -115,7 +124,8 @@ class Traced:
         plans: dict[Step, manifest.Plan] = {}
         steps = list(islice(self.policy.planned(self._total), LOOKED_AHEAD))
         full = Step(StepKind.FULL, kept=steps[0].kept)
-        for step in (*steps, full):
+        choices = self.policy.choices if isinstance(self.policy, AdaptivePolicy) else ()
+        for step in (*steps, *choices, full):
             if step not in plans:
                 plans[step] = self._plan(step)
         places = {step: place for place, step in enumerate(plans)}
@@ -124,18 +134,30 @@ class Traced:
             plans=tuple(plans.values()),
             steps=tuple(places[step] for step in steps),
             full=places[full],
+            look=self._look(),
         )
+
+    def _look(self) -> manifest.Look | None:
+        spec = probe_spec(self.facts, self.policy)
+        if spec is None:
+            return None
+        name = self._variant(spec, "look")
+        return manifest.Look(name, self.variants[name].flops({}))
 
     def _plan(self, step: Step) -> manifest.Plan:
         spec, counts = plan_step(self.facts, self.policy, step)
-        if spec not in self._names:
-            same_kind = sum(name.split("-")[0] == step.kind.value for name in self.variants)
-            name = f"{step.kind.value}-{same_kind + 1}" if same_kind else step.kind.value
-            self.variants[name] = TracedVariant.of(name, self.one, self.other, spec)
-            self._names[spec] = name
-        name = self._names[spec]
+        name = self._variant(spec, step.kind.value)
         named = {str(index): count for index, count in counts.items()}
         return manifest.Plan(step, name, named, self.variants[name].flops(counts))
+
+    def _variant(self, spec: VariantSpec, kind: str) -> str:
+        """The name of the variant of a spec, which begins with its kind; each is traced once."""
+        if spec not in self._names:
+            same_kind = sum(name.split("-")[0] == kind for name in self.variants)
+            name = f"{kind}-{same_kind + 1}" if same_kind else kind
+            self.variants[name] = TracedVariant.of(name, self.one, self.other, spec)
+            self._names[spec] = name
+        return self._names[spec]
 
     def _capture(self, call: Call) -> Capture:
         graph, facts, prologue = analyze_call(self.model, call, self._timestep)

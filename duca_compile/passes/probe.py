@@ -19,7 +19,7 @@ from duca_compile.graph import (
 )
 from duca_compile.passes.base import CachingPass, ExactPass, VariantDraft
 from duca_compile.passes.forecast import Series
-from duca_compile.passes.relate import ratio, row_norm
+from duca_compile.passes.relate import ratio, row_norm, row_numbers
 from duca_compile.policies.adaptive import Probe
 
 aten = torch.ops.aten
@@ -65,6 +65,7 @@ class LookAhead(ExactPass[VariantDraft]):
             moved = call(aten.mean.dim, (call(aten.abs.default, (call(aten.sub.Tensor, tuple(wide)),)), dims))
             size = call(aten.mean.dim, (call(aten.abs.default, (wide[1],)), dims))
             change = call(aten.div.Tensor, (moved, size))
+        change.meta["val"] = like.new_empty(like.shape[:1], dtype=torch.float32)
         output.args = ((change, seen, stream),)
         draft.results[:] = [PROBE_CHANGE, PROBE_SEEN, PROBE_STREAM]
         return True
@@ -79,6 +80,7 @@ class LookAhead(ExactPass[VariantDraft]):
             expected = Series(draft).behind(start, branch.input_slot, like)
             missed = row_norm(draft, graph.call_function(aten.sub.Tensor, (given, expected)), like, 1)
             change = ratio(draft, missed, row_norm(draft, given, like, 1))
+        change.meta["val"] = row_numbers(given)
         graph.output_node().args = ((change, draft.node(branch.stream)),)
         draft.results[:] = [PROBE_CHANGE, PROBE_STREAM]
         return True

@@ -39,7 +39,10 @@ class VerifyForecast(ExactPass[VariantDraft]):
                 copies[node] = draft.graph.node_copy(node, lambda n: copies.get(n, n))
                 copies[node].meta["copy_of"] = node.name
             pair = [call(aten.to.dtype, (value, torch.float32)) for value in (forecast, copies[forecast])]
-            error = (_relative_l1 if verify.metric == "relative_l1" else _norm_ratio)(draft, *pair)
+            whole = verify.metric == "relative_l1"
+            error = (_relative_l1 if whole else _norm_ratio)(draft, *pair)
+        like = forecast.meta["val"]
+        error.meta["val"] = like.new_empty(1 if whole else like.shape[0], dtype=torch.float32)
         draft.add_result(VERIFY_ERROR, error)
         return True
 

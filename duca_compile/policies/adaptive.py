@@ -73,6 +73,11 @@ class AdaptivePolicy(Policy):
     def per(self) -> DecidePer:
         """Who decides: the strictest row for all, each row for itself, or both halves of guidance together."""
 
+    @property
+    @abstractmethod
+    def choices(self) -> tuple[Step, ...]:
+        """All steps that its deciders may propose or decide on, each once; the full one comes first."""
+
     def planned(self, total: int | None) -> Iterator[Step]:
         """The same as ``steps``: what is cached is kept to the end."""
         return self.steps(total)

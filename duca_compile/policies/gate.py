@@ -87,6 +87,10 @@ class ResidualGate(AdaptivePolicy):
     def per(self) -> DecidePer:
         return self.decide_per
 
+    @property
+    def choices(self) -> tuple[Step, ...]:
+        return Step(StepKind.FULL), Step(_KINDS[self.cached])
+
     def decider(self, total: int | None) -> Decider:
         return _Gate(self, total)
 

@@ -57,6 +57,10 @@ class RelationalFeatureCaching(AdaptivePolicy):
     def per(self) -> DecidePer:
         return self.decide_per
 
+    @property
+    def choices(self) -> tuple[Step, ...]:
+        return Step(StepKind.FULL), Step(StepKind.FORECAST)
+
     def decider(self, total: int | None) -> Decider:
         return _Scheduling(self)
 

@@ -86,6 +86,12 @@ class SpeCa(AdaptivePolicy):
     def per(self) -> DecidePer:
         return self.decide_per
 
+    @property
+    def choices(self) -> tuple[Step, ...]:
+        unseen = max(self.min_taylor_steps, int(self.compat == "released"))  # drafts behind a full step
+        drafts = {False: unseen > 0, True: unseen < self.max_taylor_steps}
+        return Step(StepKind.FULL), *(Step(StepKind.FORECAST, verified=seen) for seen, may in drafts.items() if may)
+
     def decider(self, total: int | None) -> Decider:
         self.threshold(0, total)  # which says so now where it needs to know the number of steps
         return _Released(self, total) if self.compat == "released" else _Paper(self, total)

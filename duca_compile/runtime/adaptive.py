@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from duca_compile.errors import PolicyError
 from duca_compile.policies.adaptive import AdaptivePolicy, Decider
 from duca_compile.policies.base import Step
-from duca_compile.runtime.arrays import Array
+from duca_compile.runtime.arrays import Array, Arrays
 
 
 class Decisions:
@@ -43,21 +43,16 @@ def _largest(values: Sequence[float]) -> float | None:
     return next((value for value in values if value != value), max(values))
 
 
-def merged(full: Sequence[bool], computed: Sequence[Array], cheap: Sequence[Array]) -> tuple[Array, ...]:
+def merged(arrays: Arrays, full: Sequence[bool], computed: Sequence[Array], cheap: Sequence[Array]) -> list[Array]:
     """Each result with the rows of ``computed`` where the row's step is full, and of ``cheap`` elsewhere.
 
     Raises:
         PolicyError: a result has no rows.
     """
-    import torch
-
     for each in computed:
-        if each.dim() == 0 or each.shape[0] != len(full):
+        if not each.shape or each.shape[0] != len(full):
             raise PolicyError(
                 f"decide_per needs outputs with one row for each of the {len(full)} rows of the latent, and there is "
                 f"one of {tuple(each.shape)}; use decide_per='batch'"
             )
-    rows = torch.tensor(full).to(computed[0].device)
-    return tuple(
-        torch.where(rows.view(-1, *[1] * (new.dim() - 1)), new, old) for new, old in zip(computed, cheap, strict=True)
-    )
+    return [arrays.choose(full, new, old) for new, old in zip(computed, cheap, strict=True)]

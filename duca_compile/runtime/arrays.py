@@ -41,6 +41,9 @@ class Arrays(Protocol):
     def put(self, array: Array, places: Array, values: Array) -> Array:
         """A copy, with ``values`` at ``places`` along the last axis."""
 
+    def choose(self, rows: Sequence[bool], new: Array, old: Array) -> Array:
+        """The rows of ``new`` where ``rows`` says so, and of ``old`` elsewhere; what an engine returned will do."""
+
 
 class NumpyArrays:
     """Arrays in the host's memory."""
@@ -71,6 +74,10 @@ class NumpyArrays:
         copy = array.copy()
         np.put_along_axis(copy, places, values, -1)
         return copy
+
+    def choose(self, rows: Sequence[bool], new: Array, old: Array) -> Array:
+        one, other = _host(new), _host(old)
+        return np.where(np.array(rows).reshape(-1, *[1] * (one.ndim - 1)), one, other)
 
 
 class TorchArrays:
@@ -104,6 +111,18 @@ class TorchArrays:
 
     def put(self, array: Array, places: Array, values: Array) -> Array:
         return array.scatter(-1, places, values)
+
+    def choose(self, rows: Sequence[bool], new: Array, old: Array) -> Array:
+        chosen = self._torch.tensor(rows).to(self._device)
+        return self._torch.where(chosen.view(-1, *[1] * (new.dim() - 1)), new, old)
+
+
+def _host(array: Array) -> np.ndarray:
+    """What an engine returned, a tensor or a value of ONNX Runtime, as a numpy array."""
+    if isinstance(array, np.ndarray):
+        return array
+    found: np.ndarray = (array.cpu() if hasattr(array, "cpu") else array).numpy()
+    return found
 
 
 def size(array: Array) -> int:

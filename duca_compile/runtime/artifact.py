@@ -9,6 +9,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from math import prod
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,21 +17,23 @@ from typing import Any, Protocol
 import numpy as np
 
 from duca_compile.errors import ArtifactError, UsageError
-from duca_compile.graph import FORECAST_GAP, cache_input
+from duca_compile.graph import FORECAST_GAP, FULL_ROWS, PROBE_CHANGE, VERIFY_ERROR, cache_input
 from duca_compile.policies.base import Forecast as ForecastOptions
-from duca_compile.policies.base import Policy, Selection, Step
+from duca_compile.policies.base import Policy, Selection, Step, StepKind
 from duca_compile.runtime import manifest
 from duca_compile.runtime.arrays import Array, NumpyArrays
 from duca_compile.runtime.dispatcher import Dispatcher, Plan, Program
 from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
 from duca_compile.runtime.manifest import Manifest, Size, TensorSpec, inside, read_manifest
+from duca_compile.runtime.planning import check_pairs
 from duca_compile.runtime.request import Executed
 from duca_compile.runtime.selection import Tokens
 from duca_compile.runtime.session import Requests, Session, current_pass, named_pass
 
 BACKENDS = ("onnxruntime", "openvino", "tensorrt", "aoti")
 SCORE = "score_"
-HOST = ("output_", SCORE)  # outputs that leave the engine; all others only go into later steps
+# Outputs that leave the engine; all others only go into later steps.
+HOST = ("output_", SCORE, PROBE_CHANGE, VERIFY_ERROR)
 
 # Flat values in the order of a graph's inputs to those of its outputs. Values are numpy arrays, torch tensors or what
 # an earlier function of the same engine returned; what HOST names is returned as numpy arrays, or outputs as tensors.
@@ -48,7 +51,7 @@ class Engine(Protocol):
 
 
 class Recorded(Policy):
-    """The policy of an artifact: its steps as they were when it was exported."""
+    """The policy of an artifact whose steps are known before: they are as they were when it was exported."""
 
     def __init__(self, recorded: manifest.Policy, schedule: manifest.Schedule) -> None:
         self._recorded, self._schedule = recorded, schedule
@@ -113,11 +116,15 @@ class _Planner:
     def __init__(self, found: Manifest, batch: int, engine: Engine, functions: Mapping[str, GraphFunction]) -> None:
         self._manifest, self._batch, self._engine, self._functions = found, batch, engine, functions
         self._plans: dict[Step, Plan] = {}
+        self._look: Plan | None = None
         self._recorded = {plan.step: plan for plan in found.schedule.plans}
         self._position = {branch.index: i for i, branch in enumerate(found.branches)}
         self._programs = {name: self._program(variant) for name, variant in found.variants.items()}
         used = {variant.rows for variant in found.variants.values()} - {None}
         self._rows = {name: _Rows(found.graphs[name], functions[name]) for name in used if name is not None}
+        look = found.schedule.look
+        if look is not None:
+            self._look = Plan(Step(StepKind.FULL), self._programs[look.variant], (), look.flops.at(batch))
 
     @property
     def batch(self) -> int:
@@ -127,8 +134,8 @@ class _Planner:
     def tokens(self) -> list[Tokens]:
         return [Tokens(_at(b.rows, self._batch), b.tokens, b.grid) for b in self._manifest.branches]
 
-    def look(self) -> None:
-        """Policies that decide while they run are not exported."""
+    def look(self) -> Plan | None:
+        return self._look
 
     def arrays(self, like: Array) -> NumpyArrays:
         del like
@@ -143,8 +150,7 @@ class _Planner:
             recorded = self._recorded.get(step, self._manifest.schedule.plans[self._manifest.schedule.full])
             program = self._programs[recorded.variant]
             counts = tuple(recorded.counts.get(str(index), 0) for index in program.waiting)
-            flops = recorded.flops.fixed + recorded.flops.per_row * self._batch
-            plan = self._plans[step] = Plan(recorded.step, program, counts, flops)
+            plan = self._plans[step] = Plan(recorded.step, program, counts, recorded.flops.at(self._batch))
         return plan
 
     def _program(self, variant: manifest.Variant) -> Program:
@@ -169,17 +175,20 @@ class _Planner:
 
     def _forecast(self, graph: manifest.Graph) -> ForecastInputs:
         specs = {spec.name: spec for spec in graph.inputs}
-        numbers = {name: partial(_number, specs[name].dtype) for name in NUMBERS if name in specs}
+        numbers = {name: partial(_number, specs[name]) for name in NUMBERS if name in specs}
         caches = {
             name: partial(self._engine.zeros, spec.at(self._batch), spec.dtype)
             for name, spec in specs.items()
             if name.startswith(cache_input(""))
         }
-        return ForecastInputs(numbers, caches if FORECAST_GAP in numbers else {})
+        looks = any(spec.name == PROBE_CHANGE for spec in graph.outputs)
+        compares = looks or numbers.keys() & {FORECAST_GAP, FULL_ROWS}
+        rows = max((prod(specs[name].at(self._batch)) for name in numbers), default=1)
+        return ForecastInputs(numbers, caches if compares else {}, rows)
 
 
-def _number(dtype: str, values: Sequence[int]) -> Array:
-    return np.array(values[0], dtype)
+def _number(spec: TensorSpec, values: Sequence[int]) -> Array:
+    return np.array(values if spec.shape else values[0], spec.dtype)
 
 
 def _at(size: int | Size, batch: int) -> int:
@@ -204,12 +213,13 @@ class Artifact:
 
     Attributes:
         manifest: what the folder holds.
-        policy: the steps, as they were recorded.
+        policy: the steps, as they were recorded, or the policy itself, where it decides while it runs.
     """
 
     def __init__(self, found: Manifest, engine: Engine) -> None:
         self.manifest, self._engine = found, engine
-        self.policy = Recorded(found.policy, found.schedule)
+        rule = found.policy.rule
+        self.policy: Policy = Recorded(found.policy, found.schedule) if rule is None else rule.rebuilt()
         self._functions = {name: engine.function(name, graph) for name, graph in found.graphs.items()}
         self._prologue = _Prologue(found.graphs[found.prologue], self._functions[found.prologue])
         self._requests = Requests(self.policy, found.schedule.num_inference_steps)
@@ -222,6 +232,7 @@ class Artifact:
 
         Raises:
             UsageError: the arguments are not of the kinds that were exported; names the argument.
+            PolicyError: pairs of rows are to decide together, and their number is odd.
         """
         call, batch = self._bind(args, kwargs)
         dispatcher, request, called = self._dispatcher(batch), self._requests.current(), current_pass(self)
@@ -237,6 +248,7 @@ class Artifact:
     def _dispatcher(self, batch: int) -> Dispatcher:
         found = self._dispatchers.get(batch)
         if found is None:
+            check_pairs(self.policy, batch)
             with self._lock:
                 planner = _Planner(self.manifest, batch, self._engine, self._functions)
                 made = Dispatcher(planner, self.policy, self._prologue, foresees=False)

@@ -219,7 +219,9 @@ class Dispatcher:
             self._remember_look(policy.measure, state, full)
         if any(full):
             computed = run(Step(StepKind.FULL), full)
-            outputs = computed if cheap is None or all(full) else merged(full, computed, cheap)
+            outputs = computed
+            if cheap is not None and not all(full):
+                outputs = merged(self.planner.arrays(computed[0]), full, computed, cheap)
         else:
             assert cheap is not None
             outputs = cheap
@@ -239,7 +241,8 @@ class Dispatcher:
         """What the next look compares with: this one, or where it is to be of a full step, that of the full rows."""
         name, seen = cache_input(PROBE_SEEN), state.measured[PROBE_SEEN]
         if probe.to_last_full and not all(full):
-            (seen,) = merged(full, (seen,), (state.caches[name],)) if any(full) else (state.caches[name],)
+            old = state.caches[name]
+            seen = self.planner.arrays(seen).choose(full, seen, old) if any(full) else old
         state.caches[name] = seen
 
     def warm_up(

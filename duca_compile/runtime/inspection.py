@@ -18,6 +18,7 @@ def describe(found: Manifest) -> Group:
     """The model, its call, the schedule, and a table of the graphs."""
     source, schedule, weights = found.source, found.schedule, found.weights
     letters = "".join(schedule.plans[place].step.kind.letter for place in schedule.steps)
+    cheapest = "; decided while they run, these are the cheapest" if found.policy.rule is not None else ""
     graphs = sum(graph.file.bytes for graph in found.graphs.values())
     per_row = _cache_bytes(found)
     lines = {
@@ -27,7 +28,7 @@ def describe(found: Manifest) -> Group:
         "call": ", ".join(f"{spec.name}: {_kind(spec)}" for spec in found.inputs),
         "built in": ", ".join(f"{name}={value!r}" for name, value in found.signature.options.items()) or "-",
         "policy": found.policy.name,
-        "schedule": f"{letters[:100]}{'...' * (len(letters) > 100)} ({len(letters)} steps)",
+        "schedule": f"{letters[:100]}{'...' * (len(letters) > 100)} ({len(letters)} steps{cheapest})",
         "weights": f"{weights.file.bytes:,} bytes, {len(weights.chunks)} tensors (the model: {source.weight_bytes:,})",
         "graphs": f"{graphs:,} bytes",
         "caches": f"{len(found.caches)} tensors, {per_row:,} bytes for each row of a call",
@@ -41,7 +42,7 @@ def describe(found: Manifest) -> Group:
 def _graphs(found: Manifest) -> Table:
     table = Table("graph", "bytes", "nodes", "inputs", "outputs", "FLOPs per row", "operators")
     for name, graph in found.graphs.items():
-        flops = [plan.flops for plan in found.schedule.plans if found.variants[plan.variant].graph == name]
+        flops = [run.flops for run in found.schedule.runs if found.variants[run.variant].graph == name]
         table.add_row(
             name,
             f"{graph.file.bytes:,}",

@@ -9,13 +9,18 @@ import hashlib
 import json
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from duca_compile.errors import ArtifactError, PolicyError
+import numpy as np
+
+from duca_compile.errors import ArtifactError, ExportError, PolicyError
+from duca_compile.graph import FULL_ROWS, PROBE_CHANGE, VERIFY_ERROR
+from duca_compile.policies import RFC, ResidualGate, SpeCa
+from duca_compile.policies.adaptive import AdaptivePolicy, Probe
 from duca_compile.policies.base import Forecast, Selection, Step
 
 SCHEMA = 1
@@ -23,6 +28,8 @@ FILE = "manifest.json"
 BATCH = "batch"  # the name of the size that is the number of rows of one call
 _SIZE = re.compile(r"(?:(\d+)\*)?([a-z_][a-z_0-9]*)(?:\+(\d+))?")
 _HASH = re.compile(r"[0-9a-f]{64}")
+# Policies that decide while they run, of which an artifact holds the class and the fields.
+DECIDING: dict[str, type[AdaptivePolicy]] = {each.__name__: each for each in (RFC, ResidualGate, SpeCa)}
 
 
 @dataclass(frozen=True)
@@ -123,6 +130,9 @@ class Flops:
     fixed: float
     per_row: float
 
+    def at(self, batch: int) -> float:
+        return self.fixed + self.per_row * batch
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -154,26 +164,73 @@ class Plan:
 
 
 @dataclass(frozen=True)
+class Look:
+    """What measures at every step, before it is decided."""
+
+    variant: str
+    flops: Flops
+
+
+@dataclass(frozen=True)
 class Schedule:
     """The steps of a request: ``steps`` are places among ``plans``; ``full`` is the place of a full step.
 
-    ``num_inference_steps`` is None where the policy has no end; then ``steps`` holds as many as were looked at.
+    ``num_inference_steps`` is None where the policy has no end; then ``steps`` holds as many as were looked at. Where
+    the policy decides while it runs, ``steps`` are the cheapest that it may choose, ``plans`` has all that it may, and
+    ``look`` is what it asks to be looked at first, if it does.
     """
 
     num_inference_steps: int | None
     plans: tuple[Plan, ...]
     steps: tuple[int, ...]
     full: int
+    look: Look | None = None
+
+    @property
+    def runs(self) -> tuple[Plan | Look, ...]:
+        """All that a step may run: the plans, and the look."""
+        return self.plans if self.look is None else (*self.plans, self.look)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a policy decides while it runs: the name of its class, and the values of its fields."""
+
+    policy: str
+    fields: dict[str, Any]
+
+    @staticmethod
+    def of(policy: AdaptivePolicy) -> Rule:
+        """Raises ExportError for a policy that no runtime knows."""
+        name = type(policy).__name__
+        if DECIDING.get(name) is not type(policy):
+            raise ExportError(
+                f"{policy.name} decides its steps while it runs, by the code of {name}, which an artifact cannot hold; "
+                f"of such policies it can be one of {sorted(DECIDING)}"
+            )
+        return Rule(name, {field.name: _plain(getattr(policy, field.name)) for field in fields(policy)})  # type: ignore[arg-type]
+
+    def rebuilt(self) -> AdaptivePolicy:
+        """The policy. Raises ArtifactError where there is no such class here, or where it has no such fields."""
+        kind = DECIDING.get(self.policy)
+        if kind is None:
+            raise ArtifactError(
+                f"{FILE}: policy.rule.policy: {self.policy!r} decides its steps while it runs, and this version of "
+                f"duca_compile knows only {sorted(DECIDING)}; update it"
+            )
+        policy: AdaptivePolicy = _instance(self.fields, kind, "policy.rule.fields")
+        return policy
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What a runtime must know of the policy beside its steps."""
+    """What a runtime must know of the policy beside its steps; ``rule`` is None where these were known before."""
 
     name: str
     caches: bool
     selection: Selection | None
     forecast: Forecast | None
+    rule: Rule | None = None
 
 
 @dataclass(frozen=True)
@@ -310,10 +367,12 @@ def _check(manifest: Manifest) -> None:
     for name, variant in manifest.variants.items():
         for graph in (variant.graph, variant.rows):
             need(graph is None or graph in graphs, f"variants.{name}: there is no graph {graph!r}")
-    for plan in schedule.plans:
-        need(plan.variant in manifest.variants, f"schedule.plans: there is no variant {plan.variant!r}")
+    for each in schedule.runs:
+        need(each.variant in manifest.variants, f"schedule: there is no variant {each.variant!r}")
     places = range(len(schedule.plans))
     need({*schedule.steps, schedule.full} <= {*places}, "schedule.steps: a place that is not among the plans")
+    if manifest.policy.rule is not None:
+        _check_rule(manifest, manifest.policy.rule.rebuilt(), need)
     names = {spec.name for spec in manifest.inputs}
     for what in ("latent", "timestep"):
         name = getattr(manifest.signature, what)
@@ -325,6 +384,27 @@ def _check(manifest: Manifest) -> None:
         need(0 <= chunk.start <= chunk.start + chunk.bytes <= end, f"weights.chunks: {chunk.sha256} is out of range")
 
 
+def _check_rule(manifest: Manifest, policy: AdaptivePolicy, need: Callable[[bool, str], None]) -> None:
+    """That the graphs are those that the decisions need: each step, what is measured, and rows on their own."""
+    schedule, plans = manifest.schedule, {plan.step: plan for plan in manifest.schedule.plans}
+
+    def graph(variant: str) -> Graph:
+        return manifest.graphs[manifest.variants[variant].graph]
+
+    need(policy.forecast == manifest.policy.forecast, "policy.forecast is not that of policy.rule")
+    for step in policy.choices:
+        need(step in plans, f"schedule.plans: policy.rule may choose {step}, which is not there")
+    look, looks = schedule.look, isinstance(policy.measure, Probe)
+    need(looks == (look is not None), f"schedule.look must {'' if looks else 'not '}be there for {policy.name}")
+    measures = {} if look is None else {look.variant: PROBE_CHANGE}
+    measures |= {plans[step].variant: VERIFY_ERROR for step in policy.choices if step.verified}
+    for variant, name in measures.items():
+        found = {spec.name for spec in graph(variant).outputs}
+        need(name in found, f"variants.{variant}: its graph lacks the output {name!r}, by which steps are decided")
+    by_row = any(spec.name == FULL_ROWS for spec in graph(plans[policy.choices[0]].variant).inputs)
+    need(by_row == (policy.per != "batch"), f"policy.rule: the graphs are not for decide_per={policy.per!r}")
+
+
 def _plain(value: Any) -> Any:
     """JSON's own types; ``asdict`` has made dictionaries of sizes too."""
     if isinstance(value, Mapping):
@@ -333,6 +413,8 @@ def _plain(value: Any) -> Any:
         return {key: _plain(each) for key, each in value.items()}
     if isinstance(value, Enum):
         return value.value
+    if isinstance(value, np.generic):
+        return value.item()
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
@@ -354,8 +436,10 @@ def _typed(value: Any, kind: Any, place: str) -> Any:
         return tuple(_typed(each, arguments[0], f"{place}[{i}]") for i, each in enumerate(value))
     if origin is dict and isinstance(value, dict):
         return {key: _typed(each, arguments[1], f"{place}.{key}") for key, each in value.items()}
-    if origin is Literal and value in arguments:
-        return value
+    if origin is Literal:
+        if value in arguments:
+            return value
+        raise _wrong(value, f"one of {arguments}", place)
     if isinstance(kind, type) and issubclass(kind, Enum):
         try:
             return kind(value)

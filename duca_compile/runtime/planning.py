@@ -145,8 +145,13 @@ def check_rows(facts: Facts, policy: Policy) -> None:
             f"decide_per={policy.per!r} needs values with one row for each row of the latent: {where}; "
             "use decide_per='batch'"
         )
-    if policy.per == "pair" and facts.batch % 2:
-        raise PolicyError(f"decide_per='pair' needs an even batch, and there are {facts.batch} rows")
+    check_pairs(policy, facts.batch)
+
+
+def check_pairs(policy: Policy, rows: int) -> None:
+    """Raises PolicyError where both halves of a batch are to decide together, and there are no halves."""
+    if isinstance(policy, AdaptivePolicy) and policy.per == "pair" and rows % 2:
+        raise PolicyError(f"decide_per='pair' needs an even batch, and there are {rows} rows")
 
 
 def tokens_of(facts: Facts, selection: Selection, branch: Branch) -> Tokens:

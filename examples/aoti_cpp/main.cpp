@@ -75,6 +75,9 @@ class Artifact {
  public:
   explicit Artifact(const std::string& folder) : manifest_(Json::parse(read(folder + "/manifest.json"))) {
     if (manifest_["format"].text != "aoti") throw std::runtime_error(folder + " is no artifact of format aoti");
+    if (manifest_["policy"]["rule"].kind != Json::Null) {
+      throw std::runtime_error(folder + ": its policy decides while it runs; load it in Python");
+    }
     weights_ = load(folder + "/" + manifest_["weights"]["file"]["path"].text);
     for (const auto& [name, graph] : manifest_["graphs"].fields) {
       auto loader = std::make_unique<Loader>(folder + "/" + graph["file"]["path"].text, name);

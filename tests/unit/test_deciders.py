@@ -6,14 +6,16 @@ from collections.abc import Callable
 from itertools import islice
 from math import inf, nan
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from duca_compile.errors import PolicyError
-from duca_compile.policies import AdaptivePolicy, ResidualGate, SpeCa, StepKind, published
+from duca_compile.policies import RFC, AdaptivePolicy, ResidualGate, SpeCa, Step, StepKind, published
 from duca_compile.runtime.adaptive import Decisions, merged
+from duca_compile.runtime.arrays import Array, Arrays, NumpyArrays, TorchArrays
 
 Measure = Callable[[int], float | None]
 
@@ -176,7 +178,53 @@ class TestDecisions:
         assert self.kinds("pair") == "TFTF", "rows 1 and 3"
 
 
-def test_results_without_rows_cannot_be_merged() -> None:
+ARRAYS: list[tuple[Arrays, Callable[..., Array]]] = [
+    (TorchArrays(torch.device("cpu")), torch.tensor),
+    (NumpyArrays(), np.array),
+]
 
-    with pytest.raises(PolicyError, match=r"there is one of \(3, 2\); use decide_per='batch'"):
-        merged([True, False], (torch.zeros(3, 2),), (torch.zeros(3, 2),))
+
+@pytest.mark.parametrize(("arrays", "array"), ARRAYS, ids=["torch", "numpy"])
+def test_rows_are_merged(arrays: Arrays, array: Callable[..., Array]) -> None:
+    full, cheap = array([[1.0, 2.0], [3.0, 4.0]]), array([[5.0, 6.0], [7.0, 8.0]])
+    (found,) = merged(arrays, [False, True], [full], [cheap])
+    assert found.tolist() == [[5.0, 6.0], [3.0, 4.0]]
+    assert type(found) is type(full)
+
+
+@pytest.mark.parametrize(("arrays", "array"), ARRAYS, ids=["torch", "numpy"])
+@pytest.mark.parametrize(("value", "shape"), [([[0.0, 0.0]] * 3, r"\(3, 2\)"), (0.0, r"\(\)")])
+def test_results_without_rows_cannot_be_merged(
+    arrays: Arrays, array: Callable[..., Array], value: object, shape: str
+) -> None:
+    with pytest.raises(PolicyError, match=rf"there is one of {shape}; use decide_per='batch'"):
+        merged(arrays, [True, False], [array(value)], [array(value)])
+
+
+CHOOSING: list[AdaptivePolicy] = [
+    SpeCa(decay_rate=1.0),
+    SpeCa(decay_rate=1.0, min_taylor_steps=2),
+    SpeCa(decay_rate=1.0, min_taylor_steps=3, max_taylor_steps=3),
+    SpeCa(decay_rate=1.0, compat="released"),
+    SpeCa(decay_rate=1.0, compat="released", max_taylor_steps=1),
+    RFC(),
+    ResidualGate(max_cached_steps=4),
+    ResidualGate(cached="branches"),
+    ResidualGate(cached="forecast"),
+]
+
+
+@pytest.mark.parametrize("policy", CHOOSING, ids=repr)
+@pytest.mark.parametrize("start", [0, 3])
+def test_the_choices_are_all_that_is_proposed_or_chosen(policy: AdaptivePolicy, start: int) -> None:
+    """Whatever is measured: here thousands of random values, small ones and large ones."""
+    random, found = np.random.default_rng(0), set()
+    for _ in range(50):
+        decider = policy.decider(20)
+        for index in range(start, 20):
+            proposed = decider.propose(index)
+            value = None if proposed.kind is StepKind.FULL else 10.0 ** random.uniform(-4, 1)
+            found |= {proposed, decider.decide(index, proposed, value)}
+    assert found == {*policy.choices}
+    assert len(found) == len(policy.choices)
+    assert policy.choices[0] == Step(StepKind.FULL)
