@@ -28,8 +28,6 @@ from duca_compile.graph import Variant, VariantFunction
 from duca_compile.lock import COMPILING
 from duca_compile.passes.outline import outline
 
-log = logging.getLogger("duca_compile")
-
 BACKENDS = ("inductor", "openvino", "eager")
 MODES = ("default", "reduce-overhead")
 
@@ -113,7 +111,24 @@ class InductorBackend(CompilingBackend):
         dynamic: tuple[int, ...],
         cuts: frozenset[str],
     ) -> Callable[..., Any]:
-        return _compiled(lifted, weights, tensors, dynamic, cuts)
+        """Inductor's code for the graph.
+
+        Dynamo is left out: the graph is one already, and the dispatcher calls it with nothing but tensors of the
+        captured kinds, so there is nothing to guard. Token counts are unbacked: no code may depend on their values.
+        """
+        shapes = ShapeEnv()
+        mode = FakeTensorMode(shape_env=shapes)
+        with shapes.ignore_fresh_unbacked_symbols():  # inputs have them: no operator is to account for them
+            fakes = [_fake(mode, tensor, position in dynamic) for position, tensor in enumerate(tensors)]
+        inputs = [*(_fake(mode, weight, False) for weight in weights), *fakes]
+        module = fx.GraphModule({}, lifted.graph)
+        FakeTensorProp(module, mode).propagate_dont_convert_inputs(*inputs)
+        outline(module, cuts)
+        context = torch._guards.tracing(torch._guards.TracingContext(mode))
+        # The dispatcher gives only what it was compiled for, so each call need not check the sizes of every tensor.
+        unchecked = inductor_config.patch(size_asserts=False, alignment_asserts=False)
+        with context, unchecked, _without_hints():
+            return cast(Callable[..., Any], compile_fx(module, inputs))
 
 
 class _FirstCall:
@@ -182,33 +197,6 @@ def _lift(module: fx.GraphModule) -> Lifted:
             if own[node].name != node.name:
                 own[node].name = node.name
     return Lifted(graph, tuple(str(node.target) for node in weights))
-
-
-def _compiled(
-    lifted: Lifted,
-    weights: list[Tensor],
-    tensors: tuple[Tensor, ...],
-    dynamic: tuple[int, ...],
-    cuts: frozenset[str],
-) -> Callable[..., Any]:
-    """Inductor's code for the graph: a function of the weights and then the tensors.
-
-    Dynamo is left out: the graph is one already, and the dispatcher calls it with nothing but tensors of the captured
-    kinds, so there is nothing to guard. Token counts are unbacked: no code may depend on their values.
-    """
-    shapes = ShapeEnv()
-    mode = FakeTensorMode(shape_env=shapes)
-    with shapes.ignore_fresh_unbacked_symbols():  # inputs have them: no operator is to account for them
-        fakes = [_fake(mode, tensor, position in dynamic) for position, tensor in enumerate(tensors)]
-    inputs = [*(_fake(mode, weight, False) for weight in weights), *fakes]
-    module = fx.GraphModule({}, lifted.graph)
-    FakeTensorProp(module, mode).propagate_dont_convert_inputs(*inputs)
-    outline(module, cuts)
-    context = torch._guards.tracing(torch._guards.TracingContext(mode))
-    # The dispatcher gives only what it was compiled for, so each call need not check the sizes of every tensor.
-    unchecked = inductor_config.patch(size_asserts=False, alignment_asserts=False)
-    with context, unchecked, _without_hints():
-        return cast(Callable[..., Any], compile_fx(module, inputs))
 
 
 @contextmanager

@@ -315,9 +315,14 @@ def dead_slots(live: Kept) -> tuple[str, ...]:
     return (STREAM_END,) * (not live.end) + (BRANCH,) * (not live.branches)
 
 
+def is_written(result: str) -> bool:
+    """Whether a result of this name fills a cache at once: all but the model's own, scores and measures."""
+    return not result.startswith(("output_", "score_")) and result not in MEASURED
+
+
 def is_cache(result: str) -> bool:
-    """Whether a result of this name is kept until the next step: all but the model's own, scores and measures."""
-    return result == PROBE_SEEN or not (result.startswith(("output_", "score_")) or result in MEASURED)
+    """Whether a result of this name is kept until the next step; what a probe has seen is, once it was compared."""
+    return result == PROBE_SEEN or is_written(result)
 
 
 def change_slot(index: int) -> str:

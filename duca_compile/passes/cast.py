@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from duca_compile.graph import MEASURED, cache_input, is_cache
+from duca_compile.graph import MEASURED, cache_input, is_written
 from duca_compile.passes.base import CachingPass, VariantDraft
 
 aten = torch.ops.aten
@@ -69,7 +69,7 @@ def _return(draft: VariantDraft, dtype: torch.dtype) -> bool:
     assert isinstance(results, tuple)
     narrow = list(results)
     for place, (name, node) in enumerate(zip(draft.results, results, strict=True)):
-        if is_cache(name) and name not in MEASURED and _is_wider(node, dtype):
+        if is_written(name) and _is_wider(node, dtype):
             with draft.graph.inserting_before(output):
                 narrow[place] = draft.graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
             narrow[place].meta["val"] = node.meta["val"].to(dtype)

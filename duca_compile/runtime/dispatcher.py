@@ -10,7 +10,7 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from duca_compile.errors import first_line
-from duca_compile.graph import MEASURED, PROBE_CHANGE, PROBE_SEEN, VERIFY_ERROR, cache_input
+from duca_compile.graph import MEASURED, PROBE_CHANGE, PROBE_SEEN, VERIFY_ERROR, cache_input, is_written
 from duca_compile.policies.adaptive import AdaptivePolicy, Probe
 from duca_compile.policies.base import Policy, Step, StepKind
 from duca_compile.runtime.adaptive import Decisions, merged
@@ -61,8 +61,7 @@ class Program:
         """Of a function of flat values with these names."""
         own = sum(name.startswith("output_") for name in outputs)
         extra = [*enumerate(outputs)][own:]
-        kept = [(i, name) for i, name in extra if not name.startswith("score_") and name not in MEASURED]
-        writes = {cache_input(name): i for i, name in kept}
+        writes = {cache_input(name): i for i, name in extra if is_written(name)}
         caches = frozenset(name for name in inputs if name.startswith(cache_input("")))
         return Program(
             run,
