@@ -1,5 +1,11 @@
-"""Tests run side by side, one process for each core; so each, and what it starts, has one thread."""
+"""What of the environment would decide a test is set here.
+
+Tests run side by side, one process for each core; so each, and what it starts, has one thread. A width or colours of the
+caller's terminal would be the command line's too.
+"""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+for name in ("COLUMNS", "LINES", "FORCE_COLOR", "TTY_COMPATIBLE"):
+    os.environ.pop(name, None)
