@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "api": ("OptimizedModel", "optimize", "restore"),
+    "calibration": ("calibrate",),
     "errors": (
         "ArtifactError",
         "BackendError",
@@ -27,6 +28,7 @@ _NAMES = {
     "policies": (
         "FORA",
         "RFC",
+        "Calibrated",
         "DisCa",
         "DuCa",
         "Interval",

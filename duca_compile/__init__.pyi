@@ -1,4 +1,5 @@
 from duca_compile.api import OptimizedModel, optimize, restore
+from duca_compile.calibration import calibrate
 from duca_compile.errors import (
     ArtifactError,
     BackendError,
@@ -15,6 +16,7 @@ from duca_compile.export.artifact import save
 from duca_compile.policies import (
     FORA,
     RFC,
+    Calibrated,
     DisCa,
     DuCa,
     Interval,
@@ -42,6 +44,7 @@ __all__ = [
     "Artifact",
     "ArtifactError",
     "BackendError",
+    "Calibrated",
     "CaptureError",
     "DisCa",
     "DuCa",
@@ -66,6 +69,7 @@ __all__ = [
     "TrainingSettings",
     "Uncached",
     "UsageError",
+    "calibrate",
     "explain",
     "load",
     "optimize",

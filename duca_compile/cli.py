@@ -37,12 +37,18 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 console = Console()
 
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps of the loop.")]
-PolicyOption = Annotated[str, typer.Option(help="duca, toca, fora, taylorseer, rfc, speca or gate.")]
+PolicyOption = Annotated[
+    str, typer.Option(help="duca, toca, fora, taylorseer, rfc, speca or gate; or the file of a calibrated one.")
+]
 Interval = Annotated[int | None, typer.Option(min=1, help="Steps from one full step to the next.")]
 Target = Annotated[
     str | None,
     typer.Argument(help="package.module:function returning (model, kwargs of one call); else the embedded model."),
 ]
+LoopTarget = Annotated[
+    str | None, typer.Argument(help="package.module:function returning (model, sample); else the embedded model.")
+]
+LoopSteps = Annotated[int, typer.Option(min=2, help="Denoising steps of a loop of the embedded model.")]
 Folder = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The folder of an artifact.")]
 Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
 
@@ -106,10 +112,7 @@ def explain(
 
 @app.command("train-predictor")
 def train(
-    target: Annotated[
-        str | None,
-        typer.Argument(help="package.module:function returning (model, sample); else the embedded model."),
-    ] = None,
+    target: LoopTarget = None,
     out: Annotated[Path, typer.Option(help="Where the predictor goes; ends in .safetensors.")] = Path(
         "predictor.safetensors"
     ),
@@ -117,7 +120,7 @@ def train(
     updates: Annotated[int, typer.Option(min=1, help="Gradient steps for each loop.")] = 20,
     learning_rate: Annotated[float, typer.Option(min=0.0, help="Of AdamW, at the start.")] = 1e-3,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of steps.")] = 0,
-    steps: Annotated[int, typer.Option(min=2, help="Denoising steps of a loop of the embedded model.")] = 20,
+    steps: LoopSteps = 20,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint, if there is one.")] = False,
     device: Device = "cpu",
 ) -> None:
@@ -133,6 +136,31 @@ def train(
     errors = [f"{loss**0.5:.4f}" for loss in predictor.config.losses]
     console.print(f"relative error of the model's output: {errors[0]} in the first loop, {errors[-1]} in the last")
     console.print(f"predictor: {out}")
+
+
+@app.command()
+def calibrate(
+    target: LoopTarget = None,
+    full_steps: Annotated[int, typer.Option(min=1, help="How many steps of a loop are computed in full.")] = 10,
+    max_order: Annotated[int, typer.Option(min=1, max=4, help="The highest difference used.")] = 2,
+    loops: Annotated[int, typer.Option(min=1, help="Denoising loops to measure.")] = 1,
+    steps: LoopSteps = 50,
+    out: Annotated[Path, typer.Option(help="Where the policy goes.")] = Path("calibrated.json"),
+    device: Device = "cpu",
+) -> None:
+    """Measure a model's own denoising loop: which steps to compute in full, and how to forecast the others."""
+    from duca_compile.calibration import calibrate as calibrated
+
+    try:
+        model, sample = _embedded_loops(device, steps) if target is None else _load_target(target)
+        with console.status("measuring"):
+            policy = calibrated(model, sample, full_steps, max_order=max_order, loops=loops)
+        policy.save(out)
+    except DucaError as error:
+        _fail(error)
+    console.print(f"full steps: {', '.join(map(str, policy.full_steps))} of {len(policy.measured)}")
+    console.print(f"relative error of the forecasts: {policy.error:.4f}")
+    console.print(f"policy: {out}")
 
 
 def _embedded_loops(device: str, steps: int) -> tuple[nn.Module, Callable[[nn.Module, int], Any]]:

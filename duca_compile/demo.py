@@ -20,7 +20,19 @@ from torch import Tensor, nn
 
 from duca_compile.api import OptimizedModel, optimize
 from duca_compile.errors import UsageError
-from duca_compile.policies import FORA, RFC, DuCa, Policy, ResidualGate, SpeCa, StepKind, TaylorSeer, ToCa, Uncached
+from duca_compile.policies import (
+    FORA,
+    RFC,
+    Calibrated,
+    DuCa,
+    Policy,
+    ResidualGate,
+    SpeCa,
+    StepKind,
+    TaylorSeer,
+    ToCa,
+    Uncached,
+)
 
 COLORS = {
     StepKind.FULL: "#c0392b",
@@ -116,7 +128,11 @@ class Run:
 
 
 def make_policy(name: str, interval: int | None) -> Policy:
-    """The policy called ``name``; those that decide while they run have no interval."""
+    """The policy called ``name``, or of the file ``calibrate`` wrote; not all have an interval."""
+    if name.endswith(".json"):
+        if interval is not None:
+            raise UsageError(f"policy={name!r} has no interval: its full steps are listed; leave --interval out")
+        return Calibrated.load(name)
     fixed: dict[str, Callable[..., Policy]] = {"duca": DuCa, "fora": FORA, "taylorseer": TaylorSeer, "toca": ToCa}
     adaptive: dict[str, Callable[..., Policy]] = {"gate": ResidualGate, "rfc": RFC, "speca": SpeCa}
     if name in adaptive:

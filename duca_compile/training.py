@@ -6,7 +6,7 @@ import json
 import math
 import os
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,20 +15,14 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, fx, nn
 
-from duca_compile.api import OptimizedModel, check_plain
-from duca_compile.backends import EagerBackend
-from duca_compile.budget import CacheOptions
 from duca_compile.captures import Compiled
 from duca_compile.errors import UsageError
-from duca_compile.graph import STREAM_END, Action, Variant, VariantFunction, VariantSpec, cache_input
+from duca_compile.graph import STREAM_END, Action, Variant, VariantSpec, cache_input
 from duca_compile.passes.pipeline import build_variant
 from duca_compile.passes.predict import last_products, named, trained_weights, with_predictor
-from duca_compile.policies import TaylorSeer
 from duca_compile.policies.checks import check_number, check_whole
 from duca_compile.predictor import FUSE, Predictor, PredictorConfig, read, write
-from duca_compile.runtime.session import Requests
-
-Sample = Callable[[Any, int], Any]  # runs the denoising loop of this number, with this in the place of the model
+from duca_compile.recording import Call, Pass, Recorder, Sample
 
 aten = torch.ops.aten
 
@@ -108,7 +102,7 @@ def train_predictor(
             stream.
     """
     chosen = TrainingSettings() if settings is None else settings
-    trainer = _Trainer(_Recorder(model, sample, timestep), Path(path), chosen)
+    trainer = _Trainer(Recorder(model, sample, timestep), Path(path), chosen)
     if resume and checkpoint_path(path).exists():
         trainer.resume()
     if progress is not None:
@@ -116,69 +110,6 @@ def train_predictor(
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as own:
         return trainer.run(own)
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of the model: what its graph read, by name, what it returned, and its last hidden state."""
-
-    inputs: Mapping[str, Tensor]
-    outputs: tuple[Tensor, ...]
-    hidden: Tensor
-
-
-@dataclass(frozen=True)
-class Pass:
-    """The calls of one pass of a loop, in order, and the capture that they ran on."""
-
-    compiled: Compiled
-    calls: Sequence[Call]
-
-
-class _Recorder(EagerBackend):
-    """Runs loops of the model in full, and keeps what goes in and comes out of each call."""
-
-    def __init__(self, model: nn.Module, sample: Sample, timestep: str | None = None) -> None:
-        check_plain(model)
-        self.model_name = type(model).__name__
-        self._sample, self._calls = sample, list[tuple[Variant, Call]]()
-        policy = TaylorSeer(1, max_order=0, first_full_steps=1, lite=True)  # full steps that keep the end of the stream
-        self._model = OptimizedModel(model, policy, self, Requests(policy, None), timestep, CacheOptions())
-
-    def compile(self, variant: Variant, cuts: frozenset[str] = frozenset()) -> VariantFunction:
-        run = super().compile(variant, cuts)
-
-        def recorded(*tensors: Tensor) -> tuple[Tensor, ...]:
-            results = run(*tensors)
-            found = dict(zip(variant.outputs, results, strict=True))
-            outputs = tuple(value.clone() for name, value in found.items() if name.startswith("output_"))
-            inputs = {name: tensor.clone() for name, tensor in zip(variant.inputs, tensors, strict=True)}
-            self._calls.append((variant, Call(inputs, outputs, found[STREAM_END])))
-            return results
-
-        return recorded
-
-    def passes(self, number: int) -> list[Pass]:
-        """The passes of the loop of this number.
-
-        Raises:
-            UsageError: it is not one loop of at least two steps.
-        """
-        self._model.reset()
-        self._calls.clear()
-        self._sample(self._model, number)
-        history = self._model.history
-        if len(history) != len(self._calls) or len(history) < 2 or history[-1].step == 0:
-            raise UsageError(
-                f"sample(model, {number}) must run one denoising loop of two steps or more with the model that it is "
-                f"given; it made {len(self._calls)} calls, and the last loop has {len(history)} of them"
-            )
-        owners = {id(v): c for c in self._model._compiled.values() for v, _ in c.programs.by_spec.values()}
-        found: dict[tuple[int, str | None, int], list[Call]] = {}
-        for (variant, call), executed in zip(self._calls, history, strict=True):
-            found.setdefault((id(variant), executed.pass_name, executed.pass_index), []).append(call)
-        self._calls.clear()
-        return [Pass(owners[key[0]], calls) for key, calls in found.items() if len(calls) > 1]
 
 
 class _Graphs:
@@ -241,7 +172,7 @@ def prediction_error(
     """
     graphs, error, size = _Graphs(predictor.config), 0.0, 0.0
     with torch.no_grad():
-        for each in _Recorder(model, sample, timestep).passes(number):
+        for each in Recorder(model, sample, timestep).passes(number):
             for start, end in zip(each.calls, each.calls[distance:], strict=False):
                 found = graphs.predict(each.compiled, predictor.weights, start, end)
                 error += float(_squared(found, end.outputs))
@@ -276,7 +207,7 @@ def initial_weights(compiled: Compiled, hidden: Tensor) -> dict[str, Tensor]:
 class _Trainer:
     """The state of one training: weights, optimizer, and how many loops it has seen."""
 
-    def __init__(self, recorder: _Recorder, path: Path, settings: TrainingSettings) -> None:
+    def __init__(self, recorder: Recorder, path: Path, settings: TrainingSettings) -> None:
         if path.suffix != ".safetensors":
             raise UsageError(f"{path} must end in .safetensors, which is what it will be")
         if not path.absolute().parent.is_dir():

@@ -1,7 +1,7 @@
 """What of the environment would decide a test is set here.
 
-Tests run side by side, one process for each core; so each, and what it starts, has one thread. A width or colours of the
-caller's terminal would be the command line's too.
+Tests run side by side, one process for each core; so each, and what it starts, has one thread. The width and
+the colours of the caller's terminal would be the command line's too.
 """
 
 import os

@@ -51,8 +51,11 @@ class VariantDraft(Draft):
         return node
 
     def cache(self, slot: str, value: torch.Tensor) -> fx.Node:
-        """The placeholder of a cache, which several passes may read."""
-        name = cache_input(slot)
+        """The placeholder of a cache."""
+        return self.shared_input(cache_input(slot), value)
+
+    def shared_input(self, name: str, value: torch.Tensor) -> fx.Node:
+        """A placeholder that several may read: the same one each time."""
         return self._nodes[name] if name in self._nodes else self.add_input(name, value)
 
     def _last_input(self) -> fx.Node:

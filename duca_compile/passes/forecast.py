@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import factorial
 
 import torch
 from torch import fx
 
 from duca_compile.errors import InternalError
-from duca_compile.graph import FORECAST_DISTANCE, STREAM_END, Action, difference_slot
+from duca_compile.graph import FORECAST_FACTORS, STREAM_END, Action, difference_slot
 from duca_compile.passes.base import CachingPass, VariantDraft
 from duca_compile.passes.rows import beside, number_input
 
@@ -18,9 +17,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Forecast(CachingPass):
-    """A branch's output, or in a skip variant the end of the stream, is the sum of D_i * x^i / i! over all orders i.
+    """A branch's output, or in a skip variant the end of the stream, is D_0 and the sum of f_i * D_i over all orders i.
 
-    D_i are the caches, and x, the steps since they were made, is an input: no distance is built into the graph.
+    D_i are the caches, and f_i are inputs: no distance is built into the graph. In a Taylor series f_i is x^i / i!,
+    where x is the steps since the caches were made.
     """
 
     def apply(self, draft: VariantDraft) -> bool:
@@ -45,40 +45,30 @@ class Forecast(CachingPass):
 
 
 class Series:
-    """Builds Taylor series of caches where the graph is inserted to; the powers of the distance are made once."""
+    """Builds the series of caches where the graph is inserted to; each factor is one input."""
 
     def __init__(self, draft: VariantDraft) -> None:
         if draft.spec.order is None:
             raise InternalError("a forecast needs to know its order")
-        self._draft, self._orders = draft, range(1, draft.spec.order + 1)
-        self._powers: list[fx.Node] = []
+        self._draft, self._order = draft, draft.spec.order
 
     def behind(self, start: fx.Node, slot: str, like: torch.Tensor) -> fx.Node:
         """``start``, which is D_0, and all that follows it."""
-        total = start
-        for i, (difference, power) in enumerate(self._terms(slot, like), 1):
-            total = self._add(total, i, difference, power)
-        return total
+        return self._added(start, self._terms(slot, like))
 
     def change(self, slot: str, like: torch.Tensor) -> fx.Node:
         """The same without D_0; of order 1 at least."""
-        (difference, power), *terms = self._terms(slot, like)
-        total = self._draft.graph.call_function(aten.mul.Tensor, (difference, power))
-        for i, (each, power) in enumerate(terms, 2):
-            total = self._add(total, i, each, power)
-        return total
+        first, *terms = self._terms(slot, like)
+        return self._added(self._draft.graph.call_function(aten.mul.Tensor, first), terms)
 
-    def _add(self, total: fx.Node, order: int, difference: fx.Node, power: fx.Node) -> fx.Node:
-        terms = (total, difference, power)
-        return self._draft.graph.call_function(aten.addcmul.default, terms, {"value": 1 / factorial(order)})
+    def _added(self, total: fx.Node, terms: list[tuple[fx.Node, fx.Node]]) -> fx.Node:
+        for difference, factor in terms:
+            total = self._draft.graph.call_function(aten.addcmul.default, (total, difference, factor))
+        return total
 
     def _terms(self, slot: str, like: torch.Tensor) -> list[tuple[fx.Node, fx.Node]]:
         draft = self._draft
-        differences = [draft.cache(difference_slot(slot, i), like) for i in self._orders]
-        if differences and not self._powers:
-            self._powers.append(number_input(draft, FORECAST_DISTANCE, like))
-        while 0 < len(self._powers) < len(differences):
-            with draft.behind(self._powers[-1]):
-                product = draft.graph.call_function(aten.mul.Tensor, (self._powers[-1], self._powers[0]))
-            self._powers.append(product)
-        return [(d, beside(draft, power, like)) for d, power in zip(differences, self._powers, strict=True)]
+        return [
+            (draft.cache(difference_slot(slot, i), like), beside(draft, number_input(draft, name, like), like))
+            for i, name in enumerate(FORECAST_FACTORS[: self._order], 1)
+        ]

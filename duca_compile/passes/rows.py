@@ -48,7 +48,7 @@ class KeepRows(CachingPass):
 def number_input(draft: VariantDraft, name: str, like: torch.Tensor) -> fx.Node:
     """An input of 0 dimensions, or of one value for each row where the spec says that rows differ."""
     shape = (draft.facts.batch,) if draft.spec.by_row else ()
-    return draft.add_input(name, like.new_empty(shape, dtype=torch.float32))
+    return draft.shared_input(name, like.new_empty(shape, dtype=torch.float32))
 
 
 def beside(draft: VariantDraft, number: fx.Node, like: torch.Tensor) -> fx.Node:

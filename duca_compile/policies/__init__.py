@@ -2,6 +2,7 @@
 
 from duca_compile.policies.adaptive import AdaptivePolicy, Decider, Probe, Verify
 from duca_compile.policies.base import Forecast, Policy, Selection, Step, StepKind, TokenQuery
+from duca_compile.policies.calibrated import Calibrated
 from duca_compile.policies.disca import DisCa
 from duca_compile.policies.duca import DuCa
 from duca_compile.policies.fora import FORA
@@ -18,6 +19,7 @@ __all__ = [
     "FORA",
     "RFC",
     "AdaptivePolicy",
+    "Calibrated",
     "Decider",
     "DisCa",
     "DuCa",

@@ -145,6 +145,14 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What the differences of orders 1, 2, ... count in a step's forecast; ``last_full`` is the full step before."""
+
+    last_full: int
+    factors: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Forecast:
     """How cached features are extrapolated.
 
@@ -154,12 +162,17 @@ class Forecast:
         first: the step, counted from 0, from which on differences are built.
         relational: a series gives the direction of a branch's change alone; how far it goes follows from how far its
             input has gone, which is computed (RFC).
+        measured: for each step what takes the place of the factors of Taylor's series; None at a full step.
     """
 
     order: int
     lite: bool = False
     first: int = 1
     relational: bool = False
+    measured: tuple[Measured | None, ...] = ()
+
+    def measured_at(self, step: int) -> Measured | None:
+        return self.measured[step] if step < len(self.measured) else None
 
 
 class Policy(ABC):

@@ -187,7 +187,7 @@ class _Planner:
         return ForecastInputs(numbers, caches if compares else {}, rows)
 
 
-def _number(spec: TensorSpec, values: Sequence[int]) -> Array:
+def _number(spec: TensorSpec, values: Sequence[float]) -> Array:
     return np.array(values if spec.shape else values[0], spec.dtype)
 
 

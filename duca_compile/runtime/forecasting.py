@@ -1,19 +1,20 @@
-"""What forecasts need from the host: the distance to the last full step, and how many differences there are."""
+"""What forecasts need from the host: what each difference counts, and how many there are."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import factorial
 from typing import TYPE_CHECKING
 
-from duca_compile.graph import FORECAST_DISTANCE, FORECAST_GAP, FORECAST_ORDERS, FULL_ROWS
+from duca_compile.graph import FORECAST_FACTORS, FORECAST_GAP, FORECAST_ORDERS, FULL_ROWS
 from duca_compile.policies.base import Forecast
 from duca_compile.runtime.arrays import Array
 
 if TYPE_CHECKING:
     from duca_compile.runtime.request import CacheState
 
-NUMBERS = (FORECAST_GAP, FORECAST_ORDERS, FORECAST_DISTANCE, FULL_ROWS)
+NUMBERS = (FORECAST_GAP, FORECAST_ORDERS, *FORECAST_FACTORS, FULL_ROWS)
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,17 @@ class Past:
         """Steps since the last full one; 1 where there was none, since it divides."""
         return 1 if self.last_full is None else step - self.last_full
 
+    def factors(self, step: int, forecast: Forecast) -> tuple[float, ...]:
+        """What the differences of orders 1, 2, ... count in a forecast of ``step``: as measured, or as Taylor has it.
+
+        What was measured holds behind the full steps that it was measured with alone.
+        """
+        measured = forecast.measured_at(step)
+        if measured is not None and (measured.last_full, len(measured.factors)) == (self.last_full, self.orders):
+            return measured.factors + (0.0,) * (forecast.order - self.orders)
+        distance = self.distance(step)
+        return tuple(distance**i / factorial(i) for i in range(1, forecast.order + 1))
+
     def after(self, step: int, forecast: Forecast) -> Past:
         """The same after a full step: one order more, if differences are built yet."""
         built = self.last_full is not None and step >= forecast.first
@@ -37,7 +49,7 @@ class Past:
 class ForecastInputs:
     """The inputs of a variant that the step's number and decisions alone determine, by name, with what makes them."""
 
-    numbers: Mapping[str, Callable[[Sequence[int]], Array]]
+    numbers: Mapping[str, Callable[[Sequence[float]], Array]]
     old: Mapping[str, Callable[[], Array]]  # caches that it compares with or keeps rows of; zeros where there are none
     rows: int = 1  # how many values each number has: one, or one for each row of the batch
 
@@ -54,9 +66,10 @@ class ForecastInputs:
         if not self.numbers:
             return {}
         full = (True,) * self.rows if rows is None or self.rows == 1 else tuple(rows)
-        numbers: dict[str, Sequence[int]] = {FULL_ROWS: full}
-        if FORECAST_DISTANCE in self.numbers:
-            numbers[FORECAST_DISTANCE] = [past.distance(step) for past in state.past or (Past(),) * self.rows]
+        numbers: dict[str, Sequence[float]] = {FULL_ROWS: full}
+        if forecast is not None and FORECAST_FACTORS[0] in self.numbers:
+            factors = [past.factors(step, forecast) for past in state.past or (Past(),) * self.rows]
+            numbers |= zip(FORECAST_FACTORS, zip(*factors, strict=True), strict=False)
         elif forecast is not None:
             past = state.past if state.past and step - state.last_step <= 1 else (Past(),) * self.rows
             state.past = tuple(p.after(step, forecast) if f else p for p, f in zip(past, full, strict=True))

@@ -137,7 +137,7 @@ def _forecast_inputs(variant: Variant) -> ForecastInputs:
     return ForecastInputs(numbers, caches if compares else {}, rows)
 
 
-def _number(like: Tensor, values: Sequence[int]) -> Tensor:
+def _number(like: Tensor, values: Sequence[float]) -> Tensor:
     """Made on the device that reads it, where all are the same: a copy from the host would wait for it."""
     if len(set(values)) > 1:
         return torch.tensor(values, dtype=like.dtype).to(like.device)

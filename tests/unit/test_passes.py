@@ -377,11 +377,12 @@ class TestCaching:
             (first,) = node(draft.graph, f"cache_{branch.slot}").users
             (second,) = first.users
             assert [n.args[1].name for n in (first, second)] == [f"cache_{branch.slot}_d1", f"cache_{branch.slot}_d2"]
-            assert [n.kwargs["value"] for n in (first, second)] == [1, 0.5]
+            assert [n.args[2].name for n in (first, second)] == ["forecast_factor_1", "forecast_factor_2"]
             assert {user.name for user in second.users} == gates[branch.index]
             assert second.meta["val"].shape == branch.shape
-        distance = node(draft.graph, "forecast_distance")
-        assert (distance.op, distance.meta["val"].shape) == ("placeholder", ())
+        for name in ("forecast_factor_1", "forecast_factor_2"):
+            factor = node(draft.graph, name)
+            assert (factor.op, factor.meta["val"].shape) == ("placeholder", ())
         assert len(names(draft.graph, "addcmul")) == 4
 
     def test_a_lite_forecast_replaces_the_end_of_the_stream(self) -> None:
@@ -563,13 +564,12 @@ class TestCaching:
         EmitCaches().apply(draft)
         assert self.unchanged(KeepRows(), draft)
 
-    def test_a_forecast_by_row_has_a_distance_for_each(self) -> None:
+    def test_a_forecast_by_row_has_factors_for_each(self) -> None:
         draft = self.draft(*[FORECAST] * 4, order=2, emit=False, by_row=True)
         assert self.apply(Forecast(), draft)
-        distance = node(draft.graph, "forecast_distance")
-        assert distance.meta["val"].shape == (2,)
-        powers = [n.args[2] for n in draft.graph.nodes if op_name(n) == "addcmul"]
-        assert {(op_name(power), tuple(power.args[1])) for power in powers} == {("reshape", (2, 1, 1))}
+        assert node(draft.graph, "forecast_factor_2").meta["val"].shape == (2,)
+        factors = [n.args[2] for n in draft.graph.nodes if op_name(n) == "addcmul"]
+        assert {(op_name(factor), tuple(factor.args[1])) for factor in factors} == {("reshape", (2, 1, 1))}
 
     def test_a_node_that_is_gone_is_a_bug(self) -> None:
         with pytest.raises(InternalError, match="node 'nowhere' is gone"):

@@ -209,8 +209,9 @@ def test_it_is_taylorseer_where_the_relation_gives_the_length_of_the_series(
     values = {"x": torch.randn(2, 4, 3, generator=generator), "timestep": torch.rand(2, generator=generator)}
     slots = ["branch_0", *(f"branch_0_d{i}" for i in range(1, order + 1))]
     values |= {f"cache_{slot}": torch.randn(2, 4, 3, generator=generator) for slot in [*slots, "input_0"]}
-    values["forecast_distance"] = torch.tensor(float(distance))
-    series = sum(values[f"cache_branch_0_d{i}"] * distance**i / factorial(i) for i in range(1, order + 1))
+    factors = {f"forecast_factor_{i}": distance**i / factorial(i) for i in range(1, order + 1)}
+    values |= {name: torch.tensor(factor) for name, factor in factors.items()}
+    series = sum(values[f"cache_branch_0_d{i}"] * factors[f"forecast_factor_{i}"] for i in range(1, order + 1))
     values["cache_scale_0"] = norm(series) / norm(values["x"] - values["cache_input_0"])
     results = []
     for relational in (False, True):

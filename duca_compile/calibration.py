@@ -1,0 +1,182 @@
+"""Finds the full steps of a loop, and the factors of the forecasts between them, from one recorded loop or a few.
+
+Full steps keep the end of the residual stream, h, and its differences, as TaylorSeer does (arXiv 2503.06923). Where
+Taylor's series has x^i / i! for the difference of order i, the factors of ``Calibrated`` are those of the smallest
+squared error in the recorded loops; and the full steps are placed where that error, summed over the loop and relative
+to the squares of h, is smallest. All of it follows from the inner products of h at any two steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from duca_compile.errors import UsageError
+from duca_compile.policies.base import Measured
+from duca_compile.policies.calibrated import Calibrated
+from duca_compile.policies.checks import check_whole
+from duca_compile.recording import Recorder, Sample
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+_BEAM = 12  # schedules kept for each number of full steps and each last one
+_RIDGE = 1e-9  # of the mean square of the differences: keeps factors finite where differences depend on each other
+_CHUNK = 1 << 18  # values of each step whose inner products are taken at once
+
+
+def calibrate(
+    model: nn.Module,
+    sample: Sample,
+    full_steps: int | Sequence[int],
+    *,
+    max_order: int = 2,
+    loops: int = 1,
+    timestep: str | None = None,
+) -> Calibrated:
+    """Measures ``model``'s own denoising loop, and makes a policy for loops of its length.
+
+    Args:
+        model: a Diffusion Transformer in eval mode. It is not changed.
+        sample: ``sample(drop_in, number)`` runs one uncached denoising loop with ``drop_in`` in the place of the model.
+            Another number should give another loop.
+        full_steps: how many steps of a loop are full, which says how fast it will be; or which, by number, from 0 on.
+        max_order: the highest difference used, 1 to 4.
+        loops: how many loops are measured. The end of the stream is kept for all steps of one.
+        timestep: name of the timestep argument, where it cannot be told from the graph.
+
+    Returns:
+        The policy. Another model, resolution, scheduler or number of steps wants another.
+
+    Raises:
+        UsageError: ``sample`` does not run one loop of two steps or more, its loops differ in length, no pass of a
+            loop has all steps, or the loop has fewer steps than ``full_steps``.
+        PolicyError: impossible numbers.
+    """
+    check_whole("max_order", max_order, least=1, most=4)
+    check_whole("loops", loops, least=1)
+    recorder, recorded = Recorder(model, sample, timestep, whole=False), list[_Products]()
+    for number in range(loops):
+        for each in recorder.passes(number):
+            if len(each.steps) == recorder.steps:
+                recorded.append(_Products.of([call.hidden for call in each.calls]))
+    if not recorded:
+        raise UsageError("no pass of the loop has all of its steps, so there is nothing to measure forecasts by")
+    lengths = {len(each.inner) for each in recorded}
+    if len(lengths) > 1:
+        raise UsageError(f"sample() must run loops of the same length; these have {sorted(lengths)} steps")
+    return _Calibration(recorded, max_order).policy(full_steps)
+
+
+@dataclass(frozen=True)
+class _Products:
+    """Of one pass: the inner products of h, less its mean over the steps, at any two steps; and the squares of h."""
+
+    inner: Array  # (steps, steps)
+    squares: Array  # (steps,)
+
+    @staticmethod
+    def of(hidden: Sequence[Tensor]) -> _Products:
+        steps = len(hidden)
+        inner, squares = torch.zeros(steps, steps, dtype=torch.float64), torch.zeros(steps, dtype=torch.float64)
+        flat = [each.flatten() for each in hidden]
+        for start in range(0, len(flat[0]), _CHUNK):
+            part = torch.stack([each[start : start + _CHUNK] for each in flat]).double()
+            squares += part.square().sum(1).cpu()
+            part -= part.mean(0)  # forecasts add differences, which do not change by it; products round less
+            inner += (part @ part.t()).cpu()
+        return _Products(inner.numpy(), squares.numpy())
+
+
+class _Calibration:
+    """Forecast errors of all steps behind any full steps."""
+
+    def __init__(self, recorded: Sequence[_Products], order: int) -> None:
+        self._order, self._steps = order, len(recorded[0].inner)
+        self._inner = np.stack([each.inner for each in recorded])
+        self._weights = 1 / np.stack([each.squares for each in recorded]).clip(1e-300) / len(recorded)
+        self._known: dict[tuple[int, ...], tuple[Array, Array]] = {}
+
+    def policy(self, full_steps: int | Sequence[int]) -> Calibrated:
+        if isinstance(full_steps, int):
+            check_whole("full_steps", full_steps, least=1)
+            if full_steps > self._steps:
+                raise UsageError(f"full_steps={full_steps} is more than the {self._steps} steps of the loop")
+            chosen = self._placed(full_steps)
+        else:
+            chosen = self._checked(full_steps)
+        measured: list[Measured | None] = []
+        total = 0.0
+        for step in range(self._steps):
+            if step in chosen:
+                measured.append(None)
+                continue
+            last = tuple(each for each in chosen if each < step)[-self._order - 1 :]
+            errors, factors = self._behind(last)
+            total += errors[step]
+            measured.append(Measured(last[-1], tuple(map(float, factors[step]))))
+        forecasts = max(1, self._steps - len(chosen))
+        return Calibrated(tuple(measured), self._order, float(np.sqrt(total / forecasts)))
+
+    def _checked(self, full_steps: Sequence[int]) -> tuple[int, ...]:
+        for index, step in enumerate(full_steps):
+            check_whole(f"full_steps[{index}]", step, least=0, most=self._steps - 1)
+        if 0 not in full_steps:
+            raise UsageError(f"full_steps={tuple(full_steps)} lacks step 0: nothing is there to forecast from")
+        return tuple(sorted(set(full_steps)))
+
+    def _placed(self, count: int) -> tuple[int, ...]:
+        """The ``count`` full steps of the smallest error, by beam search from the start of the loop."""
+        beam: list[tuple[float, tuple[int, ...]]] = [(0.0, (0,))]
+        for placed in range(1, count):
+            found: dict[int, list[tuple[float, tuple[int, ...]]]] = {}
+            for error, full in beam:
+                behind = self._sums(full)
+                for step in range(full[-1] + 1, self._steps - (count - 1 - placed)):
+                    found.setdefault(step, []).append((error + behind[step] - behind[full[-1] + 1], (*full, step)))
+            beam = [each for several in found.values() for each in sorted(several)[:_BEAM]]
+        return min((e + self._sums(full)[-1] - self._sums(full)[full[-1] + 1], full) for e, full in beam)[1]
+
+    def _sums(self, full: tuple[int, ...]) -> Array:
+        """The sums of the errors of all steps before each one, (steps + 1,), as if all of them were forecast."""
+        errors, _ = self._behind(full[-self._order - 1 :])
+        return np.concatenate([[0.0], np.cumsum(errors)])
+
+    def _behind(self, full: tuple[int, ...]) -> tuple[Array, Array]:
+        """Relative squared errors of forecasts from these full steps, (steps,), and their factors, (steps, orders)."""
+        if full not in self._known:
+            self._known[full] = self._fitted(full)
+        return self._known[full]
+
+    def _fitted(self, full: tuple[int, ...]) -> tuple[Array, Array]:
+        """By least squares: differences and errors are sums of h at single steps, so their products are known."""
+        unit = np.eye(self._steps)
+        change = unit - unit[full[-1]]  # of each step, from the last full one
+        differences = _differences(full, self._steps)
+        weights = self._weights
+        squares = np.einsum("ps,psq,sq->s", weights, np.einsum("st,ptq->psq", change, self._inner), change)
+        if not len(differences):
+            return squares, np.zeros((self._steps, 0))
+        moved = np.einsum("kt,ptq->pkq", differences, self._inner)
+        among = np.einsum("pkq,lq,ps->skl", moved, differences, weights)
+        along = np.einsum("pkq,sq,ps->sk", moved, change, weights)
+        size = np.einsum("skk->s", among) / len(differences) + 1e-300
+        among += _RIDGE * size[:, None, None] * np.eye(len(differences))
+        factors = np.linalg.solve(among, along[..., None])[..., 0]
+        return (squares - (factors * along).sum(1)).clip(0), factors
+
+
+def _differences(full: tuple[int, ...], steps: int) -> Array:
+    """D_1, D_2, ... behind these full steps, as sums over h at single steps: (orders, steps)."""
+    unit, last = np.eye(steps), full[0]
+    found = [unit[last]]
+    for step in full[1:]:
+        now = [unit[step]]
+        for old in found:
+            now.append((now[-1] - old) / (step - last))
+        found, last = now, step
+    return np.array(found[1:]).reshape(-1, steps)
