@@ -36,7 +36,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 import duca_compile
-from duca_compile import FORA, RFC, DisCa, DuCa, Policy, ResidualGate, SpeCa, TaylorSeer, ToCa, Uncached
+from duca_compile import FORA, RFC, Calibration, DisCa, DuCa, Policy, ResidualGate, SpeCa, TaylorSeer, ToCa, Uncached
 from duca_compile import predictor as files
 from duca_compile.demo import DemoModel
 from duca_compile.explanation import Explanation
@@ -48,7 +48,7 @@ from eval_demo import Judge, frechet, load_judge
 
 RESULTS = Path(__file__).parent / "results"
 FEWER = "fewer steps"
-SEED_STRIDE, SEARCH_SEED, TRAINING_SEED = 1000, 900_000, 950_000  # of the noise; no image of one is in another
+SEED_STRIDE, SEARCH_SEED, TRAINING_SEED, CALIBRATION_SEED = 1000, 900_000, 950_000, 970_000  # none in another
 THRESHOLDS = (0.01, 30.0)
 RESAMPLES = 200
 QUALITIES = {"psnr": "PSNR, dB", "perceptual": "perceptual distance"}
@@ -56,6 +56,7 @@ KEY = "ways"  # of the JSON in a round's file
 TRIALS, CLOSE = 6, 0.03  # loops of a search for a threshold at most, and the error in FLOPs that ends it
 TRAINING = TrainingSettings(loops=10, updates=40)  # of DisCa's predictor
 TRAINING_STEPS = 20
+CALIBRATION_LOOPS = 2
 ABOUT = "about.json"
 
 Found = dict[str, Any]
@@ -92,19 +93,20 @@ def fixed(learned: Predictor | None, interval: int) -> dict[str, Policy]:
     return found if learned is None else found | {"DisCa": DisCa(learned, interval)}
 
 
-def speca(threshold: float, steps: int, decay: float) -> Policy:
-    """With no limit but the threshold, so that it reaches the fewest FLOPs aimed at."""
-    return SpeCa(base_threshold=threshold, decay_rate=decay, first_full_steps=2, max_taylor_steps=steps)
+def speca(threshold: float, level: int, decay: float) -> Policy:
+    """Drafts as many steps in a row as the FLOPs aimed at ask for at least."""
+    return SpeCa(base_threshold=threshold, decay_rate=decay, first_full_steps=2, max_taylor_steps=level)
 
 
-# those that decide while they run, of a threshold and the number of steps
+# those that decide while they run, of a threshold and the level
 ADAPTIVE: dict[str, Callable[[float, int], Policy]] = {
-    "RFC": lambda threshold, steps: RFC(threshold),
-    "SpeCa": lambda threshold, steps: speca(threshold, steps, decay=0.01),
-    "SpeCa constant": lambda threshold, steps: speca(threshold, steps, decay=1.0),
-    "ResidualGate": lambda threshold, steps: ResidualGate(threshold),
+    "RFC": lambda threshold, level: RFC(threshold),
+    "SpeCa": lambda threshold, level: speca(threshold, level, decay=0.01),
+    "SpeCa constant": lambda threshold, level: speca(threshold, level, decay=1.0),
+    "ResidualGate": lambda threshold, level: ResidualGate(threshold),
 }
-METHODS = [*fixed(None, 2), "DisCa", *ADAPTIVE]
+CALIBRATED = "Calibrated"
+METHODS = [*fixed(None, 2), CALIBRATED, "DisCa", *ADAPTIVE]
 
 
 def plain_counts(steps: int, level: int) -> list[int]:
@@ -128,7 +130,8 @@ class Settings:
         for level in levels:
             found += [Way(FEWER, f"{n} steps", level, None, n) for n in plain_counts(self.steps, level)]
             for method in methods:
-                found.append(self._adaptive(method, level) if method in ADAPTIVE else self._fixed(method, level))
+                made = self._adaptive if method in ADAPTIVE else self._fixed
+                found.append(self._calibrated(level) if method == CALIBRATED else made(method, level))
         return [*{way.key: way for way in reversed(found)}.values()][::-1]  # of two levels' the same, the first
 
     @cached_property
@@ -138,6 +141,18 @@ class Settings:
         timestep = torch.full((2 * len(noise),), 500)
         both = torch.cat([noise, noise])
         return duca_compile.explain(self.demo.transformer, both, timestep=timestep, class_labels=labels)
+
+    def _calibrated(self, level: int) -> Way:
+        """As many full steps as the level allows: forecasts cost next to nothing."""
+        count = max(1, round(self.steps / level))
+        return Way(CALIBRATED, f"{count} full", level, self._measured.policy(count))
+
+    @cached_property
+    def _measured(self) -> Calibration:
+        def sample(drop_in: nn.Module, number: int) -> None:
+            self.demo.sample(drop_in, self.steps, self.demo.noise(CALIBRATION_SEED + number), ignore)
+
+        return duca_compile.calibrate(self.demo.transformer, sample, loops=CALIBRATION_LOOPS)
 
     def _fixed(self, method: str, level: int) -> Way:
         """The interval whose FLOPs come nearest to the level's."""
@@ -155,7 +170,7 @@ class Settings:
         if name not in known:
             known[name] = self._searched(method, level)
             write(known, self.known)
-        return Way(method, f"threshold {known[name]:g}", level, ADAPTIVE[method](known[name], self.steps))
+        return Way(method, f"threshold {known[name]:g}", level, ADAPTIVE[method](known[name], level))
 
     def _searched(self, method: str, level: int) -> float:
         """The threshold whose FLOPs come nearest to the level's, by bisection on noise that is not measured later."""
@@ -163,7 +178,7 @@ class Settings:
         tried: dict[float, float] = {}
         for _ in range(self.trials):
             threshold = float(f"{math.exp((low + high) / 2):.4g}")
-            policy = ADAPTIVE[method](threshold, self.steps)
+            policy = ADAPTIVE[method](threshold, level)
             model = duca_compile.optimize(self.demo.transformer, policy, self.backend, self.steps, strict=True)
             self.demo.sample(model, self.steps, self.demo.noise(SEARCH_SEED), ignore)
             share = sum(each.flops for each in model.history) / (self.steps * self._explained.flops)

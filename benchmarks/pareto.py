@@ -32,13 +32,15 @@ from suite import ABSENT, in_process
 from torch import Tensor, nn
 
 import duca_compile
-from duca_compile import FORA, RFC, DuCa, Policy, ResidualGate, TaylorSeer, Uncached, published
+from duca_compile import FORA, RFC, Calibration, DuCa, Policy, ResidualGate, TaylorSeer, Uncached, published
 from duca_compile.demo import DemoModel
 from duca_compile.errors import PolicyError
 
 BASE_EVERY = 12
 INTERVALS = (2, 3, 4, 5, 6, 7, 8)
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
+CALIBRATED_FULL = (0.5, 0.4, 0.34, 0.3, 0.26, 0.23, 0.2, 0.18, 0.16, 0.14, 0.12, 0.1)  # of all steps
+CALIBRATION_SEED, CALIBRATION_LOOPS = 970_000, 2  # the noise of no round
 PRESETS = ("slow", "medium", "fast", "ultra")
 COLORS = {"duca_compile": "#c0392b", "cache-dit": "#2e86c1", "diffusers": "#28a745", "fewer steps": "#7f8c8d"}
 Sample = Callable[[int], Tensor]  # the images of a seed
@@ -64,7 +66,7 @@ def label(policy: Policy) -> str:
     return f"{policy.name} {kind}, ratio {policy.fresh_ratio:g}, {policy.first} first"
 
 
-def policies() -> dict[str, Policy]:
+def policies(measured: Calibration) -> dict[str, Policy]:
     """The sweep, by what is shown of each."""
     chosen: list[Policy] = [TaylorSeer(n, order, lite=True) for order in (1, 2, 3) for n in INTERVALS]
     chosen += [TaylorSeer(n, order) for order in (1, 2) for n in INTERVALS[1::2]]
@@ -75,12 +77,18 @@ def policies() -> dict[str, Policy]:
     chosen += [DuCa(interval, fresh_ratio=0.1, first="skip") for interval in (3, 5)]
     chosen += [DuCa(interval, fresh_ratio=0.4, selection="v_norm") for interval in (3, 5)]
     found = {label(policy): policy for policy in [Uncached(), *chosen]}
+    for count in CALIBRATED_FULL:
+        policy = measured.policy(math.ceil(measured.steps * count))
+        found[policy.name] = policy
     found |= {f"published DuCa-DiT (N={n})": published("duca", "dit", interval=n) for n in (3, 4)}
     return found | {f"published FORA-DiT (N={n})": published("fora", "dit", interval=n) for n in (3, 5)}
 
 
 def own_ways(demo: DemoModel, steps: int, every: int, quick: bool) -> Iterator[Way]:
-    chosen = policies()
+    def calibrating(drop_in: nn.Module, number: int) -> None:
+        demo.sample(drop_in, steps, demo.noise(CALIBRATION_SEED + number), _ignore)
+
+    chosen = policies(duca_compile.calibrate(demo.transformer, calibrating, loops=1 if quick else CALIBRATION_LOOPS))
     for name in [*chosen][::every]:
         policy, backend = chosen[name], "eager" if quick else "inductor"
         try:

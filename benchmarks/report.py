@@ -599,9 +599,9 @@ def methods(found: Found) -> Iterator[str]:
         f"{where['commit']}. In each round one image of each class is made uncached and then by every method from the",
         "same noise. All is measured against the uncached images: it says how much changed, not how good an image is.",
         "*FLOPs* are of the uncached loop. Intervals are those that come nearest to the level, thresholds those of a",
-        "bisection on other noise. TaylorSeer has one full step at the start. SpeCa has two, and no limit to drafts",
-        "in a row; its threshold falls to a hundredth, and that of *SpeCa constant* does not fall. All else is as by",
-        "default. Methods that decide in the step do so for the strictest of a round's 20 rows. DisCa's predictor was",
+        "bisection on other noise. TaylorSeer has one full step at the start. SpeCa has two, and drafts as many steps",
+        "in a row as the level's number at most; its threshold falls to a hundredth, and that of *SpeCa constant* does",
+        "not fall. *Calibrated* was measured on two loops of other noise. All else is as by default. Methods that decide in the step do so for the strictest of a round's 20 rows. DisCa's predictor was",
         f"trained for {updates} updates on {training['loops']} loops of {training['steps']} steps, to a relative",
         f"squared error of {last:.3f}; the paper trains longer, and against a discriminator.",
     )

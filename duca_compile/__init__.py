@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "api": ("OptimizedModel", "optimize", "restore"),
-    "calibration": ("calibrate",),
+    "calibration": ("Calibration", "calibrate"),
     "errors": (
         "ArtifactError",
         "BackendError",

@@ -1,5 +1,5 @@
 from duca_compile.api import OptimizedModel, optimize, restore
-from duca_compile.calibration import calibrate
+from duca_compile.calibration import Calibration, calibrate
 from duca_compile.errors import (
     ArtifactError,
     BackendError,
@@ -45,6 +45,7 @@ __all__ = [
     "ArtifactError",
     "BackendError",
     "Calibrated",
+    "Calibration",
     "CaptureError",
     "DisCa",
     "DuCa",

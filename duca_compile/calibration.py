@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from duca_compile.errors import UsageError
+from duca_compile.errors import PolicyError, UsageError
 from duca_compile.policies.base import Measured
 from duca_compile.policies.calibrated import Calibrated
 from duca_compile.policies.checks import check_whole
@@ -29,35 +29,21 @@ _RIDGE = 1e-9  # of the mean square of the differences: keeps factors finite whe
 _CHUNK = 1 << 18  # values of each step whose inner products are taken at once
 
 
-def calibrate(
-    model: nn.Module,
-    sample: Sample,
-    full_steps: int | Sequence[int],
-    *,
-    max_order: int = 2,
-    loops: int = 1,
-    timestep: str | None = None,
-) -> Calibrated:
-    """Measures ``model``'s own denoising loop, and makes a policy for loops of its length.
+def calibrate(model: nn.Module, sample: Sample, *, loops: int = 1, timestep: str | None = None) -> Calibration:
+    """Measures ``model``'s own uncached denoising loop.
 
     Args:
         model: a Diffusion Transformer in eval mode. It is not changed.
-        sample: ``sample(drop_in, number)`` runs one uncached denoising loop with ``drop_in`` in the place of the model.
-            Another number should give another loop.
-        full_steps: how many steps of a loop are full, which says how fast it will be; or which, by number, from 0 on.
-        max_order: the highest difference used, 1 to 4.
+        sample: ``sample(drop_in, number)`` runs one denoising loop with ``drop_in`` in the place of the model. Another
+            number should give another loop of the same length.
         loops: how many loops are measured. The end of the stream is kept for all steps of one.
         timestep: name of the timestep argument, where it cannot be told from the graph.
 
-    Returns:
-        The policy. Another model, resolution, scheduler or number of steps wants another.
-
     Raises:
-        UsageError: ``sample`` does not run one loop of two steps or more, its loops differ in length, no pass of a
-            loop has all steps, or the loop has fewer steps than ``full_steps``.
-        PolicyError: impossible numbers.
+        UsageError: ``sample`` does not run one loop of two steps or more, its loops differ in length, or no pass of a
+            loop has all steps.
+        PolicyError: an impossible number of loops.
     """
-    check_whole("max_order", max_order, least=1, most=4)
     check_whole("loops", loops, least=1)
     recorder, recorded = Recorder(model, sample, timestep, whole=False), list[_Products]()
     for number in range(loops):
@@ -69,7 +55,28 @@ def calibrate(
     lengths = {len(each.inner) for each in recorded}
     if len(lengths) > 1:
         raise UsageError(f"sample() must run loops of the same length; these have {sorted(lengths)} steps")
-    return _Calibration(recorded, max_order).policy(full_steps)
+    return Calibration(recorded)
+
+
+class Calibration:
+    """What ``calibrate`` has measured: makes policies of any speed, each in about a second."""
+
+    def __init__(self, recorded: Sequence[_Products]) -> None:
+        self._recorded, self.steps = recorded, len(recorded[0].inner)
+
+    def policy(self, full_steps: int | Sequence[int], max_order: int = 2) -> Calibrated:
+        """The policy of the smallest error.
+
+        Args:
+            full_steps: how many steps of a loop are full, which says how fast it will be; or which, by number, from 0
+                on.
+            max_order: the highest difference used, 1 to 4.
+
+        Raises:
+            PolicyError: impossible numbers, or no full step at the start.
+        """
+        check_whole("max_order", max_order, least=1, most=4)
+        return _Search(self._recorded, max_order).policy(full_steps)
 
 
 @dataclass(frozen=True)
@@ -92,8 +99,8 @@ class _Products:
         return _Products(inner.numpy(), squares.numpy())
 
 
-class _Calibration:
-    """Forecast errors of all steps behind any full steps."""
+class _Search:
+    """Forecast errors of all steps behind any full steps, and the full steps where they are smallest."""
 
     def __init__(self, recorded: Sequence[_Products], order: int) -> None:
         self._order, self._steps = order, len(recorded[0].inner)
@@ -103,9 +110,7 @@ class _Calibration:
 
     def policy(self, full_steps: int | Sequence[int]) -> Calibrated:
         if isinstance(full_steps, int):
-            check_whole("full_steps", full_steps, least=1)
-            if full_steps > self._steps:
-                raise UsageError(f"full_steps={full_steps} is more than the {self._steps} steps of the loop")
+            check_whole("full_steps", full_steps, least=1, most=self._steps)
             chosen = self._placed(full_steps)
         else:
             chosen = self._checked(full_steps)
@@ -126,7 +131,7 @@ class _Calibration:
         for index, step in enumerate(full_steps):
             check_whole(f"full_steps[{index}]", step, least=0, most=self._steps - 1)
         if 0 not in full_steps:
-            raise UsageError(f"full_steps={tuple(full_steps)} lacks step 0: nothing is there to forecast from")
+            raise PolicyError(f"full_steps={tuple(full_steps)} lacks step 0: nothing is there to forecast from")
         return tuple(sorted(set(full_steps)))
 
     def _placed(self, count: int) -> tuple[int, ...]:

@@ -154,7 +154,7 @@ def calibrate(
     try:
         model, sample = _embedded_loops(device, steps) if target is None else _load_target(target)
         with console.status("measuring"):
-            policy = calibrated(model, sample, full_steps, max_order=max_order, loops=loops)
+            policy = calibrated(model, sample, loops=loops).policy(full_steps, max_order)
         policy.save(out)
     except DucaError as error:
         _fail(error)

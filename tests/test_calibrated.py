@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import duca_compile
 from duca_compile import Calibrated, PolicyError, TaylorSeer, UsageError, calibrate, demo
-from duca_compile.calibration import _Calibration, _differences, _Products
+from duca_compile.calibration import Calibration, _differences, _Products
 from duca_compile.cli import app
 from duca_compile.policies import StepKind
 from duca_compile.policies.base import Forecast, Measured
@@ -62,7 +62,7 @@ def optimized(model: nn.Module, policy: Any, steps: int = STEPS, backend: str = 
 def test_what_fades_is_forecast_exactly_and_a_taylor_series_is_not() -> None:
     torch.manual_seed(0)
     model = Decay().eval()
-    policy = calibrate(model, decaying(), 4, max_order=1)
+    policy = calibrate(model, decaying()).policy(4, max_order=1)
     wanted = decaying()(model, 5)
     fast = optimized(model, policy)
     assert apart(decaying()(fast, 5)[policy.full_steps[1] :], wanted[policy.full_steps[1] :]) < 1e-6
@@ -78,7 +78,7 @@ def test_factors_are_those_of_least_squares(seed: int, order: int, passes: int, 
     torch.manual_seed(seed)
     loops = [torch.randn(9, 40).cumsum(0) for _ in range(passes)]
     full = tuple(sorted({0, *data.draw(st.sets(st.integers(1, 7), min_size=1, max_size=4))}))
-    policy = _Calibration([_Products.of([*loop]) for loop in loops], order).policy(full)
+    policy = Calibration([_Products.of([*loop]) for loop in loops]).policy(full, order)
     assert policy.full_steps == full
     for step, each in enumerate(policy.measured):
         if each is None:
@@ -108,9 +108,9 @@ def test_differences_are_those_that_full_steps_keep() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_full_steps_are_where_the_error_is_smallest(seed: int) -> None:
     torch.manual_seed(seed)
-    calibration = _Calibration([_Products.of([*torch.randn(8, 30).cumsum(0)])], 1)
-    chosen = calibration.policy(4)
-    others = [calibration.policy((0, *rest)) for rest in itertools.combinations(range(1, 8), 3)]
+    calibration = Calibration([_Products.of([*torch.randn(8, 30).cumsum(0)])])
+    chosen = calibration.policy(4, 1)
+    others = [calibration.policy((0, *rest), 1) for rest in itertools.combinations(range(1, 8), 3)]
     assert chosen.error == min(other.error for other in others)
     assert chosen.error < np.median([other.error for other in others])
 
@@ -119,7 +119,7 @@ def test_its_error_is_that_of_the_forecasts_of_the_loop() -> None:
     """Where forecasts do not change the latents of later steps: the loop of ``Decay`` is the same in any case."""
     torch.manual_seed(1)
     hidden = torch.randn(6, 50).cumsum(0)
-    policy = _Calibration([_Products.of([*hidden])], 2).policy((0, 2, 3))
+    policy = Calibration([_Products.of([*hidden])]).policy((0, 2, 3))
     errors = []
     for step, each in enumerate(policy.measured):
         if each is not None:
@@ -146,7 +146,7 @@ def dit_loop(model: Any, number: int) -> list[Tensor]:
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_model_is_calibrated_and_closer_than_by_taylor_series(backend: str) -> None:
     model = tiny_dit()
-    policy = calibrate(model, dit_loop, 4, loops=2)
+    policy = calibrate(model, dit_loop, loops=2).policy(4)
     wanted = dit_loop(model, 9)
     fast, series = optimized(model, policy, backend=backend), optimized(model, TaylorSeer(3, 2, 1, lite=True))
     found = dit_loop(fast, 9)
@@ -158,7 +158,7 @@ def test_a_model_is_calibrated_and_closer_than_by_taylor_series(backend: str) ->
 
 def test_an_artifact_forecasts_alike(tmp_path: Path) -> None:
     model = tiny_dit()
-    fast = optimized(model, calibrate(model, dit_loop, 5))
+    fast = optimized(model, calibrate(model, dit_loop).policy(5))
     saved(fast, tmp_path / "artifact")
     artifact = duca_compile.load(tmp_path / "artifact", threads=1)
     assert distance(dit_loop(fast, 3), dit_loop(artifact, 3)) < 1e-5
@@ -166,7 +166,7 @@ def test_an_artifact_forecasts_alike(tmp_path: Path) -> None:
 
 
 def test_it_is_saved_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = calibrate(Decay().eval(), decaying(), 4)
+    policy = calibrate(Decay().eval(), decaying()).policy(4)
     policy.save(tmp_path / "calibrated.json")
     assert Calibrated.load(tmp_path / "calibrated.json") == policy
     assert policy.name == "calibrated (4 of 12 full)"
@@ -189,7 +189,7 @@ def test_it_is_saved_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ('{"format": 2}', "another version"),
         ('{"format": 1, "measured": [null], "speed": 3}', "speed"),
         ('{"format": 1, "measured": []}', "no full step"),
-        ('{"format": 1, "measured": [null, {"last_full": 0, "factors": ["x"]}]}', "'x', and no number"),
+        ('{"format": 1, "measured": [null, {"last_full": 0, "factors": ["x"]}]}', "factors.0.='x' is impossible"),
     ],
 )
 def test_a_file_that_is_none_is_refused(text: str, reason: str, tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_a_file_that_is_none_is_refused(text: str, reason: str, tmp_path: Path) 
         ((Measured(0, ()),), r"measured\[0\].*the full step before it is missing"),
         ((None, Measured(1, ())), r"measured\[1\].*the full step before it is 0"),
         ((None, Measured(0, (1.0, 2.0, 3.0))), "2 orders at most"),
-        ((None, Measured(0, (float("nan"),))), "the factor of order 1 is nan"),
+        ((None, Measured(0, (float("nan"),))), r"measured\[1\].factors\[0\]=nan is impossible"),
         ((), "no full step"),
     ],
 )
@@ -218,7 +218,7 @@ def test_what_cannot_be_is_refused(measured: Any, reason: str) -> None:
 
 def test_it_is_for_loops_of_its_length() -> None:
     model = Decay().eval()
-    policy = calibrate(model, decaying(), 4)
+    policy = calibrate(model, decaying()).policy(4)
     with pytest.raises(PolicyError, match="calibrated for 12 steps, and there are 20; calibrate the model for that"):
         optimized(model, policy, 20)
     endless = optimized(model, policy, None)
@@ -230,15 +230,13 @@ def test_it_is_for_loops_of_its_length() -> None:
 def test_loops_that_cannot_be_measured_are_refused() -> None:
     model = Decay().eval()
     with pytest.raises(UsageError, match="must run one denoising loop of two steps or more"):
-        calibrate(model, lambda drop_in, number: None, 3)
-    with pytest.raises(UsageError, match="full_steps=13 is more than the 12 steps"):
-        calibrate(model, decaying(), 13)
-    with pytest.raises(UsageError, match=r"full_steps=\(1, 2\) lacks step 0"):
-        calibrate(model, decaying(), (1, 2))
-    with pytest.raises(PolicyError, match=r"full_steps\[1\]"):
-        calibrate(model, decaying(), (0, 12))
+        calibrate(model, lambda drop_in, number: None)
+    measured = calibrate(model, decaying())
+    for full_steps, reason in ((13, "full_steps=13"), ((1, 2), "lacks step 0"), ((0, 12), r"full_steps\[1\]=12")):
+        with pytest.raises(PolicyError, match=reason):
+            measured.policy(full_steps)
     with pytest.raises(UsageError, match=r"loops of the same length; these have \[6, 7\] steps"):
-        calibrate(model, lambda drop_in, number: decaying(6 + number)(drop_in, number), 3, loops=2)
+        calibrate(model, lambda drop_in, number: decaying(6 + number)(drop_in, number), loops=2)
 
 
 def test_two_passes_of_a_loop_share_what_was_measured() -> None:
@@ -251,7 +249,7 @@ def test_two_passes_of_a_loop_share_what_was_measured() -> None:
         with torch.no_grad():
             return [drop_in(x=x, timestep=time, condition=each) for time in times for each in conditions]
 
-    policy = calibrate(model, guided, 4, max_order=1)
+    policy = calibrate(model, guided).policy(4, max_order=1)
     start = 2 * policy.full_steps[1]
     assert apart(guided(optimized(model, policy), 7)[start:], guided(model, 7)[start:]) < 1e-6
 

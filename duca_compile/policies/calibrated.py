@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -20,9 +19,9 @@ FORMAT = 1
 class Calibrated(Policy):
     """Full steps where they were found to be worth most; in between, measured forecasts of the end of the stream.
 
-    ``calibrate`` makes one. It is for loops of one length, that of ``measured``. A forecast is D_0 + f_1 D_1 + f_2 D_2
-    and so on, as with ``TaylorSeer(lite=True)``, at the same cost; the factors f are those of the smallest squared
-    error on the loops that were measured, in place of Taylor's.
+    ``calibrate(...).policy(...)`` makes one, for loops of one length. A forecast is D_0 + f_1 D_1 + f_2 D_2 and so on,
+    as with ``TaylorSeer(lite=True)`` and at the same cost; the factors f are those of the smallest squared error on the
+    loops that were measured, in place of Taylor's.
 
     Attributes:
         measured: for each step its factors and the full step before it; None makes it a full step, as the first must
@@ -44,9 +43,8 @@ class Calibrated(Policy):
         last = -1
         for step, each in enumerate(self.measured):
             last = step if each is None else last
-            for order, factor in enumerate(() if each is None else each.factors, 1):
-                if not isinstance(factor, int | float) or not math.isfinite(factor):
-                    raise PolicyError(f"measured[{step}]: the factor of order {order} is {factor!r}, and no number")
+            for order, factor in enumerate(() if each is None else each.factors):
+                check_number(f"measured[{step}].factors[{order}]", factor)
             if each is not None and (each.last_full != last or last < 0 or len(each.factors) > self.max_order):
                 raise PolicyError(
                     f"measured[{step}]={each} is impossible: the full step before it is "
