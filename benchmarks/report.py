@@ -601,7 +601,8 @@ def methods(found: Found) -> Iterator[str]:
         "*FLOPs* are of the uncached loop. Intervals are those that come nearest to the level, thresholds those of a",
         "bisection on other noise. TaylorSeer has one full step at the start. SpeCa has two, and drafts as many steps",
         "in a row as the level's number at most; its threshold falls to a hundredth, and that of *SpeCa constant* does",
-        "not fall. *Calibrated* was measured on two loops of other noise. All else is as by default. Methods that decide in the step do so for the strictest of a round's 20 rows. DisCa's predictor was",
+        "not fall. *Calibrated* was measured on two loops of other noise. All else is as by default.",
+        "Methods that decide in the step do so for the strictest of a round's 20 rows. DisCa's predictor was",
         f"trained for {updates} updates on {training['loops']} loops of {training['steps']} steps, to a relative",
         f"squared error of {last:.3f}; the paper trains longer, and against a discriminator.",
     )

@@ -15,6 +15,7 @@ from torch._inductor.compile_fx import compile_fx
 from duca_compile import (
     FORA,
     RFC,
+    Calibrated,
     DuCa,
     Explanation,
     OptimizedModel,
@@ -27,18 +28,29 @@ from duca_compile import (
 )
 from duca_compile.capture import Binder
 from duca_compile.policies import AdaptivePolicy, StepKind
+from duca_compile.policies.base import Measured
 from tests.support import Shared
 from tests.test_models import sample
 from tests.zoo import ZOO, Entry
 
 STEPS, DEPTH = 12, 2
 MODELS = ("DiT", "PixArt", "SD3", "FLUX", "Wan", "HunyuanVideo")
+
+
+def measured(*full: int) -> tuple[Measured | None, ...]:
+    """Factors as if they had been measured, for ``STEPS`` steps."""
+    last = [max(each for each in full if each <= step) for step in range(STEPS)]
+    orders = [min(2, sum(each <= step for each in full) - 1) for step in range(STEPS)]
+    return tuple(None if step in full else Measured(last[step], (0.4, 0.1)[: orders[step]]) for step in range(STEPS))
+
+
 METHODS: dict[str, tuple[Policy, str]] = {  # and the model that it is compiled on
     "FORA": (FORA(3), "Wan"),
     "DuCa": (DuCa(interval=4, fresh_ratio=0.3), "PixArt"),
     "ToCa": (ToCa(interval=4, fresh_ratio=0.3, text_factor=1.0), "SD3"),
     "TaylorSeer": (TaylorSeer(interval=4, max_order=2), "DiT"),
     "TaylorSeer lite": (TaylorSeer(interval=4, max_order=2, lite=True), "DiT"),
+    "calibrated": (Calibrated(measured(0, 1, 4, 9), max_order=2), "Wan"),
     "SpeCa": (SpeCa(base_threshold=0.02, decay_rate=1.0, max_taylor_steps=3), "DiT"),
     "SpeCa by row": (SpeCa(base_threshold=0.02, decay_rate=1.0, max_taylor_steps=3, decide_per="row"), "DiT"),
     "SpeCa released": (SpeCa(base_threshold=2.0, min_taylor_steps=1, compat="released", verify_of="branch"), "PixArt"),
