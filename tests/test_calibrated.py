@@ -23,6 +23,7 @@ from duca_compile.policies.base import Forecast, Measured
 from duca_compile.runtime.forecasting import Past
 from tests.artifacts import distance, loop, tiny_dit
 from tests.artifacts import export as saved
+from tests.pipelines import CASES, make, patterns, run
 
 STEPS = 12
 
@@ -252,6 +253,29 @@ def test_two_passes_of_a_loop_share_what_was_measured() -> None:
     policy = calibrate(model, guided).policy(4, max_order=1)
     start = 2 * policy.full_steps[1]
     assert apart(guided(optimized(model, policy), 7)[start:], guided(model, 7)[start:]) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["SD3", "Wan"])
+def test_a_pipeline_is_calibrated(name: str) -> None:
+    """In SD3's, guidance is one batch; in Wan's, two calls in contexts of their own."""
+    pipe = make(name)
+    model, expected = pipe.transformer, run(pipe, name)
+
+    def sample(drop_in: Any, number: int) -> None:
+        pipe.transformer = drop_in
+        run(pipe, name, seed=number)
+
+    policy = calibrate(model, sample).policy(4)
+    pipe.transformer = model
+    duca_compile.optimize(pipe, policy, "eager")
+    found = run(pipe, name)
+    full = {each.step for each in pipe.transformer.history if each.kind is StepKind.FULL}
+    assert full == set(policy.full_steps)
+    assert patterns(pipe.transformer).keys() == set(CASES[name].passes)
+    assert 0 < apart([found], [expected]) < 0.5
+    with pytest.raises(PolicyError, match="calibrated for 8 steps, and there are 6"):
+        run(pipe, name, steps=6)
+    assert torch.equal(run(pipe, name), found), "a refused request leaves nothing behind"
 
 
 def test_the_command_calibrates_and_the_demo_runs_it(tmp_path: Path) -> None:
