@@ -205,10 +205,12 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
         name = None if called is None else called.name
         with torch.no_grad():
             try:
-                tick = request.tick(compiled.facts, compiled.named(call.tensors), name)
+                named = compiled.named(call.tensors)
+                tick = request.tick(compiled.facts, named, name)
                 if tick.new_request:
                     compiled = self._compiled.find_anew(call)
-                outputs = compiled.dispatcher(request, tick, compiled.named(call.tensors), name)
+                    named = compiled.named(call.tensors)
+                outputs = compiled.dispatcher(request, tick, named, name)
             except BaseException:
                 request.reset()
                 raise

@@ -9,11 +9,10 @@ import logging
 import re
 import traceback
 from collections.abc import Hashable
-from dataclasses import dataclass
 from itertools import chain
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,13 +33,37 @@ _METADATA_CHECK = torch.ops.aten._assert_tensor_metadata.default
 _TORCH_ROOT = str(Path(torch.__file__).parent)
 
 
-@dataclass(frozen=True)
-class Call:
-    """The arguments of one call by name, its tensors, and what tells it from calls of another kind."""
+class Key:
+    """What tells a call from calls of another kind; its hash is remembered, since every call looks itself up."""
+
+    __slots__ = ("_hash", "_parts")
+
+    def __init__(self, parts: tuple[Hashable, ...]) -> None:
+        self._parts, self._hash = parts, hash(parts)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Key) and self._parts == other._parts)
+
+
+class Call(NamedTuple):
+    """The arguments of one call by name, its tensors, and its kind."""
 
     arguments: dict[str, Any]
     tensors: tuple[Tensor, ...]
-    key: Hashable
+    key: Key
+
+
+class _Known(NamedTuple):
+    """The last call, as far as the next is likely to be like it: no tensor is within another value."""
+
+    names: tuple[str, ...]
+    kinds: tuple[Hashable, ...]
+    autocast: Hashable
+    tensors: tuple[str, ...]  # names of the tensors in the order of the signature
+    key: Key
 
 
 class Binder:
@@ -59,6 +82,7 @@ class Binder:
         self._rest = inspect.Parameter.VAR_KEYWORD in kinds.values()
         self._plain = inspect.Parameter.POSITIONAL_ONLY not in kinds.values()
         self._timesteps = (*_CLEAR, *_VAGUE) if timestep is None else (timestep,)
+        self._known: _Known | None = None
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Binds one call.
@@ -66,12 +90,15 @@ class Binder:
         Raises UsageError where the arguments do not fit the signature, with Python's own reason.
         """
         given = kwargs if not args else dict(zip(self._by_place, args, strict=False)) | kwargs
+        whole = len(given) == len(args) + len(kwargs)
+        if whole and (call := self._again(given)) is not None:
+            return call
         known = self._defaults.keys()
         fits = self._required <= given.keys() and (self._rest or given.keys() <= known)
-        if not (fits and self._plain and len(given) == len(args) + len(kwargs)):
+        if not (fits and self._plain and whole):
             self._refuse(args, kwargs)
         arguments = {**self._defaults, **given}  # a default is the same call whether it is given or not
-        self._convert_timestep(arguments)
+        converted = self._convert_timestep(arguments)
         tensors: list[Tensor] = []
         key: list[Hashable] = []
         for name, value in arguments.items():
@@ -83,16 +110,32 @@ class Binder:
                 key.append(spec)
                 for leaf in leaves:
                     _add(leaf, tensors, key)
-        if tensors:
-            key.append(_autocast(tensors[0].device.type))
-        return Call(arguments, tuple(tensors), tuple(key))
+        autocast = _autocast(tensors[0].device.type) if tensors else None
+        call = Call(arguments, tuple(tensors), Key((*key, autocast)))
+        plain = tuple(name for name, value in arguments.items() if isinstance(value, Tensor))
+        if not converted and len(plain) == len(tensors) and set(plain) <= given.keys():
+            self._known = _Known(tuple(given), tuple(map(_kind, given.values())), autocast, plain, call.key)
+        return call
 
-    def _convert_timestep(self, arguments: dict[str, Any]) -> None:
+    def _again(self, given: dict[str, Any]) -> Call | None:
+        """The call, if it is of the kind of the last one."""
+        known = self._known
+        if known is None or known.names != tuple(given) or known.kinds != tuple(map(_kind, given.values())):
+            return None
+        tensors = tuple([given[name] for name in known.tensors])
+        if not tensors or known.autocast != _autocast(tensors[0].device.type):
+            return None
+        return Call({**self._defaults, **given}, tensors, known.key)
+
+    def _convert_timestep(self, arguments: dict[str, Any]) -> bool:
         """Makes a tensor of a timestep given as a number, Python's or numpy's, or every step would be another graph.
 
         Integers become int64 and others float32, for a model may look integers up in a table; so a loop that gives
         both makes two kinds of call. Next to a timestep that is a tensor, a number called ``t`` is an option.
+
+        Returns whether there was one.
         """
+        converted = False
         for name in self._timesteps:
             value = arguments.get(name)
             if not isinstance(value, Real) or isinstance(value, bool):
@@ -100,6 +143,8 @@ class Binder:
             if name in _VAGUE and any(isinstance(arguments.get(other), Tensor) for other in self._timesteps):
                 continue
             arguments[name] = torch.tensor(int(value) if isinstance(value, Integral) else float(value))
+            converted = True
+        return converted
 
     def _refuse(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> NoReturn:
         try:
@@ -118,6 +163,13 @@ def _add(leaf: Any, tensors: list[Tensor], key: list[Hashable]) -> None:
     else:
         key.append(type(leaf).__name__)
         key.append(leaf if isinstance(leaf, Hashable) else repr(leaf))
+
+
+def _kind(value: Any) -> Hashable:
+    """What is built into a capture of a value; of one that holds others it differs at each call."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype, value.device
+    return (type(value), value) if type(value) in _LEAVES else object()
 
 
 def _autocast(device: str) -> Hashable:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import is_
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -14,8 +14,7 @@ if TYPE_CHECKING:
 MAX_PASSES = 8  # calls at one timestep beyond this are taken for new requests, so that state stays bounded
 
 
-@dataclass(frozen=True)
-class Tick:
+class Tick(NamedTuple):
     """Where one call falls: ``step`` of the request and ``pass_index`` among the calls at that timestep.
 
     ``timestep`` is its value, the same for all rows; None where it differs by row or was not read.
@@ -24,7 +23,7 @@ class Tick:
     step: int
     pass_index: int
     new_request: bool
-    timestep: float | None = field(default=None, compare=False)
+    timestep: float | None = None
 
 
 class StepClock:

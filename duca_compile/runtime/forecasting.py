@@ -49,7 +49,7 @@ class Past:
 class ForecastInputs:
     """The inputs of a variant that the step's number and decisions alone determine, by name, with what makes them."""
 
-    numbers: Mapping[str, Callable[[Sequence[float]], Array]]
+    numbers: Mapping[str, Callable[[tuple[float, ...]], Array]]
     old: Mapping[str, Callable[[], Array]]  # caches that it compares with or keeps rows of; zeros where there are none
     rows: int = 1  # how many values each number has: one, or one for each row of the batch
 
@@ -66,13 +66,13 @@ class ForecastInputs:
         if not self.numbers:
             return {}
         full = (True,) * self.rows if rows is None or self.rows == 1 else tuple(rows)
-        numbers: dict[str, Sequence[float]] = {FULL_ROWS: full}
+        numbers: dict[str, tuple[float, ...]] = {FULL_ROWS: full}
         if forecast is not None and FORECAST_FACTORS[0] in self.numbers:
             factors = [past.factors(step, forecast) for past in state.past or (Past(),) * self.rows]
             numbers |= zip(FORECAST_FACTORS, zip(*factors, strict=True), strict=False)
         elif forecast is not None:
             past = state.past if state.past and step - state.last_step <= 1 else (Past(),) * self.rows
             state.past = tuple(p.after(step, forecast) if f else p for p, f in zip(past, full, strict=True))
-            numbers[FORECAST_GAP] = [p.distance(step) for p in past]
-            numbers[FORECAST_ORDERS] = [p.orders for p in state.past]
+            numbers[FORECAST_GAP] = tuple(p.distance(step) for p in past)
+            numbers[FORECAST_ORDERS] = tuple(p.orders for p in state.past)
         return {name: make(numbers[name]) for name, make in self.numbers.items()}

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 from duca_compile.graph import cache_input, dead_slots
@@ -27,8 +27,7 @@ REMEMBERED_LOOPS = 8
 PassKey = tuple[str | None, int]  # the pass's name, and which call of that name at the step
 
 
-@dataclass(frozen=True)
-class Executed:
+class Executed(NamedTuple):
     """One call as it ran: for reports and tests."""
 
     step: int
@@ -182,7 +181,7 @@ class Request:
             self._opening = {name: (held(tensor), version(tensor)) for name, tensor in call.items()}
         index = self._passes.get(name, 0)
         self._passes[name] = index + 1
-        return Tick(tick.step, index, tick.new_request, tick.timestep)
+        return tick if index == tick.pass_index else tick._replace(pass_index=index)
 
     def _start(self, timestep: Tensor, first: float | None) -> None:
         self._loops.remember(self._times)
