@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any, NoReturn, cast
@@ -12,7 +12,7 @@ from typing import Any, NoReturn, cast
 import torch
 from rich.console import Console
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
 
 from duca_compile.analysis import analyze
 from duca_compile.backends import Backend, make_backend
@@ -27,7 +27,7 @@ from duca_compile.passes.pipeline import build_prologue, make_rows, prepare
 from duca_compile.pipelines import PipelineSchedule, is_pipeline, set_component, transformers
 from duca_compile.policies import FORA, RFC, DuCa, Policy, ResidualGate, SpeCa, TaylorSeer, ToCa, Uncached
 from duca_compile.policies.checks import check_whole
-from duca_compile.runtime.dispatcher import Plan, Prologue
+from duca_compile.runtime.dispatcher import Hoister, Plan, Prologue
 from duca_compile.runtime.request import Executed
 from duca_compile.runtime.session import Requests, Session, current_pass, named_pass
 from duca_compile.verify import verified
@@ -77,10 +77,16 @@ def analyze_call(model: nn.Module, call: Call, timestep: str | None) -> tuple[Ca
             changing_reads(model, captured, facts)
         prologue = _prologue(captured, facts)
         values = dict(zip(captured.inputs, call.tensors, strict=True))
-        values |= prologue.compute(values)
-        rows = make_rows(captured, facts)
-        values |= dict(zip(rows.outputs, rows.compute(values, values), strict=True))
-        return captured, verified(captured, facts, values), prologue
+        return captured, verified(captured, facts, step_values(captured, facts, prologue, values)), prologue
+
+
+def step_values(
+    captured: CapturedGraph, facts: Facts, prologue: Hoister, call: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What a variant may read but caches: the tensors of a call, and what is computed of them outside of the step."""
+    values = {**call, **prologue.compute(call)}
+    rows = make_rows(captured, facts)
+    return values | dict(zip(rows.outputs, rows.compute(values, values), strict=True))
 
 
 def changing_reads(model: nn.Module, captured: CapturedGraph, facts: Facts) -> frozenset[str]:

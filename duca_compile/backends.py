@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, fx
@@ -129,6 +129,14 @@ class InductorBackend(CompilingBackend):
         unchecked = inductor_config.patch(size_asserts=False, alignment_asserts=False)
         with context, unchecked, _without_hints():
             return cast(Callable[..., Any], compile_fx(module, inputs))
+
+
+@runtime_checkable
+class HoldsWeights(Protocol):
+    """A compiled variant that holds the weights apart from its module."""
+
+    def refresh(self) -> None:
+        """The module has other weights of the same kinds from now on."""
 
 
 class _FirstCall:

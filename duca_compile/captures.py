@@ -7,12 +7,11 @@ import threading
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import replace
 from itertools import count
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from duca_compile.backends import Backend
+from duca_compile.backends import Backend, HoldsWeights
 from duca_compile.capture import Call, live_tensors
 from duca_compile.graph import CapturedGraph, Facts, Readings, Variant, VariantFunction, VariantSpec
 from duca_compile.lock import COMPILING
@@ -42,7 +41,7 @@ class _Variants:
     def __init__(self, captured: CapturedGraph, facts: Facts, prologue: Prologue, backend: Backend) -> None:
         self.captured, self._facts, self._backend = captured, facts, backend
         self._modules = [prologue.module]
-        self._compiled: list[Any] = []  # functions that hold the weights apart from the module
+        self._compiled: list[HoldsWeights] = []
         self._cuts = frozenset({facts.branches[0].stream, *(branch.add for branch in facts.branches)})
         if captured.readings is not None:
             self._modules.append(captured.readings.module)
@@ -51,7 +50,7 @@ class _Variants:
         variant = build_variant(self.captured, self._facts, spec)
         self._modules.append(variant.module)
         function = self._backend.compile(variant, self._cuts)
-        if hasattr(function, "refresh"):
+        if isinstance(function, HoldsWeights):
             self._compiled.append(function)
         return variant, function
 

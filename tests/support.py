@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 import duca_compile
 from duca_compile import DuCa, Explanation, OptimizedModel, Policy
-from duca_compile.api import analyze_call
+from duca_compile.api import analyze_call, step_values
 from duca_compile.backends import make_backend
 from duca_compile.capture import Call, live_tensors
 from duca_compile.captures import Captures, Compiled
 from duca_compile.graph import Action, CapturedGraph, Facts
-from duca_compile.passes.pipeline import make_rows
 from duca_compile.policies import Step, StepKind
 from duca_compile.runtime.dispatcher import Prologue
 from duca_compile.runtime.planning import plan_step
@@ -48,12 +47,9 @@ asserted against numbers taken from each model's source by hand ([tests/zoo.py](
 """
 
 
-def step_values(compiled: Compiled, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """What a variant may read of one call but caches: its tensors, and what is computed outside of the step."""
-    values = compiled.named(tensors)
-    values |= compiled.dispatcher._prologue.compute(values)
-    rows = make_rows(compiled.captured, compiled.facts)
-    return values | dict(zip(rows.outputs, rows.compute(values, values), strict=True))
+def values_of_step(compiled: Compiled, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """What a variant may read of one call but caches."""
+    return step_values(compiled.captured, compiled.facts, compiled.dispatcher._prologue, compiled.named(tensors))
 
 
 class Shared:

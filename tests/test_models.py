@@ -18,7 +18,7 @@ from duca_compile.graph import Action, Role, VariantSpec, cache_input
 from duca_compile.passes.pipeline import build_variant
 from duca_compile.policies import Step, StepKind
 from duca_compile.runtime.planning import plan_step
-from tests.support import BLOCKS, HEAD, PAGE, POLICY, row, step_values, streams
+from tests.support import BLOCKS, HEAD, PAGE, POLICY, row, streams, values_of_step
 from tests.zoo import ZOO, Entry
 
 STEPS = 8
@@ -95,7 +95,7 @@ def test_it_runs_full_partial_and_skip_steps(run: Run) -> None:
 def test_reuse_right_after_a_full_step_changes_nothing(run: Run) -> None:
     captured, facts = run.compiled.captured, run.compiled.facts
     tensors = Binder(run.model)((), run.arguments).tensors
-    values = step_values(run.compiled, tensors)
+    values = values_of_step(run.compiled, tensors)
     expected = sample(run.model(**run.arguments))
     full = build_variant(captured, facts, VariantSpec((Action.COMPUTE,) * len(facts.branches)))
     results = full.module(*[values[n] for n in full.inputs])

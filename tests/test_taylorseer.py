@@ -18,7 +18,7 @@ from duca_compile import FORA, OptimizedModel, TaylorSeer
 from duca_compile.capture import Binder
 from duca_compile.graph import STREAM_END, Action, VariantSpec, cache_input
 from duca_compile.passes.pipeline import build_variant
-from tests.support import step_values
+from tests.support import values_of_step
 from tests.test_models import loop as calls
 from tests.test_models import sample
 from tests.test_optimize import LABELS, build, latent, loop, same
@@ -68,7 +68,7 @@ def test_each_step_is_the_series_by_hand(name: str, lite: bool) -> None:
         outputs = sample(optimized(**each))
         (compiled,) = optimized._compiled.values()
         count = len(compiled.facts.branches)
-        values = step_values(compiled, Binder(model)((), each).tensors)
+        values = values_of_step(compiled, Binder(model)((), each).tensors)
         full = step < 2 or step % 3 == 1
         spec = VariantSpec(((Action.COMPUTE if full else Action.REUSE),) * count, skip=lite and not full)
         if not full:

@@ -41,21 +41,18 @@ class _Form:
     results: tuple[fx.Node, ...]
 
 
-def outline(module: fx.GraphModule, cuts: frozenset[str]) -> bool:
+def outline(module: fx.GraphModule, cuts: frozenset[str]) -> None:
     """Rewrites ``module`` so that what repeats between ``cuts`` is one subgraph, called again and again.
 
-    ``cuts`` are names of nodes that end a cell. Every node needs its fake value (``meta["val"]``). Returns whether
-    anything repeats.
+    ``cuts`` are names of nodes that end a cell. Every node needs its fake value (``meta["val"]``).
     """
     cells = _cells(module.graph, _ends(module.graph, cuts))
-    runs = repeats([_form(cell).text for cell in cells])
-    for run in runs:
+    for run in repeats([_form(cell).text for cell in cells]):
         starts = range(run.start, run.start + run.period * run.count, run.period)
         stretches = [[node for cell in cells[at : at + run.period] for node in cell] for at in starts]
         _call_one(module, f"repeated_{run.start}", stretches)
     module.graph.lint()
     module.recompile()
-    return bool(runs)
 
 
 def repeats(labels: Sequence[Hashable]) -> list[Run]:
