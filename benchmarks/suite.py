@@ -34,6 +34,7 @@ from measure import (
     Model,
     Spread,
     Timing,
+    cpu_seconds,
     forget_peak,
     memory,
     message,
@@ -217,12 +218,13 @@ def run_start(workload: Workload, method: Method, mode: Mode, seed: int) -> dict
     runner = method.build(model, workload.steps, mode)
     runner.start()
     ready = time.perf_counter() - started
-    seconds: list[float] = []
+    seconds, cpu = list[float](), list[float]()
 
     def call(**kwargs: Any) -> Any:
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), cpu_seconds()
         result = runner.call(**kwargs)
         seconds.append(time.perf_counter() - began)
+        cpu.append(cpu_seconds() - worked)
         return result
 
     workload.denoise(call, arguments, noise, calls=STARTING)
@@ -236,6 +238,8 @@ def run_start(workload: Workload, method: Method, mode: Mode, seed: int) -> dict
         "first_call_seconds": first[0],
         "first_calls_seconds": sum(first),
         "later_calls_seconds": sum(seconds[len(first) :]),
+        "first_calls_cpu_seconds": sum(cpu[: len(first)]),
+        "later_calls_cpu_seconds": sum(cpu[len(first) :]),
         "weight_bytes": weights,
         "peak_bytes_with_start": whole,
         "peak_bytes": peak_anonymous() - before,
