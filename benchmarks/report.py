@@ -265,6 +265,7 @@ def depth(found: Found) -> Iterator[str]:
         yield row(each["method"], str(each["blocks"]), *cells)
     yield ""
     yield from depth_verdicts(found, spent)
+    yield from depth_profile({each["blocks"]: each["profile"]["found"] for each in found["runs"] if "profile" in each})
 
 
 def depth_verdicts(found: Found, spent: dict[tuple[str, int], float]) -> Iterator[str]:
@@ -280,6 +281,21 @@ def depth_verdicts(found: Found, spent: dict[tuple[str, int], float]) -> Iterato
     worst = max(preparing(r["warm"]) / preparing(r["cold"]) for r in found["runs"] if r["method"] == own)
     yield f"- The second process takes {worst:.2f} of the first at most;"
     yield f"  {verdict(worst <= SECOND, f'at most {SECOND}')}.\n"
+
+
+def depth_profile(found: dict[int, dict[str, float]]) -> Iterator[str]:
+    """What grows with the depth."""
+    yield prose(
+        "What grows is what is done before repeated blocks are one: torch.export unrolls the model, and each variant's",
+        "graph is traced as a whole. A partial step's blocks have token counts that are symbols without a value, so",
+        "torch evaluates them again at every call of the one region instead of remembering the result. Its last",
+        "kernel, which adds what all blocks add to the other tokens, has as many inputs as there are branches.",
+        "Seconds under cProfile, which slows down Python and not the C++ compiler; the stages overlap:",
+    )
+    yield from head("stage", *(f"{blocks} blocks" for blocks in found))
+    for stage in dict.fromkeys(stage for each in found.values() for stage in each):
+        yield row(stage, *(f"{each.get(stage, 0.0):.1f}" for each in found.values()))
+    yield ""
 
 
 def preparing(run: Found, clock: str = "cpu_seconds") -> float:

@@ -9,9 +9,11 @@ own, on one thread. What is not installed, and what fails, is a row that says so
 from __future__ import annotations
 
 import argparse
+import cProfile
 import gc
 import json
 import os
+import pstats
 import shutil
 import statistics
 import subprocess
@@ -246,6 +248,39 @@ def run_start(workload: Workload, method: Method, mode: Mode, seed: int) -> dict
     }
 
 
+# Where the first calls spend their time: a file's end and a function, by what the table calls it.
+STAGES = {
+    "torch.export": ("duca_compile/capture.py", "capture"),
+    "verification of the analysis": ("duca_compile/verify.py", "verified"),
+    "rewriting": ("duca_compile/passes/pipeline.py", "build_variant"),
+    "tracing by AOTAutograd": ("_aot_autograd/graph_compile.py", "aot_stage1_graph_capture"),
+    "Inductor, with the C++ compiler": ("torch/_inductor/compile_fx.py", "codegen_and_compile"),
+    "the C++ compiler": ("subprocess.py", "run"),
+}
+REGIONS = "evaluating regions of symbolic sizes"  # within several of these
+
+
+def run_profile(workload: Workload, method: Method, mode: Mode, seed: int) -> dict[str, float]:
+    """Seconds of the first calls by stage, under cProfile, which makes Python slower and the C++ compiler not."""
+    from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
+    from torch._higher_order_ops.utils import registered_hop_fake_fns
+
+    region = registered_hop_fake_fns[invoke_subgraph].__code__
+    model, arguments, noise = workload.build(seed), workload.arguments(seed), workload.noise(seed)
+    runner = method.build(model, workload.steps, mode)
+    runner.start()
+    profile = cProfile.Profile()
+    profile.runcall(workload.denoise, runner.call, arguments, noise, calls=STARTING)
+    found: dict[str, float] = {}
+    for (file, line, name), (*_, cumulative, _callers) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
+        for stage, (end, function) in STAGES.items():
+            if file.endswith(end) and name == function:
+                found[stage] = found.get(stage, 0.0) + cumulative
+        if (file, line) == (region.co_filename, region.co_firstlineno):
+            found[REGIONS] = cumulative
+    return found
+
+
 # ---- processes
 
 
@@ -272,6 +307,8 @@ def perform(task: dict[str, Any]) -> Any:
     if what == "calls":
         return run_calls(workload, task["mode"], task["rounds"], seed)
     method = next(each for each in METHODS if each.label == task["method"])
+    if what == "profile":
+        return run_profile(workload, method, task["mode"], seed)
     return run_start(workload, method, task["mode"], seed)
 
 
@@ -382,6 +419,9 @@ class Suite:
             for method in (each for each in METHODS if each.label in DEPTH_METHODS):
                 with tempfile.TemporaryDirectory(prefix="duca_suite_") as folder:
                     found = self._start(method, "compile", common, Path(folder), Path(folder) / "all")
+                    if method.label.startswith("duca_compile"):
+                        task = {**common, "what": "profile", "method": method.label, "mode": "compile"}
+                        found["profile"] = in_process(task, Path(folder) / "profile")
                 runs.append({"method": method.label, "blocks": workload.config["num_layers"], **found})
         self.found["depth"] = {
             "runs": runs,

@@ -26,6 +26,7 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 _BEAM = 12  # schedules kept for each number of full steps and each last one
 _RIDGE = 1e-9  # of the mean square of the differences: keeps factors finite where differences depend on each other
+_TINY = 1e-300  # divides in the place of zero
 _CHUNK = 1 << 18  # values of each step whose inner products are taken at once
 
 
@@ -105,7 +106,7 @@ class _Search:
     def __init__(self, recorded: Sequence[_Products], order: int) -> None:
         self._order, self._steps = order, len(recorded[0].inner)
         self._inner = np.stack([each.inner for each in recorded])
-        self._weights = 1 / np.stack([each.squares for each in recorded]).clip(1e-300) / len(recorded)
+        self._weights = 1 / np.stack([each.squares for each in recorded]).clip(_TINY) / len(recorded)
         self._known: dict[tuple[int, ...], tuple[Array, Array]] = {}
 
     def policy(self, full_steps: int | Sequence[int]) -> Calibrated:
@@ -159,29 +160,29 @@ class _Search:
 
     def _fitted(self, full: tuple[int, ...]) -> tuple[Array, Array]:
         """By least squares: differences and errors are sums of h at single steps, so their products are known."""
-        unit = np.eye(self._steps)
-        change = unit - unit[full[-1]]  # of each step, from the last full one
-        differences = _differences(full, self._steps)
-        weights = self._weights
-        squares = np.einsum("ps,psq,sq->s", weights, np.einsum("st,ptq->psq", change, self._inner), change)
-        if not len(differences):
-            return squares, np.zeros((self._steps, 0))
-        moved = np.einsum("kt,ptq->pkq", differences, self._inner)
-        among = np.einsum("pkq,lq,ps->skl", moved, differences, weights)
-        along = np.einsum("pkq,sq,ps->sk", moved, change, weights)
-        size = np.einsum("skk->s", among) / len(differences) + 1e-300
+        points, last, weights = list(full), full[-1], self._weights
+        inner = self._inner[:, points]  # of the full steps with every step
+        squares = np.einsum("pss->ps", self._inner) - 2 * inner[:, -1] + inner[:, -1, last, None]
+        error = (weights * squares).sum(0)
+        if len(full) == 1:
+            return error, np.zeros((self._steps, 0))
+        differences = _differences(full)
+        moved = differences @ inner  # (passes, orders, steps)
+        along = np.einsum("ps,pks->sk", weights, moved - moved[:, :, last, None])
+        among = np.einsum("ps,pkl->skl", weights, moved[:, :, points] @ differences.T)
+        size = np.einsum("skk->s", among) / len(differences) + _TINY
         among += _RIDGE * size[:, None, None] * np.eye(len(differences))
         factors = np.linalg.solve(among, along[..., None])[..., 0]
-        return (squares - (factors * along).sum(1)).clip(0), factors
+        return (error - (factors * along).sum(1)).clip(0), factors
 
 
-def _differences(full: tuple[int, ...], steps: int) -> Array:
-    """D_1, D_2, ... behind these full steps, as sums over h at single steps: (orders, steps)."""
-    unit, last = np.eye(steps), full[0]
-    found = [unit[last]]
-    for step in full[1:]:
-        now = [unit[step]]
+def _differences(full: tuple[int, ...]) -> Array:
+    """D_1, D_2, ... behind these full steps, as sums over h at these: (full steps - 1, full steps)."""
+    unit = np.eye(len(full))
+    found = [unit[0]]
+    for place in range(1, len(full)):
+        now = [unit[place]]
         for old in found:
-            now.append((now[-1] - old) / (step - last))
-        found, last = now, step
-    return np.array(found[1:]).reshape(-1, steps)
+            now.append((now[-1] - old) / (full[place] - full[place - 1]))
+        found = now
+    return np.array(found[1:])

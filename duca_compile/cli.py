@@ -36,10 +36,11 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 
+LOOP_SEED = 1_000_000  # of the noise that is learnt from: none that the demo is likely to start from
+
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps of the loop.")]
-PolicyOption = Annotated[
-    str, typer.Option(help="duca, toca, fora, taylorseer, rfc, speca or gate; or the file of a calibrated one.")
-]
+POLICY_NAMES = "duca, toca, fora, taylorseer, rfc, speca, gate or calibrated; or the file of a calibrated one."
+PolicyOption = Annotated[str, typer.Option(help=POLICY_NAMES)]
 Interval = Annotated[int | None, typer.Option(min=1, help="Steps from one full step to the next.")]
 Target = Annotated[
     str | None,
@@ -62,7 +63,10 @@ def main() -> None:
 def demo(
     steps: Steps = 50,
     seed: Annotated[int, typer.Option(help="Seed of the starting noise.")] = 0,
-    policy: PolicyOption = "duca",
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{POLICY_NAMES} May be repeated; duca and, at 50 steps, calibrated without it."),
+    ] = None,
     interval: Interval = None,
     backend: Annotated[str, typer.Option(help="inductor or eager.")] = "inductor",
     out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
@@ -72,7 +76,7 @@ def demo(
     from duca_compile import demo as demonstration
 
     try:
-        chosen = demonstration.make_policy(policy, interval)
+        chosen = demonstration.make_policies(policy, interval, steps)
         demonstration.check_writable(out)
         model = demonstration.DemoModel.load(_device(device))
         with _progress() as progress:
@@ -169,7 +173,7 @@ def _embedded_loops(device: str, steps: int) -> tuple[nn.Module, Callable[[nn.Mo
     model = demonstration.DemoModel.load(_device(device))
 
     def sample(drop_in: nn.Module, number: int) -> None:
-        model.sample(drop_in, steps, model.noise(number), lambda seconds: None)
+        model.sample(drop_in, steps, model.noise(LOOP_SEED + number), lambda seconds: None)
 
     return model.transformer, sample
 

@@ -9,7 +9,7 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -44,6 +44,7 @@ COLORS = {
 }
 
 
+CALIBRATED, CALIBRATED_STEPS = "calibrated", 50
 PASSES = 3  # of each loop: one that compiles, and two for the clock
 
 # Called with a run's name and its number of steps when it starts; what it returns is called after each step.
@@ -128,11 +129,15 @@ class Run:
 
 
 def make_policy(name: str, interval: int | None) -> Policy:
-    """The policy called ``name``, or of the file ``calibrate`` wrote; not all have an interval."""
-    if name.endswith(".json"):
+    """The policy called ``name``, or of the file ``calibrate`` wrote; not all have an interval.
+
+    "calibrated" is that of the embedded model, for ``CALIBRATED_STEPS`` steps.
+    """
+    if name == CALIBRATED or name.endswith(".json"):
         if interval is not None:
             raise UsageError(f"policy={name!r} has no interval: its full steps are listed; leave --interval out")
-        return Calibrated.load(name)
+        with resources.as_file(resources.files("duca_compile") / "data" / "demo" / "calibrated.json") as own:
+            return Calibrated.load(own if name == CALIBRATED else name)
     fixed: dict[str, Callable[..., Policy]] = {"duca": DuCa, "fora": FORA, "taylorseer": TaylorSeer, "toca": ToCa}
     adaptive: dict[str, Callable[..., Policy]] = {"gate": ResidualGate, "rfc": RFC, "speca": SpeCa}
     if name in adaptive:
@@ -140,8 +145,16 @@ def make_policy(name: str, interval: int | None) -> Policy:
             raise UsageError(f"policy={name!r} has no interval: it decides while it runs; leave --interval out")
         return adaptive[name]()
     if name not in fixed:
-        raise UsageError(f"policy={name!r} is unknown; choose one of {sorted(fixed | adaptive)}")
+        raise UsageError(f"policy={name!r} is unknown; choose one of {sorted({CALIBRATED, *fixed, *adaptive})}")
     return fixed[name]() if interval is None else fixed[name](interval=interval)
+
+
+def make_policies(names: Sequence[str] | None, interval: int | None, steps: int) -> list[Policy]:
+    """Those called ``names``; without any, what shows most at this number of steps."""
+    if names:
+        return [make_policy(name, interval) for name in names]
+    own = [make_policy(CALIBRATED, None)] if steps == CALIBRATED_STEPS else []
+    return [make_policy("duca", interval), *own]
 
 
 class Loop:
@@ -196,19 +209,18 @@ def _finish(device: torch.device) -> None:
 
 def compare(
     demo: DemoModel,
-    policy: Policy,
+    policies: Sequence[Policy],
     backend: str,
     steps: int,
     seed: int,
     watch: Watch = lambda name, total: lambda: None,
 ) -> list[Run]:
-    """The loop uncached, with ``policy``, and with as many plain steps as the policy runs in full.
+    """The loop uncached, with each policy, and with as many plain steps as the first policy runs in full.
 
     The last is the honest competitor: the same number of full evaluations without any cache. After the pass that
-    compiles, the three take turns, so that a busy machine slows them alike.
+    compiles, all take turns, so that a busy machine slows them alike.
     """
     plain = optimize(demo.transformer, Uncached(), backend)
-    cached = optimize(demo.transformer, policy, backend, steps)
     turns: dict[Loop, Callable[[], None]] = {}
 
     def compile_pass(model: OptimizedModel, name: str, steps: int) -> Loop:
@@ -218,8 +230,9 @@ def compare(
         return loop
 
     compile_pass(plain, "uncached", steps)
-    full = compile_pass(cached, policy.name, steps).full_steps
-    compile_pass(plain, "uncached", full)
+    cached = [(policy.name, optimize(demo.transformer, policy, backend, steps)) for policy in policies]
+    full = [compile_pass(model, name, steps).full_steps for name, model in cached]
+    compile_pass(plain, "uncached", full[0])
     for _ in range(PASSES - 1):
         for loop, on_step in turns.items():
             loop.run(on_step)

@@ -34,7 +34,7 @@ def test_the_embedded_model_is_what_its_card_says(embedded: demo.DemoModel) -> N
 
 
 def test_the_loop_compares_cached_and_fewer_steps(embedded: demo.DemoModel, tmp_path: Path) -> None:
-    plain, cached, fewer = demo.compare(embedded, DuCa(interval=3), "eager", steps=6, seed=1)
+    plain, cached, fewer = demo.compare(embedded, [DuCa(interval=3)], "eager", steps=6, seed=1)
     assert [k.value for k in cached.kinds] == ["full", "partial", "skip"] * 2
     assert len(fewer.kinds) == 2
     assert plain.psnr(plain) == float("inf")
@@ -50,7 +50,7 @@ def test_the_loop_compares_cached_and_fewer_steps(embedded: demo.DemoModel, tmp_
 def test_nothing_is_half_written(embedded: demo.DemoModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     picture = tmp_path / "demo.png"
     picture.write_text("the old one")
-    runs = demo.compare(embedded, DuCa(interval=2), "eager", steps=2, seed=0)
+    runs = demo.compare(embedded, [DuCa(interval=2)], "eager", steps=2, seed=0)
     monkeypatch.setattr("os.replace", _disk_full)
     with pytest.raises(OSError, match="disk full"):
         demo.draw(runs, embedded.class_names, picture)
@@ -107,9 +107,14 @@ def test_every_policy_and_kind_of_step_can_be_shown() -> None:
         assert demo.make_policy(name, None) == adaptive()
         with pytest.raises(UsageError, match=f"policy='{name}' has no interval"):
             demo.make_policy(name, 4)
-    known = r"\['duca', 'fora', 'gate', 'rfc', 'speca', 'taylorseer', 'toca'\]"
+    known = r"\['calibrated', 'duca', 'fora', 'gate', 'rfc', 'speca', 'taylorseer', 'toca'\]"
     with pytest.raises(UsageError, match=f"policy='fancy' is unknown; choose one of {known}"):
         demo.make_policy("fancy", None)
+    own = demo.make_policy("calibrated", None)
+    assert own.name == "calibrated (10 of 50 full)"
+    assert demo.make_policies(None, 4, 50) == [DuCa(4), own]
+    assert demo.make_policies(None, None, 20) == [DuCa()]
+    assert demo.make_policies(["fora", "gate"], None, 50) == [FORA(), ResidualGate()]
     assert set(demo.COLORS) == set(KIND_STYLES) == set(StepKind)
     assert len({kind.letter for kind in StepKind}) == len(StepKind)
 
@@ -125,3 +130,4 @@ def test_the_command_with_its_defaults(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "demo.png")], env={"COLUMNS": "160"})
     assert result.exit_code == 0, result.output
     assert "DuCa (N=5), 50 steps" in result.output
+    assert "calibrated (10 of 50 full), 50 steps" in result.output
