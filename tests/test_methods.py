@@ -44,7 +44,7 @@ def measured(*full: int) -> tuple[Measured | None, ...]:
     return tuple(None if step in full else Measured(last[step], (0.4, 0.1)[: orders[step]]) for step in range(STEPS))
 
 
-METHODS: dict[str, tuple[Policy, str]] = {  # and the model that it is compiled on
+METHODS: dict[str, tuple[Policy, str]] = {  # and the model that it is compiled on in CI
     "FORA": (FORA(3), "Wan"),
     "DuCa": (DuCa(interval=4, fresh_ratio=0.3), "PixArt"),
     "ToCa": (ToCa(interval=4, fresh_ratio=0.3, text_factor=1.0), "SD3"),
@@ -143,12 +143,18 @@ def test_twelve_steps_are_those_that_were_planned(case: Case, name: str) -> None
     assert abs(most - plan.cache_bytes) <= 0.01 * plan.cache_bytes
 
 
-@pytest.mark.slow
+COMPILED = [
+    pytest.param(name, model, marks=pytest.mark.slow if model == chosen else pytest.mark.exhaustive)
+    for name, (_, chosen) in METHODS.items()
+    for model in MODELS
+]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("name", METHODS)
-def test_compiled_steps_agree_with_eager_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "model"), COMPILED)
+def test_compiled_steps_agree_with_eager_ones(name: str, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One graph for each variant."""
-    policy, model = METHODS[name]
+    policy, _ = METHODS[name]
     compiled: list[fx.GraphModule] = []
 
     def counted(module: fx.GraphModule, inputs: list[Tensor]) -> Any:
