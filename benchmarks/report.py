@@ -179,7 +179,7 @@ def loops(suite: Found) -> Iterator[str]:
             continue
         before, after = model["load_average_before_and_after_the_loops"]
         yield f"\n### {name}\n"
-        yield f"Load {before:.1f} before, {after:.1f} after.\n"
+        yield f"Load {before:.1f} before, {after:.1f} after; duca_compile at {model['commits']['loops']}.\n"
         columns = (
             "run",
             "time, s (IQR)",
@@ -251,7 +251,7 @@ def depth(found: Found) -> Iterator[str]:
         "Seconds of the first calls of a process until each variant of the policy has run, less what the same calls",
         "take later in that process: capturing, analysing, rewriting and compiling, the C++ compiler's processes",
         "included, one at a time. DiTs of width 384 and 256 tokens. *Warm* finds what the cold process compiled. The",
-        f"verdicts are by CPU time. Load {before:.1f} before, {after:.1f} after.",
+        f"verdicts are by CPU time. Load {before:.1f} before, {after:.1f} after; duca_compile at {found['commit']}.",
     )
     yield from head("run", "blocks", "cold, s", "CPU time, s", "warm, s", "CPU time, s")
     spent: dict[tuple[str, int], float] = {}
@@ -327,7 +327,8 @@ def hosts(host: Found) -> Iterator[str]:
     yield "## The host's work per step"
     yield prose(
         f"A FLUX of {sizes}, so small that its graphs take next to no time. All alternate, so that each finds the",
-        f"processor's caches as another left them. Load {before:.1f} before, {after:.1f} after. Of others, the call is",
+        f"processor's caches as another left them. Load {before:.1f} before, {after:.1f} after; duca_compile at",
+        f"{host['commit']}. Of others, the call is",
         "that of a skipped step. *Outside* is what is left of a call of ours when the compiled graph's own time is",
         "taken off.",
     )

@@ -2,8 +2,9 @@
 
     python benchmarks/suite.py --out benchmarks/results/suite.json
 
-The weights are random, so nothing is said here about images; pareto.py does that. Each part runs in processes of its
-own, on one thread. What is not installed, and what fails, is a row that says so.
+The weights are random, so nothing is said here about images; pareto.py does that. What --out holds of other models and
+parts is kept. Each part runs in processes of its own, on one thread. What is not installed, and what fails, is a row
+that says so.
 """
 
 from __future__ import annotations
@@ -328,8 +329,13 @@ class Suite:
             "interval": INTERVAL,
             "starting_calls": STARTING,
             "load_average_at_start": os.getloadavg(),
-            "models": {name: self._describe(self.workloads[name]) for name in names},
         }
+        known = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
+        models = known.pop("models", {})
+        self.found = {**known, **self.found, "models": models}
+        self.names = names
+        for name in names:
+            models[name] = {"commits": {}, **models.get(name, {}), **self._describe(self.workloads[name])}
 
     @staticmethod
     def _describe(workload: Workload) -> dict[str, Any]:
@@ -338,7 +344,7 @@ class Suite:
         return {"shape": workload.shape(), "steps": workload.steps, "loop": loop, "config": config}
 
     def run(self) -> None:
-        for name in self.found["models"]:
+        for name in self.names:
             with tempfile.TemporaryDirectory(prefix="duca_suite_") as folder:
                 self._model(name, Path(folder))
         if "host" in self.args.parts:
@@ -351,6 +357,7 @@ class Suite:
     def _model(self, name: str, folder: Path) -> None:
         common = {"seed": self.args.seed, "quick": self.args.quick, "workload": name}
         found, warm = self.found["models"][name], folder / "all"
+        found["commits"] |= dict.fromkeys(self.args.parts, self.found["surroundings"]["commit"])
         if "start" in self.args.parts:
             found["start"] = {}
             for method, mode in rows(self.modes):
@@ -403,6 +410,7 @@ class Suite:
         self.found["host"] = {
             "model": model,
             "rounds_not_counted": WARM,
+            "commit": self.found["surroundings"]["commit"],
             **found,
             "load_average_before_and_after": [load, os.getloadavg()[0]],
         }
@@ -425,6 +433,7 @@ class Suite:
                 runs.append({"method": method.label, "blocks": workload.config["num_layers"], **found})
         self.found["depth"] = {
             "runs": runs,
+            "commit": self.found["surroundings"]["commit"],
             "blocks": [each.config["num_layers"] for each in chosen],
             "load_average_before_and_after": [load, os.getloadavg()[0]],
         }
