@@ -167,9 +167,9 @@ def _add(leaf: Any, tensors: list[Tensor], key: list[Hashable]) -> None:
 
 def _kind(value: Any) -> Hashable:
     """What is built into a capture of a value; of one that holds others it differs at each call."""
-    if isinstance(value, Tensor):
-        return value.shape, value.dtype, value.device
-    return (type(value), value) if type(value) in _LEAVES else object()
+    if type(value) not in _LEAVES:
+        return object()
+    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else (type(value), value)
 
 
 def _autocast(device: str) -> Hashable:
