@@ -328,9 +328,9 @@ def hosts(host: Found) -> Iterator[str]:
     yield prose(
         f"A FLUX of {sizes}, so small that its graphs take next to no time. All alternate, so that each finds the",
         f"processor's caches as another left them. Load {before:.1f} before, {after:.1f} after; duca_compile at",
-        f"{host['commit']}. Of others, the call is",
-        "that of a skipped step. *Outside* is what is left of a call of ours when the compiled graph's own time is",
-        "taken off.",
+        f"{host['commit']}. *In a row*: nothing else runs in between, so the caches are full of it. Of others, the",
+        "call is that of a skipped step. *Outside* is what is left of a call of ours when the compiled graph's own",
+        "time is taken off.",
     )
     yield from head("step", "mode", "call, ms (IQR)", "outside, ms (IQR)", "target")
     for mode, rows in host.get("found", {}).items():
@@ -342,7 +342,10 @@ def hosts(host: Found) -> Iterator[str]:
             held = outside and mode == "compile" and not label.endswith("full")
             met = verdict(outside["median"] <= HOST, f"at most {1e3 * HOST:.2f} ms") if outside and held else ""
             yield row(label, mode, spread(each["seconds"], 1e3), spread(outside, 1e3) if outside else "", met)
-    yield "\nA partial step also chooses tokens, and hands over one index tensor for each branch that it recomputes.\n"
+    yield prose(
+        "A partial step also chooses tokens, and hands over one index tensor for each branch that it recomputes. What",
+        "bounds the others is the processor's caches: the same work takes a part of the time where it was just done.",
+    )
 
 
 def quality(pareto: Found) -> Iterator[str]:
