@@ -95,7 +95,7 @@ def fixed(learned: Predictor | None, interval: int) -> dict[str, Policy]:
 
 def speca(threshold: float, level: int, decay: float) -> Policy:
     """Drafts as many steps in a row as the FLOPs aimed at ask for at least."""
-    return SpeCa(base_threshold=threshold, decay_rate=decay, first_full_steps=1, max_taylor_steps=level)
+    return SpeCa(base_threshold=threshold, decay_rate=decay, first_full_steps=2, max_taylor_steps=level)
 
 
 # those that decide while they run, of a threshold and the level

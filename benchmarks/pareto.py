@@ -84,12 +84,12 @@ def policies(measured: Calibration) -> dict[str, Policy]:
     return found | {f"published FORA-DiT (N={n})": published("fora", "dit", interval=n) for n in (3, 5)}
 
 
-def own_ways(demo: DemoModel, steps: int, every: int, quick: bool) -> Iterator[Way]:
+def own_ways(demo: DemoModel, steps: int, every: int, quick: bool, again: str | None) -> Iterator[Way]:
     def calibrating(drop_in: nn.Module, number: int) -> None:
         demo.sample(drop_in, steps, demo.noise(CALIBRATION_SEED + number), _ignore)
 
     chosen = policies(duca_compile.calibrate(demo.transformer, calibrating, loops=1 if quick else CALIBRATION_LOOPS))
-    for name in [*chosen][::every]:
+    for name in [*chosen][::every] if again is None else [name for name in chosen if again in name]:
         policy, backend = chosen[name], "eager" if quick else "inductor"
         try:
             model = duca_compile.optimize(demo.transformer, policy, backend, strict=True)
@@ -252,7 +252,8 @@ def perform(task: dict[str, Any]) -> list[dict[str, Any]]:
         if group and peer:
             ways = [*peer_ways(demo, group, steps, every, peer, calls)]
         else:
-            ways = [*own_ways(demo, steps, every, quick), *fewer_ways(demo, plain, steps, every)]
+            ways = [*own_ways(demo, steps, every, quick, task["again"])]
+            ways += fewer_ways(demo, plain, steps, every) if task["again"] is None else ()
 
         def base(seed: int, steps: int = steps) -> Tensor:
             return demo.sample(plain, steps, demo.noise(seed), _ignore)
@@ -307,12 +308,20 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path, format="png")
 
 
+def merged(known: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The points of ``known`` with those of ``new`` in the places of their namesakes."""
+    place = lambda point: (point["steps"], point["library"], point["setting"], point["mode"])  # noqa: E731
+    points = {place(point): point for point in (*known["points"], *new["points"])}
+    return {**known, "points": [*points.values()], "again": new["surroundings"]["commit"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file for the results; a PNG of the same name beside it")
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 20])
     parser.add_argument("--seeds", type=int, default=3, help="rounds; each is one image of each class")
     parser.add_argument("--every", type=int, default=1, help="run each so many-th setting alone")
+    parser.add_argument("--again", help="run ours with this in their names alone, and keep the other points of --out")
     parser.add_argument("--quick", action="store_true", help="a few points, under eager, one seed")
     parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)  # for its own processes
     args = parser.parse_args()
@@ -334,19 +343,22 @@ def main() -> None:
         "points": [],
     }
     with tempfile.TemporaryDirectory(prefix="duca_pareto_") as folder:
-        for index in (None, *range(len(GROUPS))):
+        for index in (None, *range(len(GROUPS))) if args.again is None else (None,):
             group = None if index is None else GROUPS[index]
             name = f"{group.library}, {group.method}" if group else "duca_compile and fewer steps"
             if group and not group.available():
                 found["failed"][name] = ABSENT
                 continue
             task = {"group": index, "steps": args.steps, "seeds": seeds, "quick": args.quick, "every": every}
+            task["again"] = args.again
             done = in_process(task, Path(folder), Path(__file__))
             if done["status"] != OK:
                 found["failed"][name] = done["status"]
             found["points"] += done.get("found", [])
             console.print(f"{name}: {done['status']}")
     found["load_average_at_end"] = os.getloadavg()
+    if args.again is not None:
+        found = merged(json.loads(args.out.read_text()), found)
     for steps in args.steps:
         console.print(table(found["points"], steps))
     if args.out:
