@@ -36,7 +36,7 @@ from duca_compile import FORA, RFC, Calibration, DuCa, Policy, ResidualGate, Tay
 from duca_compile.demo import DemoModel
 from duca_compile.errors import PolicyError
 
-BASE_EVERY = 12
+BASE_EVERY = 4
 INTERVALS = (2, 3, 4, 5, 6, 7, 8)
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
 CALIBRATED_FULL = (0.5, 0.4, 0.34, 0.3, 0.26, 0.23, 0.2, 0.18, 0.16, 0.14, 0.12, 0.1)  # of all steps
@@ -310,8 +310,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 def merged(known: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """The points of ``known`` with those of ``new`` in the places of their namesakes."""
-    place = lambda point: (point["steps"], point["library"], point["setting"], point["mode"])  # noqa: E731
-    points = {place(point): point for point in (*known["points"], *new["points"])}
+    names = ("steps", "library", "method", "setting", "mode")
+    points = {tuple(point[name] for name in names): point for point in (*known["points"], *new["points"])}
     return {**known, "points": [*points.values()], "again": new["surroundings"]["commit"]}
 
 

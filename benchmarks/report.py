@@ -358,6 +358,8 @@ def quality(pareto: Found) -> Iterator[str]:
         "the plain model in the same round. PSNR is to its images of the same noise; it says how much changed, not how",
         "good an image is, and counts to a tenth. Other libraries ran under eager and under `torch.compile`; the",
         "faster counts. Points that skip nothing are left out.",
+        *([f"Of all settings, one in {pareto['every']} was run."] if pareto["every"] > 1 else []),
+        *([f"Of ours, all that are calibrated were run again, at {pareto['again']}."] if "again" in pareto else []),
     )
     yield "![Time against PSNR of all settings](results/pareto.png)"
     for steps in pareto["steps"]:
