@@ -184,7 +184,7 @@ def specs(compiled: Compiled) -> dict[str, VariantSpec]:
     found: dict[str, VariantSpec] = {}
     for policy in POLICIES:
         found |= _specs(compiled, policy)
-    assert found.keys() == {kind.value for kind in StepKind} - {StepKind.FORECAST.value}
+    assert found.keys() == {kind.value for kind in StepKind} - {StepKind.FORECAST.value, StepKind.PREDICT.value}
     return found
 
 
