@@ -71,15 +71,8 @@ class CompilingBackend(ABC):
         return variant.module.forward if self._failed else _FirstCall(self, variant, cuts)
 
     @abstractmethod
-    def lower(
-        self,
-        lifted: Lifted,
-        weights: list[Tensor],
-        tensors: tuple[Tensor, ...],
-        dynamic: tuple[int, ...],
-        cuts: frozenset[str],
-    ) -> Callable[..., Any]:
-        """A function of the weights and then the tensors; ``dynamic`` are the places of token indices (batch, k)."""
+    def lower(self, lifted: Lifted, weights: list[Tensor], tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
+        """A function of the weights and then the tensors."""
 
     def reason(self, error: Exception) -> str:
         return first_line(error)
@@ -103,14 +96,7 @@ class InductorBackend(CompilingBackend):
     label = "Inductor"
     advice = "Install a C++ compiler (Debian: apt-get install g++) or set CXX, or ask for backend='eager'."
 
-    def lower(
-        self,
-        lifted: Lifted,
-        weights: list[Tensor],
-        tensors: tuple[Tensor, ...],
-        dynamic: tuple[int, ...],
-        cuts: frozenset[str],
-    ) -> Callable[..., Any]:
+    def lower(self, lifted: Lifted, weights: list[Tensor], tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
         """Inductor's code for the graph.
 
         Dynamo is left out: the graph is one already, and the dispatcher calls it with nothing but tensors of the
@@ -119,11 +105,11 @@ class InductorBackend(CompilingBackend):
         shapes = ShapeEnv()
         mode = FakeTensorMode(shape_env=shapes)
         with shapes.ignore_fresh_unbacked_symbols():  # inputs have them: no operator is to account for them
-            fakes = [_fake(mode, tensor, position in dynamic) for position, tensor in enumerate(tensors)]
+            fakes = [_fake(mode, tensor, position in lifted.dynamic) for position, tensor in enumerate(tensors)]
         inputs = [*(_fake(mode, weight, False) for weight in weights), *fakes]
         module = fx.GraphModule({}, lifted.graph)
         FakeTensorProp(module, mode).propagate_dont_convert_inputs(*inputs)
-        outline(module, cuts)
+        outline(module, lifted.cuts)
         context = torch._guards.tracing(torch._guards.TracingContext(mode))
         # The dispatcher gives only what it was compiled for, so each call need not check the sizes of every tensor.
         unchecked = inductor_config.patch(size_asserts=False, alignment_asserts=False)
@@ -143,11 +129,10 @@ class _FirstCall:
     """Compiles at the first call; afterwards it calls the compiled code with the weights of now."""
 
     def __init__(self, backend: CompilingBackend, variant: Variant, cuts: frozenset[str]) -> None:
-        self._backend, self._module, self._cuts = backend, variant.module, cuts
-        self._dynamic = dynamic_positions(variant)
+        self._backend, self._module = backend, variant.module
         self._compiled: Callable[..., Any] | None = None
         self._replayed: Replayed | None = None
-        self._lifted = _lift(variant.module)
+        self._lifted = _lift(variant, cuts)
         self._weights: list[Tensor] = []
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -175,7 +160,7 @@ class _FirstCall:
     def _compile(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
         self.refresh()
         try:
-            return self._backend.lower(self._lifted, self._weights, tensors, self._dynamic, self._cuts)
+            return self._backend.lower(self._lifted, self._weights, tensors)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -186,14 +171,23 @@ class _FirstCall:
 
 @dataclass(frozen=True)
 class Lifted:
-    """A graph whose weights are its first inputs, in the order of their names in the module."""
+    """A variant's graph whose weights are its first inputs.
+
+    Attributes:
+        graph: it.
+        weights: their names in the module, in the order of the inputs.
+        dynamic: the places of token indices (batch, k) among the tensors, which are the other inputs.
+        cuts: the nodes that end a residual branch.
+    """
 
     graph: fx.Graph
     weights: tuple[str, ...]
+    dynamic: tuple[int, ...]
+    cuts: frozenset[str]
 
 
-def _lift(module: fx.GraphModule) -> Lifted:
-    graph, own = fx.Graph(), dict[fx.Node, fx.Node]()
+def _lift(variant: Variant, cuts: frozenset[str]) -> Lifted:
+    module, graph, own = variant.module, fx.Graph(), dict[fx.Node, fx.Node]()
     weights = module.graph.find_nodes(op="get_attr")
     for node in weights:
         own[node] = graph.placeholder(f"weight_{node.name}")
@@ -204,7 +198,7 @@ def _lift(module: fx.GraphModule) -> Lifted:
             own[node] = graph.node_copy(node, lambda n: own[n])
             if own[node].name != node.name:
                 own[node].name = node.name
-    return Lifted(graph, tuple(str(node.target) for node in weights))
+    return Lifted(graph, tuple(str(node.target) for node in weights), dynamic_positions(variant), cuts)
 
 
 @contextmanager

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from duca_compile.errors import PolicyError, UsageError
+from duca_compile.errors import UsageError
 from duca_compile.policies.base import Measured
 from duca_compile.policies.calibrated import Calibrated
-from duca_compile.policies.checks import check_whole
+from duca_compile.policies.checks import check_full_steps, check_whole
 from duca_compile.recording import Recorder, Sample
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -129,10 +129,7 @@ class _Search:
         return Calibrated(tuple(measured), self._order, float(np.sqrt(total / forecasts)))
 
     def _checked(self, full_steps: Sequence[int]) -> tuple[int, ...]:
-        for index, step in enumerate(full_steps):
-            check_whole(f"full_steps[{index}]", step, least=0, most=self._steps - 1)
-        if 0 not in full_steps:
-            raise PolicyError(f"full_steps={tuple(full_steps)} lacks step 0: nothing is there to forecast from")
+        check_full_steps(full_steps, most=self._steps - 1)
         return tuple(sorted(set(full_steps)))
 
     def _placed(self, count: int) -> tuple[int, ...]:
@@ -143,14 +140,16 @@ class _Search:
             for error, full in beam:
                 behind = self._sums(full)
                 for step in range(full[-1] + 1, self._steps - (count - 1 - placed)):
-                    found.setdefault(step, []).append((error + behind[step] - behind[full[-1] + 1], (*full, step)))
+                    found.setdefault(step, []).append((error + behind[step], (*full, step)))
             beam = [each for several in found.values() for each in sorted(several)[:_BEAM]]
-        return min((e + self._sums(full)[-1] - self._sums(full)[full[-1] + 1], full) for e, full in beam)[1]
+        return min((error + self._sums(full)[-1], full) for error, full in beam)[1]
 
     def _sums(self, full: tuple[int, ...]) -> Array:
-        """The sums of the errors of all steps before each one, (steps + 1,), as if all of them were forecast."""
+        """The sums of the errors of the steps between the last full one and each step, (steps + 1,)."""
         errors, _ = self._behind(full[-self._order - 1 :])
-        return np.concatenate([[0.0], np.cumsum(errors)])
+        sums: Array = np.concatenate([[0.0], np.cumsum(errors)])
+        sums -= sums[full[-1] + 1]
+        return sums
 
     def _behind(self, full: tuple[int, ...]) -> tuple[Array, Array]:
         """Relative squared errors of forecasts from these full steps, (steps,), and their factors, (steps, orders)."""

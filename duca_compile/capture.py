@@ -159,17 +159,19 @@ class Binder:
 def _add(leaf: Any, tensors: list[Tensor], key: list[Hashable]) -> None:
     if isinstance(leaf, Tensor):
         tensors.append(leaf)
-        key.extend((leaf.shape, leaf.dtype, leaf.device))
-    else:
-        key.append(type(leaf).__name__)
-        key.append(leaf if isinstance(leaf, Hashable) else repr(leaf))
+    key.append(_leaf_kind(leaf))
+
+
+def _leaf_kind(leaf: Any) -> Hashable:
+    """What is built into a capture of a value."""
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.device
+    return type(leaf).__name__, leaf if isinstance(leaf, Hashable) else repr(leaf)
 
 
 def _kind(value: Any) -> Hashable:
-    """What is built into a capture of a value; of one that holds others it differs at each call."""
-    if type(value) not in _LEAVES:
-        return object()
-    return (value.shape, value.dtype, value.device) if isinstance(value, Tensor) else (type(value), value)
+    """The same; of a value that holds others it differs at each call."""
+    return _leaf_kind(value) if type(value) in _LEAVES else object()
 
 
 def _autocast(device: str) -> Hashable:

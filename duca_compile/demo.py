@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import statistics
 import tempfile
 import time
@@ -33,6 +32,7 @@ from duca_compile.policies import (
     ToCa,
     Uncached,
 )
+from duca_compile.whole import replacing
 
 COLORS = {
     StepKind.FULL: "#c0392b",
@@ -279,12 +279,8 @@ def draw(runs: list[Run], class_names: tuple[str, ...], path: Path) -> None:
     used = [kind for kind in StepKind if any(kind in run.kinds for run in runs)]
     handles = [Patch(color=COLORS[kind], label=kind.value) for kind in used]
     figure.legend(handles=handles, loc="lower center", ncol=len(used), fontsize=8, frameon=False)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, format="png", bbox_inches="tight")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _decibels(value: float) -> str:

@@ -48,19 +48,11 @@ class OpenVINOBackend(CompilingBackend):
     label = "OpenVINO"
     advice = "Ask for backend='inductor' or backend='eager'."
 
-    def lower(
-        self,
-        lifted: Lifted,
-        weights: list[Tensor],
-        tensors: tuple[Tensor, ...],
-        dynamic: tuple[int, ...],
-        cuts: frozenset[str],
-    ) -> Callable[..., Any]:
-        del cuts
+    def lower(self, lifted: Lifted, weights: list[Tensor], tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
         devices = {str(t.device) for t in (*weights, *tensors)}
         if devices != {"cpu"}:
             raise BackendError(f"its tensors are on {sorted(devices)}, and this backend runs on the CPU")
-        return _Program(lifted, weights, tensors, dynamic)
+        return _Program(lifted, weights, tensors)
 
     def reason(self, error: Exception) -> str:
         """Of a failed conversion, the lines with the operators that it has no rule for."""
@@ -71,11 +63,9 @@ class OpenVINOBackend(CompilingBackend):
 class _Program:
     """A function of the weights and then the tensors; any number of threads may call it."""
 
-    def __init__(
-        self, lifted: Lifted, weights: list[Tensor], tensors: tuple[Tensor, ...], dynamic: tuple[int, ...]
-    ) -> None:
+    def __init__(self, lifted: Lifted, weights: list[Tensor], tensors: tuple[Tensor, ...]) -> None:
         self._graph, self._weights = lifted.graph, len(weights)
-        self._dynamic = frozenset(self._weights + place for place in dynamic)
+        self._dynamic = frozenset(self._weights + place for place in lifted.dynamic)
         self._constants = _constants(lifted.graph, self._weights)
         self._model = self._compile((*weights, *tensors))
 

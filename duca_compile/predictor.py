@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from duca_compile.errors import UsageError
+from duca_compile.whole import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,16 +82,12 @@ def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: di
     """Writes a safetensors file, whole or not at all."""
     from safetensors.torch import save_file
 
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     plain = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
     try:
-        save_file(plain, temporary, metadata)
-        os.replace(temporary, target)
+        with replacing(Path(path)) as temporary:
+            save_file(plain, temporary, metadata)
     except OSError as error:
-        raise UsageError(f"cannot write {target}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:

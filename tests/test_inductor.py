@@ -14,6 +14,11 @@ from duca_compile.cuda_graphs import Replayed
 from duca_compile.runtime.rows import Rows
 from tests.test_optimize import build, kinds, loop
 
+# Token counts that differ by block and from step to step: 0, 1, 2, ... of 16 tokens.
+VARYING = DuCa(
+    interval=4, fresh_ratio=0.5, selection="random", step_factor=Linear(0.0, 1.0), block_factor=Linear(0.5, 1.0)
+)
+
 
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
@@ -42,14 +47,7 @@ def close(left: list[Tensor], right: list[Tensor]) -> bool:
     "policy",
     [
         FORA(3),
-        # Token counts that differ by block and from step to step: 0, 1, 2, ... of 16 tokens.
-        DuCa(
-            interval=4,
-            fresh_ratio=0.5,
-            selection="random",
-            step_factor=Linear(0.0, 1.0),
-            block_factor=Linear(0.5, 1.0),
-        ),
+        VARYING,
         DuCa(interval=3, fresh_ratio=0.25, selection="v_norm"),
     ],
     ids=["fora", "duca, counts that vary", "duca, v_norm"],

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 import duca_compile
-from duca_compile import FORA, BackendError, DuCa, Linear, Policy, TaylorSeer, UsageError, openvino_backend
+from duca_compile import FORA, BackendError, DuCa, Policy, TaylorSeer, UsageError, openvino_backend
 from duca_compile.export import trace
 from duca_compile.runtime import programs
 from duca_compile.runtime.planning import plan_step
 from tests import artifacts, zoo
-from tests.test_inductor import close
+from tests.test_inductor import VARYING, close
 from tests.test_models import POLICY, sample
 from tests.test_models import loop as zoo_loop
 from tests.test_optimize import LABELS, build, kinds, loop
@@ -43,14 +43,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize(
     "policy",
     [
-        # Token counts that differ by block and from step to step: 0, 1, 2, ... of 16 tokens.
-        DuCa(
-            interval=4,
-            fresh_ratio=0.5,
-            selection="random",
-            step_factor=Linear(0.0, 1.0),
-            block_factor=Linear(0.5, 1.0),
-        ),
+        VARYING,
         pytest.param(DuCa(interval=3, fresh_ratio=0.25, selection="attention"), marks=pytest.mark.slow),
         TaylorSeer(interval=3, max_order=2),
     ],

@@ -24,6 +24,7 @@ from duca_compile.errors import ArtifactError, BackendError, ExportError, UsageE
 from duca_compile.export.lowered import PRECISIONS, Lowered, Weight, lower
 from duca_compile.export.onnx import MODULE
 from duca_compile.runtime.manifest import BATCH, Graph, Manifest, Size, TensorSpec, inside, read_manifest
+from duca_compile.whole import replacing
 
 LIBRARIES = ("tensorrt_rtx", "tensorrt")
 FOLDER = "tensorrt"  # in the artifact, unless another is named
@@ -399,6 +400,5 @@ class _Phases:
 
 def _replace(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)

@@ -11,6 +11,7 @@ from pathlib import Path
 from duca_compile.errors import PolicyError, UsageError
 from duca_compile.policies.base import Forecast, Measured, Policy, Step, StepKind
 from duca_compile.policies.checks import check_number, check_whole
+from duca_compile.whole import replacing
 
 FORMAT = 1
 
@@ -83,15 +84,11 @@ class Calibrated(Policy):
         Raises:
             UsageError: it cannot be written.
         """
-        text, final = json.dumps({"format": FORMAT, **asdict(self)}), Path(path)
-        temporary = final.with_name(f".{final.name}.{os.getpid()}")
         try:
-            temporary.write_text(text + "\n")
-            os.replace(temporary, final)
+            with replacing(Path(path)) as temporary:
+                temporary.write_text(json.dumps({"format": FORMAT, **asdict(self)}) + "\n")
         except OSError as error:
             raise UsageError(f"cannot write {path}: {error.strerror}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Calibrated:

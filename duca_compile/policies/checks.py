@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf, isfinite
 from numbers import Integral, Real
 from typing import Any
@@ -26,3 +27,11 @@ def check_number(name: str, value: Any, least: float = -inf, most: float = inf) 
     ):
         limits = {-inf: "", 0: " of at least 0"}[least] if most == inf else f" from {least} to {most}"
         raise PolicyError(f"{name}={value!r} is impossible: it must be a finite number{limits}")
+
+
+def check_full_steps(full_steps: Sequence[int], most: float = inf) -> None:
+    """Raises PolicyError where these are no numbers of steps up to ``most``, or the first step is not among them."""
+    for index, step in enumerate(full_steps):
+        check_whole(f"full_steps[{index}]", step, least=0, most=most)
+    if 0 not in full_steps:
+        raise PolicyError(f"full_steps={tuple(full_steps)} lacks step 0: nothing is there to go on from")

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 
-from duca_compile.errors import PolicyError
 from duca_compile.policies.base import Policy, Step, StepKind
-from duca_compile.policies.checks import check_whole
+from duca_compile.policies.checks import check_full_steps, check_whole
 from duca_compile.predictor import Predictor
 
 
@@ -35,12 +34,8 @@ class DisCa(Policy):
         if not isinstance(self.learned, Predictor):
             object.__setattr__(self, "learned", Predictor.load(self.learned))
         check_whole("interval", self.interval, least=1)
-        if self.full_steps is None:
-            return
-        for index, step in enumerate(self.full_steps):
-            check_whole(f"full_steps[{index}]", step, least=0)
-        if 0 not in self.full_steps:
-            raise PolicyError(f"full_steps={self.full_steps} lacks step 0: nothing is there to predict from")
+        if self.full_steps is not None:
+            check_full_steps(self.full_steps)
 
     @property
     def name(self) -> str:
