@@ -54,6 +54,7 @@ _SHARED = (  # tables that an optimized model has in common with its source
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
+_NOTHING = nullcontext()
 _ACCELERATE = frozenset({"forward", "_old_forward", "_hf_hook"})  # what its hooks set, and put back
 _DIFFUSERS = "_diffusers_hook"  # the registry of its hooks
 
@@ -209,7 +210,7 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
         compiled = self._compiled.find(call)
         request, called = self._requests.current(), current_pass(self)
         name = None if called is None else called.name
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
             try:
                 named = compiled.named(call.tensors)
                 tick = request.tick(compiled.facts, named, name)

@@ -24,8 +24,9 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from duca_compile.cuda_graphs import Replayed
 from duca_compile.errors import BackendError, UsageError, first_line
-from duca_compile.graph import Variant, VariantFunction
+from duca_compile.graph import PROBE_SEEN, Variant, VariantFunction, cache_input
 from duca_compile.lock import COMPILING
+from duca_compile.passes.hoist import hoisted_input
 from duca_compile.passes.outline import outline
 
 BACKENDS = ("inductor", "openvino", "eager")
@@ -133,11 +134,12 @@ class _FirstCall:
         self._compiled: Callable[..., Any] | None = None
         self._replayed: Replayed | None = None
         self._lifted = _lift(variant, cuts)
+        self._foreign = [place for place, name in enumerate(variant.inputs) if _is_foreign(name)]
         self._weights: list[Tensor] = []
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         # Strides are built into compiled code, and a caller's latent or expanded timestep may come with any.
-        if not all(map(Tensor.is_contiguous, tensors)):
+        if not all(tensors[place].is_contiguous() for place in self._foreign):
             tensors = tuple(map(Tensor.contiguous, tensors))
         if self._compiled is None:
             with COMPILING:
@@ -167,6 +169,11 @@ class _FirstCall:
             self._backend.failed(error)
             count = len(self._weights)
             return lambda *arguments: self._module.forward(*arguments[count:])
+
+
+def _is_foreign(name: str) -> bool:
+    """Whether an input may lie in memory in any order; what the dispatcher keeps is contiguous, but for one value."""
+    return name == cache_input(PROBE_SEEN) or not name.startswith((cache_input(""), hoisted_input("")))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import io
 import logging
 import re
 import traceback
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from itertools import chain
 from numbers import Integral, Real
 from pathlib import Path
@@ -57,12 +57,12 @@ class Call(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """The last call, as far as the next is likely to be like it: no tensor is within another value."""
+    """The last call, as far as the next is likely to be like it: plain values, and tensors within none of them."""
 
     names: tuple[str, ...]
-    kinds: tuple[Hashable, ...]
+    tensors: tuple[tuple[str, torch.Size, torch.dtype, torch.device], ...]  # in the order of the signature
+    values: tuple[tuple[str, type, Any], ...]
     autocast: Hashable
-    tensors: tuple[str, ...]  # names of the tensors in the order of the signature
     key: Key
 
 
@@ -112,20 +112,29 @@ class Binder:
                     _add(leaf, tensors, key)
         autocast = _autocast(tensors[0].device.type) if tensors else None
         call = Call(arguments, tuple(tensors), Key((*key, autocast)))
-        plain = tuple(name for name, value in arguments.items() if isinstance(value, Tensor))
-        if not converted and len(plain) == len(tensors) and set(plain) <= given.keys():
-            self._known = _Known(tuple(given), tuple(map(_kind, given.values())), autocast, plain, call.key)
+        plain = all(type(value) in _LEAVES for value in given.values())
+        if tensors and not converted and plain and len(tensors) == sum(isinstance(v, Tensor) for v in given.values()):
+            self._known = _known(given, call, autocast)
         return call
 
     def _again(self, given: dict[str, Any]) -> Call | None:
         """The call, if it is of the kind of the last one."""
         known = self._known
-        if known is None or known.names != tuple(given) or known.kinds != tuple(map(_kind, given.values())):
+        if known is None or known.names != tuple(given):
             return None
-        tensors = tuple([given[name] for name in known.tensors])
-        if not tensors or known.autocast != _autocast(tensors[0].device.type):
+        tensors = []
+        for name, shape, dtype, device in known.tensors:
+            value = given[name]
+            if type(value) is not Tensor or value.shape != shape or value.dtype is not dtype or value.device != device:
+                return None
+            tensors.append(value)
+        for name, cls, known_value in known.values:
+            value = given[name]
+            if type(value) is not cls or value != known_value:
+                return None
+        if known.autocast != _autocast(known.tensors[0][3].type):
             return None
-        return Call({**self._defaults, **given}, tensors, known.key)
+        return Call({**self._defaults, **given}, tuple(tensors), known.key)
 
     def _convert_timestep(self, arguments: dict[str, Any]) -> bool:
         """Makes a tensor of a timestep given as a number, Python's or numpy's, or every step would be another graph.
@@ -156,6 +165,12 @@ class Binder:
         raise UsageError(f"forward takes {name!r} by position only; give it a name to optimize this model")
 
 
+def _known(given: Mapping[str, Any], call: Call, autocast: Hashable) -> _Known:
+    kinds = [(n, v.shape, v.dtype, v.device) for n, v in call.arguments.items() if n in given and isinstance(v, Tensor)]
+    values = tuple((name, type(value), value) for name, value in given.items() if not isinstance(value, Tensor))
+    return _Known(tuple(given), tuple(kinds), values, autocast, call.key)
+
+
 def _add(leaf: Any, tensors: list[Tensor], key: list[Hashable]) -> None:
     if isinstance(leaf, Tensor):
         tensors.append(leaf)
@@ -167,11 +182,6 @@ def _leaf_kind(leaf: Any) -> Hashable:
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype, leaf.device
     return type(leaf).__name__, leaf if isinstance(leaf, Hashable) else repr(leaf)
-
-
-def _kind(value: Any) -> Hashable:
-    """The same; of a value that holds others it differs at each call."""
-    return _leaf_kind(value) if type(value) in _LEAVES else object()
 
 
 def _autocast(device: str) -> Hashable:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import replace
 from itertools import count
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -116,12 +117,11 @@ class Compiled:
             return True
         own = tuple(tensors[place] for place in sorted({p for readings in self._readings for p in readings.places}))
         own += tuple(self.captured.attributes[name] for name in self._read_weights)
-        now = Sight.of(own)
-        if not anew and now.unchanged_since(self._held):
+        if not anew and self._held is not None and self._held.holds_of(own):
             return True
         if not any(readings.hold(tensors) for readings in self._readings):
             return False
-        self._held = now
+        self._held = Sight.of(own)
         return True
 
     def holds_too(self, readings: Readings | None) -> None:
@@ -168,6 +168,14 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return one is other or (not one.is_meta and torch.equal(one, other))
 
 
+class _Recent(NamedTuple):
+    """What the last call found."""
+
+    key: Hashable = None
+    structure: Structure | None = None
+    compiled: Compiled | None = None
+
+
 class Captures:
     """Keeps up to ``MAX_CAPTURES`` captures, each for one kind of call and one state of the model.
 
@@ -185,6 +193,7 @@ class Captures:
         self._unread: frozenset[Name] = frozenset()  # those of them that make no difference
         self._changes = 0  # captures in a row that a change of the model asked for
         self._calls = count(1)
+        self._recent = _Recent()
         self._lock = threading.RLock()  # taken before COMPILING, never after
 
     def values(self) -> Collection[Compiled]:
@@ -199,12 +208,19 @@ class Captures:
         Raises what capturing raises.
         """
         now = self._now
-        compiled = self._get(call, now.structure) if now is not None and now.weights.seem_kept() else None
-        return self._used(compiled or self.find_anew(call))
+        if now is None or not now.weights.seem_kept():
+            return self.find_anew(call)
+        key, structure, compiled = self._recent
+        known = compiled is not None and key is call.key and structure is now.structure
+        if compiled is None or not known or not compiled.holds(call.tensors):
+            compiled = self._get(call, now.structure) or self.find_anew(call)
+            self._recent = _Recent(call.key, now.structure, compiled)
+        return self._used(compiled)
 
     def find_anew(self, call: Call) -> Compiled:
         """The same, after a look at the whole model: for the start of a request."""
         with self._lock:
+            self._recent = _Recent()  # captures may be dropped
             now = self._look()
             compiled = self._get(call, now.structure, anew=True)
             if compiled is not None:

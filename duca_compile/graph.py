@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
-from functools import cache
+from functools import cache, cached_property
 from math import prod
 from operator import attrgetter
 from pathlib import Path
@@ -65,7 +65,19 @@ class OutputLayout:
     spec: TreeSpec
     constants: Mapping[int, Any]  # leaf position -> value, for leaves that are not tensors
 
+    @cached_property
+    def _flat(self) -> Callable[[Sequence[Tensor]], Any] | None:
+        """Makes the output where it is one container of tensors, as most are: a walk of the tree takes longer."""
+        from torch.utils._pytree import SUPPORTED_NODES
+
+        if self.constants or self.spec.num_nodes != self.spec.num_leaves + 1:
+            return None
+        unflatten, context = SUPPORTED_NODES[self.spec.type].unflatten_fn, self.spec.context
+        return lambda tensors: unflatten(tensors, context)
+
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
+        if self._flat is not None:
+            return self._flat(tensors)
         from torch.utils._pytree import tree_unflatten
 
         if not self.constants:

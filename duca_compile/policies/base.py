@@ -73,12 +73,12 @@ class Step:
     kept: Kept = Kept.ALL
     live: Kept = Kept.ALL
 
+    def __post_init__(self) -> None:
+        self.__dict__["_hash"] = hash(tuple(getattr(self, field.name) for field in fields(self)))
+
     def __hash__(self) -> int:
         """Remembered: plans are looked up by it at every call."""
-        if "_hash" not in self.__dict__:
-            self.__dict__["_hash"] = hash(tuple(getattr(self, field.name) for field in fields(self)))
-        known: int = self.__dict__["_hash"]
-        return known
+        return self.__dict__["_hash"]  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)

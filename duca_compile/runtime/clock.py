@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import is_
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -80,21 +80,24 @@ class StepClock:
 class _Seen:
     """One timestep: held, so that its memory is not handed to the next one, and read only if need be."""
 
+    __slots__ = ("_tensor", "_value", "_version", "single")
+
     def __init__(self, tensor: Tensor) -> None:
         self._tensor, self._version = tensor, version(tensor)
-        at_once = self._version < 0 or tensor.device.type == "cpu"  # what may be rewritten unseen is read now
-        self._value = _values(tensor) if at_once else None
+        self._value: tuple[float, ...] | None = None
+        self.single: float | None = None  # the value, where it is one for all rows and has been read
+        if self._version < 0 or tensor.is_cpu:  # what may be rewritten unseen is read now
+            self._read()
 
-    @property
-    def value(self) -> tuple[float, ...]:
-        if self._value is None:
-            self._value = _values(self._tensor)
+    def _read(self) -> tuple[float, ...]:
+        values = self._tensor.flatten().tolist()
+        self._value = tuple(map(float, values if len(values) > 1 and len(set(values)) > 1 else values[:1]))
+        self.single = self._value[0] if len(self._value) == 1 else None
         return self._value
 
     @property
-    def single(self) -> float | None:
-        """The value, where it is one for all rows and has been read."""
-        return self._value[0] if self._value is not None and len(self._value) == 1 else None
+    def value(self) -> tuple[float, ...]:
+        return self._read() if self._value is None else self._value
 
     @property
     def place(self) -> int:
@@ -107,12 +110,16 @@ class _Seen:
 
     def rewrites(self, other: _Seen) -> bool:
         """Whether this is the other's memory on an accelerator, written since: the old value is lost."""
-        same = self._value is None and other._value is None and self.place == other.place
-        return same and self._version != other._version
+        if self._value is not None or other._value is not None:
+            return False
+        return self.place == other.place and self._version != other._version
 
 
 def _order(before: _Seen, after: _Seen, by_memory: bool | None = None) -> int:
     """0 where both hold the same timestep, else the sign of the change."""
+    old, new = before.single, after.single
+    if old is not None and new is not None:
+        return (new > old) - (new < old)
     if after.rewrites(before):
         return 1
     if by_memory if by_memory is not None else after.shares_schedule(before):
@@ -141,22 +148,17 @@ class Sight:
     versions: tuple[int, ...]
 
     @staticmethod
-    def of(tensors: tuple[Tensor, ...]) -> Sight:
-        return Sight(tensors, tuple(map(version, tensors)))
+    def of(tensors: Sequence[Tensor]) -> Sight:
+        """It is safe from what is written to arrays later."""
+        return Sight(tuple(map(held, tensors)), tuple(map(version, tensors)))
 
-    def held(self) -> Sight:
-        """It, safe from what is written to arrays later."""
-        return Sight(tuple(map(held, self.tensors)), self.versions)
-
-    def unchanged_since(self, earlier: Sight | None) -> bool:
-        if earlier is None or self.versions != earlier.versions:
+    def holds_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are they, and hold what they held; asked at every call."""
+        if len(tensors) != len(self.tensors):
             return False
-        if -1 not in self.versions:
-            return all(map(is_, self.tensors, earlier.tensors))
-        arrays = all(isinstance(tensor, np.ndarray) for tensor in self.tensors)
-        return arrays and all(map(np.array_equal, self.tensors, earlier.tensors))
-
-
-def _values(timestep: Tensor) -> tuple[float, ...]:
-    flat = timestep.flatten().tolist()
-    return tuple(map(float, flat if len(set(flat)) > 1 else flat[:1]))
+        for now, then, at_version in zip(tensors, self.tensors, self.versions, strict=True):
+            if now is not then or at_version < 0 or now._version != at_version:
+                arrays = isinstance(now, np.ndarray) and isinstance(then, np.ndarray)
+                if not arrays or not np.array_equal(now, then):
+                    return False
+        return True

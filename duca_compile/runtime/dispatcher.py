@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from duca_compile.errors import first_line
@@ -31,7 +30,7 @@ class Program:
     """What runs a variant, with all that ties it to the state looked up once."""
 
     run: Callable[..., Sequence[Array]]
-    fetch: Callable[[Mapping[str, Array]], Iterable[Array]]  # the inputs, from the values by name
+    inputs: tuple[str, ...]
     pieces: Hashable  # says which timestep-only values it reads; false where there are none
     reads: frozenset[str]  # the caches among the inputs that must be there
     forecast: ForecastInputs
@@ -43,7 +42,7 @@ class Program:
     tokens: tuple[str, ...]  # the names of the inputs that say which tokens
     computed: Mapping[int, int | None]  # positions that are computed in full -> the output with their scores
     measures: tuple[tuple[str, int], ...] = ()  # what decisions are made from, and from which outputs
-    loose: tuple[str, ...] | None = None  # the caches whose outputs are views of larger tensors
+    loose: tuple[str, ...] | None = None  # the caches whose outputs are views of larger tensors, or not contiguous
     aliases: tuple[int, ...] | None = None  # the model's own outputs that share memory with the state or each other
 
     @staticmethod
@@ -65,7 +64,7 @@ class Program:
         caches = frozenset(name for name in inputs if name.startswith(cache_input("")))
         return Program(
             run,
-            _getter(inputs),
+            inputs,
             pieces,
             reads=caches - forecast.old.keys(),
             forecast=forecast,
@@ -242,7 +241,7 @@ class Dispatcher:
         if probe.to_last_full and not all(full):
             old = state.caches[name]
             seen = self.planner.arrays(seen).choose(full, seen, old) if any(full) else old
-        state.caches[name] = seen
+        state.store({name: seen})
 
     def warm_up(
         self,
@@ -268,11 +267,10 @@ class Dispatcher:
 
     def _hoist(self, state: CacheState, call: Mapping[str, Array]) -> None:
         """Computes loop-invariant values at the start of a request and when their inputs changed."""
-        sources = Sight.of(tuple(call[name] for name in self._prologue.inputs))
-        if sources.unchanged_since(state.hoisted_from):
-            return
-        state.hoisted, state.hoisted_from = self._prologue.compute(call), sources.held()
-        state.rows, state.foreseen = {}, False
+        sources = [call[name] for name in self._prologue.inputs]
+        if state.hoisted_from is None or not state.hoisted_from.holds_of(sources):
+            seen = Sight.of(sources)
+            state.hoist(self._prologue.compute(call), seen)
 
     def _given(
         self,
@@ -284,27 +282,26 @@ class Dispatcher:
         rows: Sequence[bool] | None = None,
     ) -> dict[str, Array]:
         """The inputs that this step alone determines; a full step may be for some ``rows`` of the batch."""
-        return {
-            **call,
-            **state.measured,
-            **self._timestep_values(plan.program, state, call, request, tick),
-            **plan.program.forecast.values(self._policy.forecast, state, tick.step, rows),
-        }
+        program = plan.program
+        given = {**call, **state.measured}
+        if program.pieces:
+            given.update(self._timestep_values(program.pieces, state, call, request, tick))
+        if program.forecast.needed:
+            given.update(program.forecast.values(self._policy.forecast, state, tick.step, rows))
+        return given
 
     def _timestep_values(
-        self, program: Program, state: CacheState, call: Mapping[str, Array], request: Request, tick: Tick
-    ) -> dict[str, Array]:
-        """The rows that the program reads: those computed before the loop, else computed now."""
-        needed = program.pieces
-        if not needed:
-            return {}
+        self, needed: Hashable, state: CacheState, call: Mapping[str, Array], request: Request, tick: Tick
+    ) -> Iterable[tuple[str, Array]]:
+        """The rows that a program with these pieces reads: those computed before the loop, else computed now."""
         if self._foresees and not state.foreseen:
             state.foreseen = True
             state.rows = self._foreseen(state, call, request.coming_times)
         rows = None if tick.timestep is None else state.rows.get(tick.timestep)
+        known = self.planner.rows(needed)
         if rows is None:
-            rows = self.planner.rows(needed).compute(call, state.hoisted)
-        return dict(zip(self.planner.rows(needed).outputs, rows, strict=True))
+            rows = known.compute(call, state.hoisted)
+        return zip(known.outputs, rows, strict=True)
 
     def _foreseen(
         self, state: CacheState, call: Mapping[str, Array], times: tuple[float, ...]
@@ -333,16 +330,15 @@ class Dispatcher:
 
     def _run(self, plan: Plan, state: CacheState, given: Mapping[str, Array]) -> Sequence[Array]:
         program = plan.program
-        for name in program.replaces:  # free before they are computed anew, so that there are never two of them
-            state.caches.pop(name, None)
-        values = {**given, **state.hoisted, **state.caches, **self._tokens(plan, state)}
-        results = program.run(*program.fetch(values))
-        state.caches.update({name: results[i] for name, i in program.writes.items()})
-        state.measured.update({name: results[i] for name, i in program.measures})
-        if program.loose is None:  # a property of the variant, so looked up once
-            program.loose = tuple(name for name, i in program.writes.items() if _is_loose(results[i]))
-        for name in program.loose:
-            state.caches[name] = state.caches[name].clone()
+        if program.replaces:  # free before they are computed anew, so that there are never two of them
+            state.drop(program.replaces)
+        if plan.step.kind is StepKind.PARTIAL:
+            given = {**given, **self._tokens(plan, state)}
+        results = program.run(*state.inputs(program, program.inputs, given))
+        if program.writes:
+            state.store(self._written(program, results))
+        if program.measures:
+            state.measured.update({name: results[i] for name, i in program.measures})
         if program.computed:
             self._refresh(program.computed, results, state)
         outputs = self._unaliased(program, results[: program.own], state)
@@ -350,10 +346,20 @@ class Dispatcher:
             state.keep(plan.step.live)
         return outputs
 
+    def _written(self, program: Program, results: Sequence[Array]) -> dict[str, Array]:
+        """The caches that a program fills: contiguous, as compiled code wants them, and as large as they seem."""
+        written = {name: results[i] for name, i in program.writes.items()}
+        if program.loose is None:  # a property of the variant, so looked up once
+            program.loose = tuple(name for name, value in written.items() if _is_loose(value))
+        for name in program.loose:
+            value = written[name]
+            written[name] = value.clone() if value.is_contiguous() else value.contiguous()
+        return written
+
     def _tokens(self, plan: Plan, state: CacheState) -> dict[str, Array]:
-        """The tokens that each waiting branch recomputes, by the name of its input."""
+        """The tokens that each waiting branch of a partial step recomputes, by the name of its input."""
         program = plan.program
-        if plan.step.kind is not StepKind.PARTIAL or state.selector is None or not program.waiting:
+        if state.selector is None or not program.waiting:
             return {}
         chosen = state.selector.select(program.rows, plan.counts, plan.step.interval)
         return {name: tokens for name, tokens in zip(program.tokens, chosen, strict=True) if tokens is not None}
@@ -378,16 +384,10 @@ class Dispatcher:
         state.selector.refresh({row: None if slot is None else results[slot] for row, slot in computed.items()})
 
 
-def _getter(names: tuple[str, ...]) -> Callable[[Mapping[str, Array]], Iterable[Array]]:
-    if len(names) < 2:  # itemgetter of one name gives no tuple
-        return lambda values: [values[name] for name in names]
-    return itemgetter(*names)
-
-
 def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
 def _is_loose(value: Tensor) -> bool:
-    """Whether a larger tensor would be kept with it: caches are as large as they seem."""
-    return value.untyped_storage().nbytes() > value.numel() * value.element_size()
+    """Whether a larger tensor would be kept with it, or its memory is in another order."""
+    return value.untyped_storage().nbytes() > value.numel() * value.element_size() or not value.is_contiguous()

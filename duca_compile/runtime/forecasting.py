@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import factorial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from duca_compile.graph import FORECAST_FACTORS, FORECAST_GAP, FORECAST_ORDERS, FULL_ROWS
 from duca_compile.policies.base import Forecast
@@ -14,11 +14,11 @@ from duca_compile.runtime.arrays import Array
 if TYPE_CHECKING:
     from duca_compile.runtime.request import CacheState
 
+REMEMBERED = 256  # steps, of each program, whose numbers are remembered
 NUMBERS = (FORECAST_GAP, FORECAST_ORDERS, *FORECAST_FACTORS, FULL_ROWS)
 
 
-@dataclass(frozen=True)
-class Past:
+class Past(NamedTuple):
     """The full steps of one pass, as far as its differences go."""
 
     last_full: int | None = None
@@ -52,6 +52,12 @@ class ForecastInputs:
     numbers: Mapping[str, Callable[[tuple[float, ...]], Array]]
     old: Mapping[str, Callable[[], Array]]  # caches that it compares with or keeps rows of; zeros where there are none
     rows: int = 1  # how many values each number has: one, or one for each row of the batch
+    _known: dict[tuple[object, ...], dict[str, Array]] = field(default_factory=dict)  # as requests are alike
+
+    @property
+    def needed(self) -> bool:
+        """Whether there are any."""
+        return bool(self.numbers or self.old)
 
     def values(
         self, forecast: Forecast | None, state: CacheState, step: int, rows: Sequence[bool] | None = None
@@ -61,18 +67,36 @@ class ForecastInputs:
         A pass that is new or missed a step has no differences: its full step counts as a first one. Where rows differ,
         ``rows`` says which of them a full step is for.
         """
-        for name in self.old.keys() - state.caches.keys():
-            state.caches[name] = self.old[name]()
+        if missing := self.old.keys() - state.caches.keys():
+            state.store({name: self.old[name]() for name in missing})
         if not self.numbers:
             return {}
         full = (True,) * self.rows if rows is None or self.rows == 1 else tuple(rows)
+        past = state.past or (Past(),) * self.rows
+        if forecast is not None and FORECAST_FACTORS[0] not in self.numbers:
+            past = past if step - state.last_step <= 1 else (Past(),) * self.rows
+            state.past = tuple(p.after(step, forecast) if f else p for p, f in zip(past, full, strict=True))
+        key = step, full, past, state.past
+        found = self._known.get(key)
+        if found is None:
+            if len(self._known) >= REMEMBERED:
+                self._known.clear()
+            found = self._known[key] = self._made(forecast, step, full, past, state.past)
+        return found
+
+    def _made(
+        self,
+        forecast: Forecast | None,
+        step: int,
+        full: tuple[float, ...],
+        past: tuple[Past, ...],
+        after: tuple[Past, ...],
+    ) -> dict[str, Array]:
         numbers: dict[str, tuple[float, ...]] = {FULL_ROWS: full}
         if forecast is not None and FORECAST_FACTORS[0] in self.numbers:
-            factors = [past.factors(step, forecast) for past in state.past or (Past(),) * self.rows]
+            factors = [each.factors(step, forecast) for each in past]
             numbers |= zip(FORECAST_FACTORS, zip(*factors, strict=True), strict=False)
         elif forecast is not None:
-            past = state.past if state.past and step - state.last_step <= 1 else (Past(),) * self.rows
-            state.past = tuple(p.after(step, forecast) if f else p for p, f in zip(past, full, strict=True))
-            numbers[FORECAST_GAP] = tuple(p.distance(step) for p in past)
-            numbers[FORECAST_ORDERS] = tuple(p.orders for p in state.past)
+            numbers[FORECAST_GAP] = tuple(each.distance(step) for each in past)
+            numbers[FORECAST_ORDERS] = tuple(each.orders for each in after)
         return {name: make(numbers[name]) for name, make in self.numbers.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -29,8 +29,6 @@ from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
 from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec, score_output, tokens_of
 from duca_compile.runtime.rows import Rows
 from duca_compile.runtime.selection import Tokens
-
-REMEMBERED = 256  # tensors of each of the numbers that forecasts need: requests are alike
 
 
 class Builder(Protocol):
@@ -132,7 +130,7 @@ class Programs:
 
 def _forecast_inputs(variant: Variant) -> ForecastInputs:
     kinds = {n.name: n.meta["val"] for n in variant.module.graph.nodes if n.op == "placeholder"}
-    numbers = {name: lru_cache(REMEMBERED)(partial(_number, kinds[name])) for name in NUMBERS if name in kinds}
+    numbers = {name: partial(_number, kinds[name]) for name in NUMBERS if name in kinds}
     caches = {name: partial(_zeros, like) for name, like in kinds.items() if name.startswith(cache_input(""))}
     compares = variant.spec.probing or numbers.keys() & {FORECAST_GAP, FULL_ROWS}
     rows = max((kinds[name].numel() for name in numbers), default=1)

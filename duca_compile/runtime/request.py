@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, islice
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
@@ -40,6 +41,13 @@ class Executed(NamedTuple):
     rows: tuple[StepKind, ...] = ()  # of those whose rows decide for themselves: what each row did
 
 
+class Gathered(NamedTuple):
+    """The inputs of one program, as far as they stay from step to step, and the places and names of the rest."""
+
+    values: list[Array]
+    rest: tuple[tuple[int, str], ...]
+
+
 @dataclass
 class CacheState:
     """What one pass of one request carries from step to step; dropped when the next request starts."""
@@ -47,6 +55,7 @@ class CacheState:
     caches: dict[str, Array] = field(default_factory=dict)  # placeholder name -> value
     ready: set[object] = field(default_factory=set)  # programs whose caches are all there
     last_step: int = -1
+    gathered: dict[object, Gathered] = field(default_factory=dict)  # by program; of the caches and hoisted values
     hoisted: dict[str, Array] = field(default_factory=dict)
     hoisted_from: Sight | None = None
     rows: Mapping[float, Sequence[Array]] = field(default_factory=dict)  # timestep -> the values it alone determines
@@ -58,6 +67,35 @@ class CacheState:
 
     kept: Kept = Kept.ALL  # the kinds of caches that were kept behind the last step
     _most: tuple[int, int] = (0, 0)  # how many caches there were at most, and their bytes
+
+    def store(self, values: Mapping[str, Array]) -> None:
+        """Puts these caches in the places of those of the same names."""
+        self.caches.update(values)
+        self.gathered.clear()
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Forgets these caches, as far as they are there."""
+        for name in names:
+            self.caches.pop(name, None)
+        self.gathered.clear()
+
+    def hoist(self, values: dict[str, Array], sources: Sight) -> None:
+        """Notes the loop-invariant values of a call; those of timesteps may depend on them."""
+        self.hoisted, self.hoisted_from = values, sources
+        self.rows, self.foreseen = {}, False
+        self.gathered.clear()
+
+    def inputs(self, program: object, names: Sequence[str], given: Mapping[str, Array]) -> list[Array]:
+        """What a program reads, by ``names``: caches and hoisted values are looked up once for as long as they stay."""
+        gathered = self.gathered.get(program)
+        if gathered is None:
+            kept = {**self.hoisted, **self.caches}
+            rest = tuple((place, name) for place, name in enumerate(names) if name not in kept)
+            gathered = self.gathered[program] = Gathered([kept.get(name) for name in names], rest)
+        values = gathered.values.copy()
+        for place, name in gathered.rest:
+            values[place] = given[name]
+        return values
 
     @property
     def most_bytes(self) -> int:
@@ -74,8 +112,7 @@ class CacheState:
         if len(self.caches) > self._most[0]:
             self.most_bytes  # noqa: B018 - remembers it
         dead = tuple(map(cache_input, dead_slots(live)))
-        for name in [name for name in self.caches if name.startswith(dead)]:
-            del self.caches[name]
+        self.drop([name for name in self.caches if name.startswith(dead)])
         self.ready.clear()
 
 
@@ -124,8 +161,7 @@ class Request:
         self._states = WeakKeyDictionary[object, dict[PassKey, CacheState]]()
         self.history: list[Executed] = []
         self._total = total
-        self._steps: list[Step] = []
-        self._coming: Iterator[Step] = iter(())
+        self._steps: PlannedSteps | None = None
         self._opening: dict[str, tuple[Tensor, int]] = {}
         self._passes: dict[str | None, int] = {}
 
@@ -189,7 +225,6 @@ class Request:
         self._states.clear()
         self.history.clear()
         self._opening.clear()
-        self._steps.clear()
         self._total, monotone = self._given, True
         if self._schedule is not None and self._run is not None:
             times = [time for time, _ in groupby(self._schedule.timesteps(timestep))]
@@ -198,7 +233,7 @@ class Request:
         else:
             self.coming_times = () if first is None else _viewed(timestep) or self._loops.starting_at(first)
         self._clock.expect(self._total, monotone)
-        self._coming = self._loops.steps(self._policy, self._total)
+        self._steps = self._loops.steps(self._policy, self._total)
 
     def _is_further_pass(self, names: Names, call: Mapping[str, Tensor], name: str | None) -> bool:
         if name is not None and name not in self._passes:
@@ -214,13 +249,11 @@ class Request:
 
     def step_at(self, index: int) -> Step:
         """The policy's step; beyond the planned ones a full step, with one warning."""
-        while len(self._steps) <= index:
-            step = next(self._coming, None)
-            if step is None:
-                self._warn(index)
-                step = Step(StepKind.FULL)
-            self._steps.append(step)
-        return self._steps[index]
+        step = None if self._steps is None else self._steps.at(index)
+        if step is None:
+            self._warn(index)
+            return Step(StepKind.FULL)
+        return step
 
     def _warn(self, index: int) -> None:
         if not self._warned:
@@ -234,6 +267,21 @@ class Request:
             )
 
 
+class PlannedSteps:
+    """The steps of one policy, planned as far as they were asked for; threads may share it."""
+
+    def __init__(self, coming: Iterator[Step]) -> None:
+        self._coming, self._lock = coming, threading.Lock()
+        self._known = [*islice(coming, 1)]  # a policy that cannot be planned says so here
+
+    def at(self, index: int) -> Step | None:
+        """None beyond the last one."""
+        if index >= len(self._known):
+            with self._lock:
+                self._known += islice(self._coming, max(0, index + 1 - len(self._known)))
+        return self._known[index] if index < len(self._known) else None
+
+
 class Loops:
     """The timesteps of earlier requests: a loop that starts as one before will go on as that did, most often.
 
@@ -242,14 +290,12 @@ class Loops:
 
     def __init__(self) -> None:
         self._known: dict[float, tuple[float, ...]] = {}  # by the first timestep
-        self._planned: dict[int, tuple[Step, ...]] = {}
+        self._planned: dict[int | None, PlannedSteps] = {}
 
-    def steps(self, policy: Policy, total: int | None) -> Iterator[Step]:
-        if total is None:
-            return policy.planned(None)
+    def steps(self, policy: Policy, total: int | None) -> PlannedSteps:
         if total not in self._planned:
-            self._planned[total] = tuple(policy.planned(total))
-        return iter(self._planned[total])
+            self._planned[total] = PlannedSteps(policy.planned(total))
+        return self._planned[total]
 
     def remember(self, times: Sequence[float | None]) -> None:
         values = tuple(time for time in times if time is not None)
