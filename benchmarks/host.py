@@ -6,27 +6,48 @@ time and the work per block shows. All ways of running it alternate, so they sha
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import diffusers
 import torch
-from measure import KINDS, EachKind, InnerTime, Model, Spread, message
+from measure import KINDS, EachKind, InnerTime, Model, Repeated, Spread, message
 from peers import CacheDit, FirstBlockCache, Peer, Setting, TaylorSeerHooks, periodic
 from runners import ORDER, Mode
 from torch import Tensor, nn
 
 import duca_compile
 from duca_compile import OptimizedModel, Policy
+from duca_compile.capture import Binder
+from duca_compile.captures import Captures
+from duca_compile.graph import OutputLayout
+from duca_compile.runtime.dispatcher import Dispatcher
+from duca_compile.runtime.request import CacheState, Request
 
 DOUBLE, SINGLE, TEXT, SIDE = 19, 38, 8, 4
 LOOP = 20  # steps of a request of ours; it has the timesteps of the one before, as those of a schedule have
 WARM = ORDER + 2  # rounds that are not counted: they compile, and a forecast gains an order with each full step
 
-IN_A_ROW = "duca_compile, lite forecast, in a row"
+IN_A_ROW = ", in a row"
+FORECAST = "duca_compile, lite forecast"
+
+# What a call does besides running a graph, by the functions that do it: they do not overlap.
+STAGES = {
+    "binding the arguments": (Binder, "__call__"),
+    "finding the capture": (Captures, "find"),
+    "telling step, pass and request": (Request, "tick"),
+    "loop-invariant values": (Dispatcher, "_hoist"),
+    "the step's plan": (Dispatcher, "_plan"),
+    "what the timestep and the forecast give": (Dispatcher, "_given"),
+    "the inputs in their order": (CacheState, "inputs"),
+    "the model's output object": (OutputLayout, "rebuild"),
+}
+REST = "nn.Module's own call, and the rest"
 
 PEERS = {
     "cache-dit, static mask": CacheDit,
@@ -76,6 +97,28 @@ class Own:
     graph: InnerTime | None = None
 
 
+class StageTime:
+    """While it is entered, adds up the seconds that are spent in one method of a class."""
+
+    def __init__(self, owner: type, name: str) -> None:
+        self.seconds, self._owner, self._name, self._method = 0.0, owner, name, getattr(owner, name)
+
+    def __enter__(self) -> StageTime:
+        method = self._method
+
+        def timed(*args: Any) -> Any:
+            started = time.perf_counter()
+            result = method(*args)
+            self.seconds += time.perf_counter() - started
+            return result
+
+        setattr(self._owner, self._name, timed)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        setattr(self._owner, self._name, self._method)
+
+
 class Host:
     """Takes turns: a period of each of our policies, then a computed and a skipped step of each peer."""
 
@@ -85,6 +128,7 @@ class Host:
         self.errors: dict[str, str] = {}
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.outside: dict[str, list[float]] = defaultdict(list)
+        self.stages: dict[str, dict[str, float]] = {}
         self.backend = "inductor" if mode == "compile" else "eager"
         self.own = [
             Own(
@@ -132,23 +176,42 @@ class Host:
         if index >= WARM:
             self.seconds[name].append(seconds)
 
-    def _in_a_row(self) -> None:
-        """Forecasts of the end of the stream with nothing in between: the host's work with the caches full of it."""
-        policy = duca_compile.TaylorSeer(LOOP, ORDER, 1, lite=True)
+    def _in_a_row(self, policy: Policy, name: str) -> None:
+        """Steps of one kind with nothing in between: the host's work with the processor's caches full of it."""
         own = Own(duca_compile.optimize(self.model, policy, self.backend, strict=True), "", LOOP)
         for index in range(WARM + self.rounds):
             for step in range(LOOP):
                 before = own.graph.seconds if own.graph else 0.0
                 seconds = self._call(own.model, step)
                 if own.graph and step > LOOP // 2:
-                    self.seconds[IN_A_ROW].append(seconds)
-                    self.outside[IN_A_ROW].append(seconds - (own.graph.seconds - before))
+                    self.seconds[name].append(seconds)
+                    self.outside[name].append(seconds - (own.graph.seconds - before))
             if index + 1 == WARM:
                 own.graph = InnerTime(own.model)
+        if name == FORECAST + IN_A_ROW:
+            self.stages[name] = self._profile(own, lambda step: step > LOOP // 2)
+
+    def _profile(self, own: Own, counts: Callable[[int], bool]) -> dict[str, float]:
+        """Seconds of each stage, in calls of their own, since asking takes time: medians over the steps that count."""
+        assert own.graph is not None
+        found: dict[str, list[float]] = defaultdict(list)
+        with ExitStack() as patches:
+            stages = {stage: patches.enter_context(StageTime(*place)) for stage, place in STAGES.items()}
+            for index in range(self.rounds * LOOP):
+                step = index % LOOP
+                before = own.graph.seconds, {stage: each.seconds for stage, each in stages.items()}
+                seconds = self._call(own.model, step) - (own.graph.seconds - before[0])
+                if counts(step):
+                    taken = {stage: each.seconds - before[1][stage] for stage, each in stages.items()}
+                    for stage, each in (taken | {REST: seconds - sum(taken.values())}).items():
+                        found[stage].append(each)
+        return {stage: statistics.median(each) for stage, each in found.items()}
 
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:
-        self._in_a_row()
+        for kind in KINDS[1:]:
+            self._in_a_row(Repeated(fresh_ratio=0.25, then=kind), f"duca_compile, {kind.value}{IN_A_ROW}")
+        self._in_a_row(duca_compile.TaylorSeer(LOOP, ORDER, 1, lite=True), FORECAST + IN_A_ROW)
         for index in range(self.rounds + WARM):
             for own in self.own:
                 self._own_round(own, index)
@@ -158,7 +221,11 @@ class Host:
                 except Exception as error:
                     self.errors[name] = message(error)
                     del self.peers[name]
+        lite = next(own for own in self.own if own.prefix)
+        self.stages[FORECAST] = self._profile(lite, lambda step: step % 2 == 1)
         found: dict[str, Any] = {name: {"seconds": asdict(Spread.of(each))} for name, each in self.seconds.items()}
         for name, each in self.outside.items():
             found[name]["host_seconds_outside_the_graph"] = asdict(Spread.of(each))
+        for name, stages in self.stages.items():
+            found[name]["stage_seconds"] = stages
         return found | {name: {"status": text} for name, text in self.errors.items()}

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import chain, cycle, repeat
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -86,6 +86,17 @@ class EachKind(DuCa):
 
     def steps(self, total: int | None) -> Iterator[Step]:
         for kind in cycle(KINDS):
+            yield Step(kind, interval=len(KINDS), ratio=self.fresh_ratio)
+
+
+@dataclass(frozen=True)
+class Repeated(DuCa):
+    """A full step, and then all of one kind."""
+
+    then: StepKind = StepKind.SKIP
+
+    def steps(self, total: int | None) -> Iterator[Step]:
+        for kind in chain([StepKind.FULL], repeat(self.then)):
             yield Step(kind, interval=len(KINDS), ratio=self.fresh_ratio)
 
 

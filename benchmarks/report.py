@@ -328,9 +328,9 @@ def hosts(host: Found) -> Iterator[str]:
     yield prose(
         f"A FLUX of {sizes}, so small that its graphs take next to no time. All alternate, so that each finds the",
         f"processor's caches as another left them. Load {before:.1f} before, {after:.1f} after; duca_compile at",
-        f"{host['commit']}. *In a row*: nothing else runs in between, so the caches are full of it. Of others, the",
-        "call is that of a skipped step. *Outside* is what is left of a call of ours when the compiled graph's own",
-        "time is taken off.",
+        f"{host['commit']}. *In a row*: steps of one kind with nothing else in between, as where an accelerator",
+        "computes; the caches are full of them. Of others, the call is that of a skipped step. *Outside* is what is",
+        "left of a call of ours when the compiled graph's own time is taken off.",
     )
     yield from head("step", "mode", "call, ms (IQR)", "outside, ms (IQR)", "target")
     for mode, rows in host.get("found", {}).items():
@@ -344,8 +344,14 @@ def hosts(host: Found) -> Iterator[str]:
             yield row(label, mode, spread(each["seconds"], 1e3), spread(outside, 1e3) if outside else "", met)
     yield prose(
         "A partial step also chooses tokens, and hands over one index tensor for each branch that it recomputes. What",
-        "bounds the others is the processor's caches: the same work takes a part of the time where it was just done.",
+        "bounds the others is the processor's caches: the same Python takes a part of the time where it has just run.",
+        "By stage, under `torch.compile`'s backend, in calls of their own:",
     )
+    rows = {name: each["stage_seconds"] for name, each in host["found"]["compile"].items() if "stage_seconds" in each}
+    yield from head("µs", *rows)
+    for stage in next(iter(rows.values())):
+        yield row(stage, *(f"{1e6 * stages[stage]:.1f}" for stages in rows.values()))
+    yield ""
 
 
 def quality(pareto: Found) -> Iterator[str]:

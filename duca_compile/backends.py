@@ -139,8 +139,10 @@ class _FirstCall:
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         # Strides are built into compiled code, and a caller's latent or expanded timestep may come with any.
-        if not all(tensors[place].is_contiguous() for place in self._foreign):
-            tensors = tuple(map(Tensor.contiguous, tensors))
+        for place in self._foreign:
+            if not tensors[place].is_contiguous():
+                tensors = tuple(map(Tensor.contiguous, tensors))
+                break
         if self._compiled is None:
             with COMPILING:
                 if self._compiled is None:

@@ -8,7 +8,7 @@ import io
 import logging
 import re
 import traceback
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from itertools import chain
 from numbers import Integral, Real
 from pathlib import Path
@@ -28,6 +28,7 @@ log = logging.getLogger("duca_compile")
 
 _CLEAR, _VAGUE = ("timestep", "timesteps"), ("t", "time", "sigma")  # names of timesteps that may be given as numbers
 _LEAVES = {Tensor, nn.Parameter, bool, int, float, str, type(None), torch.dtype, torch.device}
+_TENSOR_GUARDS: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # without it each call is bound anew
 _LIST_PLACE = re.compile(r"\[\d+\]$")
 _METADATA_CHECK = torch.ops.aten._assert_tensor_metadata.default
 _TORCH_ROOT = str(Path(torch.__file__).parent)
@@ -60,8 +61,10 @@ class _Known(NamedTuple):
     """The last call, as far as the next is likely to be like it: plain values, and tensors within none of them."""
 
     names: tuple[str, ...]
-    tensors: tuple[tuple[str, torch.Size, torch.dtype, torch.device], ...]  # in the order of the signature
+    tensors: tuple[str, ...]  # names, in the order of the signature
+    fit: Callable[..., bool]  # whether others are of the same kinds
     values: tuple[tuple[str, type, Any], ...]
+    device: str
     autocast: Hashable
     key: Key
 
@@ -112,9 +115,7 @@ class Binder:
                     _add(leaf, tensors, key)
         autocast = _autocast(tensors[0].device.type) if tensors else None
         call = Call(arguments, tuple(tensors), Key((*key, autocast)))
-        plain = all(type(value) in _LEAVES for value in given.values())
-        if tensors and not converted and plain and len(tensors) == sum(isinstance(v, Tensor) for v in given.values()):
-            self._known = _known(given, call, autocast)
+        self._known = None if converted else _known(given, call, autocast)
         return call
 
     def _again(self, given: dict[str, Any]) -> Call | None:
@@ -122,19 +123,15 @@ class Binder:
         known = self._known
         if known is None or known.names != tuple(given):
             return None
-        tensors = []
-        for name, shape, dtype, device in known.tensors:
-            value = given[name]
-            if type(value) is not Tensor or value.shape != shape or value.dtype is not dtype or value.device != device:
+        for name, cls, value in known.values:
+            if type(given[name]) is not cls or given[name] != value:
                 return None
-            tensors.append(value)
-        for name, cls, known_value in known.values:
-            value = given[name]
-            if type(value) is not cls or value != known_value:
-                return None
-        if known.autocast != _autocast(known.tensors[0][3].type):
+        tensors = tuple([given[name] for name in known.tensors])
+        if not known.fit(*tensors):
             return None
-        return Call({**self._defaults, **given}, tuple(tensors), known.key)
+        if known.autocast != _autocast(known.device):
+            return None
+        return Call({**self._defaults, **given}, tensors, known.key)
 
     def _convert_timestep(self, arguments: dict[str, Any]) -> bool:
         """Makes a tensor of a timestep given as a number, Python's or numpy's, or every step would be another graph.
@@ -165,10 +162,17 @@ class Binder:
         raise UsageError(f"forward takes {name!r} by position only; give it a name to optimize this model")
 
 
-def _known(given: Mapping[str, Any], call: Call, autocast: Hashable) -> _Known:
-    kinds = [(n, v.shape, v.dtype, v.device) for n, v in call.arguments.items() if n in given and isinstance(v, Tensor)]
-    values = tuple((name, type(value), value) for name, value in given.items() if not isinstance(value, Tensor))
-    return _Known(tuple(given), tuple(kinds), values, autocast, call.key)
+def _known(given: Mapping[str, Any], call: Call, autocast: Hashable) -> _Known | None:
+    """None where a call cannot be told to be like it by a look at each argument."""
+    tensors = tuple(name for name, value in call.arguments.items() if name in given and isinstance(value, Tensor))
+    plain = all(type(value) in _LEAVES for value in given.values()) and 0 < len(tensors) == len(call.tensors)
+    if not plain or _TENSOR_GUARDS is None:
+        return None
+    values = tuple((name, type(value), value) for name, value in given.items() if name not in tensors)
+    any_strides = [[None] * tensor.dim() for tensor in call.tensors]
+    shapes = [[*tensor.shape] for tensor in call.tensors]
+    fit = _TENSOR_GUARDS(*call.tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=any_strides)
+    return _Known(tuple(given), tensors, fit.check, values, call.tensors[0].device.type, autocast, call.key)
 
 
 def _add(leaf: Any, tensors: list[Tensor], key: list[Hashable]) -> None:

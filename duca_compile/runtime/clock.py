@@ -91,8 +91,11 @@ class _Seen:
 
     def _read(self) -> tuple[float, ...]:
         values = self._tensor.flatten().tolist()
-        self._value = tuple(map(float, values if len(values) > 1 and len(set(values)) > 1 else values[:1]))
-        self.single = self._value[0] if len(self._value) == 1 else None
+        if len(values) == 1 or len(set(values)) == 1:
+            self.single = float(values[0])
+            self._value = (self.single,)
+        else:
+            self._value = tuple(map(float, values))
         return self._value
 
     @property

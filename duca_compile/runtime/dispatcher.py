@@ -6,10 +6,19 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from duca_compile.errors import first_line
-from duca_compile.graph import MEASURED, PROBE_CHANGE, PROBE_SEEN, VERIFY_ERROR, cache_input, is_written
+from duca_compile.graph import (
+    MEASURED,
+    PROBE_CHANGE,
+    PROBE_SEEN,
+    VERIFY_ERROR,
+    cache_input,
+    dead_slots,
+    is_written,
+)
 from duca_compile.policies.adaptive import AdaptivePolicy, Probe
 from duca_compile.policies.base import Policy, Step, StepKind
 from duca_compile.runtime.adaptive import Decisions, merged
@@ -32,7 +41,8 @@ class Program:
     run: Callable[..., Sequence[Array]]
     inputs: tuple[str, ...]
     pieces: Hashable  # says which timestep-only values it reads; false where there are none
-    reads: frozenset[str]  # the caches among the inputs that must be there
+    caches: frozenset[str]  # the caches among the inputs
+    reads: frozenset[str]  # those of them that must be there
     forecast: ForecastInputs
     own: int  # how many outputs are the model's own; they come first
     writes: dict[str, int]  # the caches to fill, and from which outputs
@@ -66,6 +76,7 @@ class Program:
             run,
             inputs,
             pieces,
+            caches,
             reads=caches - forecast.old.keys(),
             forecast=forecast,
             own=own,
@@ -87,6 +98,12 @@ class Plan:
     program: Program
     counts: tuple[int, ...]  # tokens to recompute, for each of the program's waiting branches
     flops: float
+
+    @cached_property
+    def unread(self) -> tuple[str, ...]:
+        """The caches that its program fills and no later step reads."""
+        dead = tuple(map(cache_input, dead_slots(self.step.live)))
+        return tuple(name for name in self.program.writes if name.startswith(dead))
 
 
 @dataclass(frozen=True)
@@ -162,6 +179,7 @@ class Dispatcher:
     def __init__(self, planner: Planner, policy: Policy, prologue: Hoister, foresees: bool) -> None:
         self.planner = planner
         self._policy, self._prologue, self._foresees = policy, prologue, foresees
+        self._adaptive = policy if isinstance(policy, AdaptivePolicy) else None
 
     def __call__(
         self, request: Request, tick: Tick, call: Mapping[str, Array], name: str | None = None
@@ -170,8 +188,8 @@ class Dispatcher:
         started = time.perf_counter()
         state = request.state(self, (name, tick.pass_index))
         self._hoist(state, call)
-        if isinstance(self._policy, AdaptivePolicy):
-            outputs, kind, flops, measured, rows = self._decided(self._policy, state, call, request, tick)
+        if self._adaptive is not None:
+            outputs, kind, flops, measured, rows = self._decided(self._adaptive, state, call, request, tick)
         else:
             plan = self._plan(request.step_at(tick.step), tick.step, state)
             outputs = self._run(plan, state, self._given(plan, state, call, request, tick))
@@ -334,7 +352,7 @@ class Dispatcher:
             state.drop(program.replaces)
         if plan.step.kind is StepKind.PARTIAL:
             given = {**given, **self._tokens(plan, state)}
-        results = program.run(*state.inputs(program, program.inputs, given))
+        results = program.run(*state.inputs(program, given))
         if program.writes:
             state.store(self._written(program, results))
         if program.measures:
@@ -342,8 +360,10 @@ class Dispatcher:
         if program.computed:
             self._refresh(program.computed, results, state)
         outputs = self._unaliased(program, results[: program.own], state)
-        if plan.step.live is not state.kept or program.replaces:
+        if plan.step.live is not state.kept:
             state.keep(plan.step.live)
+        elif plan.unread:
+            state.drop(plan.unread)
         return outputs
 
     def _written(self, program: Program, results: Sequence[Array]) -> dict[str, Array]:

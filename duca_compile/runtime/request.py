@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -41,6 +41,13 @@ class Executed(NamedTuple):
     rows: tuple[StepKind, ...] = ()  # of those whose rows decide for themselves: what each row did
 
 
+class Reader(Protocol):
+    """A program, as far as its inputs go; known by its identity."""
+
+    inputs: tuple[str, ...]
+    caches: frozenset[str]  # those of them that are caches
+
+
 class Gathered(NamedTuple):
     """The inputs of one program, as far as they stay from step to step, and the places and names of the rest."""
 
@@ -55,7 +62,7 @@ class CacheState:
     caches: dict[str, Array] = field(default_factory=dict)  # placeholder name -> value
     ready: set[object] = field(default_factory=set)  # programs whose caches are all there
     last_step: int = -1
-    gathered: dict[object, Gathered] = field(default_factory=dict)  # by program; of the caches and hoisted values
+    gathered: dict[Reader, Gathered] = field(default_factory=dict)
     hoisted: dict[str, Array] = field(default_factory=dict)
     hoisted_from: Sight | None = None
     rows: Mapping[float, Sequence[Array]] = field(default_factory=dict)  # timestep -> the values it alone determines
@@ -71,13 +78,17 @@ class CacheState:
     def store(self, values: Mapping[str, Array]) -> None:
         """Puts these caches in the places of those of the same names."""
         self.caches.update(values)
-        self.gathered.clear()
+        self._changed(values)
 
-    def drop(self, names: Iterable[str]) -> None:
+    def drop(self, names: Collection[str]) -> None:
         """Forgets these caches, as far as they are there."""
         for name in names:
             self.caches.pop(name, None)
-        self.gathered.clear()
+        self._changed(names)
+
+    def _changed(self, names: Collection[str]) -> None:
+        for reader in [reader for reader in self.gathered if not reader.caches.isdisjoint(names)]:
+            del self.gathered[reader]
 
     def hoist(self, values: dict[str, Array], sources: Sight) -> None:
         """Notes the loop-invariant values of a call; those of timesteps may depend on them."""
@@ -85,13 +96,13 @@ class CacheState:
         self.rows, self.foreseen = {}, False
         self.gathered.clear()
 
-    def inputs(self, program: object, names: Sequence[str], given: Mapping[str, Array]) -> list[Array]:
-        """What a program reads, by ``names``: caches and hoisted values are looked up once for as long as they stay."""
-        gathered = self.gathered.get(program)
+    def inputs(self, reader: Reader, given: Mapping[str, Array]) -> list[Array]:
+        """What a program reads: caches and hoisted values are looked up once for as long as they stay."""
+        gathered = self.gathered.get(reader)
         if gathered is None:
-            kept = {**self.hoisted, **self.caches}
+            kept, names = {**self.hoisted, **self.caches}, reader.inputs
             rest = tuple((place, name) for place, name in enumerate(names) if name not in kept)
-            gathered = self.gathered[program] = Gathered([kept.get(name) for name in names], rest)
+            gathered = self.gathered[reader] = Gathered([kept.get(name) for name in names], rest)
         values = gathered.values.copy()
         for place, name in gathered.rest:
             values[place] = given[name]
@@ -268,11 +279,15 @@ class Request:
 
 
 class PlannedSteps:
-    """The steps of one policy, planned as far as they were asked for; threads may share it."""
+    """The steps of one policy, planned as far as they were asked for; threads may share it.
+
+    Equal steps are one object: then whoever looks something up by a step need not compare their fields.
+    """
 
     def __init__(self, coming: Iterator[Step]) -> None:
-        self._coming, self._lock = coming, threading.Lock()
-        self._known = [*islice(coming, 1)]  # a policy that cannot be planned says so here
+        same = dict[Step, Step]()
+        self._coming, self._lock = (same.setdefault(step, step) for step in coming), threading.Lock()
+        self._known = [*islice(self._coming, 1)]  # a policy that cannot be planned says so here
 
     def at(self, index: int) -> Step | None:
         """None beyond the last one."""

@@ -20,6 +20,9 @@ class Model(nn.Module):
 
 
 TENSORS = [torch.zeros(2, 3), torch.ones(2, 3), torch.zeros(4, 3), torch.zeros(2, 3, dtype=torch.float64)]
+with torch.inference_mode():
+    TENSORS += [torch.zeros(2, 3)]
+TENSORS += [nn.Parameter(torch.zeros(2, 3)), torch.zeros(3, 2).t(), torch.zeros(2, 3, requires_grad=True)]
 TENSOR = st.sampled_from(TENSORS)
 VALUE = st.sampled_from([None, 1, 1.0, True, "a", TENSORS[0], {"a": TENSORS[1]}, {"a": 2}, [TENSORS[2], 1]])
 ARGUMENTS = st.fixed_dictionaries(

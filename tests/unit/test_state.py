@@ -1,0 +1,114 @@
+"""What a pass carries from step to step: inputs that are gathered once are those of now, and plans are the policy's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from duca_compile import DuCa, Policy, TaylorSeer, Uncached
+from duca_compile.policies.base import Step, StepKind
+from duca_compile.runtime.clock import Sight
+from duca_compile.runtime.request import CacheState, PlannedSteps
+
+
+@dataclass(eq=False)
+class Program:
+    inputs: tuple[str, ...]
+    caches: frozenset[str]
+
+
+CACHES, HOISTED, GIVEN = ("cache_a", "cache_b", "cache_c"), ("hoisted_a", "hoisted_b"), ("latent", "timestep")
+PROGRAMS = [
+    Program(names, frozenset(names) & {*CACHES})
+    for names in (GIVEN, (*CACHES, *GIVEN), ("latent", "cache_b", "hoisted_a"), (*HOISTED, "cache_c", "latent"))
+]
+CHANGES = st.one_of(
+    st.tuples(st.just("store"), st.sets(st.sampled_from(CACHES), min_size=1)),
+    st.tuples(st.just("drop"), st.sets(st.sampled_from(CACHES))),
+    st.tuples(st.just("hoist"), st.just(set[str]())),
+    st.tuples(st.just("run"), st.just(set[str]())),
+)
+
+
+@given(st.lists(CHANGES, max_size=30))
+def test_inputs_that_are_gathered_once_are_those_of_now(changes: list[tuple[str, set[str]]]) -> None:
+    state, number = CacheState(), 0
+
+    def values(names: Any) -> dict[str, int]:
+        nonlocal number
+        number += 1
+        return {name: 1000 * number + place for place, name in enumerate(sorted(names))}
+
+    state.hoist(values(HOISTED), Sight.of([]))
+    for change, names in changes:
+        if change == "store":
+            state.store(values(names))
+        elif change == "drop":
+            state.drop(names)
+        elif change == "hoist":
+            state.hoist(values(HOISTED), Sight.of([]))
+        call = values(GIVEN)
+        for program in PROGRAMS:
+            if program.caches <= state.caches.keys():
+                now = {**call, **state.hoisted, **state.caches}
+                assert state.inputs(program, call) == [now[name] for name in program.inputs]
+
+
+def test_what_is_dropped_is_not_held_for_a_program() -> None:
+    state = CacheState()
+    state.store({"cache_a": object(), "cache_b": object(), "cache_c": object()})
+    for program in PROGRAMS[:2]:
+        state.inputs(program, dict.fromkeys(GIVEN))
+    state.drop(["cache_b"])
+    assert [*state.gathered] == [PROGRAMS[0]]
+
+
+@pytest.mark.parametrize("policy", [Uncached(), DuCa(interval=4), TaylorSeer(3, 1, lite=True)], ids=repr)
+@pytest.mark.parametrize("total", [None, 1, 9])
+def test_planned_steps_are_the_policys(policy: Policy, total: int | None) -> None:
+    expected = [*islice(policy.planned(total), 12)]
+    steps = PlannedSteps(policy.planned(total))
+    order = [5, 0, 11, *range(12)]
+    assert [steps.at(index) for index in order] == [expected[i] if i < len(expected) else None for i in order]
+    assert len({id(steps.at(index)) for index in range(12)}) == len({*expected}) + (total is not None and total < 12)
+
+
+def test_a_policy_that_cannot_be_planned_says_so_at_once() -> None:
+    def broken() -> Any:
+        raise ValueError("no steps")
+        yield Step(StepKind.FULL)
+
+    with pytest.raises(ValueError, match="no steps"):
+        PlannedSteps(broken())
+
+
+def test_a_sight_holds_of_the_same_objects_until_one_is_written_to() -> None:
+    one, other = torch.zeros(2), torch.zeros(2)
+    seen = Sight.of([one, other])
+    assert seen.holds_of([one, other])
+    assert not seen.holds_of([one])
+    assert not seen.holds_of([other, one])
+    assert not seen.holds_of([one, other.clone()])
+    other.add_(1)
+    assert not seen.holds_of([one, other])
+
+
+def test_inference_tensors_do_not_tell_that_they_were_written_to() -> None:
+    with torch.inference_mode():
+        one = torch.zeros(2)
+    assert not Sight.of([one]).holds_of([one])
+
+
+def test_arrays_are_compared_by_value() -> None:
+    array = torch.zeros(2).numpy()
+    seen = Sight.of([array])  # type: ignore[list-item]
+    assert seen.holds_of([array])  # type: ignore[list-item]
+    assert seen.holds_of([array.copy()])  # type: ignore[list-item]
+    array[0] = 1
+    assert not seen.holds_of([array])  # type: ignore[list-item]
