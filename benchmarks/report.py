@@ -357,13 +357,15 @@ def hosts(host: Found) -> Iterator[str]:
 def quality(pareto: Found) -> Iterator[str]:
     where, seeds, classes = pareto["surroundings"], pareto["seeds"], pareto["classes"]
     before, after = pareto["load_average_at_start"][0], pareto["load_average_at_end"][0]
+    modes = " and under ".join({"compile": "`torch.compile`"}.get(mode, mode) for mode in pareto["modes"])
     yield "## Speed against fidelity"
     yield prose(
         f"The trained model in the package, {seeds * classes} images ({seeds} of each class), DDIM, duca_compile at",
         f"{where['commit']}, load {before:.1f} at the start, {after:.1f} at the end. Speed is over `torch.compile` of",
         "the plain model in the same round. PSNR is to its images of the same noise; it says how much changed, not how",
-        "good an image is, and counts to a tenth. Other libraries ran under eager and under `torch.compile`; the",
-        "faster counts. Points that skip nothing are left out.",
+        f"good an image is, and counts to a tenth. Other libraries ran under {modes}"
+        + ("; the faster counts." if len(pareto["modes"]) > 1 else "."),
+        "Points that skip nothing are left out.",
         *([f"Of all settings, one in {pareto['every']} was run."] if pareto["every"] > 1 else []),
         *([f"Of ours, all that are calibrated were run again, at {pareto['again']}."] if "again" in pareto else []),
     )
