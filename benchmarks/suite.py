@@ -363,7 +363,7 @@ class Suite:
             for method, mode in rows(self.modes):
                 found["start"][key(method, mode)] = self._start(method, mode, common, folder, warm)
             self.console.print(start_table(name, found["start"]))
-        load = os.getloadavg()
+        load = os.getloadavg()[0]
         if "loops" in self.args.parts:
             task = {**common, "what": "loops", "modes": self.modes, "rounds": self.args.rounds}
             found["loops"] = in_process(task, warm)
@@ -371,10 +371,10 @@ class Suite:
                 self.console.print(loops_table(name, found["loops"]["found"]))
             else:
                 self.console.print(name, found["loops"]["status"])
+            found["load_average_before_and_after_the_loops"] = [load, os.getloadavg()[0]]
         if "calls" in self.args.parts:
             task = {**common, "what": "calls", "mode": self.modes[-1], "rounds": self.args.calls}
             found["calls"] = in_process(task, warm)
-        found["load_average_before_and_after_the_loops"] = [load[0], os.getloadavg()[0]]
         self._save()
 
     def _start(self, method: Method, mode: Mode, common: dict[str, Any], folder: Path, warm: Path) -> dict[str, Any]:
