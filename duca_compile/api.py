@@ -28,8 +28,7 @@ from duca_compile.pipelines import PipelineSchedule, is_pipeline, set_component,
 from duca_compile.policies import FORA, RFC, DuCa, Policy, ResidualGate, SpeCa, TaylorSeer, ToCa, Uncached
 from duca_compile.policies.checks import check_whole
 from duca_compile.runtime.dispatcher import Hoister, Plan, Prologue
-from duca_compile.runtime.request import Executed
-from duca_compile.runtime.session import Requests, Session, current_pass, named_pass
+from duca_compile.runtime.session import HasSessions, Requests, current_pass, named_pass
 from duca_compile.verify import verified
 
 POLICIES: dict[str, type[Policy]] = {
@@ -118,7 +117,7 @@ class _Guise(type):
     __hash__ = type.__hash__
 
 
-class OptimizedModel(nn.Module, metaclass=_Guise):
+class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
     """A drop-in for the model it was made from; see ``optimize``.
 
     It shares the source's parameter, buffer and submodule tables, so ``state_dict``, ``load_state_dict``, ``to`` and
@@ -263,27 +262,6 @@ class OptimizedModel(nn.Module, metaclass=_Guise):
         As in diffusers, whose pipelines use it; ``options`` go to the source's own ``cache_context``.
         """
         return named_pass(self, name, options)
-
-    def session(self) -> Session:
-        """A request with caches of its own: one for each of several requests that run at once.
-
-        ``with model.session() as session:`` makes all calls of the model inside, a pipeline's included, belong to it.
-        """
-        return Session(self, self._requests)
-
-    def reset(self) -> None:
-        """Forgets all cached features of the current session: the next call starts a new request."""
-        self._requests.current().reset()
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes held by the caches of the current session's request."""
-        return self._requests.current().cache_bytes
-
-    @property
-    def history(self) -> tuple[Executed, ...]:
-        """The calls of the current session's running (or last) request as they ran."""
-        return tuple(self._requests.current().history)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
         """An optimized copy of the source, which captures anew."""

@@ -8,7 +8,7 @@ to the squares of h, is smallest. All of it follows from the inner products of h
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +65,7 @@ class Calibration:
     def __init__(self, recorded: Sequence[_Products]) -> None:
         self._recorded, self.steps = recorded, len(recorded[0].inner)
 
-    def policy(self, full_steps: int | Sequence[int], max_order: int = 2) -> Calibrated:
+    def policy(self, full_steps: int | Iterable[int], max_order: int = 2) -> Calibrated:
         """The policy of the smallest error.
 
         Args:
@@ -109,12 +109,12 @@ class _Search:
         self._weights = 1 / np.stack([each.squares for each in recorded]).clip(_TINY) / len(recorded)
         self._known: dict[tuple[int, ...], tuple[Array, Array]] = {}
 
-    def policy(self, full_steps: int | Sequence[int]) -> Calibrated:
-        if isinstance(full_steps, int):
-            check_whole("full_steps", full_steps, least=1, most=self._steps)
-            chosen = self._placed(full_steps)
+    def policy(self, full_steps: int | Iterable[int]) -> Calibrated:
+        if isinstance(full_steps, Iterable):
+            chosen = self._checked([*full_steps])
         else:
-            chosen = self._checked(full_steps)
+            check_whole("full_steps", full_steps, least=1, most=self._steps)
+            chosen = self._placed(int(full_steps))
         measured: list[Measured | None] = []
         total = 0.0
         for step in range(self._steps):
@@ -130,7 +130,7 @@ class _Search:
 
     def _checked(self, full_steps: Sequence[int]) -> tuple[int, ...]:
         check_full_steps(full_steps, most=self._steps - 1)
-        return tuple(sorted(set(full_steps)))
+        return tuple(sorted({int(step) for step in full_steps}))
 
     def _placed(self, count: int) -> tuple[int, ...]:
         """The ``count`` full steps of the smallest error, by beam search from the start of the loop."""

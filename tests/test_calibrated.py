@@ -81,6 +81,7 @@ def test_factors_are_those_of_least_squares(seed: int, order: int, passes: int, 
     full = tuple(sorted({0, *data.draw(st.sets(st.integers(1, 7), min_size=1, max_size=4))}))
     policy = Calibration([_Products.of([*loop]) for loop in loops]).policy(full, order)
     assert policy.full_steps == full
+    assert policy == Calibration([_Products.of([*loop]) for loop in loops]).policy(np.array(full), order)
     for step, each in enumerate(policy.measured):
         if each is None or step < full[1]:
             assert each in (None, Measured(0, ()))

@@ -26,9 +26,8 @@ from duca_compile.runtime.dispatcher import Dispatcher, Plan, Program
 from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
 from duca_compile.runtime.manifest import Manifest, Size, TensorSpec, inside, read_manifest
 from duca_compile.runtime.planning import check_pairs
-from duca_compile.runtime.request import Executed
 from duca_compile.runtime.selection import Tokens
-from duca_compile.runtime.session import Requests, Session, current_pass, named_pass
+from duca_compile.runtime.session import HasSessions, Requests, current_pass, named_pass
 
 BACKENDS = ("onnxruntime", "openvino", "tensorrt", "aoti")
 SCORE = "score_"
@@ -205,7 +204,7 @@ class Config(dict[str, Any]):
             raise AttributeError(name) from None
 
 
-class Artifact:
+class Artifact(HasSessions):
     """A model that was exported: called like it, with numpy arrays or torch tensors, and returns what it is given.
 
     Steps, passes and requests are told apart as by an optimized model. Threads have requests of their own, and so have
@@ -268,24 +267,6 @@ class Artifact:
     def cache_context(self, name: str, **options: Any) -> AbstractContextManager[None]:
         """Calls inside are of the pass called ``name``, with caches of its own."""
         return named_pass(self, name, options)
-
-    def session(self) -> Session:
-        """A request with caches of its own: one for each of several requests that run at once."""
-        return Session(self, self._requests)
-
-    def reset(self) -> None:
-        """Forgets all cached features of the current session: the next call starts a new request."""
-        self._requests.current().reset()
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes held by the caches of the current session's request."""
-        return self._requests.current().cache_bytes
-
-    @property
-    def history(self) -> tuple[Executed, ...]:
-        """The calls of the current session's running (or last) request as they ran."""
-        return tuple(self._requests.current().history)
 
 
 class _Binder:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from duca_compile.policies.base import Policy
 from duca_compile.runtime.request import Executed, Loops, Request, Schedule
@@ -42,7 +42,45 @@ class Requests:
         return Requests(self._policy, self.total, copy.deepcopy(self._schedule, memo))
 
 
-class Session:
+class HasRequest:
+    """Whose calls belong to a request: an optimized model, an artifact, a session."""
+
+    def _request(self) -> Request:
+        """The one that a call belongs to now."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Forgets all cached features: the next call starts a new request."""
+        self._request().reset()
+
+    @property
+    def cache_bytes(self) -> int:
+        """The most bytes that the caches of the running, or last, request have held."""
+        return self._request().cache_bytes
+
+    @property
+    def history(self) -> tuple[Executed, ...]:
+        """The calls of the running (or last) request as they ran."""
+        return tuple(self._request().history)
+
+
+class HasSessions(HasRequest):
+    """What has a request for each thread, and as many more as are asked for."""
+
+    _requests: Requests
+
+    def _request(self) -> Request:
+        return self._requests.current()
+
+    def session(self) -> Session:
+        """A request with caches of its own: one for each of several requests that run at once.
+
+        ``with model.session() as session:`` makes all calls of the model inside, a pipeline's included, belong to it.
+        """
+        return Session(cast(Callable[..., Any], self), self._requests)
+
+
+class Session(HasRequest):
     """A request with caches of its own, for one of several that share an optimized model.
 
     It is called like the model. Inside ``with session:`` the model's own calls belong to it too, those of a pipeline
@@ -75,19 +113,8 @@ class Session:
     def _use(self) -> Token[tuple[Session, ...]]:
         return _SESSIONS.set((*_SESSIONS.get(), self))
 
-    def reset(self) -> None:
-        """Forgets all cached features: the next call starts a new request."""
-        self.request.reset()
-
-    @property
-    def cache_bytes(self) -> int:
-        """Bytes held by the caches of the running request."""
-        return self.request.cache_bytes
-
-    @property
-    def history(self) -> tuple[Executed, ...]:
-        """The calls of the running (or last) request as they ran."""
-        return tuple(self.request.history)
+    def _request(self) -> Request:
+        return self.request
 
 
 _SESSIONS: ContextVar[tuple[Session, ...]] = ContextVar("duca_compile_sessions", default=())
