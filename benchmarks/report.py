@@ -345,12 +345,17 @@ def hosts(host: Found) -> Iterator[str]:
     yield prose(
         "A partial step also chooses tokens, and hands over one index tensor for each branch that it recomputes. What",
         "bounds the others is the processor's caches: the same Python takes a part of the time where it has just run.",
-        "By stage, under `torch.compile`'s backend, in calls of their own:",
+        "By stage, in calls of their own:",
     )
-    rows = {name: each["stage_seconds"] for name, each in host["found"]["compile"].items() if "stage_seconds" in each}
-    yield from head("µs", *rows)
-    for stage in next(iter(rows.values())):
-        yield row(stage, *(f"{1e6 * stages[stage]:.1f}" for stages in rows.values()))
+    stages = {
+        f"{name}, {mode}": each["stage_seconds"]
+        for mode, rows in host["found"].items()
+        for name, each in rows.items()
+        if "stage_seconds" in each
+    }
+    yield from head("µs", *stages)
+    for stage in {stage: None for each in stages.values() for stage in each}:
+        yield row(stage, *(f"{1e6 * each[stage]:.1f}" for each in stages.values()))
     yield ""
 
 
