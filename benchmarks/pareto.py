@@ -251,7 +251,7 @@ def perform(task: dict[str, Any]) -> list[dict[str, Any]]:
     points = []
     for steps in task["steps"]:
         if group and peer:
-            ways = [*peer_ways(demo, group, steps, every, peer, calls)]
+            ways = [*peer_ways(demo, group, steps, task["every_of_others"], peer, calls)]
         else:
             ways = [*own_ways(demo, steps, every, quick, task["again"])]
             ways += fewer_ways(demo, plain, steps, every) if task["again"] is None else ()
@@ -321,7 +321,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the results; a PNG of the same name beside it")
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 20])
     parser.add_argument("--seeds", type=int, default=3, help="rounds; each is one image of each class")
-    parser.add_argument("--every", type=int, default=1, help="run each so many-th setting alone")
+    parser.add_argument("--every", type=int, default=1, help="run each so many-th setting of ours alone")
+    parser.add_argument("--every-of-others", type=int, help="the same for other libraries; as --every without it")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["compile"], help="of other libraries")
     parser.add_argument("--again", help="run ours with this in their names alone, and keep the other points of --out")
     parser.add_argument("--quick", action="store_true", help="a few points, under eager, one seed")
@@ -332,6 +333,7 @@ def main() -> None:
         print(json.dumps(perform(args.task)))
         return
     seeds, every = (1, 6) if args.quick else (args.seeds, args.every)
+    every_of_others = args.every_of_others or every
     console = Console(width=170)
     found: dict[str, Any] = {
         "what": __doc__.splitlines()[0],
@@ -340,6 +342,7 @@ def main() -> None:
         "steps": args.steps,
         "seeds": seeds,
         "every": every,
+        "every_of_others": every_of_others,
         "modes": args.modes,
         "classes": len(DemoModel.load().class_names),
         "failed": {},
@@ -353,7 +356,7 @@ def main() -> None:
                 found["failed"][name] = ABSENT
                 continue
             task = {"group": index, "steps": args.steps, "seeds": seeds, "quick": args.quick, "every": every}
-            task |= {"modes": args.modes, "again": args.again}
+            task |= {"every_of_others": every_of_others, "modes": args.modes, "again": args.again}
             done = in_process(task, Path(folder), Path(__file__))
             if done["status"] != OK:
                 found["failed"][name] = done["status"]

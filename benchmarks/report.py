@@ -371,7 +371,8 @@ def quality(pareto: Found) -> Iterator[str]:
         f"good an image is, and counts to a tenth. Other libraries ran under {modes}"
         + ("; the faster counts." if len(pareto["modes"]) > 1 else "."),
         "Points that skip nothing are left out.",
-        *([f"Of all settings, one in {pareto['every']} was run."] if pareto["every"] > 1 else []),
+        *([f"Of our settings, one in {pareto['every']} was run."] if pareto["every"] > 1 else []),
+        *([f"Of the others' settings, one in {others} was run."] if (others := pareto["every_of_others"]) > 1 else []),
         *([f"Of ours, all that are calibrated were run again, at {pareto['again']}."] if "again" in pareto else []),
     )
     yield "![Time against PSNR of all settings](results/pareto.png)"
