@@ -343,9 +343,10 @@ def hosts(host: Found) -> Iterator[str]:
             met = verdict(outside["median"] <= HOST, f"at most {1e3 * HOST:.2f} ms") if outside and held else ""
             yield row(label, mode, spread(each["seconds"], 1e3), spread(outside, 1e3) if outside else "", met)
     yield prose(
-        "A partial step also chooses tokens, and hands over one index tensor for each branch that it recomputes. What",
-        "bounds the others is the processor's caches: the same Python takes a part of the time where it has just run.",
-        "By stage, in calls of their own:",
+        "A reuse step hands over a cache for each branch, of which each block has several. A partial step chooses",
+        "tokens besides, and hands over one index tensor for each branch that it recomputes. What bounds the others is",
+        "the processor's caches: the same Python takes a part of the time where it has just run. By stage, in calls of",
+        "their own:",
     )
     stages = {
         f"{name}, {mode}": each["stage_seconds"]
