@@ -16,7 +16,7 @@ from typing import Any
 
 import diffusers
 import torch
-from measure import KINDS, EachKind, InnerTime, Model, Repeated, Spread, message
+from measure import KINDS, EachKind, InnerTime, Model, Spread, message
 from peers import CacheDit, FirstBlockCache, Peer, Setting, TaylorSeerHooks, periodic
 from runners import ORDER, Mode
 from torch import Tensor, nn
@@ -158,14 +158,22 @@ class Host:
         model(hidden_states=latent, timestep=timestep, **self.arguments)
         return time.perf_counter() - started
 
+    def _call_own(self, own: Own, step: int) -> tuple[float, float]:
+        """The seconds of a call, and those outside of its graph; all, where graphs are not timed yet."""
+        if own.graph is None:
+            seconds = self._call(own.model, step)
+            return seconds, seconds
+        before = own.graph.seconds
+        seconds = self._call(own.model, step)
+        assert own.graph.seconds > before, "the timed programs did not run"
+        return seconds, seconds - (own.graph.seconds - before)
+
     def _own_round(self, own: Own, index: int) -> None:
         for place in range(own.period):
-            before = own.graph.seconds if own.graph else 0.0
-            seconds = self._call(own.model, (index * own.period + place) % LOOP)
+            seconds, outside = self._call_own(own, (index * own.period + place) % LOOP)
             if own.graph:
-                assert own.graph.seconds > before, "the timed programs did not run"
                 kind = f"duca_compile, {own.prefix}{own.model.history[-1].kind.value}"
-                self.outside[kind].append(seconds - (own.graph.seconds - before))
+                self.outside[kind].append(outside)
                 self.seconds[kind].append(seconds)
         if index + 1 == WARM:
             own.graph = InnerTime(own.model)
@@ -176,42 +184,40 @@ class Host:
         if index >= WARM:
             self.seconds[name].append(seconds)
 
-    def _in_a_row(self, policy: Policy, name: str) -> None:
+    def _in_a_row(self, policy: Policy, name: str) -> Own:
         """Steps of one kind with nothing in between: the host's work with the processor's caches full of it."""
         own = Own(duca_compile.optimize(self.model, policy, self.backend, strict=True), "", LOOP)
         for index in range(WARM + self.rounds):
             for step in range(LOOP):
-                before = own.graph.seconds if own.graph else 0.0
-                seconds = self._call(own.model, step)
+                seconds, outside = self._call_own(own, step)
                 if own.graph and step > LOOP // 2:
                     self.seconds[name].append(seconds)
-                    self.outside[name].append(seconds - (own.graph.seconds - before))
+                    self.outside[name].append(outside)
             if index + 1 == WARM:
                 own.graph = InnerTime(own.model)
-        if name == FORECAST + IN_A_ROW:
-            self.stages[name] = self._profile(own, lambda step: step > LOOP // 2)
+        return own
 
     def _profile(self, own: Own, counts: Callable[[int], bool]) -> dict[str, float]:
         """Seconds of each stage, in calls of their own, since asking takes time: medians over the steps that count."""
-        assert own.graph is not None
         found: dict[str, list[float]] = defaultdict(list)
         with ExitStack() as patches:
             stages = {stage: patches.enter_context(StageTime(*place)) for stage, place in STAGES.items()}
             for index in range(self.rounds * LOOP):
                 step = index % LOOP
-                before = own.graph.seconds, {stage: each.seconds for stage, each in stages.items()}
-                seconds = self._call(own.model, step) - (own.graph.seconds - before[0])
+                before = {stage: each.seconds for stage, each in stages.items()}
+                _, outside = self._call_own(own, step)
                 if counts(step):
-                    taken = {stage: each.seconds - before[1][stage] for stage, each in stages.items()}
-                    for stage, each in (taken | {REST: seconds - sum(taken.values())}).items():
+                    taken = {stage: each.seconds - before[stage] for stage, each in stages.items()}
+                    for stage, each in (taken | {REST: outside - sum(taken.values())}).items():
                         found[stage].append(each)
         return {stage: statistics.median(each) for stage, each in found.items()}
 
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:
         for kind in KINDS[1:]:
-            self._in_a_row(Repeated(fresh_ratio=0.25, then=kind), f"duca_compile, {kind.value}{IN_A_ROW}")
-        self._in_a_row(duca_compile.TaylorSeer(LOOP, ORDER, 1, lite=True), FORECAST + IN_A_ROW)
+            self._in_a_row(EachKind(fresh_ratio=0.25, turns=(kind,)), f"duca_compile, {kind.value}{IN_A_ROW}")
+        lite = self._in_a_row(duca_compile.TaylorSeer(LOOP, ORDER, 1, lite=True), FORECAST + IN_A_ROW)
+        self.stages[FORECAST + IN_A_ROW] = self._profile(lite, lambda step: step > LOOP // 2)
         for index in range(self.rounds + WARM):
             for own in self.own:
                 self._own_round(own, index)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, cycle, repeat
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,21 +82,12 @@ def of_pairs(bases: Sequence[float], owns: Sequence[float]) -> Spread:
 
 @dataclass(frozen=True)
 class EachKind(DuCa):
-    """Full, partial, reuse and skip in turn, so that all four are timed under the same load."""
+    """A full step, and then kinds in turn: all four as they are, so that they are timed under the same load."""
+
+    turns: tuple[StepKind, ...] = (*KINDS[1:], *KINDS[:1])
 
     def steps(self, total: int | None) -> Iterator[Step]:
-        for kind in cycle(KINDS):
-            yield Step(kind, interval=len(KINDS), ratio=self.fresh_ratio)
-
-
-@dataclass(frozen=True)
-class Repeated(DuCa):
-    """A full step, and then all of one kind."""
-
-    then: StepKind = StepKind.SKIP
-
-    def steps(self, total: int | None) -> Iterator[Step]:
-        for kind in chain([StepKind.FULL], repeat(self.then)):
+        for kind in chain([StepKind.FULL], cycle(self.turns)):
             yield Step(kind, interval=len(KINDS), ratio=self.fresh_ratio)
 
 

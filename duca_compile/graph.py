@@ -6,7 +6,7 @@ and the kinds of actions serve exported artifacts too, so torch is imported wher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from functools import cache, cached_property
@@ -325,6 +325,12 @@ def difference_slot(slot: str, order: int) -> str:
 def dead_slots(live: Kept) -> tuple[str, ...]:
     """What the slots begin with whose caches are read no more, where caches of the kinds ``live`` are."""
     return (STREAM_END,) * (not live.end) + (BRANCH,) * (not live.branches)
+
+
+def dead_caches(live: Kept, names: Iterable[str]) -> tuple[str, ...]:
+    """Those of the placeholders ``names`` whose caches are read no more."""
+    dead = tuple(map(cache_input, dead_slots(live)))
+    return tuple(name for name in names if name.startswith(dead))
 
 
 def is_written(result: str) -> bool:

@@ -10,15 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from duca_compile.errors import first_line
-from duca_compile.graph import (
-    MEASURED,
-    PROBE_CHANGE,
-    PROBE_SEEN,
-    VERIFY_ERROR,
-    cache_input,
-    dead_slots,
-    is_written,
-)
+from duca_compile.graph import MEASURED, PROBE_CHANGE, PROBE_SEEN, VERIFY_ERROR, cache_input, dead_caches, is_written
 from duca_compile.policies.adaptive import AdaptivePolicy, Probe
 from duca_compile.policies.base import Policy, Step, StepKind
 from duca_compile.runtime.adaptive import Decisions, merged
@@ -102,8 +94,7 @@ class Plan:
     @cached_property
     def unread(self) -> tuple[str, ...]:
         """The caches that its program fills and no later step reads."""
-        dead = tuple(map(cache_input, dead_slots(self.step.live)))
-        return tuple(name for name in self.program.writes if name.startswith(dead))
+        return dead_caches(self.step.live, self.program.writes)
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
-from duca_compile.graph import cache_input, dead_slots
+from duca_compile.graph import dead_caches
 from duca_compile.policies.base import Kept, Policy, Step, StepKind
 from duca_compile.runtime.adaptive import Decisions
 from duca_compile.runtime.arrays import Array, same_values, size
@@ -122,8 +122,7 @@ class CacheState:
             return
         if len(self.caches) > self._most[0]:
             self.most_bytes  # noqa: B018 - remembers it
-        dead = tuple(map(cache_input, dead_slots(live)))
-        self.drop([name for name in self.caches if name.startswith(dead)])
+        self.drop(dead_caches(live, self.caches))
         self.ready.clear()
 
 
@@ -284,17 +283,25 @@ class PlannedSteps:
     Equal steps are one object: then whoever looks something up by a step need not compare their fields.
     """
 
-    def __init__(self, coming: Iterator[Step]) -> None:
-        same = dict[Step, Step]()
-        self._coming, self._lock = (same.setdefault(step, step) for step in coming), threading.Lock()
-        self._known = [*islice(self._coming, 1)]  # a policy that cannot be planned says so here
+    def __init__(self, plan: Callable[[], Iterator[Step]]) -> None:
+        self._plan, self._coming, self._lock = plan, plan(), threading.Lock()
+        self._same, self._known = dict[Step, Step](), list[Step]()
+        self.at(0)  # a policy that cannot be planned says so here
 
     def at(self, index: int) -> Step | None:
         """None beyond the last one."""
         if index >= len(self._known):
             with self._lock:
-                self._known += islice(self._coming, max(0, index + 1 - len(self._known)))
+                self._extend(index + 1)
         return self._known[index] if index < len(self._known) else None
+
+    def _extend(self, count: int) -> None:
+        try:
+            for step in islice(self._coming, max(0, count - len(self._known))):
+                self._known.append(self._same.setdefault(step, step))
+        except BaseException:  # a generator that has raised is at its end: whoever asks again is told again
+            self._coming = islice(self._plan(), len(self._known), None)
+            raise
 
 
 class Loops:
@@ -309,7 +316,10 @@ class Loops:
 
     def steps(self, policy: Policy, total: int | None) -> PlannedSteps:
         if total not in self._planned:
-            self._planned[total] = PlannedSteps(policy.planned(total))
+            steps = PlannedSteps(lambda: policy.planned(total))
+            if total is not None:
+                steps.at(total)  # all of them: what is wrong with one is said before the loop
+            self._planned[total] = steps
         return self._planned[total]
 
     def remember(self, times: Sequence[float | None]) -> None:

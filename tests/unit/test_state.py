@@ -73,7 +73,7 @@ def test_what_is_dropped_is_not_held_for_a_program() -> None:
 @pytest.mark.parametrize("total", [None, 1, 9])
 def test_planned_steps_are_the_policys(policy: Policy, total: int | None) -> None:
     expected = [*islice(policy.planned(total), 12)]
-    steps = PlannedSteps(policy.planned(total))
+    steps = PlannedSteps(lambda: policy.planned(total))
     order = [5, 0, 11, *range(12)]
     assert [steps.at(index) for index in order] == [expected[i] if i < len(expected) else None for i in order]
     assert len({id(steps.at(index)) for index in range(12)}) == len({*expected}) + (total is not None and total < 12)
@@ -85,7 +85,19 @@ def test_a_policy_that_cannot_be_planned_says_so_at_once() -> None:
         yield Step(StepKind.FULL)
 
     with pytest.raises(ValueError, match="no steps"):
-        PlannedSteps(broken())
+        PlannedSteps(broken)
+
+
+def test_an_error_of_a_later_step_is_raised_each_time_that_it_is_asked_for() -> None:
+    def broken() -> Any:
+        yield from [Step(StepKind.FULL)] * 3
+        raise ValueError("no fourth step")
+
+    steps = PlannedSteps(broken)
+    for _ in range(2):
+        assert steps.at(2) == Step(StepKind.FULL)
+        with pytest.raises(ValueError, match="no fourth step"):
+            steps.at(3)
 
 
 def test_a_sight_holds_of_the_same_objects_until_one_is_written_to() -> None:
