@@ -177,9 +177,8 @@ def loops(suite: Found) -> Iterator[str]:
         rows = of_part(model, "loops")
         if not rows:
             continue
-        before, after = model["load_average_before_and_after_the_loops"]
         yield f"\n### {name}\n"
-        yield f"Load {before:.1f} before, {after:.1f} after; duca_compile at {model['commits']['loops']}.\n"
+        yield measured(model, "loops")
         columns = (
             "run",
             "time, s (IQR)",
@@ -198,6 +197,11 @@ def loops(suite: Found) -> Iterator[str]:
             yield f'\n`policy="none"` takes {1 / share:.3f} of torch.compile\'s time; '
             yield verdict(1 / share <= LOSSLESS, f"at most {LOSSLESS}") + "."
     yield ""
+
+
+def measured(model: Found, part: str) -> str:
+    before, after = model[f"load_average_before_and_after_the_{part}"]
+    return f"Load {before:.1f} before, {after:.1f} after; duca_compile at {model['commits'][part]}.\n"
 
 
 def loop_row(label: str, each: Found) -> str:
@@ -220,25 +224,26 @@ def starts(suite: Found) -> Iterator[str]:
     yield "## Start and memory"
     yield prose(
         f"Seconds of the first call, and of the first {calls}, with nothing compiled (cold) and with what an earlier",
-        "process compiled (warm). Where nothing is compiled, there is one process.",
+        "process compiled (warm). Where nothing is compiled, there is one process. *CPU* is the CPU time of the same",
+        "calls, the C++ compiler's included.",
     )
     for name, model in suite["models"].items():
         rows = model.get("start", {})
         if not rows:
             continue
         yield f"\n### {name}\n"
-        yield from head("run", "first call: cold", "warm", f"first {calls}: cold", "warm", "later", "peak memory, MiB")
+        yield measured(model, "start")
+        seconds_of = ("first call: cold", "warm", f"first {calls}: cold", "CPU", "warm", "CPU", "later")
+        yield from head("run", *seconds_of, "peak memory, MiB")
         for label, each in rows.items():
             if each["status"] != OK:
-                yield row(label, escaped(each["status"]), *[""] * 5)
+                yield row(label, escaped(each["status"]), *[""] * 7)
                 continue
-            cold, warm = each["cold"], each.get("warm")
-            seconds = [
-                f"{run[which]:.1f}" if run else ""
-                for which in ("first_call_seconds", "first_calls_seconds")
-                for run in (cold, warm)
-            ]
-            last = warm or cold
+            runs = [each["cold"], each.get("warm")]
+            seconds = [f"{run['first_call_seconds']:.1f}" if run else "" for run in runs]
+            for run in runs:
+                seconds += [f"{run[f'first_calls_{clock}']:.1f}" if run else "" for clock in ("seconds", "cpu_seconds")]
+            last = runs[1] or runs[0]
             yield row(label, *seconds, f"{last['later_calls_seconds']:.1f}", mib(last["peak_bytes"]))
     yield ""
 

@@ -358,11 +358,14 @@ class Suite:
         common = {"seed": self.args.seed, "quick": self.args.quick, "workload": name}
         found, warm = self.found["models"][name], folder / "all"
         found["commits"] |= dict.fromkeys(self.args.parts, self.found["surroundings"]["commit"])
+        load = os.getloadavg()[0]
         if "start" in self.args.parts:
             found["start"] = {}
             for method, mode in rows(self.modes):
                 found["start"][key(method, mode)] = self._start(method, mode, common, folder, warm)
             self.console.print(start_table(name, found["start"]))
+            found["load_average_before_and_after_the_start"] = [load, os.getloadavg()[0]]
+            self._save()
         load = os.getloadavg()[0]
         if "loops" in self.args.parts:
             task = {**common, "what": "loops", "modes": self.modes, "rounds": self.args.rounds}

@@ -337,12 +337,12 @@ class Dispatcher:
         state.ready.add(program)
         return plan
 
-    def _run(self, plan: Plan, state: CacheState, given: Mapping[str, Array]) -> Sequence[Array]:
+    def _run(self, plan: Plan, state: CacheState, given: dict[str, Array]) -> Sequence[Array]:
         program = plan.program
         if program.replaces:  # free before they are computed anew, so that there are never two of them
             state.drop(program.replaces)
         if plan.step.kind is StepKind.PARTIAL:
-            given = {**given, **self._tokens(plan, state)}
+            given.update(self._tokens(plan, state))
         results = program.run(*state.inputs(program, given))
         if program.writes:
             state.store(self._written(program, results))
@@ -367,13 +367,13 @@ class Dispatcher:
             written[name] = value.clone() if value.is_contiguous() else value.contiguous()
         return written
 
-    def _tokens(self, plan: Plan, state: CacheState) -> dict[str, Array]:
-        """The tokens that each waiting branch of a partial step recomputes, by the name of its input."""
+    def _tokens(self, plan: Plan, state: CacheState) -> Iterable[tuple[str, Array | None]]:
+        """The tokens that each waiting branch of a partial step recomputes, by the name of its input; None for none."""
         program = plan.program
         if state.selector is None or not program.waiting:
-            return {}
+            return ()
         chosen = state.selector.select(program.rows, plan.counts, plan.step.interval)
-        return {name: tokens for name, tokens in zip(program.tokens, chosen, strict=True) if tokens is not None}
+        return zip(program.tokens, chosen, strict=True)
 
     def _unaliased(self, program: Program, outputs: Sequence[Array], state: CacheState) -> Sequence[Array]:
         """The outputs, copied where the caller's changing one in place would change the state or another output."""

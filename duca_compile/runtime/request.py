@@ -76,9 +76,12 @@ class CacheState:
     _most: tuple[int, int] = (0, 0)  # how many caches there were at most, and their bytes
 
     def store(self, values: Mapping[str, Array]) -> None:
-        """Puts these caches in the places of those of the same names."""
-        self.caches.update(values)
-        self._changed(values)
+        """Puts these caches in the places of those of the same names; what was written in place is there already."""
+        caches = self.caches
+        new = [name for name, value in values.items() if caches.get(name) is not value]
+        if new:
+            caches.update(values)
+            self._changed(new)
 
     def drop(self, names: Collection[str]) -> None:
         """Forgets these caches, as far as they are there."""

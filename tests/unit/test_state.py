@@ -60,6 +60,19 @@ def test_inputs_that_are_gathered_once_are_those_of_now(changes: list[tuple[str,
                 assert state.inputs(program, call) == [now[name] for name in program.inputs]
 
 
+def test_caches_that_were_written_in_place_are_not_gathered_again() -> None:
+    state, one, other = CacheState(), object(), object()
+    state.store(dict.fromkeys(CACHES, one))
+    values = dict.fromkeys(GIVEN, one)
+    state.inputs(PROGRAMS[1], values)
+    gathered = state.gathered[PROGRAMS[1]]
+    state.store({"cache_a": one})
+    state.inputs(PROGRAMS[1], values)
+    assert state.gathered[PROGRAMS[1]] is gathered
+    state.store({"cache_a": one, "cache_b": other})
+    assert state.inputs(PROGRAMS[1], values)[:3] == [one, other, one]
+
+
 def test_what_is_dropped_is_not_held_for_a_program() -> None:
     state = CacheState()
     state.store({"cache_a": object(), "cache_b": object(), "cache_c": object()})
