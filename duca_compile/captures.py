@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import replace
 from itertools import count
 from typing import NamedTuple
@@ -93,6 +93,7 @@ class Compiled:
     ) -> None:
         self.facts = facts
         self._readings = [] if captured.readings is None else [captured.readings]
+        self._places = _places(self._readings)
         self._held: Sight | None = None  # the last tensors that they held for
         self._read_weights = () if captured.readings is None else tuple(captured.readings.attributes)
         captured = with_predictor(captured, facts, policy.predictor)
@@ -115,8 +116,8 @@ class Compiled:
         """
         if not self._readings:
             return True
-        own = tuple(tensors[place] for place in sorted({p for readings in self._readings for p in readings.places}))
-        own += tuple(self.captured.attributes[name] for name in self._read_weights)
+        own = tuple([tensors[place] for place in self._places])
+        own += tuple([self.captured.attributes[name] for name in self._read_weights])
         if not anew and self._held is not None and self._held.holds_of(own):
             return True
         if not any(readings.hold(tensors) for readings in self._readings):
@@ -127,7 +128,9 @@ class Compiled:
     def holds_too(self, readings: Readings | None) -> None:
         """Notes further values that its graph is right for."""
         if readings is not None:
-            self._readings = [*self._readings[1 - REMEMBERED :], readings]
+            known = [*self._readings[1 - REMEMBERED :], readings]
+            self._places = _places(known)  # first, since another thread may look meanwhile
+            self._readings = known
             self._variants.follow(readings.module)
 
     def named(self, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -149,6 +152,11 @@ class Compiled:
             return False
         pairs = [(name, mine.attributes[name], theirs.attributes[name]) for name in mine.attributes]
         return all(kind(a) == kind(b) and (name in self._weights or _equal(a, b)) for name, a, b in pairs)
+
+
+def _places(known: Iterable[Readings]) -> tuple[int, ...]:
+    """Where the tensors are among a call's that any of them reads."""
+    return tuple(sorted({place for readings in known for place in readings.places}))
 
 
 def _text(captured: CapturedGraph) -> Hashable:
@@ -287,6 +295,9 @@ class Captures:
             log.info("dropping the least recently used of %d captured shapes", MAX_CAPTURES)
         numbers = {kind[1] for kind, structure in self._kept if kind[0] == call.key and structure == now.structure}
         self._kept[(call.key, min({*range(MAX_CAPTURES)} - numbers)), now.structure] = compiled
+        if compiled.captured.opaque:  # what these submodules hold is looked at no longer: that is no change
+            less = self._look().structure
+            self._restate(lambda structure: less if structure == now.structure else structure)
         return compiled
 
     def _keep(self, key: tuple[Kind, Structure], before: Snapshot, now: Snapshot) -> Compiled:
