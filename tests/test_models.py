@@ -22,6 +22,22 @@ from tests.support import BLOCKS, HEAD, PAGE, POLICY, row, streams, values_of_st
 from tests.zoo import ZOO, Entry
 
 STEPS = 8
+NEXT_OF_KIN = {  # whose kin is compiled by the slow tests
+    "SD3 dual",
+    "Flux2",
+    "AuraFlow",
+    "Latte",
+    "CogVideoX longer",
+    "HunyuanVideo-1.5",
+    "Mochi",
+    "QwenImage",
+    "Lumina2",
+    "plain DiT by hand",
+    "audio DiT prepended",
+}
+COMPILED = [
+    pytest.param(name, marks=pytest.mark.exhaustive if name in NEXT_OF_KIN else pytest.mark.slow) for name in ZOO
+]
 
 
 def sample(outputs: Any) -> list[Tensor]:
@@ -126,9 +142,8 @@ def test_text_tokens_are_recomputed_on_demand() -> None:
     assert chosen == {0.0: Counter({Role.MAIN: 2}), 0.5: Counter({Role.MAIN: 2, Role.TEXT: 2})}
 
 
-@pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", COMPILED)
 def test_its_variants_compile_whole_and_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     entry = ZOO[name]
