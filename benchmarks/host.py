@@ -44,6 +44,7 @@ STAGES = {
     "loop-invariant values": (Dispatcher, "_hoist"),
     "the step's plan": (Dispatcher, "_plan"),
     "what the timestep and the forecast give": (Dispatcher, "_given"),
+    "choosing tokens": (Dispatcher, "_tokens"),
     "the inputs in their order": (CacheState, "inputs"),
     "the model's output object": (OutputLayout, "rebuild"),
 }
@@ -184,7 +185,7 @@ class Host:
         if index >= WARM:
             self.seconds[name].append(seconds)
 
-    def _in_a_row(self, policy: Policy, name: str) -> Own:
+    def _in_a_row(self, policy: Policy, name: str) -> None:
         """Steps of one kind with nothing in between: the host's work with the processor's caches full of it."""
         own = Own(duca_compile.optimize(self.model, policy, self.backend, strict=True), "", LOOP)
         for index in range(WARM + self.rounds):
@@ -195,7 +196,7 @@ class Host:
                     self.outside[name].append(outside)
             if index + 1 == WARM:
                 own.graph = InnerTime(own.model)
-        return own
+        self.stages[name] = self._profile(own, lambda step: step > LOOP // 2)
 
     def _profile(self, own: Own, counts: Callable[[int], bool]) -> dict[str, float]:
         """Seconds of each stage, in calls of their own, since asking takes time: medians over the steps that count."""
@@ -216,8 +217,7 @@ class Host:
     def measure(self) -> dict[str, Any]:
         for kind in KINDS[1:]:
             self._in_a_row(EachKind(fresh_ratio=0.25, turns=(kind,)), f"duca_compile, {kind.value}{IN_A_ROW}")
-        lite = self._in_a_row(duca_compile.TaylorSeer(LOOP, ORDER, 1, lite=True), FORECAST + IN_A_ROW)
-        self.stages[FORECAST + IN_A_ROW] = self._profile(lite, lambda step: step > LOOP // 2)
+        self._in_a_row(duca_compile.TaylorSeer(LOOP, ORDER, 1, lite=True), FORECAST + IN_A_ROW)
         for index in range(self.rounds + WARM):
             for own in self.own:
                 self._own_round(own, index)

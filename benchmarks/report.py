@@ -354,7 +354,7 @@ def hosts(host: Found) -> Iterator[str]:
         "their own:",
     )
     stages = {
-        f"{name}, {mode}": each["stage_seconds"]
+        f"{name.removeprefix(f'{OWN}, ')}, {mode}": each["stage_seconds"]
         for mode, rows in host["found"].items()
         for name, each in rows.items()
         if "stage_seconds" in each
