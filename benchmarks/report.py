@@ -572,7 +572,8 @@ def scale(found: dict[str, Any]) -> list[str]:
         *lines,
         "",
         f"- Time: {seconds:.1f} s, {dit['total']['cpu']:.1f} s by CPU time;",
-        f"  {verdict(seconds < CAPTURE_SECONDS, f'under {CAPTURE_SECONDS:.0f} s')}.",
+        f"  {verdict(seconds < CAPTURE_SECONDS, f'under {CAPTURE_SECONDS:.0f} s')}. By CPU time it is"
+        f" {dit['total']['cpu'] / dit['stages']['first call']['cpu']:.1f} times the model's own first call.",
         f"- Memory, parameters included: {share:.3f} times theirs;",
         f"  {verdict(share < CAPTURE_MEMORY, f'under {CAPTURE_MEMORY}')}.",
         f"- {model:.0%} of the DiT's CPU time is the model's own products: once in the first call, which makes tables",
