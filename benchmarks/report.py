@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ def loops(suite: Found) -> Iterator[str]:
         if not rows:
             continue
         yield f"\n### {name}\n"
-        yield measured(model, "loops")
+        yield measured_part(model, "loops")
         columns = (
             "run",
             "time, s (IQR)",
@@ -199,9 +199,14 @@ def loops(suite: Found) -> Iterator[str]:
     yield ""
 
 
-def measured(model: Found, part: str) -> str:
-    before, after = model[f"load_average_before_and_after_the_{part}"]
-    return f"Load {before:.1f} before, {after:.1f} after; duca_compile at {model['commits'][part]}.\n"
+def measured(loads: Sequence[float], commit: str) -> str:
+    """Under what load, and of which commit."""
+    before, after = loads
+    return f"Load {before:.1f} before, {after:.1f} after; duca_compile at {commit}."
+
+
+def measured_part(model: Found, part: str) -> str:
+    return measured(model[f"load_average_before_and_after_the_{part}"], model["commits"][part]) + "\n"
 
 
 def loop_row(label: str, each: Found) -> str:
@@ -232,7 +237,7 @@ def starts(suite: Found) -> Iterator[str]:
         if not rows:
             continue
         yield f"\n### {name}\n"
-        yield measured(model, "start")
+        yield measured_part(model, "start")
         seconds_of = ("first call: cold", "warm", f"first {calls}: cold", "CPU", "warm", "CPU", "later")
         yield from head("run", *seconds_of, "peak memory, MiB")
         for label, each in rows.items():
@@ -250,13 +255,12 @@ def starts(suite: Found) -> Iterator[str]:
 
 def depth(found: Found) -> Iterator[str]:
     """Cold and warm starts of models that differ in depth alone."""
-    before, after = found["load_average_before_and_after"]
     yield "## Compiling by depth"
     yield prose(
         "Seconds of the first calls of a process until each variant of the policy has run, less what the same calls",
         "take later in that process: capturing, analysing, rewriting and compiling, the C++ compiler's processes",
         "included, one at a time. DiTs of width 384 and 256 tokens. *Warm* finds what the cold process compiled. The",
-        f"verdicts are by CPU time. Load {before:.1f} before, {after:.1f} after; duca_compile at {found['commit']}.",
+        f"verdicts are by CPU time. {measured(found['load_average_before_and_after'], found['commit'])}",
     )
     yield from head("run", "blocks", "cold, s", "CPU time, s", "warm, s", "CPU time, s")
     spent: dict[tuple[str, int], float] = {}
@@ -327,13 +331,13 @@ def calls(suite: Found) -> Iterator[str]:
 
 
 def hosts(host: Found) -> Iterator[str]:
-    model, (before, after) = host["model"], host["load_average_before_and_after"]
+    model = host["model"]
     sizes = f"{model['double'] + model['single']} blocks ({model['double']} double, {model['single']} single)"
     yield "## The host's work per step"
     yield prose(
         f"A FLUX of {sizes}, so small that its graphs take next to no time. All alternate, so that each finds the",
-        f"processor's caches as another left them. Load {before:.1f} before, {after:.1f} after; duca_compile at",
-        f"{host['commit']}. *In a row*: steps of one kind with nothing else in between, as where an accelerator",
+        f"processor's caches as another left them. {measured(host['load_average_before_and_after'], host['commit'])}",
+        "*In a row*: steps of one kind with nothing else in between, as where an accelerator",
         "computes; the caches are full of them. Of others, the call is that of a skipped step. *Outside* is what is",
         "left of a call of ours when the compiled graph's own time is taken off.",
     )

@@ -281,7 +281,7 @@ class Captures:
         own = now.structure.differences(before.structure)
         if own:
             self._own.update(own)
-            self._restate(lambda structure: now.structure if structure == before.structure else structure)
+            self._replace(before.structure, now.structure)
         self._last.pop(call.key, None)
         self._last[call.key] = now.structure
         if len(self._last) > REMEMBERED:
@@ -296,8 +296,7 @@ class Captures:
         numbers = {kind[1] for kind, structure in self._kept if kind[0] == call.key and structure == now.structure}
         self._kept[(call.key, min({*range(MAX_CAPTURES)} - numbers)), now.structure] = compiled
         if compiled.captured.opaque:  # what these submodules hold is looked at no longer: that is no change
-            less = self._look().structure
-            self._restate(lambda structure: less if structure == now.structure else structure)
+            self._replace(now.structure, self._look().structure)
         return compiled
 
     def _keep(self, key: tuple[Kind, Structure], before: Snapshot, now: Snapshot) -> Compiled:
@@ -313,6 +312,9 @@ class Captures:
             self._restate(lambda structure: structure.without(unread))
             self._look()
         return compiled
+
+    def _replace(self, old: Structure, new: Structure) -> None:
+        self._restate(lambda structure: new if structure == old else structure)
 
     def _restate(self, new: Callable[[Structure], Structure]) -> None:
         """Replaces the structures that captures are known by; equal ones stay one object, which compares at once."""

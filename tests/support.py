@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from rich.progress import track
 from torch import Tensor, nn
@@ -45,6 +46,11 @@ asserted against numbers taken from each model's source by hand ([tests/zoo.py](
 | model | branches | traced with real values | partial step | FLOPs, partial | FLOPs, skip |
 |---|---|---|---|---|---|
 """
+
+
+def sampled(*values: object, slow: bool) -> Any:
+    """A case of the slow tests, or where these take others of its kind as samples, of the exhaustive ones."""
+    return pytest.param(*values, marks=pytest.mark.slow if slow else pytest.mark.exhaustive)
 
 
 def values_of_step(compiled: Compiled, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from duca_compile import (
 from duca_compile.capture import Binder
 from duca_compile.policies import AdaptivePolicy, StepKind
 from duca_compile.policies.base import Measured
-from tests.support import Shared
+from tests.support import Shared, sampled
 from tests.test_models import sample
 from tests.zoo import ZOO, Entry
 
@@ -143,11 +143,7 @@ def test_twelve_steps_are_those_that_were_planned(case: Case, name: str) -> None
     assert abs(most - plan.cache_bytes) <= 0.01 * plan.cache_bytes
 
 
-COMPILED = [
-    pytest.param(name, model, marks=pytest.mark.slow if model == chosen else pytest.mark.exhaustive)
-    for name, (_, chosen) in METHODS.items()
-    for model in MODELS
-]
+COMPILED = [sampled(name, model, slow=model == chosen) for name, (_, chosen) in METHODS.items() for model in MODELS]
 
 
 @torch.no_grad()

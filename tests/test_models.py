@@ -18,7 +18,7 @@ from duca_compile.graph import Action, Role, VariantSpec, cache_input
 from duca_compile.passes.pipeline import build_variant
 from duca_compile.policies import Step, StepKind
 from duca_compile.runtime.planning import plan_step
-from tests.support import BLOCKS, HEAD, PAGE, POLICY, row, streams, values_of_step
+from tests.support import BLOCKS, HEAD, PAGE, POLICY, row, sampled, streams, values_of_step
 from tests.zoo import ZOO, Entry
 
 STEPS = 8
@@ -35,9 +35,7 @@ NEXT_OF_KIN = {  # whose kin is compiled by the slow tests
     "plain DiT by hand",
     "audio DiT prepended",
 }
-COMPILED = [
-    pytest.param(name, marks=pytest.mark.exhaustive if name in NEXT_OF_KIN else pytest.mark.slow) for name in ZOO
-]
+COMPILED = [sampled(name, slow=name not in NEXT_OF_KIN) for name in ZOO]
 
 
 def sample(outputs: Any) -> list[Tensor]:

@@ -28,6 +28,7 @@ from duca_compile.export import lowered, tensorrt
 from duca_compile.export.lowered import PRECISIONS, lower
 from duca_compile.runtime import tensorrt as runtime
 from duca_compile.runtime.manifest import Size, read_manifest
+from tests.support import sampled
 from tests.zoo import ZOO
 
 WIDTH, STEPS, ROWS = 512, 8, 2
@@ -343,8 +344,8 @@ def test_without_sharing_every_engine_holds_its_weights(tmp_path: Path, monkeypa
 
 SAMPLED = {"PixArt": "bfloat16", "SD3": "float16", "FLUX": "float32", "Wan": "bfloat16"}
 COMBINED = [
-    pytest.param(name, precision, marks=pytest.mark.slow if precision == sampled else pytest.mark.exhaustive)
-    for name, sampled in SAMPLED.items()
+    sampled(name, precision, slow=precision == chosen)
+    for name, chosen in SAMPLED.items()
     for precision in ("bfloat16", "float16", "float32")
 ]
 
