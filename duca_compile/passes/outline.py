@@ -33,7 +33,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class _Form:
+class Form:
     """What a stretch of the graph computes, whatever its operands are called."""
 
     text: Hashable
@@ -47,7 +47,7 @@ def outline(module: fx.GraphModule, cuts: frozenset[str]) -> None:
     ``cuts`` are names of nodes that end a cell. Every node needs its fake value (``meta["val"]``).
     """
     cells = _cells(module.graph, _ends(module.graph, cuts))
-    for run in repeats([_form(cell).text for cell in cells]):
+    for run in repeats([form_of(cell).text for cell in cells]):
         starts = range(run.start, run.start + run.period * run.count, run.period)
         stretches = [[node for cell in cells[at : at + run.period] for node in cell] for at in starts]
         _call_one(module, f"repeated_{run.start}", stretches)
@@ -132,7 +132,7 @@ def _make_contiguous(graph: fx.Graph, node: fx.Node, cell: Cell, home: dict[fx.N
     home[copy] = cell
 
 
-def _form(stretch: Sequence[fx.Node]) -> _Form:
+def form_of(stretch: Sequence[fx.Node]) -> Form:
     """Two stretches of equal text compute the same of their operands, in the same order."""
     places = {node: place for place, node in enumerate(stretch)}
     operands: dict[fx.Node, int] = {}
@@ -149,7 +149,7 @@ def _form(stretch: Sequence[fx.Node]) -> _Form:
     text = [(str(n.target), known(n.args), *((k, known(v)) for k, v in sorted(n.kwargs.items()))) for n in stretch]
     results = tuple(node for node in stretch if any(user not in places for user in node.users))
     returned = tuple(places[node] for node in results)
-    return _Form((tuple(text), returned), tuple(operands), results)
+    return Form((tuple(text), returned), tuple(operands), results)
 
 
 def _kind(node: fx.Node) -> Hashable:
@@ -180,7 +180,7 @@ def _counts(module: fx.GraphModule, operands: Sequence[fx.Node]) -> list[fx.Node
 
 def _call_one(module: fx.GraphModule, name: str, stretches: list[list[fx.Node]]) -> None:
     """Replaces each stretch by a call of the subgraph that the first one is."""
-    first, graph = _form(stretches[0]), module.graph
+    first, graph = form_of(stretches[0]), module.graph
     body, own = fx.Graph(), dict[fx.Node, fx.Node]()
     counts = _counts(module, first.operands)
     for place, operand in enumerate([*counts, *first.operands]):
@@ -191,7 +191,7 @@ def _call_one(module: fx.GraphModule, name: str, stretches: list[list[fx.Node]])
     body.output(tuple(own[node] for node in first.results))
     module.add_submodule(name, fx.GraphModule({}, body))
     for stretch in stretches:
-        form = _form(stretch)  # its operands are results of the calls before
+        form = form_of(stretch)  # its operands are results of the calls before
         with graph.inserting_after(stretch[-1]):
             region = graph.get_attr(name)
         with graph.inserting_after(region):
