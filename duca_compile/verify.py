@@ -42,9 +42,12 @@ def verified(captured: CapturedGraph, facts: Facts, values: Mapping[str, Tensor]
 
 
 def _forms(captured: CapturedGraph, branches: list[Branch]) -> dict[str, Hashable]:
-    """What each branch computes of its operands, by slot: equal where only weights and values differ."""
-    nodes = list(captured.graph.nodes)
-    return {b.slot: form_of([node for node in nodes if node.name in b.body]).text for b in branches}
+    """What each branch computes of its stream and other operands, by slot: equal where only values differ."""
+    nodes, forms = list(captured.graph.nodes), dict[str, Hashable]()
+    for branch in branches:
+        form = form_of([node for node in nodes if node.name in branch.body])
+        forms[branch.slot] = form.text, tuple(operand.name == branch.stream for operand in form.operands)
+    return forms
 
 
 def _failed(
