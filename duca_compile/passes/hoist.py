@@ -14,13 +14,14 @@ import torch
 from torch import fx
 
 from duca_compile.analysis.tokens import EXPANDS, RESHAPES
-from duca_compile.graph import Facts, Variance, copy_graph, op_name
+from duca_compile.graph import Facts, Variance, copy_graph, op_name, value_shape
 from duca_compile.opaque import opaque
 from duca_compile.passes.base import ExactPass, VariantDraft
 
 aten = torch.ops.aten
 
 ALIGNMENT = 64  # bytes of a line of memory
+FEW = 64  # vectors for each row of the batch: a timestep-only value of more stays in the step
 VIEWS = RESHAPES | EXPANDS | {
     "alias", "chunk", "getitem", "permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t",
     "transpose", "unbind", "unsqueeze",
@@ -76,10 +77,13 @@ def _tiers(graph: fx.Graph, facts: Facts) -> dict[fx.Node, Variance]:
     """What leaves the step, and how often it is computed.
 
     What is computed from weights alone stays unless it is smaller than they are: a quantized weight that is widened
-    for a product would else be kept at full width.
+    for a product would else be kept at full width. A timestep-only value with many vectors stays, and all that is
+    computed from it, such as the text's keys in the first block: it would be kept for each timestep, and computing
+    it for all of them at once saves nothing.
     """
     weights: dict[fx.Node, frozenset[fx.Node] | None] = {}  # what a node is computed from; None where arguments too
     found: dict[fx.Node, Variance] = {}
+    many: set[fx.Node] = set()  # timestep-only values that stay
     for node in graph.nodes:
         if node.op == "get_attr":
             weights[node] = frozenset((node,))
@@ -93,8 +97,18 @@ def _tiers(graph: fx.Graph, facts: Facts) -> dict[fx.Node, Variance]:
             own = weights[node] = frozenset[fx.Node]().union(*filter(None, above))
             if own and _bytes(node) >= sum(map(_bytes, own)):
                 continue
+        if variance is Variance.TIMESTEP and (
+            _has_many_vectors(node, facts.batch) or not many.isdisjoint(node.all_input_nodes)
+        ):
+            many.add(node)
+            continue
         found[node] = variance
     return found
+
+
+def _has_many_vectors(node: fx.Node, batch: int) -> bool:
+    shape = value_shape(node) or ()
+    return prod(shape[:-1]) > FEW * batch
 
 
 def _read_outside(graph: fx.Graph, tiers: Mapping[fx.Node, Variance], tier: Variance) -> list[fx.Node]:

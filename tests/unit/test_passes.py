@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812
-from tracing import COMPUTE, FORECAST, PARTIAL, REUSE, analysed, module, names, node, raw
+from tracing import COMPUTE, FORECAST, PARTIAL, REUSE, Runner, analysed, module, names, node, raw
 
 from duca_compile.analysis.closure import ancestors
 from duca_compile.errors import InternalError
@@ -24,7 +24,7 @@ from duca_compile.passes.deduplicate import Deduplicate
 from duca_compile.passes.differences import EmitDifferences
 from duca_compile.passes.emit import EmitCaches
 from duca_compile.passes.forecast import Forecast
-from duca_compile.passes.hoist import Hoist
+from duca_compile.passes.hoist import FEW, Hoist, row_layout
 from duca_compile.passes.partial import RecomputeTokens
 from duca_compile.passes.pipeline import PREPARE, run_passes, to_module
 from duca_compile.passes.probe import GoOn, LookAhead
@@ -271,6 +271,22 @@ class TestCaching:
         RemoveDeadCode().apply(draft)
         assert "text" not in [n.name for n in draft.graph.nodes], "the text itself is not read in the step"
         assert "timestep" not in [n.name for n in draft.graph.nodes], "nor is the timestep"
+
+    @pytest.mark.parametrize(("words", "shapes"), [(FEW, [(2, FEW, 8), (2, 8)]), (FEW + 1, [(2, 8)])])
+    def test_timestep_only_values_of_many_vectors_stay_with_what_follows(
+        self, words: int, shapes: list[tuple[int, ...]]
+    ) -> None:
+        def forward(self: nn.Module, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+            shift = self.shift(timestep[:, None].expand(-1, 8))
+            keys = self.keys(text + shift[:, None])
+            return x + self.out(F.scaled_dot_product_attention(x, keys, keys) + keys.mean(1, keepdim=True))
+
+        layers = {name: nn.Linear(8, 8) for name in ("shift", "keys", "out")}
+        call = {"x": X, "timestep": torch.ones(2), "text": torch.randn(2, words, 8)}
+        run = Runner(module(forward, **layers), **call)
+        (row,) = row_layout(run.captured.graph, run.facts).values()
+        assert [tuple(size for size in piece.shape if size != 1) for piece in row] == shapes
+        assert torch.equal(run.run(run.variant(COMPUTE), call)["output_0"], run.model(**call))
 
     def test_hoisting_has_nothing_to_do(self) -> None:
         def forward(self: nn.Module, x: Tensor, timestep: Tensor) -> Tensor:
