@@ -120,6 +120,11 @@ class StageTime:
         setattr(self._owner, self._name, self._method)
 
 
+def _is_in_a_row(step: int) -> bool:
+    """Whether enough steps of a loop of one kind were like this one."""
+    return step > LOOP // 2
+
+
 class Host:
     """Takes turns: a period of each of our policies, then a computed and a skipped step of each peer."""
 
@@ -185,18 +190,26 @@ class Host:
         if index >= WARM:
             self.seconds[name].append(seconds)
 
-    def _in_a_row(self, policy: Policy, name: str) -> None:
-        """Steps of one kind with nothing in between: the host's work with the processor's caches full of it."""
-        own = Own(duca_compile.optimize(self.model, policy, self.backend, strict=True), "", LOOP)
+    def _in_a_row(self) -> None:
+        """Loops of one kind of step each: the host's work with the processor's caches full of it. They take turns."""
+        policies: dict[str, Policy] = {
+            f"duca_compile, {kind.value}": EachKind(fresh_ratio=0.25, turns=(kind,)) for kind in KINDS[1:]
+        }
+        policies[FORECAST] = duca_compile.TaylorSeer(LOOP, ORDER, 1, lite=True)
+        own = {
+            name + IN_A_ROW: Own(duca_compile.optimize(self.model, policy, self.backend, strict=True), "", LOOP)
+            for name, policy in policies.items()
+        }
         for index in range(WARM + self.rounds):
-            for step in range(LOOP):
-                seconds, outside = self._call_own(own, step)
-                if own.graph and step > LOOP // 2:
-                    self.seconds[name].append(seconds)
-                    self.outside[name].append(outside)
-            if index + 1 == WARM:
-                own.graph = InnerTime(own.model)
-        self.stages[name] = self._profile(own, lambda step: step > LOOP // 2)
+            for name, each in own.items():
+                for step in range(LOOP):
+                    seconds, outside = self._call_own(each, step)
+                    if each.graph and _is_in_a_row(step):
+                        self.seconds[name].append(seconds)
+                        self.outside[name].append(outside)
+                if index + 1 == WARM:
+                    each.graph = InnerTime(each.model)
+        self.stages |= {name: self._profile(each, _is_in_a_row) for name, each in own.items()}
 
     def _profile(self, own: Own, counts: Callable[[int], bool]) -> dict[str, float]:
         """Seconds of each stage, in calls of their own, since asking takes time: medians over the steps that count."""
@@ -215,9 +228,7 @@ class Host:
 
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:
-        for kind in KINDS[1:]:
-            self._in_a_row(EachKind(fresh_ratio=0.25, turns=(kind,)), f"duca_compile, {kind.value}{IN_A_ROW}")
-        self._in_a_row(duca_compile.TaylorSeer(LOOP, ORDER, 1, lite=True), FORECAST + IN_A_ROW)
+        self._in_a_row()
         for index in range(self.rounds + WARM):
             for own in self.own:
                 self._own_round(own, index)
