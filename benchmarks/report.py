@@ -354,8 +354,9 @@ def hosts(host: Found) -> Iterator[str]:
     yield prose(
         "A reuse step hands over a cache for each branch, of which each block has several. A partial step chooses",
         "tokens besides, and hands over one index tensor for each branch that it recomputes. What bounds the others is",
-        "the processor's caches: the same Python takes a part of the time where it has just run. By stage, in calls of",
-        "their own:",
+        "the processor's caches: the same Python takes a part of the time where it has just run. In a row, too, the",
+        "stages that all kinds have in common take longer, the more their graph has computed since. By stage, in calls",
+        "of their own:",
     )
     stages = {
         f"{name.removeprefix(f'{OWN}, ')}, {mode}": each["stage_seconds"]
