@@ -34,7 +34,6 @@ LOOP = 20  # steps of a request of ours; it has the timesteps of the one before,
 WARM = ORDER + 2  # rounds that are not counted: they compile, and a forecast gains an order with each full step
 
 IN_A_ROW = ", in a row"
-FORECAST = "duca_compile, lite forecast"
 
 # What a call does besides running a graph, by the functions that do it: they do not overlap.
 STAGES = {
@@ -95,7 +94,14 @@ class Own:
     model: OptimizedModel
     prefix: str
     period: int
+    counts: Callable[[int], bool] = lambda step: True  # whether a step of a loop is measured
+    suffix: str = ""
     graph: InnerTime | None = None
+
+    @property
+    def row(self) -> str:
+        """Of the last call."""
+        return f"duca_compile, {self.prefix}{self.model.history[-1].kind.value}{self.suffix}"
 
 
 class StageTime:
@@ -176,11 +182,11 @@ class Host:
 
     def _own_round(self, own: Own, index: int) -> None:
         for place in range(own.period):
-            seconds, outside = self._call_own(own, (index * own.period + place) % LOOP)
-            if own.graph:
-                kind = f"duca_compile, {own.prefix}{own.model.history[-1].kind.value}"
-                self.outside[kind].append(outside)
-                self.seconds[kind].append(seconds)
+            step = (index * own.period + place) % LOOP
+            seconds, outside = self._call_own(own, step)
+            if own.graph and own.counts(step):
+                self.outside[own.row].append(outside)
+                self.seconds[own.row].append(seconds)
         if index + 1 == WARM:
             own.graph = InnerTime(own.model)
 
@@ -192,24 +198,23 @@ class Host:
 
     def _in_a_row(self) -> None:
         """Loops of one kind of step each: the host's work with the processor's caches full of it. They take turns."""
-        policies: dict[str, Policy] = {
-            f"duca_compile, {kind.value}": EachKind(fresh_ratio=0.25, turns=(kind,)) for kind in KINDS[1:]
-        }
-        policies[FORECAST] = duca_compile.TaylorSeer(LOOP, ORDER, 1, lite=True)
-        own = {
-            name + IN_A_ROW: Own(duca_compile.optimize(self.model, policy, self.backend, strict=True), "", LOOP)
-            for name, policy in policies.items()
-        }
+        policies: list[tuple[Policy, str]] = [(EachKind(fresh_ratio=0.25, turns=(kind,)), "") for kind in KINDS[1:]]
+        policies.append((duca_compile.TaylorSeer(LOOP, ORDER, 1, lite=True), "lite "))
+        owns = [
+            Own(
+                duca_compile.optimize(self.model, policy, self.backend, strict=True),
+                prefix,
+                LOOP,
+                _is_in_a_row,
+                IN_A_ROW,
+            )
+            for policy, prefix in policies
+        ]
         for index in range(WARM + self.rounds):
-            for name, each in own.items():
-                for step in range(LOOP):
-                    seconds, outside = self._call_own(each, step)
-                    if each.graph and _is_in_a_row(step):
-                        self.seconds[name].append(seconds)
-                        self.outside[name].append(outside)
-                if index + 1 == WARM:
-                    each.graph = InnerTime(each.model)
-        self.stages |= {name: self._profile(each, _is_in_a_row) for name, each in own.items()}
+            for own in owns:
+                self._own_round(own, index)
+        for own in owns:
+            self.stages[own.row] = self._profile(own, own.counts)
 
     def _profile(self, own: Own, counts: Callable[[int], bool]) -> dict[str, float]:
         """Seconds of each stage, in calls of their own, since asking takes time: medians over the steps that count."""
@@ -239,7 +244,7 @@ class Host:
                     self.errors[name] = message(error)
                     del self.peers[name]
         lite = next(own for own in self.own if own.prefix)
-        self.stages[FORECAST] = self._profile(lite, lambda step: step % 2 == 1)
+        self.stages[lite.row] = self._profile(lite, lambda step: step % 2 == 1)
         found: dict[str, Any] = {name: {"seconds": asdict(Spread.of(each))} for name, each in self.seconds.items()}
         for name, each in self.outside.items():
             found[name]["host_seconds_outside_the_graph"] = asdict(Spread.of(each))

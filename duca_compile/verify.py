@@ -44,8 +44,9 @@ def verified(captured: CapturedGraph, facts: Facts, values: Mapping[str, Tensor]
 def _forms(captured: CapturedGraph, branches: list[Branch]) -> dict[str, Hashable]:
     """What each branch computes of its stream and other operands, by slot: equal where only values differ."""
     nodes, forms = list(captured.graph.nodes), dict[str, Hashable]()
+    places = {node.name: place for place, node in enumerate(nodes)}
     for branch in branches:
-        form = form_of([node for node in nodes if node.name in branch.body])
+        form = form_of([nodes[place] for place in sorted(places[name] for name in branch.body)])
         forms[branch.slot] = form.text, tuple(operand.name == branch.stream for operand in form.operands)
     return forms
 

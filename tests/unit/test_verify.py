@@ -35,7 +35,7 @@ class Wrong(Block):
         self.mlp = OverTokens()
 
 
-class Mended(Wrong):
+class Mended(Block):
     """The same operators along the channels."""
 
     def __init__(self) -> None:
