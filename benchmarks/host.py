@@ -34,20 +34,24 @@ LOOP = 20  # steps of a request of ours; it has the timesteps of the one before,
 WARM = ORDER + 2  # rounds that are not counted: they compile, and a forecast gains an order with each full step
 
 IN_A_ROW = ", in a row"
+IDLE = ", nothing computed"  # the same calls, where graphs return what they returned before
 
 # What a call does besides running a graph, by the functions that do it: they do not overlap.
 STAGES = {
     "binding the arguments": (Binder, "__call__"),
     "finding the capture": (Captures, "find"),
     "telling step, pass and request": (Request, "tick"),
+    "what the pass carries": (Request, "state"),
     "loop-invariant values": (Dispatcher, "_hoist"),
     "the step's plan": (Dispatcher, "_plan"),
     "what the timestep and the forecast give": (Dispatcher, "_given"),
     "choosing tokens": (Dispatcher, "_tokens"),
     "the inputs in their order": (CacheState, "inputs"),
+    "what the graph returned": (Dispatcher, "_written"),
+    "keeping it": (CacheState, "store"),
     "the model's output object": (OutputLayout, "rebuild"),
 }
-REST = "nn.Module's own call, and the rest"
+ARGUMENTS, MODULE, REST = "weights and inputs to the graph", "nn.Module's own call", "the rest"
 
 PEERS = {
     "cache-dit, static mask": CacheDit,
@@ -105,17 +109,17 @@ class Own:
 
 
 class StageTime:
-    """While it is entered, adds up the seconds that are spent in one method of a class."""
+    """While it is entered, adds up the seconds that are spent in one method of a class, or in one of an object."""
 
-    def __init__(self, owner: type, name: str) -> None:
+    def __init__(self, owner: object, name: str) -> None:
         self.seconds, self._owner, self._name, self._method = 0.0, owner, name, getattr(owner, name)
 
     def __enter__(self) -> StageTime:
         method = self._method
 
-        def timed(*args: Any) -> Any:
+        def timed(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
-            result = method(*args)
+            result = method(*args, **kwargs)
             self.seconds += time.perf_counter() - started
             return result
 
@@ -167,7 +171,7 @@ class Host:
     def _call(self, model: Model, step: int) -> float:
         latent, timestep = torch.randn(1, SIDE * SIDE, 4), torch.full((1,), 1 - step / 1e5)
         started = time.perf_counter()
-        model(hidden_states=latent, timestep=timestep, **self.arguments)
+        model(hidden_states=latent, timestep=timestep, **self.arguments, return_dict=False)
         return time.perf_counter() - started
 
     def _call_own(self, own: Own, step: int) -> tuple[float, float]:
@@ -215,18 +219,33 @@ class Host:
                 self._own_round(own, index)
         for own in owns:
             self.stages[own.row] = self._profile(own, own.counts)
+        for own in owns:
+            assert own.graph is not None
+            own.graph.kept, own.suffix = {}, own.suffix + IDLE
+            for index in range(1, self.rounds):
+                self._own_round(own, index)
+            self.stages[own.row] = self._profile(own, own.counts)
 
     def _profile(self, own: Own, counts: Callable[[int], bool]) -> dict[str, float]:
         """Seconds of each stage, in calls of their own, since asking takes time: medians over the steps that count."""
+        assert own.graph is not None
         found: dict[str, list[float]] = defaultdict(list)
+        programs = [
+            program for compiled in own.model._compiled.values() for _, program in compiled.programs.by_spec.values()
+        ]
         with ExitStack() as patches:
             stages = {stage: patches.enter_context(StageTime(*place)) for stage, place in STAGES.items()}
+            forward = patches.enter_context(StageTime(own.model, "forward"))
+            runs = [patches.enter_context(StageTime(program, "run")) for program in programs]
             for index in range(self.rounds * LOOP):
                 step = index % LOOP
-                before = {stage: each.seconds for stage, each in stages.items()}
-                _, outside = self._call_own(own, step)
+                for each in (*stages.values(), forward, *runs):
+                    each.seconds = 0.0
+                seconds, outside = self._call_own(own, step)
                 if counts(step):
-                    taken = {stage: each.seconds - before[stage] for stage, each in stages.items()}
+                    taken = {stage: each.seconds for stage, each in stages.items()}
+                    taken[ARGUMENTS] = sum(run.seconds for run in runs) - (seconds - outside)
+                    taken[MODULE] = seconds - forward.seconds
                     for stage, each in (taken | {REST: outside - sum(taken.values())}).items():
                         found[stage].append(each)
         return {stage: statistics.median(each) for stage, each in found.items()}

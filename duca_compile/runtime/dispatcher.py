@@ -41,7 +41,7 @@ class Program:
     replaces: frozenset[str]  # those of them that it does not read
     waiting: tuple[int, ...]  # branches whose tokens a partial step chooses from, or leaves to grow stale
     rows: tuple[int, ...]  # their positions in the selector
-    tokens: tuple[str, ...]  # the names of the inputs that say which tokens
+    tokens: Mapping[str, int]  # the inputs that say which tokens, each with the first of those branches that it is for
     computed: Mapping[int, int | None]  # positions that are computed in full -> the output with their scores
     measures: tuple[tuple[str, int], ...] = ()  # what decisions are made from, and from which outputs
     loose: tuple[str, ...] | None = None  # the caches whose outputs are views of larger tensors, or not contiguous
@@ -76,7 +76,7 @@ class Program:
             replaces=frozenset(writes.keys() - set(inputs)),
             waiting=waiting,
             rows=rows,
-            tokens=tokens,
+            tokens={name: tokens.index(name) for name in tokens if name in inputs},
             computed=computed,
             measures=tuple((name, i) for i, name in extra if name in MEASURED),
         )
@@ -367,13 +367,13 @@ class Dispatcher:
             written[name] = value.clone() if value.is_contiguous() else value.contiguous()
         return written
 
-    def _tokens(self, plan: Plan, state: CacheState) -> Iterable[tuple[str, Array | None]]:
-        """The tokens that each waiting branch of a partial step recomputes, by the name of its input; None for none."""
+    def _tokens(self, plan: Plan, state: CacheState) -> dict[str, Array | None]:
+        """The tokens that the waiting branches of a partial step recompute, by the name of the input."""
         program = plan.program
         if state.selector is None or not program.waiting:
-            return ()
+            return {}
         chosen = state.selector.select(program.rows, plan.counts, plan.step.interval)
-        return zip(program.tokens, chosen, strict=True)
+        return {name: chosen[place] for name, place in program.tokens.items()}
 
     def _unaliased(self, program: Program, outputs: Sequence[Array], state: CacheState) -> Sequence[Array]:
         """The outputs, copied where the caller's changing one in place would change the state or another output."""

@@ -134,8 +134,10 @@ class _Group:
         bonus = self._grid is not None and self._selection.patch_bonus
         if self._selection.kind == "random" and stale is None and not bonus:
             drawn = self._drawn(most)
-            own = [drawn[0 if self._selection.shared else position] for position in positions]
-            return [each if n == most else self._arrays.dense(each[:, :n]) for each, n in zip(own, counts, strict=True)]
+            if self._selection.shared:
+                cut = {n: self._first(drawn[0], n) for n in set(counts)}
+                return [cut[n] for n in counts]
+            return [self._first(drawn[position], n) for position, n in zip(positions, counts, strict=True)]
         rows = self._rows(positions)
         score = self._base()[rows]
         if stale is not None:
@@ -147,7 +149,10 @@ class _Group:
         order = self._arrays.top(score, most)
         if stale is not None:
             self._age(stale, rows, order, counts)
-        return [self._arrays.dense(chosen[:, :count]) for chosen, count in zip(order, counts, strict=True)]
+        return [self._first(chosen, count) for chosen, count in zip(order, counts, strict=True)]
+
+    def _first(self, tokens: Array, count: int) -> Array:
+        return self._arrays.dense(tokens if count == tokens.shape[1] else tokens[:, :count])
 
     def _drawn(self, count: int) -> tuple[Array, ...]:
         """Random tokens, (batch, count) for each branch. Drawing for many steps takes little longer than for one."""
