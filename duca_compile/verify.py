@@ -33,12 +33,21 @@ def verified(captured: CapturedGraph, facts: Facts, values: Mapping[str, Tensor]
     forms = _forms(captured, partial)
     try:
         failed = _failed(full, variant, facts, forms, values)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # a body that cannot run on other token counts
-        return _without_partial(facts, partial, f"it cannot run on some of its tokens ({error})")
+    except _NodeError as error:  # on other token counts
+        index = error.node.meta.get("tokens_of", (None,))[0]
+        alike = [b for b in partial if index is None or forms[b.slot] == forms[facts.branches[index].slot]]
+        rest = _without_partial(facts, alike, f"it cannot run on some of its tokens ({error})")
+        return verified(captured, rest, values)
     wrong = [b for b in partial if forms[b.slot] in failed]
     return _without_partial(facts, wrong, "recomputing some tokens gave other values than computing all of them")
+
+
+class _NodeError(Exception):
+    """A node of a variant fails."""
+
+    def __init__(self, node: fx.Node, reason: RuntimeError) -> None:
+        super().__init__(first_line(reason))
+        self.node = node
 
 
 def _forms(captured: CapturedGraph, branches: list[Branch]) -> dict[str, Hashable]:
@@ -110,12 +119,8 @@ class _Expected:
                     self._held[name] = value
                 if name == slot:
                     return
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            raise InternalError(
-                f"the graph fails on the call that it was captured from: {first_line(error)}"
-            ) from error
+        except _NodeError as error:
+            raise InternalError(f"the graph fails on the call that it was captured from: {error}") from error
 
     def drop(self, slot: str) -> None:
         del self._held[slot]
@@ -124,7 +129,7 @@ class _Expected:
 def _results(variant: Variant, value_of: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Runs a variant, and gives each of its results by name as soon as it is there.
 
-    An input is asked for at its first use, and no value is kept behind its last one.
+    An input is asked for at its first use, and no value is kept behind its last one. Raises _NodeError.
     """
     graph, runner = variant.module.graph, fx.Interpreter(variant.module)
     nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
@@ -135,7 +140,12 @@ def _results(variant: Variant, value_of: Callable[[str], Tensor]) -> Iterator[tu
         for each in node.all_input_nodes:
             if each not in runner.env:
                 runner.env[each] = value_of(str(each.target))
-        runner.env[node] = runner.run_node(node)
+        try:
+            runner.env[node] = runner.run_node(node)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise _NodeError(node, error) from error
         for name in names[node]:
             yield name, runner.env[node]
         for each in unneeded[node]:

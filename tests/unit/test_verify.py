@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from models import WIDTH, Block, build, example
+from models import TOKENS, WIDTH, Block, build, example
 from torch import Tensor, fx, nn
 
 from duca_compile.analysis import tokens
@@ -35,6 +35,24 @@ class Wrong(Block):
         self.mlp = OverTokens()
 
 
+class Fixed(Block):
+    """Mixes tokens by a product with a matrix, which only fits all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = BetweenTokens()
+
+
+class BetweenTokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Parameter(torch.randn(TOKENS, TOKENS) / TOKENS)
+        self.down = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.mix @ x)
+
+
 class Mended(Block):
     """The same operators along the channels."""
 
@@ -46,6 +64,7 @@ class Mended(Block):
 @pytest.fixture(autouse=True)
 def wrong_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(tokens._RULES, "softmax", lambda node, axes: tokens._first(node, axes)[1])
+    monkeypatch.setitem(tokens._RULES, "matmul", lambda node, axes: axes[node.args[1].name])
 
 
 @pytest.fixture
@@ -83,6 +102,13 @@ def test_others_stay() -> None:
     kinds: Iterator[type[Block]] = iter([Mended, Wrong, Block, Wrong])
     facts = facts_of(build(lambda: next(kinds)(), depth=4))
     assert mlps(facts) == [True, False, True, False]
+
+
+def test_one_that_cannot_run_on_some_tokens_is_computed_in_full_alone() -> None:
+    kinds: Iterator[type[Block]] = iter([Mended, Fixed, Wrong, Fixed])
+    facts = facts_of(build(lambda: next(kinds)(), depth=4))
+    assert mlps(facts) == [True, False, False, False]
+    assert ["cannot run on some of its tokens" in note for note in facts.notes] == [True, True, False]
 
 
 @pytest.mark.parametrize("silenced", [1, 2, 3])
