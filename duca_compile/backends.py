@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
@@ -27,7 +27,7 @@ from duca_compile.errors import BackendError, UsageError, first_line
 from duca_compile.graph import PROBE_SEEN, Variant, VariantFunction, cache_input
 from duca_compile.lock import COMPILING
 from duca_compile.passes.hoist import hoisted_input
-from duca_compile.passes.outline import outline
+from duca_compile.passes.outline import form_of, outline
 
 BACKENDS = ("inductor", "openvino", "eager")
 MODES = ("default", "reduce-overhead")
@@ -109,13 +109,30 @@ class InductorBackend(CompilingBackend):
             fakes = [_fake(mode, tensor, position in lifted.dynamic) for position, tensor in enumerate(tensors)]
         inputs = [*(_fake(mode, weight, False) for weight in weights), *fakes]
         module = fx.GraphModule({}, lifted.graph)
-        FakeTensorProp(module, mode).propagate_dont_convert_inputs(*inputs)
+        _FakeValues(module, mode).propagate_dont_convert_inputs(*inputs)
         outline(module, lifted.cuts)
         context = torch._guards.tracing(torch._guards.TracingContext(mode))
         # The dispatcher gives only what it was compiled for, so each call need not check the sizes of every tensor.
         unchecked = inductor_config.patch(size_asserts=False, alignment_asserts=False)
         with context, unchecked, _without_hints():
             return cast(Callable[..., Any], compile_fx(module, inputs))
+
+
+class _FakeValues(FakeTensorProp):
+    """Notes each node's fake value; what was computed of operands of the same kinds is not computed again."""
+
+    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(module, mode)
+        self._known: dict[Hashable, tuple[Any, Any]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op != "call_function":
+            return super().run_node(n)
+        text = form_of([n]).text
+        if text not in self._known:
+            self._known[text] = super().run_node(n), n.meta["val"]
+        result, n.meta["val"] = self._known[text]
+        return result
 
 
 @runtime_checkable
