@@ -330,12 +330,9 @@ class Dispatcher:
         """The plan of ``step``, or of a full one for a pass that has just joined or has missed steps."""
         plan = self.planner.plan(step)
         program = plan.program
-        if not program.reads or (program in state.ready and index - state.last_step <= 1):
+        if not program.reads or (index - state.last_step <= 1 and state.gather(program).whole):
             return plan
-        if index - state.last_step > 1 or not program.reads <= state.caches.keys():
-            return self.planner.plan(Step(StepKind.FULL, kept=step.kept, live=step.live))
-        state.ready.add(program)
-        return plan
+        return self.planner.plan(Step(StepKind.FULL, kept=step.kept, live=step.live))
 
     def _run(self, plan: Plan, state: CacheState, given: dict[str, Array]) -> Sequence[Array]:
         program = plan.program

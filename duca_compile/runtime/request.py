@@ -46,13 +46,15 @@ class Reader(Protocol):
 
     inputs: tuple[str, ...]
     caches: frozenset[str]  # those of them that are caches
+    reads: frozenset[str]  # those of the caches that must be there
 
 
 class Gathered(NamedTuple):
     """The inputs of one program, as far as they stay from step to step, and the places and names of the rest."""
 
-    values: list[Array]
+    values: list[Array | None]
     rest: tuple[tuple[int, str], ...]
+    whole: bool  # whether all caches that must be there are
 
 
 @dataclass
@@ -60,7 +62,6 @@ class CacheState:
     """What one pass of one request carries from step to step; dropped when the next request starts."""
 
     caches: dict[str, Array] = field(default_factory=dict)  # placeholder name -> value
-    ready: set[object] = field(default_factory=set)  # programs whose caches are all there
     last_step: int = -1
     gathered: dict[Reader, Gathered] = field(default_factory=dict)
     hoisted: dict[str, Array] = field(default_factory=dict)
@@ -99,13 +100,19 @@ class CacheState:
         self.rows, self.foreseen = {}, False
         self.gathered.clear()
 
-    def inputs(self, reader: Reader, given: Mapping[str, Array]) -> list[Array]:
-        """What a program reads: caches and hoisted values are looked up once for as long as they stay."""
+    def gather(self, reader: Reader) -> Gathered:
+        """What a program reads of caches and hoisted values, looked up once for as long as they stay."""
         gathered = self.gathered.get(reader)
         if gathered is None:
-            kept, names = {**self.hoisted, **self.caches}, reader.inputs
-            rest = tuple((place, name) for place, name in enumerate(names) if name not in kept)
-            gathered = self.gathered[reader] = Gathered([kept.get(name) for name in names], rest)
+            values = [*map({**self.hoisted, **self.caches}.get, reader.inputs)]
+            rest = tuple([(place, reader.inputs[place]) for place, value in enumerate(values) if value is None])
+            whole = reader.reads.isdisjoint(name for _, name in rest)
+            gathered = self.gathered[reader] = Gathered(values, rest, whole)
+        return gathered
+
+    def inputs(self, reader: Reader, given: Mapping[str, Array]) -> list[Array]:
+        """What a program reads."""
+        gathered = self.gather(reader)
         values = gathered.values.copy()
         for place, name in gathered.rest:
             values[place] = given[name]
@@ -126,7 +133,6 @@ class CacheState:
         if len(self.caches) > self._most[0]:
             self.most_bytes  # noqa: B018 - remembers it
         self.drop(dead_caches(live, self.caches))
-        self.ready.clear()
 
 
 class Names(Protocol):

@@ -22,6 +22,10 @@ class Program:
     inputs: tuple[str, ...]
     caches: frozenset[str]
 
+    @property
+    def reads(self) -> frozenset[str]:
+        return self.caches
+
 
 CACHES, HOISTED, GIVEN = ("cache_a", "cache_b", "cache_c"), ("hoisted_a", "hoisted_b"), ("latent", "timestep")
 PROGRAMS = [
@@ -55,7 +59,9 @@ def test_inputs_that_are_gathered_once_are_those_of_now(changes: list[tuple[str,
             state.hoist(values(HOISTED), Sight.of([]))
         call = values(GIVEN)
         for program in PROGRAMS:
-            if program.caches <= state.caches.keys():
+            whole = program.caches <= state.caches.keys()
+            assert state.gather(program).whole == whole
+            if whole:
                 now = {**call, **state.hoisted, **state.caches}
                 assert state.inputs(program, call) == [now[name] for name in program.inputs]
 
