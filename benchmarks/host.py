@@ -49,6 +49,7 @@ STAGES = {
     "the inputs in their order": (CacheState, "inputs"),
     "what the graph returned": (Dispatcher, "_written"),
     "keeping it": (CacheState, "store"),
+    "freeing what is read no more": (CacheState, "drop"),
     "the model's output object": (OutputLayout, "rebuild"),
 }
 ARGUMENTS, MODULE, REST = "weights and inputs to the graph", "nn.Module's own call", "the rest"
@@ -218,37 +219,37 @@ class Host:
             for own in owns:
                 self._own_round(own, index)
         for own in owns:
-            self.stages[own.row] = self._profile(own, own.counts)
+            self._profile(own)
         for own in owns:
             assert own.graph is not None
             own.graph.kept, own.suffix = {}, own.suffix + IDLE
             for index in range(1, self.rounds):
                 self._own_round(own, index)
-            self.stages[own.row] = self._profile(own, own.counts)
+            self._profile(own)
 
-    def _profile(self, own: Own, counts: Callable[[int], bool]) -> dict[str, float]:
+    def _profile(self, own: Own) -> None:
         """Seconds of each stage, in calls of their own, since asking takes time: medians over the steps that count."""
         assert own.graph is not None
-        found: dict[str, list[float]] = defaultdict(list)
-        programs = [
-            program for compiled in own.model._compiled.values() for _, program in compiled.programs.by_spec.values()
+        found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        variants = [
+            variant for compiled in own.model._compiled.values() for variant in compiled.programs.by_spec.values()
         ]
         with ExitStack() as patches:
             stages = {stage: patches.enter_context(StageTime(*place)) for stage, place in STAGES.items()}
             forward = patches.enter_context(StageTime(own.model, "forward"))
-            runs = [patches.enter_context(StageTime(program, "run")) for program in programs]
+            runs = [patches.enter_context(StageTime(program, "run")) for _, program in variants]
             for index in range(self.rounds * LOOP):
-                step = index % LOOP
                 for each in (*stages.values(), forward, *runs):
                     each.seconds = 0.0
-                seconds, outside = self._call_own(own, step)
-                if counts(step):
+                seconds, outside = self._call_own(own, index % LOOP)
+                if own.counts(index % LOOP):
                     taken = {stage: each.seconds for stage, each in stages.items()}
                     taken[ARGUMENTS] = sum(run.seconds for run in runs) - (seconds - outside)
                     taken[MODULE] = seconds - forward.seconds
                     for stage, each in (taken | {REST: outside - sum(taken.values())}).items():
-                        found[stage].append(each)
-        return {stage: statistics.median(each) for stage, each in found.items()}
+                        found[own.row][stage].append(each)
+        for name, times in found.items():
+            self.stages[name] = {stage: statistics.median(each) for stage, each in times.items()}
 
     @torch.no_grad()
     def measure(self) -> dict[str, Any]:
@@ -262,8 +263,8 @@ class Host:
                 except Exception as error:
                     self.errors[name] = message(error)
                     del self.peers[name]
-        lite = next(own for own in self.own if own.prefix)
-        self.stages[lite.row] = self._profile(lite, lambda step: step % 2 == 1)
+        for own in self.own:
+            self._profile(own)
         found: dict[str, Any] = {name: {"seconds": asdict(Spread.of(each))} for name, each in self.seconds.items()}
         for name, each in self.outside.items():
             found[name]["host_seconds_outside_the_graph"] = asdict(Spread.of(each))

@@ -356,20 +356,18 @@ def hosts(host: Found) -> Iterator[str]:
             met = verdict(outside["median"] <= HOST, f"at most {1e3 * HOST:.2f} ms") if outside and held else ""
             yield row(label, mode, spread(each["seconds"], 1e3), spread(outside, 1e3) if outside else "", met)
     yield prose(
-        "A reuse step hands over a cache for each branch, of which each block has several; a partial step chooses",
-        "tokens besides, and keeps what it wrote.",
         *idle(host["found"]),
-        "By stage, in calls of their own:",
+        "By stage, in calls of their own. In a row, with nothing computed behind the stroke; the others are of a loop",
+        "whose kinds take turns. There a step after a full one looks its inputs up anew, and one that is the last to",
+        "read caches frees them.",
     )
-    stages = {
-        f"{name.removeprefix(f'{OWN}, ')}, {mode}": each["stage_seconds"]
-        for mode, rows in host["found"].items()
-        for name, each in rows.items()
-        if "stage_seconds" in each
-    }
-    yield from head("µs", *stages)
-    for stage in {stage: None for each in stages.values() for stage in each}:
-        yield row(stage, *(f"{1e6 * each[stage]:.1f}" for each in stages.values()))
+    for mode, rows in host["found"].items():
+        stages = {label: each["stage_seconds"] for label, each in rows.items() if "stage_seconds" in each}
+        judged = [label for label in stages if not label.endswith(UNJUDGED)]
+        yield from head("µs", *(f"{label.removeprefix(f'{OWN}, ')}, {mode}" for label in judged))
+        for stage in stages[judged[0]]:
+            both = [[stages[each][stage] for each in (label, label + IDLE) if each in stages] for label in judged]
+            yield row(stage, *(" / ".join(f"{1e6 * each:.1f}" for each in pair) for pair in both))
     yield ""
 
 
@@ -384,7 +382,6 @@ def idle(found: Found) -> Iterator[str]:
     if times:
         yield f"In a row, and so with nothing computed, they take, in µs: {'; '.join(times)}. It is the same code both"
         yield "times: what it takes longer is the price of finding the processor's caches as the graph has left them."
-        yield "That is also what bounds the rows between other models."
 
 
 def quality(pareto: Found) -> Iterator[str]:
