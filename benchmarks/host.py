@@ -43,7 +43,7 @@ STAGES = {
     "telling step, pass and request": (Request, "tick"),
     "what the pass carries": (Request, "state"),
     "loop-invariant values": (Dispatcher, "_hoist"),
-    "the step's plan": (Dispatcher, "_plan"),
+    "the step's plan, and the caches that it reads": (Dispatcher, "_plan"),
     "what the timestep and the forecast give": (Dispatcher, "_given"),
     "choosing tokens": (Dispatcher, "_tokens"),
     "the inputs in their order": (CacheState, "inputs"),
