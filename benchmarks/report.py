@@ -500,7 +500,7 @@ def start_losses(suite: Found) -> Iterator[str]:
         rows = ran(model.get("start", {}))
         for run, which in (("cold", "first_calls_seconds"), ("warm", "first_calls_seconds")):
             timed = {label: each[run][which] for label, each in rows.items() if run in each and ", compile" in label}
-            own = {label: value for label, value in timed.items() if label.startswith(OWN)}
+            own = {label: value for label, value in timed.items() if label.startswith(OWN) and label != NONE}
             others = {label: value for label, value in timed.items() if not label.startswith(OWN)}
             if own and others and max(own.values()) > min(others.values()):
                 slowest, fastest = max(own, key=lambda each: own[each]), min(others, key=lambda each: others[each])
