@@ -13,12 +13,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Protocol, cast, runtime_checkable
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx
+from torch._higher_order_ops.utils import registered_hop_fake_fns
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext, SymbolicContext
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
@@ -27,10 +29,11 @@ from duca_compile.errors import BackendError, UsageError, first_line
 from duca_compile.graph import PROBE_SEEN, Variant, VariantFunction, cache_input
 from duca_compile.lock import COMPILING
 from duca_compile.passes.hoist import hoisted_input
-from duca_compile.passes.outline import form_of, outline
+from duca_compile.passes.outline import form_of, kind_of, outline
 
 BACKENDS = ("inductor", "openvino", "eager")
 MODES = ("default", "reduce-overhead")
+_REGION: Any = torch.ops.higher_order.invoke_subgraph
 
 
 class Backend(Protocol):
@@ -114,8 +117,34 @@ class InductorBackend(CompilingBackend):
         context = torch._guards.tracing(torch._guards.TracingContext(mode))
         # The dispatcher gives only what it was compiled for, so each call need not check the sizes of every tensor.
         unchecked = inductor_config.patch(size_asserts=False, alignment_asserts=False)
-        with context, unchecked, _without_hints():
+        with context, unchecked, _without_hints(), _regions_evaluated_once(mode):
             return cast(Callable[..., Any], compile_fx(module, inputs))
+
+
+@contextmanager
+def _regions_evaluated_once(mode: FakeTensorMode) -> Iterator[None]:
+    """torch evaluates a region whose sizes are symbols again at each call of it, for each time that it looks at all."""
+    evaluate = registered_hop_fake_fns[_REGION]
+    known: dict[Hashable, list[tuple[Any, ...]]] = {}
+    held: list[Any] = []  # so that no other region has the identity of one of these
+
+    def evaluated(region: Any, name: str, *operands: Any) -> Any:
+        tensors = [operand for operand in operands if isinstance(operand, Tensor)]
+        if not all(isinstance(tensor, FakeTensor) and tensor.fake_mode is mode for tensor in tensors):
+            return evaluate(region, name, *operands)  # of another thread
+        body = getattr(region, "subgraph", region)
+        key = id(body), *(kind_of(each) if isinstance(each, Tensor) else str(each) for each in operands)
+        if key in known:
+            return tuple(torch.empty_strided(size, stride, dtype=t, device=d) for size, stride, t, d in known[key])
+        results = evaluate(region, name, *operands)
+        memory = {tensor.untyped_storage()._cdata for tensor in tensors}
+        if all(isinstance(each, FakeTensor) and each.untyped_storage()._cdata not in memory for each in results):
+            known[key] = [(each.shape, each.stride(), each.dtype, each.device) for each in results]
+            held.append(body)
+        return results
+
+    with patch.dict(registered_hop_fake_fns, {_REGION: evaluated}):
+        yield
 
 
 class _FakeValues(FakeTensorProp):

@@ -154,8 +154,11 @@ def form_of(stretch: Sequence[fx.Node]) -> Form:
 
 def _kind(node: fx.Node) -> Hashable:
     value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return node  # what is no tensor is like nothing else
+    return kind_of(value) if isinstance(value, Tensor) else node  # what is no tensor is like nothing else
+
+
+def kind_of(value: Tensor) -> Hashable:
+    """Equal where two values differ in what they hold at most; sizes may be symbols."""
     return str(value.shape), str(value.stride()), value.dtype, value.device
 
 
