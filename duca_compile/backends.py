@@ -23,6 +23,7 @@ from torch._inductor.compile_fx import compile_fx
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext, SymbolicContext
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.utils._sympy.numbers import int_oo
 
 from duca_compile.cuda_graphs import Replayed
 from duca_compile.errors import BackendError, UsageError, first_line
@@ -269,11 +270,16 @@ def _without_hints() -> Iterator[None]:
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic: bool) -> Tensor:
+    if not dynamic:
+        return mode.from_tensor(tensor, static_shapes=True)
     sizes = [DimDynamic.STATIC] * tensor.dim()
-    if dynamic:
-        sizes[1] = DimDynamic.UNBACKED
+    sizes[1] = DimDynamic.UNBACKED
     context: SymbolicContext = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=[None] * tensor.dim())
-    return mode.from_tensor(tensor, static_shapes=not dynamic, symbolic_context=context if dynamic else None)
+    fake = mode.from_tensor(tensor, static_shapes=False, symbolic_context=context)
+    count: Any = fake.shape[1]
+    # Else strides are those of max(1, count), and regions copy their operands from one form of that to the other.
+    count.node.shape_env.constrain_symbol_range(count.node.expr, compiler_min=1, compiler_max=int_oo)
+    return fake
 
 
 def make_backend(name: str, strict: bool, mode: str = "default") -> Backend:
