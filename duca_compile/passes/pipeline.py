@@ -80,11 +80,11 @@ def run_passes(draft: D, passes: Sequence[Pass[D]]) -> D:  # type: ignore[misc]
         missing = each.requires - draft.properties
         if missing:
             raise InternalError(f"{type(each).__name__} needs {sorted(missing)}, which no earlier pass ensures")
-        each.apply(draft)
-        try:
-            draft.graph.lint()
-        except RuntimeError as error:
-            raise InternalError(f"{type(each).__name__} left a malformed graph: {error}") from error
+        if each.apply(draft):
+            try:
+                draft.graph.lint()
+            except RuntimeError as error:
+                raise InternalError(f"{type(each).__name__} left a malformed graph: {error}") from error
         draft.properties |= each.ensures
     return draft
 
