@@ -298,9 +298,8 @@ def depth_profile(found: dict[int, dict[str, float]]) -> Iterator[str]:
     """What grows with the depth."""
     yield prose(
         "What grows is what is done before repeated blocks are one: torch.export unrolls the model, and each variant's",
-        "graph is traced as a whole. A partial step's blocks have token counts that are symbols without a value, so",
-        "torch evaluates them again at every call of the one region instead of remembering the result. Its last",
-        "kernel, which adds what all blocks add to the other tokens, has as many inputs as there are branches.",
+        "graph is traced as a whole. The last kernel of a partial step, which adds what all blocks add to the other",
+        "tokens, has as many inputs as there are branches.",
         "Seconds under cProfile, which slows down Python and not the C++ compiler; the stages overlap:",
     )
     yield from head("stage", *(f"{blocks} blocks" for blocks in found))

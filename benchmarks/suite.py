@@ -258,27 +258,20 @@ STAGES = {
     "Inductor, with the C++ compiler": ("torch/_inductor/compile_fx.py", "codegen_and_compile"),
     "the C++ compiler": ("subprocess.py", "run"),
 }
-REGIONS = "evaluating regions of symbolic sizes"  # within several of these
 
 
 def run_profile(workload: Workload, method: Method, mode: Mode, seed: int) -> dict[str, float]:
     """Seconds of the first calls by stage, under cProfile, which makes Python slower and the C++ compiler not."""
-    from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
-    from torch._higher_order_ops.utils import registered_hop_fake_fns
-
-    region = registered_hop_fake_fns[invoke_subgraph].__code__
     model, arguments, noise = workload.build(seed), workload.arguments(seed), workload.noise(seed)
     runner = method.build(model, workload.steps, mode)
     runner.start()
     profile = cProfile.Profile()
     profile.runcall(workload.denoise, runner.call, arguments, noise, calls=STARTING)
     found: dict[str, float] = {}
-    for (file, line, name), (*_, cumulative, _callers) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
+    for (file, _, name), (*_, cumulative, _callers) in pstats.Stats(profile).stats.items():  # type: ignore[attr-defined]
         for stage, (end, function) in STAGES.items():
             if file.endswith(end) and name == function:
                 found[stage] = found.get(stage, 0.0) + cumulative
-        if (file, line) == (region.co_filename, region.co_firstlineno):
-            found[REGIONS] = cumulative
     return found
 
 
