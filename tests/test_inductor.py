@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch._inductor import config as inductor_config
+from torch._inductor import metrics
 from torch._inductor.compile_fx import compile_fx
 
 import duca_compile
@@ -70,13 +72,25 @@ def test_compiled_variants_agree_with_eager_ones_and_compile_once(
 @torch.no_grad()
 def test_what_repeats_from_block_to_block_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[list[int]] = []
+    work: list[list[int]] = []  # evaluations of regions, and kernels
+    evaluate = backends.registered_hop_fake_fns[backends._REGION]
+
+    def evaluated(*arguments: Any) -> Any:
+        work[-1][0] += 1
+        return evaluate(*arguments)
 
     def measured(module: fx.GraphModule, inputs: list[Tensor]) -> Any:
         regions = [each for each in module.children() if isinstance(each, fx.GraphModule)]
         sizes.append([len(each.graph.nodes) for each in (module, *regions)])
-        return compile_fx(module, inputs)
+        work.append([0, 0])
+        metrics.reset()
+        with inductor_config.patch(force_disable_caches=True):
+            compiled = compile_fx(module, inputs)
+        work[-1][1] = metrics.generated_kernel_count
+        return compiled
 
     monkeypatch.setattr(backends, "compile_fx", measured)
+    monkeypatch.setitem(backends.registered_hop_fake_fns, backends._REGION, evaluated)
     policy = DuCa(interval=2, fresh_ratio=0.25)
     for depth in (4, 8):
         deep = build(depth=depth)
@@ -87,6 +101,9 @@ def test_what_repeats_from_block_to_block_is_compiled_once(monkeypatch: pytest.M
         assert len(one) == 1
         assert one == same, "one region, whatever the depth"
         assert deeper - shallow < 4 * one[0], "four more blocks are four more calls, and what is done for all tokens"
+    assert work[0] == work[2]
+    assert [work[3][0] - work[1][0], work[3][1] - work[1][1]] == [0, 4], "what is more are the writes of four blocks"
+    assert all(0 < evaluations < 4 for evaluations, _ in work)
 
 
 @torch.no_grad()
