@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Protocol, cast, runtime_checkable
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, fx
@@ -144,8 +143,11 @@ def _regions_evaluated_once(mode: FakeTensorMode) -> Iterator[None]:
             held.append(body)
         return results
 
-    with patch.dict(registered_hop_fake_fns, {_REGION: evaluated}):
+    registered_hop_fake_fns[_REGION] = evaluated
+    try:
         yield
+    finally:
+        registered_hop_fake_fns[_REGION] = evaluate
 
 
 class _FakeValues(FakeTensorProp):
