@@ -299,7 +299,8 @@ def depth_profile(found: dict[int, dict[str, float]]) -> Iterator[str]:
     yield prose(
         "What grows is what is done before repeated blocks are one: torch.export unrolls the model, and each variant's",
         "graph is traced as a whole. The last kernel of a partial step, which adds what all blocks add to the other",
-        "tokens, has as many inputs as there are branches.",
+        "tokens, has as many inputs as there are branches. A second process finds the kernels, and does again what",
+        "comes before them: a run of the model itself, torch.export, analysis and rewriting.",
         "Seconds under cProfile, which slows down Python and not the C++ compiler; the stages overlap:",
     )
     yield from head("stage", *(f"{blocks} blocks" for blocks in found))
