@@ -16,7 +16,7 @@ from typing import Any
 
 import diffusers
 import torch
-from measure import KINDS, EachKind, InnerTime, Model, Spread, message
+from measure import KINDS, EachKind, InnerTime, Model, Spread, message, programs_of
 from peers import CacheDit, FirstBlockCache, Peer, Setting, TaylorSeerHooks, periodic
 from runners import ORDER, Mode
 from torch import Tensor, nn
@@ -220,10 +220,9 @@ class Host:
                 self._own_round(own, index)
         for own in owns:
             self._profile(own)
-        for own in owns:
             assert own.graph is not None
             own.graph.kept, own.suffix = {}, own.suffix + IDLE
-            for index in range(1, self.rounds):
+            for index in range(WARM, WARM + self.rounds):
                 self._own_round(own, index)
             self._profile(own)
 
@@ -231,13 +230,10 @@ class Host:
         """Seconds of each stage, in calls of their own, since asking takes time: medians over the steps that count."""
         assert own.graph is not None
         found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        variants = [
-            variant for compiled in own.model._compiled.values() for variant in compiled.programs.by_spec.values()
-        ]
         with ExitStack() as patches:
             stages = {stage: patches.enter_context(StageTime(*place)) for stage, place in STAGES.items()}
             forward = patches.enter_context(StageTime(own.model, "forward"))
-            runs = [patches.enter_context(StageTime(program, "run")) for _, program in variants]
+            runs = [patches.enter_context(StageTime(program, "run")) for program in programs_of(own.model)]
             for index in range(self.rounds * LOOP):
                 for each in (*stages.values(), forward, *runs):
                     each.seconds = 0.0

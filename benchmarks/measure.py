@@ -91,6 +91,11 @@ class EachKind(DuCa):
             yield Step(kind, interval=len(KINDS), ratio=self.fresh_ratio)
 
 
+def programs_of(model: OptimizedModel) -> list[Program]:
+    """All that runs a variant of it so far."""
+    return [program for compiled in model._compiled.values() for _, program in compiled.programs.by_spec.values()]
+
+
 class InnerTime:
     """Wraps every compiled variant of an optimized model and adds up the time spent inside them.
 
@@ -100,9 +105,8 @@ class InnerTime:
     def __init__(self, model: OptimizedModel) -> None:
         self.seconds = 0.0
         self.kept: dict[Model, Any] | None = None
-        for compiled in model._compiled.values():
-            for _, program in compiled.programs.by_spec.values():
-                self._wrap(program)
+        for program in programs_of(model):
+            self._wrap(program)
 
     def _wrap(self, program: Program) -> None:
         """What is around Inductor's own callable is ours, so it is that callable which is wrapped."""
