@@ -1,0 +1,3 @@
+"""Cases of docs/followed.md; see table.py."""
+
+from __future__ import annotations
