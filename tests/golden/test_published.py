@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-import duca_compile
 from duca_compile import Policy, Uncached, published
+from tests.support import Shared
 
 FOLDER = Path(__file__).parent
 sys.path.insert(0, str(FOLDER))
@@ -41,15 +40,15 @@ KINDS = {"full": "full", "ToCa": "partial", "aggressive": "skip", "Taylor": "for
 
 
 @pytest.fixture(scope="module")
-def model() -> nn.Module:
-    return dit28.build()
+def model() -> Shared:
+    return Shared(dit28.build())
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_every_step_agrees_with_the_released_code(model: nn.Module, name: str) -> None:
+def test_every_step_agrees_with_the_released_code(model: Shared, name: str) -> None:
     golden = np.load(FOLDER / f"{name}.npz")
     steps = json.loads(str(golden["config"]))["steps"]
-    optimized = duca_compile.optimize(model, POLICIES[name], backend="eager", num_inference_steps=steps)
+    optimized = model.optimized(POLICIES[name], steps)
     labels = torch.from_numpy(golden["y"]).long()
     for step in range(steps):
         latent = torch.from_numpy(golden["x"][step])
