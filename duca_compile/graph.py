@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 STREAM_END = "stream_end"
 BRANCH = "branch_"
+SCALE = "scale_"  # how far a branch moves for each unit that its input does: a number for each row
 # 0-dimensional float32 inputs of the variants of policies that forecast (TaylorSeer).
 FORECAST_GAP = "forecast_gap"  # steps from the last full step to this one
 FORECAST_ORDERS = "forecast_orders"  # how many differences the full steps so far allow; the others stay zero
@@ -204,7 +205,7 @@ class Branch:
 
     @property
     def scale_slot(self) -> str:
-        return f"scale_{self.index}"
+        return f"{SCALE}{self.index}"
 
     @property
     def score_slot(self) -> str:
