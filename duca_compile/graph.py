@@ -285,6 +285,18 @@ class VariantSpec:
     keeps: Kept = Kept.ALL  # the kinds of caches that later steps will read
     cache_dtype: torch.dtype | None = None  # what caches are kept in, where that is narrower
 
+    @property
+    def kind(self) -> str:
+        """What runs it, in words."""
+        if self.probing:
+            return "the probe before a decision"
+        if self.predict:
+            return "predict steps"
+        for action in (Action.PARTIAL, Action.FORECAST):
+            if action in self.actions:
+                return f"{action.value} steps"
+        return "skip steps" if self.skip else "reuse steps" if Action.REUSE in self.actions else "full steps"
+
     def tokens_input(self, index: int) -> str:
         """Name of the (batch, k) int64 input that says which tokens of branch ``index`` to recompute."""
         return f"tokens_{self.chosen_with[index] if self.chosen_with else index}"

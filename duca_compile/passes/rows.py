@@ -59,6 +59,8 @@ def beside(draft: VariantDraft, number: fx.Node, like: torch.Tensor) -> fx.Node:
     if not draft.spec.by_row:
         return number
     rows = by_row(draft, number, like)
+    if like.dtype is torch.float32:
+        return rows
     with draft.behind(rows):
         return draft.graph.call_function(aten.to.dtype, (rows, like.dtype))
 
