@@ -337,6 +337,8 @@ def difference_slot(slot: str, order: int) -> str:
 @cache
 def dead_slots(live: Kept) -> tuple[str, ...]:
     """What the slots begin with whose caches are read no more, where caches of the kinds ``live`` are."""
+    if live is Kept.NOTHING:
+        return ("",)
     return (STREAM_END,) * (not live.end) + (BRANCH,) * (not live.branches)
 
 

@@ -233,6 +233,8 @@ class Dispatcher:
             assert cheap is not None
             outputs = cheap
         state.measured.clear()
+        if tick.step + 1 == request.total:
+            state.end()
         kind = StepKind.FULL if any(full) else steps[0].kind
         rows = () if policy.per == "batch" else tuple(step.kind for step in steps)
         return outputs, kind, flops, tuple(measured), rows

@@ -125,6 +125,11 @@ class CacheState:
             self._most = len(self.caches), sum(map(size, self.caches.values()))
         return self._most[1] + (0 if self.selector is None else self.selector.bytes)
 
+    def end(self) -> None:
+        """Drops all that decisions have kept behind the last step; should there be another, it starts anew."""
+        self.keep(Kept.NOTHING)
+        self.decisions, self.past = None, ()
+
     def keep(self, live: Kept) -> None:
         """Drops the caches that no later step reads."""
         self.kept = live
