@@ -68,9 +68,7 @@ def beside(draft: VariantDraft, number: fx.Node, like: torch.Tensor) -> fx.Node:
 def by_row(draft: VariantDraft, values: fx.Node, like: torch.Tensor) -> fx.Node:
     """(batch,) as (batch, 1, ...), of the dimensions of ``like``."""
     with draft.behind(values):
-        return draft.graph.call_function(
-            aten.reshape.default, (values, [draft.facts.batch, *[1] * (like.dim() - 1)])
-        )
+        return draft.graph.call_function(aten.reshape.default, (values, [draft.facts.batch, *[1] * (like.dim() - 1)]))
 
 
 def limited(draft: VariantDraft, number: fx.Node, dtype: torch.dtype) -> fx.Node:
