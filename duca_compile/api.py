@@ -137,7 +137,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
     _requests: Requests
     _bind: Binder
     _compiled: Captures
-    _told: set[str]
+    _told: bool  # whether it was said what partial steps cannot do
 
     def __new__(cls, model: nn.Module, *_: Any) -> OptimizedModel:
         source = type(model)
@@ -159,7 +159,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         self.__dict__.update(own, cache_options=cache_options)
         self.__dict__["_bind"] = Binder(model, timestep)
         self.__dict__["_compiled"] = Captures(model, self._capture)
-        self.__dict__["_told"] = set[str]()
+        self.__dict__["_told"] = False
         self.training = model.training
         self._set_forward()
 
@@ -252,8 +252,9 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
     def _capture(self, call: Call) -> Compiled:
         with self._source_context():
             captured, facts, prologue = analyze_call(self.source, call, self.timestep_name)
-        if (limit := not_recomputed(facts, self.policy)) is not None and limit not in self._told:
-            self._told.add(limit)
+        limit = not_recomputed(facts, self.policy)
+        if limit is not None and not self._told:
+            self.__dict__["_told"] = True
             log.warning("%s: %s", type(self.source).__name__, limit)
         policy, dtype = fitted(captured, facts, self.policy, self.cache_options, self._requests.total)
         return Compiled(captured, facts, prologue, policy, self._backend, live_tensors(self.source), dtype)
