@@ -23,7 +23,7 @@ from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tr
 
 from duca_compile import concrete
 from duca_compile.errors import CaptureError, UsageError, first_line
-from duca_compile.graph import CapturedGraph, OutputLayout, op_name, source_line
+from duca_compile.graph import RESERVED, CapturedGraph, OutputLayout, op_name, source_line
 
 log = logging.getLogger("duca_compile")
 
@@ -386,6 +386,8 @@ def _lower(
                 mapping[node] = spec.arg.value
                 continue
             mapping[node] = graph.node_copy(node)
+            if node.name.startswith(RESERVED):
+                mapping[node].name = mapping[node].target = f"given_{node.name}"
             inputs.append(mapping[node].name)
             continue
         target = str(spec.target)

@@ -329,6 +329,19 @@ def cache_input(slot: str) -> str:
     return f"cache_{slot}"
 
 
+# What the names of the inputs that variants have beside a call's own begin with.
+RESERVED = (
+    cache_input(""),
+    "forecast_",
+    FULL_ROWS,
+    "hoisted_",
+    "probe_",
+    "timestep_bfloat",
+    "timestep_float",
+    "tokens_",
+)
+
+
 def difference_slot(slot: str, order: int) -> str:
     """The slot of the difference of this order of what ``slot`` holds; of order 0 it is ``slot`` itself."""
     return f"{slot}_d{order}" if order else slot
