@@ -335,16 +335,16 @@ def test_deepcopy_of_the_source_is_independent(model: nn.Module) -> None:
     assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), model.parameters(), strict=True))
 
 
-def positions_of_caches(self: nn.Module, x: Tensor, timestep: Tensor, cache_position: Tensor) -> Tensor:
-    return self.inner(x, timestep, cache_position)
+def positions_of_caches(self: nn.Module, x: Tensor, timestep: Tensor, text: Tensor, cache_position: Tensor) -> Tensor:
+    return self.inner(x * cache_position, timestep, text)
 
 
-def first_tokens(self: nn.Module, x: Tensor, timestep: Tensor, tokens_0: Tensor) -> Tensor:
-    return self.inner(x, timestep, tokens_0)
+def first_tokens(self: nn.Module, x: Tensor, timestep: Tensor, text: Tensor, tokens_1: Tensor) -> Tensor:
+    return self.inner(x * tokens_1, timestep, text)
 
 
-def wide_timestep(self: nn.Module, x: Tensor, timestep: Tensor, timestep_float32: Tensor) -> Tensor:
-    return self.inner(x, timestep, timestep_float32)
+def wide_timestep(self: nn.Module, x: Tensor, timestep: Tensor, text: Tensor, timestep_float32: Tensor) -> Tensor:
+    return self.inner(x * timestep_float32, timestep, text)
 
 
 @torch.no_grad()
@@ -356,7 +356,7 @@ def test_arguments_may_have_the_names_of_our_own_inputs(forward: Callable[..., T
     model = module(forward, inner=models.build())
     optimized = duca_compile.optimize(model, DuCa(interval=3), "eager")
     for step in range(4):
-        call = {"x": given["x"], "timestep": given["timestep"] - step, name: given["text"]}
+        call = given | {"timestep": given["timestep"] - step, name: torch.full((2, 1, 1), 0.9)}
         output = optimized(**call)
     assert torch.equal(output, model(**call))
     assert kinds(optimized) == "fpsf"
