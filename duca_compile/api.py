@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
@@ -28,8 +29,11 @@ from duca_compile.pipelines import PipelineSchedule, is_pipeline, set_component,
 from duca_compile.policies import FORA, RFC, DuCa, Policy, ResidualGate, SpeCa, TaylorSeer, ToCa, Uncached
 from duca_compile.policies.checks import check_whole
 from duca_compile.runtime.dispatcher import Hoister, Plan, Prologue
+from duca_compile.runtime.planning import not_recomputed
 from duca_compile.runtime.session import HasSessions, Requests, current_pass, named_pass
 from duca_compile.verify import verified
+
+log = logging.getLogger("duca_compile")
 
 POLICIES: dict[str, type[Policy]] = {
     "duca": DuCa,
@@ -133,6 +137,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
     _requests: Requests
     _bind: Binder
     _compiled: Captures
+    _told: bool  # whether it was said what partial steps cannot do
 
     def __new__(cls, model: nn.Module, *_: Any) -> OptimizedModel:
         source = type(model)
@@ -154,6 +159,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         self.__dict__.update(own, cache_options=cache_options)
         self.__dict__["_bind"] = Binder(model, timestep)
         self.__dict__["_compiled"] = Captures(model, self._capture)
+        self.__dict__["_told"] = False
         self.training = model.training
         self._set_forward()
 
@@ -246,6 +252,10 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
     def _capture(self, call: Call) -> Compiled:
         with self._source_context():
             captured, facts, prologue = analyze_call(self.source, call, self.timestep_name)
+        limit = not_recomputed(facts, self.policy)
+        if limit is not None and not self._told:
+            self.__dict__["_told"] = True
+            log.warning("%s: %s", type(self.source).__name__, limit)
         policy, dtype = fitted(captured, facts, self.policy, self.cache_options, self._requests.total)
         return Compiled(captured, facts, prologue, policy, self._backend, live_tensors(self.source), dtype)
 

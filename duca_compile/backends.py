@@ -6,6 +6,8 @@ Everything of torch that is not public API and that compiling needs is in this m
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
@@ -19,6 +21,8 @@ from torch import Tensor, fx
 from torch._higher_order_ops.utils import registered_hop_fake_fns
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext, SymbolicContext
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -30,6 +34,8 @@ from duca_compile.graph import PROBE_SEEN, Variant, VariantFunction, cache_input
 from duca_compile.lock import COMPILING
 from duca_compile.passes.hoist import hoisted_input
 from duca_compile.passes.outline import form_of, kind_of, outline
+
+log = logging.getLogger("duca_compile")
 
 BACKENDS = ("inductor", "openvino", "eager")
 MODES = ("default", "reduce-overhead")
@@ -58,21 +64,23 @@ class EagerBackend:
 class CompilingBackend(ABC):
     """Compiles each variant at its first call, for all token counts.
 
-    Where that fails, the variant runs under eager with one warning; ``strict`` raises BackendError instead.
+    Where that fails, the variant runs under eager, alone, with one warning for each reason; ``strict`` raises
+    BackendError instead. Where nothing can be compiled, no other variant is tried.
     """
 
     name: str
     label: str
-    advice: str  # what to do where it fails
+    advice: str  # what to do where nothing can be compiled
     exact = False
 
     def __init__(self, strict: bool = False, mode: str = "default") -> None:
         self._strict = strict
-        self._failed = False
+        self._told = set[str]()
+        self.hopeless = False  # whether no variant can be compiled
         self.replays = mode == "reduce-overhead"
 
     def compile(self, variant: Variant, cuts: frozenset[str] = frozenset()) -> VariantFunction:
-        return variant.module.forward if self._failed else _FirstCall(self, variant, cuts)
+        return variant.module.forward if self.hopeless else _FirstCall(self, variant, cuts)
 
     @abstractmethod
     def lower(self, lifted: Lifted, weights: list[Tensor], tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
@@ -81,13 +89,30 @@ class CompilingBackend(ABC):
     def reason(self, error: Exception) -> str:
         return first_line(error)
 
-    def failed(self, error: Exception) -> None:
+    def is_hopeless(self, error: Exception) -> bool:
+        """Whether what failed is no matter of the variant."""
+        del error
+        return False
+
+    def failed(self, error: Exception, kind: str) -> None:
+        """Notes that a variant, of steps of this kind, could not be compiled.
+
+        Raises:
+            BackendError: where the backend is strict.
+        """
         reason = self.reason(error)
         if self._strict:
-            raise BackendError(f"{self.label} could not compile a variant: {reason}") from error
-        self._failed = True
+            raise BackendError(f"{self.label} could not compile a variant: {reason}. It is that of {kind}") from error
+        self.hopeless = self.is_hopeless(error)
+        if reason in self._told:
+            log.info("%s could not compile that of %s either, for the same reason", self.label, kind)
+            return
+        self._told.add(reason)
+        which = "all are" if self.hopeless else f"that of {kind} is"
+        advice = self.advice if self.hopeless else "The others are compiled; strict=True makes it an error."
         warnings.warn(
-            f"{self.label} could not compile a variant ({reason}); running under eager instead. {self.advice}",
+            f"{self.label} could not compile a variant ({reason}); {which} running under eager instead, at that speed. "
+            f"{advice}",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -99,6 +124,13 @@ class InductorBackend(CompilingBackend):
     name = "inductor"
     label = "Inductor"
     advice = "Install a C++ compiler (Debian: apt-get install g++) or set CXX, or ask for backend='eager'."
+
+    def is_hopeless(self, error: Exception) -> bool:
+        """Whether it is for want of a C++ compiler that works."""
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, InvalidCxxCompiler | CppCompileError):
+            cause = cause.__cause__ or cause.__context__
+        return cause is not None and not _compiles_anything()
 
     def lower(self, lifted: Lifted, weights: list[Tensor], tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
         """Inductor's code for the graph.
@@ -119,6 +151,15 @@ class InductorBackend(CompilingBackend):
         unchecked = inductor_config.patch(size_asserts=False, alignment_asserts=False)
         with context, unchecked, _without_hints(), _regions_evaluated_once(mode):
             return cast(Callable[..., Any], compile_fx(module, inputs))
+
+
+def _compiles_anything() -> bool:
+    try:
+        command = [get_cpp_compiler(), "-x", "c++", "-c", "-o", os.devnull, "-"]
+        done = subprocess.run(command, input=b"int one() { return 1; }", capture_output=True, check=False)
+    except (InvalidCxxCompiler, OSError):
+        return False
+    return done.returncode == 0
 
 
 @contextmanager
@@ -179,7 +220,7 @@ class _FirstCall:
     """Compiles at the first call; afterwards it calls the compiled code with the weights of now."""
 
     def __init__(self, backend: CompilingBackend, variant: Variant, cuts: frozenset[str]) -> None:
-        self._backend, self._module = backend, variant.module
+        self._backend, self._module, self._kind = backend, variant.module, variant.spec.kind
         self._compiled: Callable[..., Any] | None = None
         self._replayed: Replayed | None = None
         self._lifted = _lift(variant, cuts)
@@ -212,14 +253,15 @@ class _FirstCall:
 
     def _compile(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
         self.refresh()
-        try:
-            return self._backend.lower(self._lifted, self._weights, tensors)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            self._backend.failed(error)
-            count = len(self._weights)
-            return lambda *arguments: self._module.forward(*arguments[count:])
+        if not self._backend.hopeless:
+            try:
+                return self._backend.lower(self._lifted, self._weights, tensors)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                self._backend.failed(error, self._kind)
+        count = len(self._weights)
+        return lambda *arguments: self._module.forward(*arguments[count:])
 
 
 def _is_foreign(name: str) -> bool:

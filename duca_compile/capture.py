@@ -7,12 +7,13 @@ import inspect
 import io
 import logging
 import re
+import sys
 import traceback
 from collections.abc import Callable, Hashable, Mapping
 from itertools import chain
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO
 
 import torch
 from torch import Tensor, fx, nn
@@ -22,7 +23,7 @@ from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tr
 
 from duca_compile import concrete
 from duca_compile.errors import CaptureError, UsageError, first_line
-from duca_compile.graph import CapturedGraph, OutputLayout, op_name, source_line
+from duca_compile.graph import RESERVED, CapturedGraph, OutputLayout, op_name, source_line
 
 log = logging.getLogger("duca_compile")
 
@@ -31,6 +32,7 @@ _LEAVES = {Tensor, nn.Parameter, bool, int, float, str, type(None), torch.dtype,
 _TENSOR_GUARDS: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # without it each call is bound anew
 _LIST_PLACE = re.compile(r"\[\d+\]$")
 _METADATA_CHECK = torch.ops.aten._assert_tensor_metadata.default
+_TORCH_PRINTS = "torch.export._trace"  # the module that prints a graph
 _TORCH_ROOT = str(Path(torch.__file__).parent)
 
 
@@ -258,8 +260,7 @@ def _is_symbolic(value: Any) -> bool:
 
 
 def _export(model: nn.Module, arguments: dict[str, Any]) -> torch.export.ExportedProgram:
-    # Where it fails, torch prints the graph so far, often thousands of lines.
-    with concrete.DataAsDetach(), contextlib.redirect_stderr(io.StringIO()):
+    with concrete.DataAsDetach(), contextlib.redirect_stderr(_WithoutGraphs(sys.stderr)):
         program = torch.export.export(model, (), arguments, strict=False)
     if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
         _refuse_autocast_regions(program)
@@ -267,6 +268,29 @@ def _export(model: nn.Module, arguments: dict[str, Any]) -> torch.export.Exporte
         _strip_checks(program)
         program = program.run_decompositions({})  # an empty table functionalizes and keeps operators whole
     return program
+
+
+class _WithoutGraphs(io.TextIOBase):
+    """A stream but for the graph so far, often thousands of lines, which torch.export prints where it fails.
+
+    All else goes through: other threads print there too.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        printed = sys._getframe(1).f_globals.get("__name__") == _TORCH_PRINTS
+        return len(text) if printed else self._stream.write(text)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return self._stream.fileno()
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
 
 
 def _refuse_autocast_regions(program: torch.export.ExportedProgram) -> None:
@@ -362,6 +386,8 @@ def _lower(
                 mapping[node] = spec.arg.value
                 continue
             mapping[node] = graph.node_copy(node)
+            if node.name.startswith(RESERVED):
+                mapping[node].name = mapping[node].target = f"given_{node.name}"
             inputs.append(mapping[node].name)
             continue
         target = str(spec.target)

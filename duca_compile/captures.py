@@ -200,6 +200,8 @@ class Captures:
         self._own: set[Name] = set()  # attributes that forward changes
         self._unread: frozenset[Name] = frozenset()  # those of them that make no difference
         self._changes = 0  # captures in a row that a change of the model asked for
+        self._dropped = dict[tuple[Hashable, Structure], None]()  # kinds of call whose captures made way for others
+        self._crowded = False  # whether it was said that there are too many kinds
         self._calls = count(1)
         self._recent = _Recent()
         self._lock = threading.RLock()  # taken before COMPILING, never after
@@ -276,6 +278,7 @@ class Captures:
 
     def _make(self, call: Call, before: Snapshot) -> Compiled:
         self._tell(call, before.structure)
+        self._tell_crowded(call, before.structure)
         compiled = self._capture(call)
         now = self._look()
         own = now.structure.differences(before.structure)
@@ -291,7 +294,11 @@ class Captures:
             self._kept[alike[0]].holds_too(compiled.captured.readings)
             return self._keep(alike[0], before, now)
         while len(self._kept) >= MAX_CAPTURES:
-            del self._kept[min(self._kept, key=lambda each: self._kept[each].used)]
+            (key, _), structure = oldest = min(self._kept, key=lambda each: self._kept[each].used)
+            del self._kept[oldest]
+            self._dropped[key, structure] = None
+            if len(self._dropped) > REMEMBERED:
+                del self._dropped[next(iter(self._dropped))]
             log.info("dropping the least recently used of %d captured shapes", MAX_CAPTURES)
         numbers = {kind[1] for kind, structure in self._kept if kind[0] == call.key and structure == now.structure}
         self._kept[(call.key, min({*range(MAX_CAPTURES)} - numbers)), now.structure] = compiled
@@ -326,6 +333,21 @@ class Captures:
 
         self._kept = {(call, renewed(structure)): compiled for (call, structure), compiled in self._kept.items()}
         self._last = {call: renewed(structure) for call, structure in self._last.items()}
+        self._dropped = {(call, renewed(structure)): None for call, structure in self._dropped}
+
+    def _tell_crowded(self, call: Call, now: Structure) -> None:
+        """Warns once where a kind of call comes again whose capture has made way for others."""
+        if self._crowded or (call.key, now) not in self._dropped:
+            return
+        self._crowded = True
+        log.warning(
+            "%s is called with more kinds of shapes, types, options or values that it reads than the %d captures that "
+            "are kept, so the same are captured and compiled again and again, which takes long. Pad to fewer shapes, "
+            "run calls of the same kind one after another, or call a copy for some of the kinds (copy.copy(optimized), "
+            "which shares the weights)",
+            type(self._model).__name__,
+            MAX_CAPTURES,
+        )
 
     def _tell(self, call: Call, now: Structure) -> None:
         """Says why a capture is made, and warns where the model keeps changing."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 STREAM_END = "stream_end"
 BRANCH = "branch_"
+SCALE = "scale_"  # how far a branch moves for each unit that its input does: a number for each row
 # 0-dimensional float32 inputs of the variants of policies that forecast (TaylorSeer).
 FORECAST_GAP = "forecast_gap"  # steps from the last full step to this one
 FORECAST_ORDERS = "forecast_orders"  # how many differences the full steps so far allow; the others stay zero
@@ -204,7 +205,7 @@ class Branch:
 
     @property
     def scale_slot(self) -> str:
-        return f"scale_{self.index}"
+        return f"{SCALE}{self.index}"
 
     @property
     def score_slot(self) -> str:
@@ -284,6 +285,18 @@ class VariantSpec:
     keeps: Kept = Kept.ALL  # the kinds of caches that later steps will read
     cache_dtype: torch.dtype | None = None  # what caches are kept in, where that is narrower
 
+    @property
+    def kind(self) -> str:
+        """What runs it, in words."""
+        if self.probing:
+            return "the probe before a decision"
+        if self.predict:
+            return "predict steps"
+        for action in (Action.PARTIAL, Action.FORECAST):
+            if action in self.actions:
+                return f"{action.value} steps"
+        return "skip steps" if self.skip else "reuse steps" if Action.REUSE in self.actions else "full steps"
+
     def tokens_input(self, index: int) -> str:
         """Name of the (batch, k) int64 input that says which tokens of branch ``index`` to recompute."""
         return f"tokens_{self.chosen_with[index] if self.chosen_with else index}"
@@ -316,6 +329,19 @@ def cache_input(slot: str) -> str:
     return f"cache_{slot}"
 
 
+# What the names of the inputs that variants have beside a call's own begin with.
+RESERVED = (
+    cache_input(""),
+    "forecast_",
+    FULL_ROWS,
+    "hoisted_",
+    "probe_",
+    "timestep_bfloat",
+    "timestep_float",
+    "tokens_",
+)
+
+
 def difference_slot(slot: str, order: int) -> str:
     """The slot of the difference of this order of what ``slot`` holds; of order 0 it is ``slot`` itself."""
     return f"{slot}_d{order}" if order else slot
@@ -324,6 +350,8 @@ def difference_slot(slot: str, order: int) -> str:
 @cache
 def dead_slots(live: Kept) -> tuple[str, ...]:
     """What the slots begin with whose caches are read no more, where caches of the kinds ``live`` are."""
+    if live is Kept.NOTHING:
+        return ("",)
     return (STREAM_END,) * (not live.end) + (BRANCH,) * (not live.branches)
 
 

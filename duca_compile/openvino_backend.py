@@ -54,6 +54,9 @@ class OpenVINOBackend(CompilingBackend):
             raise BackendError(f"its tensors are on {sorted(devices)}, and this backend runs on the CPU")
         return _Program(lifted, weights, tensors)
 
+    def is_hopeless(self, error: Exception) -> bool:
+        return isinstance(error, BackendError)  # of tensors that are not on the CPU
+
     def reason(self, error: Exception) -> str:
         """Of a failed conversion, the lines with the operators that it has no rule for."""
         rules = [line.lstrip("- ") for line in str(error).splitlines() if line.startswith("--")]

@@ -13,11 +13,25 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import duca_compile
-from duca_compile import FORA, DuCa, Interval, OptimizedModel, Policy, PolicyError, TaylorSeer, UsageError
+from duca_compile import (
+    FORA,
+    RFC,
+    Calibrated,
+    DuCa,
+    Interval,
+    OptimizedModel,
+    Policy,
+    PolicyError,
+    ResidualGate,
+    SpeCa,
+    TaylorSeer,
+    UsageError,
+)
 from duca_compile.analysis.memory import peak_bytes
 from duca_compile.policies import Step, StepKind
-from duca_compile.policies.base import Kept
-from duca_compile.policies.liveness import with_liveness
+from duca_compile.policies.base import Kept, Measured
+from duca_compile.policies.liveness import until_the_last, with_liveness
+from tests.support import Shared
 from tests.test_optimize import build, kinds, latent, loop
 
 ROWS, TOKENS, WIDTH, DEPTH = 4, 16, 32, 3
@@ -28,6 +42,11 @@ POLICIES = [DuCa(interval=4, fresh_ratio=0.5), FORA(3), TaylorSeer(interval=3, m
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     return build(DEPTH)
+
+
+@pytest.fixture(scope="module")
+def shared(model: nn.Module) -> Shared:
+    return Shared(model)
 
 
 def error(found: list[Tensor], expected: list[Tensor]) -> float:
@@ -120,10 +139,11 @@ def test_a_type_that_holds_no_features_is_refused(model: nn.Module, dtype: objec
 # ---- how long caches live
 
 
-@given(kinds=st.lists(st.sampled_from([StepKind.FULL, StepKind.PARTIAL, StepKind.REUSE, StepKind.SKIP]), max_size=12))
+@given(kinds=st.lists(st.sampled_from([kind for kind in StepKind if kind is not StepKind.FORECAST]), max_size=12))
 def test_what_is_live_is_what_the_steps_up_to_the_next_full_one_read(kinds: list[StepKind]) -> None:
     """Against the definition: something is live behind a step if a later one reads it before any replaces it."""
     reads = {StepKind.PARTIAL: {"branches"}, StepKind.REUSE: {"branches"}, StepKind.SKIP: {"end"}}
+    reads[StepKind.PREDICT] = {"end"}
     replaces = {StepKind.FULL: {"branches", "end"}, StepKind.PARTIAL: {"end"}, StepKind.REUSE: {"end"}}
     found = list(with_liveness(iter([Step(kind) for kind in kinds])))
     assert [step.kind for step in found] == kinds
@@ -133,6 +153,13 @@ def test_what_is_live_is_what_the_steps_up_to_the_next_full_one_read(kinds: list
             assert live == bool(later and what in reads.get(later[0], ()))
         assert step.kept.branches == any(each.live.branches for each in found)
         assert step.kept.end == any(each.live.end for each in found)
+
+
+def test_where_features_are_forecast_all_is_kept_but_behind_the_last_step() -> None:
+    steps = [Step(StepKind.FULL), Step(StepKind.FORECAST), Step(StepKind.FULL)]
+    assert [step.live for step in until_the_last(iter(steps))] == [Kept.ALL, Kept.ALL, Kept.NOTHING]
+    assert [*until_the_last(iter([]))] == []
+    assert {step.live for step in islice(TaylorSeer().planned(None), 600)} == {Kept.ALL}
 
 
 def test_schedules_without_end_are_read_as_they_come() -> None:
@@ -155,6 +182,40 @@ def test_a_stretch_of_skips_keeps_one_tensor_and_the_last_step_none(model: nn.Mo
     # Behind full: branches and end; behind skip: branches; behind partial: end; behind the last skip before full: none.
     assert kept == [2 * DEPTH + 1, 2 * DEPTH, 1, 0, 1, 0, 1, 0]
     assert set(sizes) == {(2 * DEPTH + 1) * SLOT}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "policy",
+    [
+        TaylorSeer(interval=3, max_order=1),
+        TaylorSeer(interval=3, max_order=2, relational=True),
+        Calibrated((None, None, Measured(1, (0.5,)), None, Measured(3, (0.5,))), max_order=1),
+        RFC(),
+        SpeCa(decay_rate=1.0, first_full_steps=1),
+        SpeCa(decay_rate=1.0, decide_per="row"),
+        ResidualGate(),
+        ResidualGate(probe="first_block", accumulate=False, cached="branches", last_full=False),
+    ],
+    ids=lambda policy: policy.name,
+)
+def test_behind_the_last_step_nothing_is_kept(shared: Shared, policy: Policy) -> None:
+    """The next request is as the first one; a loop that goes on starts anew, and keeps what it computes."""
+    known, endless = (shared.optimized(policy, total) for total in (5, None))
+    loop(known, 4)
+    before = len(held(known))
+    assert before > 0
+    known.reset()
+    expected = loop(known, 5)
+    assert held(known) == []
+    loop(endless, 5)
+    if not isinstance(policy, Calibrated):  # which has an end of its own
+        assert len(held(endless)) >= before
+    assert known.cache_bytes == endless.cache_bytes > 0
+    again = loop(known, 6)
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=False))
+    assert known.history[5].kind is StepKind.FULL
+    assert len(again) == 6
 
 
 @torch.no_grad()

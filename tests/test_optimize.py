@@ -1,7 +1,9 @@
 """optimize() as a user meets it: a drop-in for a diffusers transformer, over whole denoising loops."""
 
 import copy
+import inspect
 import logging
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 
 import duca_compile
 from duca_compile import FORA, DuCa, OptimizedModel, Selection, Uncached
+from tests import models
+from tests.unit.tracing import module
 
 LABELS = torch.tensor([1, 2, 10, 10])
 
@@ -329,3 +333,30 @@ def test_deepcopy_of_the_source_is_independent(model: nn.Module) -> None:
     optimized = duca_compile.optimize(model, "duca", "eager")
     loop(optimized, steps=2)
     assert all(torch.equal(a, b) for a, b in zip(twin.parameters(), model.parameters(), strict=True))
+
+
+def positions_of_caches(self: nn.Module, x: Tensor, timestep: Tensor, text: Tensor, cache_position: Tensor) -> Tensor:
+    return self.inner(x * cache_position, timestep, text)
+
+
+def first_tokens(self: nn.Module, x: Tensor, timestep: Tensor, text: Tensor, tokens_1: Tensor) -> Tensor:
+    return self.inner(x * tokens_1, timestep, text)
+
+
+def wide_timestep(self: nn.Module, x: Tensor, timestep: Tensor, text: Tensor, timestep_float32: Tensor) -> Tensor:
+    return self.inner(x * timestep_float32, timestep, text)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("forward", [positions_of_caches, first_tokens, wide_timestep])
+def test_arguments_may_have_the_names_of_our_own_inputs(forward: Callable[..., Tensor]) -> None:
+    """They would be taken for caches and the like, and every step would be full, without a word."""
+    given = models.example()
+    *_, name = inspect.signature(forward).parameters
+    model = module(forward, inner=models.build())
+    optimized = duca_compile.optimize(model, DuCa(interval=3), "eager")
+    for step in range(4):
+        call = given | {"timestep": given["timestep"] - step, name: torch.full((2, 1, 1), 0.9)}
+        output = optimized(**call)
+    assert torch.equal(output, model(**call))
+    assert kinds(optimized) == "fpsf"

@@ -1,4 +1,4 @@
-"""What an operator's schema says: its arguments by name, and whether it draws random numbers."""
+"""What an operator's schema says: its arguments by name, and whether it draws random numbers; and what casts are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from typing import Any
 
 import torch
 from torch import fx
+
+from duca_compile.graph import op_name
+
+_CASTS = {"to", "_to_copy", "type_as"}
 
 
 def argument(node: fx.Node, name: str) -> Any:
@@ -23,3 +27,26 @@ def is_random(node: fx.Node) -> bool:
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
     return argument(node, "dropout_p") != 0 and argument(node, "train") is not False
+
+
+def as_carried(node: fx.Node) -> fx.Node:
+    """The value of a stream in the type that it is carried on in: some models widen it for each sum.
+
+    It is what was widened, or what the only reader narrows it to; the model goes on with either, bit for bit.
+    """
+    if _width(node) > _width(source := _cast_from(node)) > 0:
+        return source
+    readers = list(node.users)
+    narrowed = len(readers) == 1 and _cast_from(readers[0]) is node and 0 < _width(readers[0]) < _width(node)
+    return readers[0] if narrowed else node
+
+
+def _cast_from(node: fx.Node) -> fx.Node:
+    """What a cast changes the type of; of anything else, itself."""
+    return node.all_input_nodes[0] if op_name(node) in _CASTS and node.all_input_nodes else node
+
+
+def _width(node: fx.Node) -> int:
+    """Bytes of each entry; 0 of what is no tensor of floats."""
+    value = node.meta.get("val")
+    return value.element_size() if isinstance(value, torch.Tensor) and value.is_floating_point() else 0

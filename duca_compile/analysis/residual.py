@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from duca_compile.analysis.closure import Ancestors, ancestors, closure, descendants
+from duca_compile.analysis.operators import as_carried
 from duca_compile.analysis.tokens import (
     CONCATENATIONS,
     ELEMENTWISE,
@@ -22,7 +23,7 @@ from duca_compile.graph import Branch, Role, Stream, Variance, module_path, op_n
 _SUMS = {"add", "addcmul"}
 _SOFTMAX = {"softmax", "_softmax"}
 _PRODUCTS = {"scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum"}
-_PASSTHROUGH = {"to", "_to_copy", "clone", "contiguous", "dropout", "alias", "detach", "clamp"}
+_PASSTHROUGH = {"to", "_to_copy", "clone", "contiguous", "dropout", "alias", "detach", "clamp", "clip"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def find_branches(
         )
     streams = [_stream(chain, role, chain in main) for chain, role in zip(latent, roles, strict=True)]
     streams += [_stream(chain, Role.ENCODER, cached=False) for chain in encoders]
-    return tuple(branches), cached[-1].add.name, tuple(streams)
+    return tuple(branches), as_carried(cached[-1].add).name, tuple(streams)
 
 
 def _stream(chain: list[_Residual], role: Role, cached: bool) -> Stream:

@@ -28,10 +28,10 @@ EXPANDS = {"expand", "expand_as"}
 _SPLITS = {"chunk", "split", "split_with_sizes"}
 RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten"}
 ELEMENTWISE = {
-    "_to_copy", "abs", "add", "addcdiv", "addcmul", "alias", "clamp", "clamp_max", "clamp_min", "clone", "complex",
-    "contiguous", "cos", "detach", "div", "dropout", "elu", "erf", "exp", "gelu", "hardswish", "leaky_relu", "lerp",
-    "log", "masked_fill", "maximum", "minimum", "mish", "mul", "neg", "pow", "reciprocal", "relu", "rsqrt", "rsub",
-    "sigmoid", "silu", "sin", "softplus", "sqrt", "square", "sub", "tanh", "to", "where",
+    "_to_copy", "abs", "add", "addcdiv", "addcmul", "alias", "clamp", "clamp_max", "clamp_min", "clip", "clone",
+    "complex", "contiguous", "cos", "detach", "div", "dropout", "elu", "erf", "exp", "gelu", "hardswish",
+    "leaky_relu", "lerp", "log", "masked_fill", "maximum", "minimum", "mish", "mul", "neg", "pow", "reciprocal",
+    "relu", "rsqrt", "rsub", "sigmoid", "silu", "sin", "softplus", "sqrt", "square", "sub", "tanh", "to", "where",
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from duca_compile.graph import MEASURED, cache_input, is_written
+from duca_compile.graph import MEASURED, SCALE, cache_input, is_written
 from duca_compile.passes.base import CachingPass, VariantDraft
 
 aten = torch.ops.aten
@@ -17,17 +17,16 @@ aten = torch.ops.aten
 class CastCaches(CachingPass):
     """Caches are read, written in place and returned as the spec's ``cache_dtype``; all else stays in its own type.
 
-    So does what decisions are made from.
+    So do the numbers that decisions and forecasts are made from.
     """
 
     def apply(self, draft: VariantDraft) -> bool:
         dtype = draft.spec.cache_dtype
         if dtype is None:
             return False
-        measured = {cache_input(name) for name in MEASURED}
-        names = [n for n in draft.graph.find_nodes(op="placeholder") if n.name.startswith(cache_input(""))]
-        inputs = [node for node in names if node.name not in measured]
-        wide = [node for node in inputs if _is_wider(node, dtype)]
+        kept = tuple(map(cache_input, (*MEASURED, SCALE)))
+        caches = [n for n in draft.graph.find_nodes(op="placeholder") if n.name.startswith(cache_input(""))]
+        wide = [node for node in caches if _is_wider(node, dtype) and not node.name.startswith(kept)]
         for node in wide:
             _read(draft.graph, node, dtype)
         return _return(draft, dtype) or bool(wide)
@@ -69,7 +68,7 @@ def _return(draft: VariantDraft, dtype: torch.dtype) -> bool:
     assert isinstance(results, tuple)
     narrow = list(results)
     for place, (name, node) in enumerate(zip(draft.results, results, strict=True)):
-        if is_written(name) and _is_wider(node, dtype):
+        if is_written(name) and not name.startswith(SCALE) and _is_wider(node, dtype):
             with draft.graph.inserting_before(output):
                 narrow[place] = draft.graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
             narrow[place].meta["val"] = node.meta["val"].to(dtype)

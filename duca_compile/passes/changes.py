@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from duca_compile.analysis.operators import as_carried
 from duca_compile.graph import Branch, change_slot
 from duca_compile.passes.base import ExactPass, VariantDraft
 from duca_compile.passes.probe import probed_stream
@@ -58,4 +59,4 @@ def stretches(draft: VariantDraft) -> dict[int, tuple[fx.Node, fx.Node]]:
         elif node in needed:
             needed.update(node.all_input_nodes)
     pairs = [pair for chain in chains for pair in zip([starts[chain], *ends[chain]], ends[chain], strict=False)]
-    return {adds[end].index: (start, end) for start, end in pairs}
+    return {adds[end].index: (as_carried(start), as_carried(end)) for start, end in pairs}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import fx
 
 from duca_compile.graph import FORECAST_GAP, FORECAST_ORDERS, STREAM_END, Action, difference_slot
 from duca_compile.passes.base import ExactPass, VariantDraft
@@ -36,12 +37,13 @@ class EmitDifferences(ExactPass[VariantDraft]):
         (results,) = draft.graph.output_node().args
         assert isinstance(results, tuple)
         emitted = dict(zip(draft.results, results, strict=True))
-        numbers = [number_input(draft, name, emitted[slots[0]].meta["val"]) for name in (FORECAST_GAP, FORECAST_ORDERS)]
+        known: dict[tuple[torch.dtype, int], tuple[fx.Node, list[fx.Node]]] = {}  # by type and dimensions
         for slot in slots:
             now, like = emitted[slot], emitted[slot].meta["val"]
-            gap, orders = (beside(draft, number, like) for number in numbers)
-            with draft.graph.inserting_before(draft.graph.output_node()):
-                allowed = [draft.graph.call_function(aten.gt.Scalar, (orders, i)) for i in range(order)]
+            kind = like.dtype, like.dim()
+            if kind not in known:
+                known[kind] = _gap_and_allowed(draft, order, like)
+            gap, allowed = known[kind]
             for i in range(order):
                 old = draft.cache(difference_slot(slot, i), like)
                 with draft.graph.inserting_before(draft.graph.output_node()):
@@ -51,3 +53,10 @@ class EmitDifferences(ExactPass[VariantDraft]):
                 now.meta["val"] = like
                 draft.add_result(difference_slot(slot, i + 1), now)
         return True
+
+
+def _gap_and_allowed(draft: VariantDraft, order: int, like: torch.Tensor) -> tuple[fx.Node, list[fx.Node]]:
+    """The gap, and for each order whether the full steps so far allow it, as they meet values such as ``like``."""
+    gap, orders = (beside(draft, number_input(draft, name, like), like) for name in (FORECAST_GAP, FORECAST_ORDERS))
+    with draft.graph.inserting_before(draft.graph.output_node()):
+        return gap, [draft.graph.call_function(aten.gt.Scalar, (orders, i)) for i in range(order)]

@@ -10,7 +10,7 @@ from torch import fx
 from duca_compile.errors import InternalError
 from duca_compile.graph import FORECAST_FACTORS, STREAM_END, Action, difference_slot
 from duca_compile.passes.base import CachingPass, VariantDraft
-from duca_compile.passes.rows import beside, number_input
+from duca_compile.passes.rows import beside, limited, number_input
 
 aten = torch.ops.aten
 
@@ -51,6 +51,7 @@ class Series:
         if draft.spec.order is None:
             raise InternalError("a forecast needs to know its order")
         self._draft, self._order = draft, draft.spec.order
+        self._factors: dict[tuple[str, torch.dtype, int], fx.Node] = {}
 
     def behind(self, start: fx.Node, slot: str, like: torch.Tensor) -> fx.Node:
         """``start``, which is D_0, and all that follows it."""
@@ -67,8 +68,15 @@ class Series:
         return total
 
     def _terms(self, slot: str, like: torch.Tensor) -> list[tuple[fx.Node, fx.Node]]:
-        draft = self._draft
         return [
-            (draft.cache(difference_slot(slot, i), like), beside(draft, number_input(draft, name, like), like))
+            (self._draft.cache(difference_slot(slot, i), like), self._factor(name, like))
             for i, name in enumerate(FORECAST_FACTORS[: self._order], 1)
         ]
+
+    def _factor(self, name: str, like: torch.Tensor) -> fx.Node:
+        """One node for all values of the same type and dimensions."""
+        key = name, like.dtype, like.dim()
+        if key not in self._factors:
+            number = number_input(self._draft, name, like)
+            self._factors[key] = beside(self._draft, limited(self._draft, number, like.dtype), like)
+        return self._factors[key]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from duca_compile.analysis.closure import ancestors
+from duca_compile.analysis.operators import as_carried
 from duca_compile.errors import PolicyError
 from duca_compile.graph import STREAM_END, Branch, CapturedGraph, Facts, op_name
 from duca_compile.passes.base import CachingPass, VariantDraft
@@ -33,7 +34,7 @@ class PredictStream(CachingPass):
         if not draft.spec.predict or any(_is_own(n) for n in draft.graph.nodes):
             return False
         tail = last_blocks(draft.facts)
-        _fuse(draft, draft.node(_entry(draft.facts, tail).stream))
+        _fuse(draft, as_carried(draft.node(_entry(draft.facts, tail).stream)))
         _leave_out(draft, [b for b in draft.facts.branches if b not in tail])
         for branch in tail:
             for node in [n for n in draft.graph.nodes if n.name in branch.body]:

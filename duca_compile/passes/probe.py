@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from duca_compile.analysis.operators import as_carried
 from duca_compile.errors import PolicyError
 from duca_compile.graph import (
     PROBE_CHANGE,
@@ -42,7 +43,7 @@ _PRODUCTS = {
 class LookAhead(ExactPass[VariantDraft]):
     """Returns how much the look has changed, what it saw, and the stream behind it; and nothing of the model's own.
 
-    The change is the mean of |now - before| over the mean of |before|, for each row, in float32.
+    The change is the mean of |now - before| over the mean of |before|, for each row; both are added up in float32.
     """
 
     def apply(self, draft: VariantDraft) -> bool:
@@ -51,21 +52,18 @@ class LookAhead(ExactPass[VariantDraft]):
             return False
         if probe.of == "forecast":
             return self._against_forecast(draft)
-        _, stream = probed_stream(draft, probe)
+        stream = as_carried(probed_stream(draft, probe)[1])
         seen = _modulated(draft) if probe.of == "modulated" else None
         call, output = draft.graph.call_function, draft.graph.output_node()
         like = stream.meta["val"] if seen is None else seen.meta["val"]
         before = draft.add_input(cache_input(PROBE_SEEN), like)
-        dims = list(range(1, like.dim()))
         with draft.graph.inserting_before(output):
             if seen is None:
-                seen = call(aten.sub.Tensor, (stream, draft.node(_first_branches(draft)[0].stream)))
+                seen = call(aten.sub.Tensor, (stream, as_carried(draft.node(_first_branches(draft)[0].stream))))
                 seen.meta["val"] = like
-            wide = [call(aten.to.dtype, (value, torch.float32)) for value in (seen, before)]
-            moved = call(aten.mean.dim, (call(aten.abs.default, (call(aten.sub.Tensor, tuple(wide)),)), dims))
-            size = call(aten.mean.dim, (call(aten.abs.default, (wide[1],)), dims))
-            change = call(aten.div.Tensor, (moved, size))
-        change.meta["val"] = like.new_empty(like.shape[:1], dtype=torch.float32)
+            moved = row_norm(draft, call(aten.sub.Tensor, (seen, before)), like, 1)
+            change = call(aten.div.Tensor, (moved, row_norm(draft, before, like, 1)))
+        change.meta["val"] = row_numbers(seen)
         output.args = ((change, seen, stream),)
         draft.results[:] = [PROBE_CHANGE, PROBE_SEEN, PROBE_STREAM]
         return True
@@ -81,7 +79,7 @@ class LookAhead(ExactPass[VariantDraft]):
             missed = row_norm(draft, graph.call_function(aten.sub.Tensor, (given, expected)), like, 1)
             change = ratio(draft, missed, row_norm(draft, given, like, 1))
         change.meta["val"] = row_numbers(given)
-        graph.output_node().args = ((change, draft.node(branch.stream)),)
+        graph.output_node().args = ((change, as_carried(draft.node(branch.stream))),)
         draft.results[:] = [PROBE_CHANGE, PROBE_STREAM]
         return True
 
@@ -94,7 +92,7 @@ class GoOn(CachingPass):
         probe = draft.spec.probe
         if probe is None or draft.spec.probing:
             return False
-        _, stream = probed_stream(draft, probe)
+        stream = as_carried(probed_stream(draft, probe)[1])
         if not stream.users:
             return False
         stream.replace_all_uses_with(draft.add_input(PROBE_STREAM, stream.meta["val"]))

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from duca_compile.graph import FORECAST_ORDERS, Action, cache_input
 from duca_compile.passes.base import CachingPass, ExactPass, VariantDraft
 from duca_compile.passes.forecast import Series
+from duca_compile.passes.rows import limited
 
 aten = torch.ops.aten
 
@@ -68,6 +69,8 @@ class ForecastFromInputs(CachingPass):
                 direction = series.change(branch.slot, like)
                 moved = graph.call_function(aten.mul.Tensor, (scale, _distance(draft, given, old_given)))
                 factor = ratio(draft, moved, row_norm(draft, direction, like))
+            factor = limited(draft, factor, like.dtype)
+            with graph.inserting_before(output):
                 factor = graph.call_function(aten.reshape.default, (factor, [-1] + [1] * (like.dim() - 1)))
                 factor = graph.call_function(aten.to.dtype, (factor, like.dtype))
                 total = graph.call_function(aten.addcmul.default, (start, direction, factor))

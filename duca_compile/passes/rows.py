@@ -36,7 +36,7 @@ class KeepRows(CachingPass):
         for name, new in zip(draft.results[own:], emitted, strict=True):
             like = new.meta["val"]
             old = known.get(cache_input(name)) or draft.add_input(cache_input(name), like)
-            chosen = beside(draft, rows, like)
+            chosen = by_row(draft, rows, like)
             with draft.graph.inserting_before(output):
                 merged = draft.graph.call_function(aten.where.self, (chosen, new, old))
             merged.meta["val"] = like
@@ -52,9 +52,28 @@ def number_input(draft: VariantDraft, name: str, like: torch.Tensor) -> fx.Node:
 
 
 def beside(draft: VariantDraft, number: fx.Node, like: torch.Tensor) -> fx.Node:
-    """The number as it meets a value: of one for each row, (batch, 1, ...) in the value's dimensions."""
+    """The number as it meets a value: of one for each row, (batch, 1, ...) in the value's dimensions.
+
+    Unlike a number of no dimensions, one for each row would widen the value, so it takes the value's own type.
+    """
     if not draft.spec.by_row:
         return number
-    shape = [draft.facts.batch, *[1] * (like.dim() - 1)]
+    rows = by_row(draft, number, like)
+    if like.dtype is torch.float32:
+        return rows
+    with draft.behind(rows):
+        return draft.graph.call_function(aten.to.dtype, (rows, like.dtype))
+
+
+def by_row(draft: VariantDraft, values: fx.Node, like: torch.Tensor) -> fx.Node:
+    """(batch,) as (batch, 1, ...), of the dimensions of ``like``."""
+    with draft.behind(values):
+        return draft.graph.call_function(aten.reshape.default, (values, [draft.facts.batch, *[1] * (like.dim() - 1)]))
+
+
+def limited(draft: VariantDraft, number: fx.Node, dtype: torch.dtype) -> fx.Node:
+    """``number`` as far as a narrower type holds it: infinity times a difference of zero would be no number."""
+    if torch.finfo(dtype).smallest_normal <= torch.finfo(torch.float32).smallest_normal:
+        return number  # it has float32's range
     with draft.behind(number):
-        return draft.graph.call_function(aten.reshape.default, (number, shape))
+        return draft.graph.call_function(aten.clamp.default, (number, torch.finfo(dtype).min, torch.finfo(dtype).max))

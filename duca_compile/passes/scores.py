@@ -13,6 +13,7 @@ from duca_compile.analysis.tokens import own_keys
 from duca_compile.errors import InternalError
 from duca_compile.graph import Action, Branch, value_shape
 from duca_compile.passes.base import ExactPass, VariantDraft
+from duca_compile.passes.relate import precise
 
 aten = torch.ops.aten
 
@@ -26,7 +27,7 @@ class EmitScores(ExactPass[VariantDraft]):
     ``v_norm``: sum over heads of 1 - ||v||2, so the smallest value vectors score highest (DuCa, arXiv 2412.18911,
     the released code's sign). ``attention``: attention received, summed over queries, mean over heads (ToCa's s1).
     ``entropy``: 1 + the entropy over the keys of a cross-attention's map, mean over heads (ToCa's s2). Where the spec
-    is paired, maps and norms are the mean of both halves of the batch.
+    is paired, maps and norms are the mean of both halves of the batch. All from the norms or the softmax on is float32.
     """
 
     ensures = frozenset({"scores_emitted"})
@@ -41,7 +42,7 @@ class EmitScores(ExactPass[VariantDraft]):
         for branch in scored:
             with draft.graph.inserting_before(draft.graph.output_node()):
                 score = _score(draft, branch, scores)
-                if branch.dtype is not torch.float32:
+                if branch.dtype is torch.float64:
                     score = _call(draft, aten.to.dtype, score, torch.float32)
             score.meta["val"] = draft.node(branch.core).meta["val"].new_empty(branch.shape[:2], dtype=torch.float32)
             draft.add_result(branch.score_slot, score)
@@ -56,7 +57,9 @@ def _score(draft: VariantDraft, branch: Branch, scores: str) -> fx.Node:
     if start is None:
         raise InternalError(f"the keys of {attention.name} are not the tokens of branch {branch.index}")
     if scores == "v_norm":
-        norm = _call(draft, aten.linalg_vector_norm.default, attention.args[2], 2, [-1])
+        values = attention.args[2]
+        assert isinstance(values, fx.Node)
+        norm = _call(draft, aten.linalg_vector_norm.default, values, 2, [-1], **_wide(values))
         score = _call(draft, aten.sum.dim_IntList, _call(draft, aten.rsub.Scalar, norm, 1), [1])
     else:
         score = _call(draft, aten.sum.dim_IntList, _mean_map(draft, attention), [1])
@@ -94,8 +97,14 @@ def _mean_map(draft: VariantDraft, attention: fx.Node) -> fx.Node:
         logits = _call(draft, aten.where.ScalarOther, mask, logits, float("-inf"))
     elif mask is not None:
         logits = _call(draft, aten.add.Tensor, logits, mask)
-    return _call(draft, aten.mean.dim, _call(draft, aten.softmax.int, logits, -1), [1])
+    return _call(draft, aten.mean.dim, _call(draft, aten.softmax.int, logits, -1, **_wide(query)), [1])
 
 
-def _call(draft: VariantDraft, target: Any, *args: Any) -> fx.Node:
-    return draft.graph.call_function(target, args)
+def _wide(value: fx.Node) -> dict[str, torch.dtype]:
+    """The option that computes in float32 what would be narrower."""
+    dtype = value.meta["val"].dtype
+    return {} if precise(value.meta["val"]) is dtype else {"dtype": torch.float32}
+
+
+def _call(draft: VariantDraft, target: Any, *args: Any, **options: Any) -> fx.Node:
+    return draft.graph.call_function(target, args, options)

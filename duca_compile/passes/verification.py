@@ -10,6 +10,7 @@ from torch import fx
 from duca_compile.analysis.closure import ancestors, descendants
 from duca_compile.graph import VERIFY_ERROR, Branch
 from duca_compile.passes.base import ExactPass, VariantDraft
+from duca_compile.passes.relate import precise, row_norm
 
 aten = torch.ops.aten
 
@@ -18,7 +19,7 @@ _LEAST = 1e-10  # added to what an error is relative to
 
 @dataclass(frozen=True)
 class VerifyForecast(ExactPass[VariantDraft]):
-    """Returns a float32 error: the last block as forecast, against a copy that is computed.
+    """Returns an error, in float32 at least: the last block as forecast, against a copy that is computed.
 
     The copy reads the stream that the earlier blocks' forecasts lead to, as soon as these take their places. It changes
     nothing else.
@@ -38,11 +39,10 @@ class VerifyForecast(ExactPass[VariantDraft]):
             for node in [n for n in draft.graph.nodes if n in region]:
                 copies[node] = draft.graph.node_copy(node, lambda n: copies.get(n, n))
                 copies[node].meta["copy_of"] = node.name
-            pair = [call(aten.to.dtype, (value, torch.float32)) for value in (forecast, copies[forecast])]
-            whole = verify.metric == "relative_l1"
-            error = (_relative_l1 if whole else _norm_ratio)(draft, *pair)
-        like = forecast.meta["val"]
-        error.meta["val"] = like.new_empty(1 if whole else like.shape[0], dtype=torch.float32)
+            whole, like = verify.metric == "relative_l1", forecast.meta["val"]
+            change = call(aten.sub.Tensor, (forecast, copies[forecast]))
+            error = (_relative_l1 if whole else _norm_ratio)(draft, change, copies[forecast], like)
+        error.meta["val"] = like.new_empty(1 if whole else like.shape[0], dtype=precise(like))
         draft.add_result(VERIFY_ERROR, error)
         return True
 
@@ -53,20 +53,19 @@ def _last_block(draft: VariantDraft) -> list[Branch]:
     return [b for b in draft.facts.branches if (b.chain, b.block) == (last.chain, last.block)]
 
 
-def _relative_l1(draft: VariantDraft, forecast: fx.Node, computed: fx.Node) -> fx.Node:
-    """One value, (1,): the mean of |difference| / |computed| over every element, as released."""
+def _relative_l1(draft: VariantDraft, change: fx.Node, computed: fx.Node, like: torch.Tensor) -> fx.Node:
+    """One value, (1,): the mean of |change| / |computed| over every element, as released.
+
+    What is divided by is widened: in a narrow type the least size would be zero, and quotients would not fit.
+    """
     call = draft.graph.call_function
-    difference = call(aten.abs.default, (call(aten.sub.Tensor, (forecast, computed)),))
-    size = call(aten.add.Tensor, (call(aten.abs.default, (computed,)), _LEAST))
-    mean = call(aten.mean.default, (call(aten.div.Tensor, (difference, size)),))
-    return call(aten.reshape.default, (mean, [1]))
+    wide = call(aten.to.dtype, (call(aten.abs.default, (computed,)), precise(like)))
+    quotient = call(aten.div.Tensor, (call(aten.abs.default, (change,)), call(aten.add.Tensor, (wide, _LEAST))))
+    return call(aten.reshape.default, (call(aten.mean.default, (quotient,)), [1]))
 
 
-def _norm_ratio(draft: VariantDraft, forecast: fx.Node, computed: fx.Node) -> fx.Node:
-    """One value for each row: the norm of the difference over the norm of what was computed."""
+def _norm_ratio(draft: VariantDraft, change: fx.Node, computed: fx.Node, like: torch.Tensor) -> fx.Node:
+    """One value for each row: the norm of the change over the norm of what was computed."""
     call = draft.graph.call_function
-    flat = [
-        call(aten.flatten.using_ints, (node, 1)) for node in (call(aten.sub.Tensor, (forecast, computed)), computed)
-    ]
-    difference, size = (call(aten.linalg_vector_norm.default, (node, 2, [1])) for node in flat)
+    difference, size = (row_norm(draft, node, like) for node in (change, computed))
     return call(aten.div.Tensor, (difference, call(aten.add.Tensor, (size, _LEAST))))

@@ -79,7 +79,7 @@ class AdaptivePolicy(Policy):
         """All steps that its deciders may propose or decide on, each once; the full one comes first."""
 
     def planned(self, total: int | None) -> Iterator[Step]:
-        """The same as ``steps``: what is cached is kept to the end."""
+        """The same as ``steps``: what is cached is kept until the last step has been decided."""
         return self.steps(total)
 
     @property

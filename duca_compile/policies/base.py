@@ -212,11 +212,10 @@ class Policy(ABC):
         """
 
     def planned(self, total: int | None) -> Iterator[Step]:
-        """The same steps, with what later ones read of each. Where features are forecast or predicted, all is kept."""
-        from duca_compile.policies.liveness import with_liveness
+        """The same steps, with what later ones read of each. Where features are forecast, all is until the last one."""
+        from duca_compile.policies.liveness import until_the_last, with_liveness
 
-        whole = self.forecast is not None or self.predictor is not None
-        return self.steps(total) if whole else with_liveness(self.steps(total))
+        return (with_liveness if self.forecast is None else until_the_last)(self.steps(total))
 
     def fresh_tokens(self, step: Step, query: TokenQuery) -> int:
         """How many tokens of a branch to recompute in a partial step; 0 reuses the branch."""

@@ -75,8 +75,6 @@ class Calibrated(Policy):
             )
         for each in self.measured:
             yield Step(StepKind.FULL if each is None else StepKind.FORECAST)
-        while total is None:
-            yield Step(StepKind.FULL)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a JSON file; whole or not at all.

@@ -17,19 +17,21 @@ _READS = {
     StepKind.PARTIAL: Kept.BRANCHES,
     StepKind.REUSE: Kept.BRANCHES,
     StepKind.SKIP: Kept.END,
+    StepKind.PREDICT: Kept.END,
 }
 _REPLACES = {
     StepKind.FULL: Kept.ALL,
     StepKind.PARTIAL: Kept.END,
     StepKind.REUSE: Kept.END,
     StepKind.SKIP: Kept.NOTHING,
+    StepKind.PREDICT: Kept.NOTHING,
 }
 
 
 def with_liveness(steps: Iterator[Step]) -> Iterator[Step]:
     """The steps, each with what a later one reads, and with what any of the first 256 has to keep for later ones.
 
-    For full, partial, reuse and skip steps; a full step replaces all. A stretch without one that is longer than 256
+    For all but forecast steps; a full step replaces all. A stretch without one that is longer than 256
     steps keeps everything.
     """
     first = list(islice(steps, LOOKED_AHEAD))
@@ -41,6 +43,15 @@ def with_liveness(steps: Iterator[Step]) -> Iterator[Step]:
             stretch = []
         stretch.append(step)
     yield from _annotated(stretch, kept, Kept.NOTHING)
+
+
+def until_the_last(steps: Iterator[Step]) -> Iterator[Step]:
+    """The steps, where all is kept behind each but the last: full steps make differences of what they replace."""
+    known = next(steps, None)
+    while known is not None:
+        coming = next(steps, None)
+        yield known if coming is not None else replace(known, live=Kept.NOTHING)
+        known = coming
 
 
 def _annotated(stretch: Sequence[Step], kept: Kept, after: Kept) -> Iterator[Step]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -28,6 +29,8 @@ from duca_compile.runtime.manifest import Manifest, Size, TensorSpec, inside, re
 from duca_compile.runtime.planning import check_pairs
 from duca_compile.runtime.selection import Tokens
 from duca_compile.runtime.session import HasSessions, Requests, current_pass, named_pass
+
+log = logging.getLogger("duca_compile")
 
 BACKENDS = ("onnxruntime", "openvino", "tensorrt", "aoti")
 SCORE = "score_"
@@ -147,6 +150,13 @@ class _Planner:
         plan = self._plans.get(step)
         if plan is None:
             recorded = self._recorded.get(step, self._manifest.schedule.plans[self._manifest.schedule.full])
+            if recorded.step.kind is not step.kind:
+                log.warning(
+                    "the artifact has no graph of %s steps such as its policy %s decides on: they are computed in "
+                    "full. Export the model again, with this version of duca_compile",
+                    step.kind.value,
+                    self._manifest.policy.name,
+                )
             program = self._programs[recorded.variant]
             counts = tuple(recorded.counts.get(str(index), 0) for index in program.waiting)
             plan = self._plans[step] = Plan(recorded.step, program, counts, recorded.flops.at(self._batch))

@@ -18,6 +18,7 @@ from duca_compile.runtime.arrays import Array, Arrays
 from duca_compile.runtime.clock import Sight, Tick
 from duca_compile.runtime.forecasting import ForecastInputs
 from duca_compile.runtime.request import CacheState, Executed, Request
+from duca_compile.runtime.rows import RowsTooLargeError
 from duca_compile.runtime.selection import Tokens, TokenSelector
 
 if TYPE_CHECKING:
@@ -171,6 +172,7 @@ class Dispatcher:
         self.planner = planner
         self._policy, self._prologue, self._foresees = policy, prologue, foresees
         self._adaptive = policy if isinstance(policy, AdaptivePolicy) else None
+        self._warned = False
 
     def __call__(
         self, request: Request, tick: Tick, call: Mapping[str, Array], name: str | None = None
@@ -233,6 +235,8 @@ class Dispatcher:
             assert cheap is not None
             outputs = cheap
         state.measured.clear()
+        if tick.step + 1 == request.total:
+            state.end()
         kind = StepKind.FULL if any(full) else steps[0].kind
         rows = () if policy.per == "batch" else tuple(step.kind for step in steps)
         return outputs, kind, flops, tuple(measured), rows
@@ -321,10 +325,19 @@ class Dispatcher:
             return self.planner.rows(None).compute_all(call, state.hoisted, times)
         except torch.OutOfMemoryError:
             raise
+        except RowsTooLargeError as error:
+            reason = str(error)
         except Exception as error:  # an operator that vmap has no rule for
-            log.info("timestep-only values are computed step by step: %s", first_line(error))
+            reason = f"torch.func.vmap cannot ({first_line(error).rstrip('.')}); another form of that operator may do"
             self._foresees = False
-            return {}
+        if not self._warned:
+            self._warned = True
+            log.warning(
+                "what depends on the timestep alone is computed step by step, and not for all steps at once: %s. The "
+                "result is the same; each step takes a little longer",
+                reason,
+            )
+        return {}
 
     def _plan(self, step: Step, index: int, state: CacheState) -> Plan:
         """The plan of ``step``, or of a full one for a pass that has just joined or has missed steps."""

@@ -114,6 +114,25 @@ def score_kind(policy: Policy) -> str | None:
     return None if selection is None or selection.kind == "random" else selection.kind
 
 
+def not_recomputed(facts: Facts, policy: Policy) -> str | None:
+    """What a policy's partial steps do otherwise than its numbers say, and what to do; None where nothing."""
+    if policy.selection is None:
+        return None
+    mixing = [branch for branch in facts.branches if branch.kind == "mixing"]
+    if mixing:
+        return (
+            f"partial steps compute {len(mixing)} of {len(facts.branches)} branches in full, for it is not understood "
+            f"how their tokens could be computed apart: {'; '.join(facts.notes)}. These steps are slower, and no less "
+            "exact. FORA and TaylorSeer replace such branches as a whole, and explain(...) gives the costs"
+        )
+    if not any(branch.pointwise for branch in facts.branches):
+        return (
+            "partial steps find no branch whose tokens can be computed apart, so they reuse everything; FORA and "
+            "TaylorSeer say so by name"
+        )
+    return None
+
+
 def check_selection(facts: Facts, policy: Policy) -> None:
     """Raises PolicyError where the policy's token scores cannot be had from this graph; names the branch."""
     kind = score_kind(policy)

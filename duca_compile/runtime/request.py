@@ -125,6 +125,11 @@ class CacheState:
             self._most = len(self.caches), sum(map(size, self.caches.values()))
         return self._most[1] + (0 if self.selector is None else self.selector.bytes)
 
+    def end(self) -> None:
+        """Drops all that decisions have kept behind the last step; should there be another, it starts anew."""
+        self.keep(Kept.NOTHING)
+        self.decisions, self.past = None, ()
+
     def keep(self, live: Kept) -> None:
         """Drops the caches that no later step reads."""
         self.kept = live
@@ -280,9 +285,9 @@ class Request:
             log.warning(
                 "step %d is more than the %s planned steps; it and later ones are computed in full. Pass "
                 "optimize(..., num_inference_steps=N) with the number your scheduler runs, or optimize the pipeline "
-                "that runs.",
+                "that runs; calibrate, or export an artifact, for that number.",
                 index + 1,
-                self._total,
+                self._steps if self._steps is None else len(self._steps),
             )
 
 
@@ -296,6 +301,10 @@ class PlannedSteps:
         self._plan, self._coming, self._lock = plan, plan(), threading.Lock()
         self._same, self._known = dict[Step, Step](), list[Step]()
         self.at(0)  # a policy that cannot be planned says so here
+
+    def __len__(self) -> int:
+        """How many are planned by now."""
+        return len(self._known)
 
     def at(self, index: int) -> Step | None:
         """None beyond the last one."""

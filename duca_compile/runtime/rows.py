@@ -13,6 +13,10 @@ if TYPE_CHECKING:
 MAX_BYTES = 2**28  # of the rows of one pass; where all would be more, each is computed at its step
 
 
+class RowsTooLargeError(Exception):
+    """The values of all timesteps would take more memory than they are worth."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """Computes the timestep-only values of one graph, packed into one row for each type."""
@@ -29,15 +33,22 @@ class Rows:
     def compute_all(
         self, call: Mapping[str, Tensor], hoisted: Mapping[str, Tensor], times: tuple[float, ...]
     ) -> dict[float, tuple[Tensor, ...]]:
-        """The rows of each of ``times``, of which all batch rows have the same; none where they would be too large.
+        """The rows of each of ``times``, of which all batch rows have the same.
 
-        Raises what ``torch.func.vmap`` raises, where an operator has no rule for it.
+        Raises:
+            RowsTooLargeError: they would take more than ``MAX_BYTES``.
+            what ``torch.func.vmap`` raises, where an operator has no rule for it.
         """
         import torch
 
         given = call[self.timestep]
-        if not times or self.timestep not in self.inputs or len(times) * self._bytes > MAX_BYTES:
+        if not times or self.timestep not in self.inputs:
             return {}
+        if (size := len(times) * self._bytes) > MAX_BYTES:
+            raise RowsTooLargeError(
+                f"for {len(times)} steps they would take {size >> 20} MiB, more than {MAX_BYTES >> 20}; those of a "
+                "smaller batch, or of fewer steps, fit"
+            )
         values = torch.tensor(times, dtype=torch.float64, device=given.device).to(given.dtype)
         each = values.view(-1, *[1] * given.dim()).expand(-1, *given.shape)
         dims = tuple(0 if name == self.timestep else None for name in self.inputs)
