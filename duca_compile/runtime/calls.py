@@ -1,0 +1,226 @@
+"""Which pass of a step a call is: by its name, by what it is conditioned on, and, of tiles, by its latent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from duca_compile.runtime.arrays import same_values
+from duca_compile.runtime.clock import equal, held, on_host, unchanged, version
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SAMPLED = 4096  # values of a latent that are compared where two are held against each other
+NEAR = 0.25  # what one rounded timestep changes of a latent is less, relatively
+APART = 0.9  # latents of one tile are nearer to each other than to those of others: by distance, at least so much
+
+PassKey = tuple[str | None, int]  # the pass's name, and which call of that name at the step
+
+
+class Named(NamedTuple):
+    """The tensors of one call by name, but the timestep: its latent, and what it is conditioned on."""
+
+    name: str | None  # of its pass
+    latent: Tensor
+    others: Mapping[str, Tensor]
+
+    @staticmethod
+    def of(name: str | None, call: Mapping[str, Tensor], latent: str, timestep: str) -> Named:
+        others = {key: tensor for key, tensor in call.items() if key not in (latent, timestep)}
+        return Named(name, call[latent], others)
+
+
+class Sample:
+    """Some values of a latent as it was; read when they are first compared."""
+
+    def __init__(self, latent: Tensor) -> None:
+        stride = max(1, latent.nbytes // latent.itemsize // SAMPLED)
+        self._kept = latent.reshape(-1)[::stride].copy() if isinstance(latent, np.ndarray) else None
+        if self._kept is None:
+            self._kept = latent.detach().reshape(-1)[::stride].clone()
+        self._values: np.ndarray | None = None
+
+    @property
+    def values(self) -> np.ndarray:
+        if self._values is None:
+            kept = self._kept
+            array = kept if isinstance(kept, np.ndarray) else kept.float().cpu().numpy()
+            self._values = array.astype(np.float32)
+        return self._values
+
+    def distance(self, other: Sample) -> float:
+        """The norm of the difference; infinite where the sizes are different."""
+        one, two = self.values, other.values
+        return float(np.linalg.norm(one - two)) if one.shape == two.shape else float("inf")
+
+    def is_near(self, other: Sample) -> bool:
+        return self.distance(other) <= NEAR * float(np.linalg.norm(other.values))
+
+    def is_apart(self, other: Sample) -> bool:
+        """Whether they have nothing in common, as the noise of two tiles has not."""
+        together = float(np.hypot(np.linalg.norm(self.values), np.linalg.norm(other.values)))
+        return self.distance(other) > APART * together
+
+
+class Slot:
+    """One pass of a loop, as it was when last called; holds what it was called with, so that identities last."""
+
+    def __init__(self, index: int, place: int, call: Named) -> None:
+        self.name, self.index, self.place = call.name, index, place  # ``place`` among all calls of the first step
+        self.step = -1
+        self.sample: Sample | None = None
+        self._condition(call.others)
+
+    def called(self, step: int, call: Named, samples: bool) -> None:
+        """Notes its call at ``step``; with ``samples``, so that its latent can be held against others later."""
+        self.step, self._latent, self._version = step, call.latent, version(call.latent)
+        self.sample = Sample(call.latent) if samples or self._version < 0 else None
+        if not self.is_as(call.others):
+            self._condition(call.others)
+
+    def _condition(self, others: Mapping[str, Tensor]) -> None:
+        self._others = {name: (held(tensor), version(tensor)) for name, tensor in others.items()}
+
+    def is_as(self, others: Mapping[str, Tensor]) -> bool:
+        """Whether it is conditioned on these very objects, as they were; asked at every call."""
+        known = self._others
+        if len(others) != len(known):
+            return False
+        for name, tensor in others.items():
+            if name not in known or not unchanged(tensor, *known[name]):
+                return False
+        return True
+
+    def is_for(self, others: Mapping[str, Tensor]) -> bool:
+        """The same by value."""
+        return self._others.keys() == others.keys() and not self.changes(others, reads=True)
+
+    def likeness(self, others: Mapping[str, Tensor]) -> int:
+        """How many of the objects that it is conditioned on are these."""
+        known = self._others
+        return sum(name in known and unchanged(tensor, *known[name]) for name, tensor in others.items())
+
+    def changes(self, others: Mapping[str, Tensor], reads: bool) -> set[str]:
+        """The inputs that hold something else. What is on an accelerator is read only where ``reads`` says so."""
+        known = self._others
+        return {name for name, tensor in others.items() if name in known and _differs(tensor, *known[name], reads)}
+
+    def differs_in(self, other: Slot) -> set[str]:
+        """The names of the inputs that are other objects there."""
+        mine, theirs = self._others, other._others
+        return {name for name in mine if name not in theirs or mine[name][0] is not theirs[name][0]}
+
+    def has(self, latent: Tensor) -> bool:
+        """Whether its last call had this latent, by value."""
+        if self._version >= 0:
+            if latent is self._latent and version(latent) == self._version:
+                return True
+            if latent is not self._latent and version(self._latent) == self._version:
+                return same_values(latent, self._latent)
+        if self.sample is None or self.sample.distance(Sample(latent)) > 0:
+            return False
+        return latent is self._latent or same_values(latent, self._latent)
+
+    def sampled(self) -> Sample | None:
+        """Of its latent; None where that is lost."""
+        if self.sample is None and version(self._latent) == self._version:
+            self.sample = Sample(self._latent)
+        return self.sample
+
+    def goes_on_with(self, latent: Tensor) -> bool:
+        """Whether this is its latent one small step on: near it, or written over it."""
+        mine = self.sampled()
+        return latent is self._latent if mine is None else Sample(latent).is_near(mine)
+
+    def is_apart_from(self, latent: Tensor) -> bool:
+        mine = self.sampled()
+        return mine is not None and Sample(latent).is_apart(mine)
+
+
+class Slots:
+    """The passes of one loop, in the order of their first calls."""
+
+    def __init__(self) -> None:
+        self.all: list[Slot] = []
+        self._named: dict[str | None, list[Slot]] = {}
+        self.tiled = False  # whether passes are told by their latents
+
+    def clear(self) -> None:
+        self.all.clear()
+        self._named.clear()
+        self.tiled = False
+
+    def of(self, name: str | None) -> Sequence[Slot]:
+        return self._named.get(name, ())
+
+    def get(self, key: PassKey) -> Slot | None:
+        slots = self.of(key[0])
+        return slots[key[1]] if key[1] < len(slots) else None
+
+    def add(self, call: Named) -> Slot:
+        slots = self._named.setdefault(call.name, [])
+        slot = Slot(len(slots), len(self.all), call)
+        slots.append(slot)
+        self.all.append(slot)
+        return slot
+
+    def put(self, slots: Iterable[Slot]) -> None:
+        """These are all from now on."""
+        self.all = list(slots)
+        self._named = {}
+        for place, slot in enumerate(self.all):
+            named = self._named.setdefault(slot.name, [])
+            slot.place, slot.index = place, len(named)
+            named.append(slot)
+
+    def find(self, call: Named, step: int, reads: bool) -> Slot | None:
+        """The pass that a call at ``step`` is, by all that tells; it may have been called at that step already.
+
+        None where there is no pass of its name. Objects count first; values are compared, if ``reads`` allows it, where
+        objects do not tell the passes apart. Of equals, the first that is still to come.
+        """
+        slots = self.of(call.name)
+        if len(slots) < 2:
+            return slots[0] if slots else None
+        if not self.tiled:
+            coming = _coming(slots, step)
+            if coming.step != step and coming.is_as(call.others):
+                return coming
+        alike = _best(slots, [slot.likeness(call.others) for slot in slots])
+        telling = {name for slot in alike[1:] for name in alike[0].differs_in(slot)} & call.others.keys()
+        if telling:
+            others = {name: call.others[name] for name in telling}
+            alike = _best(alike, [-len(slot.changes(others, reads)) for slot in alike])
+        return self._nearest(alike, call.latent, step) if self.tiled else _coming(alike, step)
+
+    def _nearest(self, slots: Sequence[Slot], latent: Tensor, step: int) -> Slot:
+        """By latent; one that was called at the step already only if it is much nearer."""
+        now = Sample(latent)
+
+        def far(slot: Slot) -> float:
+            then = slot.sampled()
+            weight = APART if slot.step != step else 1.0
+            return float("inf") if then is None else weight * then.distance(now)
+
+        return min(slots, key=far)
+
+
+def _differs(tensor: Tensor, known: Tensor, at_version: int, reads: bool) -> bool:
+    if unchanged(tensor, known, at_version):
+        return False
+    if not reads and not on_host(tensor) and tensor is not known:
+        return False
+    return not equal(tensor, known, at_version)
+
+
+def _best(slots: Sequence[Slot], scores: Sequence[int]) -> list[Slot]:
+    most = max(scores)
+    return [slot for slot, score in zip(slots, scores, strict=True) if score == most]
+
+
+def _coming(slots: Sequence[Slot], step: int) -> Slot:
+    """The first that was not called at the step yet, of those that were called last."""
+    return max(slots, key=lambda slot: -1 if slot.step == step else slot.step)
