@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from duca_compile.runtime.arrays import same_values
-from duca_compile.runtime.clock import equal, held, on_host, unchanged, version
+from duca_compile.runtime.clock import Sight, equal, on_host, unchanged, version
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,17 +20,19 @@ APART = 0.9  # latents of one tile are nearer to each other than to those of oth
 PassKey = tuple[str | None, int]  # the pass's name, and which call of that name at the step
 
 
-class Named(NamedTuple):
-    """The tensors of one call by name, but the timestep: its latent, and what it is conditioned on."""
+class Named:
+    """The tensors of one call, but the timestep: its latent, and what it is conditioned on."""
 
-    name: str | None  # of its pass
-    latent: Tensor
-    others: Mapping[str, Tensor]
+    __slots__ = ("inputs", "latent", "name", "others")
 
-    @staticmethod
-    def of(name: str | None, call: Mapping[str, Tensor], latent: str, timestep: str) -> Named:
-        others = {key: tensor for key, tensor in call.items() if key not in (latent, timestep)}
-        return Named(name, call[latent], others)
+    def __init__(self, name: str | None, latent: Tensor, inputs: tuple[str, ...], others: Sequence[Tensor]) -> None:
+        self.name, self.latent = name, latent  # the name is that of its pass
+        self.inputs, self.others = inputs, others  # what it is conditioned on
+
+    def only(self, inputs: Collection[str]) -> Named:
+        """With these inputs and no others."""
+        pairs = [(name, each) for name, each in zip(self.inputs, self.others, strict=True) if name in inputs]
+        return Named(self.name, self.latent, tuple(name for name, _ in pairs), [each for _, each in pairs])
 
 
 class Sample:
@@ -72,46 +74,48 @@ class Slot:
         self.name, self.index, self.place = call.name, index, place  # ``place`` among all calls of the first step
         self.step = -1
         self.sample: Sample | None = None
-        self._condition(call.others)
+        self._condition(call)
+
+    def _condition(self, call: Named) -> None:
+        self._inputs, self.sight = call.inputs, Sight.of(call.others)
+        self._met = call  # the last call that was found to be as this
 
     def called(self, step: int, call: Named, samples: bool) -> None:
         """Notes its call at ``step``; with ``samples``, so that its latent can be held against others later."""
         self.step, self._latent, self._version = step, call.latent, version(call.latent)
         self.sample = Sample(call.latent) if samples or self._version < 0 else None
-        if not self.is_as(call.others):
-            self._condition(call.others)
+        if not self.is_as(call):
+            self._condition(call)
 
-    def _condition(self, others: Mapping[str, Tensor]) -> None:
-        self._others = {name: (held(tensor), version(tensor)) for name, tensor in others.items()}
-
-    def is_as(self, others: Mapping[str, Tensor]) -> bool:
+    def is_as(self, call: Named) -> bool:
         """Whether it is conditioned on these very objects, as they were; asked at every call."""
-        known = self._others
-        if len(others) != len(known):
-            return False
-        for name, tensor in others.items():
-            if name not in known or not unchanged(tensor, *known[name]):
+        if self._met is not call:
+            if call.inputs != self._inputs or not self.sight.holds_of(call.others):
                 return False
+            self._met = call
         return True
 
-    def is_for(self, others: Mapping[str, Tensor]) -> bool:
+    def is_for(self, call: Named) -> bool:
         """The same by value."""
-        return self._others.keys() == others.keys() and not self.changes(others, reads=True)
+        return call.inputs == self._inputs and not self.changes(call, reads=True)
 
-    def likeness(self, others: Mapping[str, Tensor]) -> int:
+    def likeness(self, call: Named) -> int:
         """How many of the objects that it is conditioned on are these."""
-        known = self._others
-        return sum(name in known and unchanged(tensor, *known[name]) for name, tensor in others.items())
+        return sum(unchanged(now, *known) for _, now, known in self._common(call))
 
-    def changes(self, others: Mapping[str, Tensor], reads: bool) -> set[str]:
+    def changes(self, call: Named, reads: bool) -> set[str]:
         """The inputs that hold something else. What is on an accelerator is read only where ``reads`` says so."""
-        known = self._others
-        return {name for name, tensor in others.items() if name in known and _differs(tensor, *known[name], reads)}
+        return {name for name, now, known in self._common(call) if _differs(now, *known, reads)}
+
+    def _common(self, call: Named) -> Iterator[tuple[str, Tensor, tuple[Tensor, int]]]:
+        """The inputs that both have: now, and as they were with their versions."""
+        known = dict(zip(self._inputs, zip(self.sight.tensors, self.sight.versions, strict=True), strict=True))
+        return ((name, now, known[name]) for name, now in zip(call.inputs, call.others, strict=True) if name in known)
 
     def differs_in(self, other: Slot) -> set[str]:
         """The names of the inputs that are other objects there."""
-        mine, theirs = self._others, other._others
-        return {name for name in mine if name not in theirs or mine[name][0] is not theirs[name][0]}
+        theirs = dict(zip(other._inputs, other.sight.tensors, strict=True))
+        return {name for name, mine in zip(self._inputs, self.sight.tensors, strict=True) if theirs.get(name) is not mine}
 
     def has(self, latent: Tensor) -> bool:
         """Whether its last call had this latent, by value."""
@@ -187,13 +191,12 @@ class Slots:
             return slots[0] if slots else None
         if not self.tiled:
             coming = _coming(slots, step)
-            if coming.step != step and coming.is_as(call.others):
+            if coming.step != step and coming.is_as(call):
                 return coming
-        alike = _best(slots, [slot.likeness(call.others) for slot in slots])
-        telling = {name for slot in alike[1:] for name in alike[0].differs_in(slot)} & call.others.keys()
+        alike = _best(slots, [slot.likeness(call) for slot in slots])
+        telling = {name for slot in alike[1:] for name in alike[0].differs_in(slot)}
         if telling:
-            others = {name: call.others[name] for name in telling}
-            alike = _best(alike, [-len(slot.changes(others, reads)) for slot in alike])
+            alike = _best(alike, [-len(slot.changes(call.only(telling), reads)) for slot in alike])
         return self._nearest(alike, call.latent, step) if self.tiled else _coming(alike, step)
 
     def _nearest(self, slots: Sequence[Slot], latent: Tensor, step: int) -> Slot:

@@ -23,13 +23,15 @@ _ROUNDED = 2  # neighbours that rounding may make equal are no farther apart tha
 class Tick(NamedTuple):
     """Where one call falls: ``step`` of the request and ``pass_index`` among the calls at that timestep.
 
-    ``timestep`` is its value, the same for all rows; None where it differs by row or was not read.
+    ``timestep`` is its value, the same for all rows; None where it differs by row or was not read. ``condition`` is what
+    the pass is conditioned on: the same object for as long as that stays.
     """
 
     step: int
     pass_index: int
     new_request: bool
     timestep: float | None = None
+    condition: Sight | None = None
 
 
 class Move(Enum):
@@ -71,12 +73,15 @@ class StepClock:
         self._before: _Seen | None = None  # of the step before the last one
         self._last: _Seen | None = None
         self._now: _Seen | None = None
+        self._sense = 0  # the sign of the timesteps' change, once two values were read
         self._place: Place | None = None
         self._said: Place | None = None  # of the call that is looked at
 
     def tick(self, timestep: Tensor, place: Place | None = None) -> Tick:
         """By timesteps and what is said alone."""
-        return self.go(self.look(timestep, place))
+        move = self.look(timestep, place)
+        self.go(move)
+        return Tick(self.step, self._pass, move is Move.START, self.time)
 
     def look(self, timestep: Tensor, place: Place | None = None) -> Move:
         """What the call is, by its timestep and by what is said; ``go`` has to follow."""
@@ -87,22 +92,28 @@ class StepClock:
         if place is not None and place.by_caller:
             return _compared(place.step, self.step)
         if place is not None and self._place is not None and place.step != self._place.step:
-            back = self.step > 0 and self._monotone and self._turns_back(now)
+            back = self._direction(now)[0] and self._goes_back(now, _order(self._last, now))
             return Move.START if back else _compared(place.step, self._place.step)
-        if _order(self._last, now) == 0:
+        order = _order(self._last, now)
+        if order == 0:
             return Move.AGAIN
-        return Move.START if self._turns_back(now) else Move.NEXT
+        return Move.START if self._turns_back(now, order) else Move.NEXT
 
-    def go(self, move: Move) -> Tick:
+    @property
+    def time(self) -> float | None:
+        """The timestep of the call that was looked at, if it is one for all rows and was read."""
+        return None if self._now is None else self._now.single
+
+    def go(self, move: Move) -> None:
         """Goes where the call that was looked at is."""
         now = self._now
         assert now is not None
         if move is Move.AGAIN:
             self._pass += 1
-            return Tick(self.step, self._pass, False, now.single)
+            return
         if move is Move.START:
             said, self.step = self._said, 0
-            self._first, self._before = now, None
+            self._first, self._before, self._sense = now, None, 0
         else:
             said, last = self._place, self._last
             assert last is not None
@@ -112,10 +123,11 @@ class StepClock:
                 self._first, self._before = now, None
             else:
                 self._before = last
+                if not self._sense and now.single is not None:
+                    self._sense = self._direction(now)[0] or _order(last, now)
         if self._said is not None and self._said.by_caller:
             self.step = self._said.step
         self._pass, self._last, self._place = 0, now, self._said
-        return Tick(self.step, 0, move is Move.START, now.single)
 
     @property
     def advances(self) -> bool:
@@ -147,20 +159,35 @@ class StepClock:
     def midway(self) -> bool:
         """Whether the call that was looked at is within the loop that it is not the next step of."""
         first, last, now = self._first, self._last, self._now
-        if first is None or last is None or now is None or last is first:
+        if first is None or last is None or now is None:
             return False
         unfinished = self.total is None or self.step + 1 < self.total
-        return unfinished and _order(first, now) == _order(first, last)
+        return unfinished and _order(first, now) == _order(first, last) != 0
 
-    def _turns_back(self, now: _Seen) -> bool:
-        first, last = self._first, self._last
-        assert first is not None and last is not None  # noqa: PT018
-        if last is first or now.rewrites(last):  # no direction yet, or none to be had
-            return self.total is not None and self.step + 1 >= self.total
+    def _turns_back(self, now: _Seen, order: int) -> bool:
+        """Whether another timestep, ``order`` by that before it, starts a request."""
+        last = self._last
+        assert last is not None
+        if (self._sense or self._direction(now)[0]) and not now.rewrites(last):
+            return self._goes_back(now, order)
+        return self.total is not None and self.step + 1 >= self.total  # no direction yet, or none to be had
+
+    def _goes_back(self, now: _Seen, order: int) -> bool:
+        """Whether it goes against the direction of the steps so far."""
         if not self._monotone:
             return False
+        if self._sense and now.single is not None:
+            return order == -self._sense
+        assert self._last is not None
+        direction, by_memory = self._direction(now)
+        return _order(self._last, now, by_memory) == -direction
+
+    def _direction(self, now: _Seen) -> tuple[int, bool]:
+        """The sign of the timesteps' change so far, and whether it is that of their places in memory, as ``now``'s."""
+        first, last = self._first, self._last
+        assert first is not None and last is not None  # noqa: PT018
         by_memory = now.shares_schedule(last) and last.shares_schedule(first)
-        return _order(last, now, by_memory) != _order(first, last, by_memory)
+        return _order(first, last, by_memory), by_memory
 
 
 def _compared(now: int, before: int) -> Move:
@@ -248,9 +275,13 @@ def _order(before: _Seen, after: _Seen, by_memory: bool | None = None) -> int:
     """0 where both hold the same timestep, else the sign of the change."""
     old, new = before.single, after.single
     if old is not None and new is not None:
-        return 0 if same_time(old, new) else (new > old) - (new < old)
+        if abs(old - new) <= SAME_TIME * abs(old):
+            return 0
+        return 1 if new > old else -1
     if after.rewrites(before):
         return 1
+    if after.is_at(before):
+        return 0
     if by_memory if by_memory is not None else after.shares_schedule(before):
         return (after.place > before.place) - (after.place < before.place)
     return (after.value > before.value) - (after.value < before.value)
@@ -258,7 +289,7 @@ def _order(before: _Seen, after: _Seen, by_memory: bool | None = None) -> int:
 
 def same_time(one: float, other: float) -> bool:
     """Whether two timesteps are the same but for the last bits."""
-    return one == other or abs(one - other) <= SAME_TIME * max(abs(one), abs(other))
+    return abs(one - other) <= SAME_TIME * abs(one)
 
 
 def version(tensor: Tensor) -> int:

@@ -69,6 +69,7 @@ class CacheState:
     gathered: dict[Reader, Gathered] = field(default_factory=dict)
     hoisted: dict[str, Array] = field(default_factory=dict)
     hoisted_from: Sight | None = None
+    condition: Sight | None = None  # of the whole call that they were last found right for
     rows: Mapping[float, Sequence[Array]] = field(default_factory=dict)  # timestep -> the values it alone determines
     foreseen: bool = False  # whether the rows of the coming timesteps were computed
     selector: TokenSelector | None = None
@@ -195,6 +196,8 @@ class Request:
         self.history: list[Executed] = []
         self._total = total
         self._steps: PlannedSteps | None = None
+        self._names: Names | None = None  # of the last call, and the inputs that passes are conditioned on
+        self._inputs: tuple[str, ...] = ()
         self._slots = Slots()
         self._aside: _Aside | None = None
         self._openings: list[Sample] = []  # latents of the requests before, of one step each, at this timestep
@@ -238,28 +241,31 @@ class Request:
         What the caller says counts first, then the schedule, then timesteps. A new run of the schedule is a new
         request. Where there is none, what passes are conditioned on and their latents tell what timesteps cannot.
         """
-        timestep = call[names.timestep]
-        run = None if self._schedule is None else self._schedule.run()
-        if run is not self._run:
+        timestep, schedule, clock = call[names.timestep], self._schedule, self._clock
+        if schedule is not None and (run := schedule.run()) is not self._run:
             self._run = run
-            self._clock.reset()
-        given = Named.of(name, call, names.latent, names.timestep)
-        move, slot = self._clock.look(timestep, self._place(step_index)), None
+            clock.reset()
+        if names is not self._names:
+            self._names, self._inputs = names, tuple(n for n in call if n not in (names.latent, names.timestep))
+        given = Named(name, call[names.latent], self._inputs, [call[each] for each in self._inputs])
+        said = schedule is not None or step_index is not None
+        move, slot = clock.look(timestep, self._place(step_index) if said else None), None
         if move is Move.NEXT:
             move, slot = self._first_of_step(given)
         elif move is Move.AGAIN:
             move, slot = self._again(given)
         else:
             self._turn_back(given)
-        tick = self._clock.go(move)
-        if tick.new_request:
-            self._start(timestep, tick.timestep)
-        if tick.step == len(self._times):
-            self._times.append(tick.timestep)
+        clock.go(move)
+        step, time = clock.step, clock.time
+        if move is Move.START:
+            self._start(timestep, time)
+        if step == len(self._times):
+            self._times.append(time)
         if slot is None:
             slot = self._slots.add(given)
-        slot.called(tick.step, given, samples=tick.step == 0 or self._slots.tiled)
-        return tick if slot.index == tick.pass_index else tick._replace(pass_index=slot.index)
+        slot.called(step, given, samples=step == 0 or self._slots.tiled)
+        return Tick(step, slot.index, move is Move.START, time, slot.sight)
 
     def _place(self, step_index: int | None) -> Place | None:
         if step_index is not None:
@@ -288,7 +294,7 @@ class Request:
         """Notes that timesteps say that a request starts."""
         self._openings.clear()
         self._aside = None
-        midway = self._clock.midway and any(slot.is_as(call.others) for slot in self._slots.of(call.name))
+        midway = self._clock.midway and any(slot.is_as(call) for slot in self._slots.of(call.name))
         self._turns = self._turns + 1 if midway else 0
         if self._turns == RESTLESS:
             self._warn(
@@ -302,15 +308,16 @@ class Request:
         """What the first call at another timestep is, behind a request's first step."""
         self._aside = None
         step = self._clock.step + 1
-        if self._openings and self._is_of_an_earlier_one(call):
-            self._go_on_with_tiles()
-        self._openings.clear()
+        if self._openings:
+            if self._is_of_an_earlier_one(call):
+                self._go_on_with_tiles()
+            self._openings.clear()
         slot = self._slots.find(call, step, reads=step == 1)
         if slot is None or self._run is not None or self._slots.tiled:
             return Move.NEXT, slot
         if step == 1 and slot.index > 0:
             self._aside = self._drop_before(slot.place)
-        elif not slot.is_as(call.others) and self._is_another(slot, call, step):
+        elif not slot.is_as(call) and self._is_another(slot, call, step):
             return (Move.START if step == 1 and self._total in (None, 1) else Move.NEXT), None
         return Move.NEXT, slot
 
@@ -319,7 +326,7 @@ class Request:
 
         Inputs that change from step to step do not count. They are known once they have changed twice.
         """
-        changed = slot.changes(call.others, reads=step == 1) - self._varying
+        changed = slot.changes(call, reads=step == 1) - self._varying
         self._varying |= changed & self._changed
         self._changed = changed
         return not changed <= self._varying
@@ -329,7 +336,7 @@ class Request:
         step = self._clock.step
         first = step == 0 and self._run is None
         slot = self._slots.find(call, step, reads=step <= 1)
-        if self._aside is not None and not (slot is not None and slot.is_for(call.others)):
+        if self._aside is not None and not (slot is not None and slot.is_for(call)):
             slot = self._taken_back(call) or slot
         if slot is None:
             own = call.name is not None or not first or self._slots.all[-1].has(call.latent)
@@ -341,13 +348,13 @@ class Request:
         if not slot.has(call.latent):
             if self._clock.rounded and (self._clock.advances or slot.goes_on_with(call.latent)):
                 return Move.NEXT, slot
-            self._slots.tiled |= slot.is_apart_from(call.latent) and slot.is_for(call.others)
+            self._slots.tiled |= slot.is_apart_from(call.latent) and slot.is_for(call)
         return self._further(call), None
 
     def _first_again(self, slot: Slot, call: Named) -> tuple[Move, Slot | None]:
         """The same without a schedule at the first timestep, where nothing tells yet what passes the loop has."""
         if slot.has(call.latent):
-            if not slot.is_for(call.others):
+            if not slot.is_for(call):
                 return self._further(call), None
             start = len(self._slots.all) - slot.place  # where a request must have started that has come to this pass
             if not 0 < slot.place < start:
@@ -357,7 +364,7 @@ class Request:
         if self._clock.rounded is None:
             if self._clock.advances:
                 return Move.NEXT, slot
-            if slot.is_for(call.others) and slot.goes_on_with(call.latent):
+            if slot.is_for(call) and slot.goes_on_with(call.latent):
                 if self._total is not None and self._total > 1:
                     return Move.NEXT, slot
                 self._warn(
@@ -418,7 +425,7 @@ class Request:
         """The pass of a call, where it was taken out by mistake: with it, all are there again."""
         aside = self._aside
         assert aside is not None
-        slot = next((slot for slot in aside.slots if slot.name == call.name and slot.is_for(call.others)), None)
+        slot = next((slot for slot in aside.slots if slot.name == call.name and slot.is_for(call)), None)
         if slot is not None:
             self._aside = None
             self.history[:] = [*aside.history, *_renumbered(self.history, aside.slots, 1)]
