@@ -75,7 +75,7 @@ class PipelineSchedule:
         levels = self._levels(values)
         self._steps, times = [0] * start, []
         for i in range(start, len(values)):
-            if i == start or not all(map(same_time, levels[i - 1], levels[i])):
+            if i == start or not all(map(same_time, levels[i - 1], levels[i], levels[start])):
                 times.append(values[i])
             self._steps.append(len(times) - 1)
         return times

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SAME_TIME = 4e-6  # timesteps that differ by less, relatively, are one: samplers come back to one by exp and log
+NO_TIME = 2e-6  # so are those that differ by less of the loop's first one: near 0 nothing is relative
 _BITS = {"bfloat16": 8, "float16": 11}  # of a number, its first one included
 _ROUNDED = 2  # neighbours that rounding may make equal are no farther apart than this many of its spacings
 
@@ -73,6 +74,7 @@ class StepClock:
         self._before: _Seen | None = None  # of the step before the last one
         self._last: _Seen | None = None
         self._now: _Seen | None = None
+        self._scale = 0.0  # the first timestep
         self._sense = 0  # the sign of the timesteps' change, once two values were read
         self._place: Place | None = None
         self._said: Place | None = None  # of the call that is looked at
@@ -92,9 +94,9 @@ class StepClock:
         if place is not None and place.by_caller:
             return _compared(place.step, self.step)
         if place is not None and self._place is not None and place.step != self._place.step:
-            back = self._direction(now)[0] and self._goes_back(now, _order(self._last, now))
+            back = self._direction(now)[0] and self._goes_back(now, _order(self._last, now, None, self._scale))
             return Move.START if back else _compared(place.step, self._place.step)
-        order = _order(self._last, now)
+        order = _order(self._last, now, None, self._scale)
         if order == 0:
             return Move.AGAIN
         return Move.START if self._turns_back(now, order) else Move.NEXT
@@ -114,6 +116,7 @@ class StepClock:
         if move is Move.START:
             said, self.step = self._said, 0
             self._first, self._before, self._sense = now, None, 0
+            self._scale = now.single or 0.0
         else:
             said, last = self._place, self._last
             assert last is not None
@@ -180,7 +183,7 @@ class StepClock:
             return order == -self._sense
         assert self._last is not None
         direction, by_memory = self._direction(now)
-        return _order(self._last, now, by_memory) == -direction
+        return _order(self._last, now, by_memory, self._scale) == -direction
 
     def _direction(self, now: _Seen) -> tuple[int, bool]:
         """The sign of the timesteps' change so far, and whether it is that of their places in memory, as ``now``'s."""
@@ -271,11 +274,11 @@ def _holds(value: float, bits: int) -> bool:
     return (frexp(value)[0] * 2**bits).is_integer()
 
 
-def _order(before: _Seen, after: _Seen, by_memory: bool | None = None) -> int:
-    """0 where both hold the same timestep, else the sign of the change."""
+def _order(before: _Seen, after: _Seen, by_memory: bool | None = None, scale: float = 0.0) -> int:
+    """0 where both hold the same timestep of a loop of that ``scale``, else the sign of the change."""
     old, new = before.single, after.single
     if old is not None and new is not None:
-        if abs(old - new) <= SAME_TIME * abs(old):
+        if same_time(old, new, scale):
             return 0
         return 1 if new > old else -1
     if after.rewrites(before):
@@ -287,9 +290,9 @@ def _order(before: _Seen, after: _Seen, by_memory: bool | None = None) -> int:
     return (after.value > before.value) - (after.value < before.value)
 
 
-def same_time(one: float, other: float) -> bool:
-    """Whether two timesteps are the same but for the last bits."""
-    return abs(one - other) <= SAME_TIME * abs(one)
+def same_time(one: float, other: float, scale: float) -> bool:
+    """Whether two timesteps of a loop that starts with ``scale`` are the same but for the last bits."""
+    return abs(one - other) <= SAME_TIME * abs(one) + NO_TIME * abs(scale)
 
 
 def version(tensor: Tensor) -> int:

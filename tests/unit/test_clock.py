@@ -18,7 +18,7 @@ TOTALS = st.one_of(st.none(), st.integers(1, 50))
 def apart(values: list[float]) -> bool:
     """Whether no two are one timestep but for the last bits."""
     values = sorted(values)
-    return not any(map(same_time, values, values[1:]))
+    return not any(same_time(one, other, values[-1]) for one, other in zip(values, values[1:], strict=False))
 
 
 LOOPS = (
