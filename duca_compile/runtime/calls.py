@@ -74,6 +74,7 @@ class Slot:
         self.name, self.index, self.place = call.name, index, place  # ``place`` among all calls of the first step
         self.step = -1
         self.sample: Sample | None = None
+        self.former: list[Slot] = []  # the passes that its first call might have been of
         self._condition(call)
 
     def _condition(self, call: Named) -> None:
@@ -183,7 +184,7 @@ class Slots:
     def find(self, call: Named, step: int, reads: bool) -> Slot | None:
         """The pass that a call at ``step`` is, by all that tells; it may have been called at that step already.
 
-        None where there is no pass of its name. Objects count first; values are compared, if ``reads`` allows it, where
+        None where there is no pass of its name, or of tiles none with a latent like it. Objects count first; values are compared, if ``reads`` allows it, where
         objects do not tell the passes apart. Of equals, the first that is still to come.
         """
         slots = self.of(call.name)
@@ -199,8 +200,8 @@ class Slots:
             alike = _best(alike, [-len(slot.changes(call.only(telling), reads)) for slot in alike])
         return self._nearest(alike, call.latent, step) if self.tiled else _coming(alike, step)
 
-    def _nearest(self, slots: Sequence[Slot], latent: Tensor, step: int) -> Slot:
-        """By latent; one that was called at the step already only if it is much nearer."""
+    def _nearest(self, slots: Sequence[Slot], latent: Tensor, step: int) -> Slot | None:
+        """By latent, if any is like it; one that was called at the step already only if it is much nearer."""
         now = Sample(latent)
 
         def far(slot: Slot) -> float:
@@ -208,7 +209,8 @@ class Slots:
             weight = APART if slot.step != step else 1.0
             return float("inf") if then is None else weight * then.distance(now)
 
-        return min(slots, key=far)
+        found = min(slots, key=far)
+        return None if found.step != step and found.is_apart_from(latent) else found
 
 
 def _differs(tensor: Tensor, known: Tensor, at_version: int, reads: bool) -> bool:

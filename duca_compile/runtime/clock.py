@@ -138,6 +138,11 @@ class StepClock:
         return self._now is not None and self._last is not None and self._now.is_elsewhere(self._last)
 
     @property
+    def told(self) -> bool:
+        """Whether the caller says at which step the call is that was looked at."""
+        return self._said is not None and self._said.by_caller
+
+    @property
     def coarse(self) -> bool:
         """Whether the timesteps' type is one that rounds neighbours to one value."""
         return self._now is not None and self._now.spacing(typed=True) is not None
@@ -158,14 +163,13 @@ class StepClock:
             return False
         return abs(last.single - before.single) <= _ROUNDED * spacing
 
-    @property
-    def midway(self) -> bool:
-        """Whether the call that was looked at is within the loop that it is not the next step of."""
+    def is_midway(self, start: bool) -> bool:
+        """Whether the call that was looked at is within the loop that it is not the next step of, or at its ``start``."""
         first, last, now = self._first, self._last, self._now
-        if first is None or last is None or now is None:
+        if first is None or last is None or now is None or (self.total is not None and self.step + 1 >= self.total):
             return False
-        unfinished = self.total is None or self.step + 1 < self.total
-        return unfinished and _order(first, now) == _order(first, last) != 0
+        direction, place = _order(first, last), _order(first, now, None, self._scale)
+        return direction != 0 and place in ((0, direction) if start else (direction,))
 
     def _turns_back(self, now: _Seen, order: int) -> bool:
         """Whether another timestep, ``order`` by that before it, starts a request."""

@@ -201,7 +201,8 @@ class Request:
         self._slots = Slots()
         self._aside: _Aside | None = None
         self._openings: list[Sample] = []  # latents of the requests before, of one step each, at this timestep
-        self._changed, self._varying = set[str](), set[str]()  # inputs that changed at this step; from step to step
+        self._varying = set[str]()  # the inputs that change from step to step, as far as that was seen
+        self._former: list[Slot] = []  # passes that a call might have been of, and turned out not to be
         self._turns = 0  # requests in a row that started where timesteps turned back in mid-loop
 
     def reset(self) -> None:
@@ -264,6 +265,7 @@ class Request:
             self._times.append(time)
         if slot is None:
             slot = self._slots.add(given)
+            slot.former, self._former = self._former, []
         slot.called(step, given, samples=step == 0 or self._slots.tiled)
         return Tick(step, slot.index, move is Move.START, time, slot.sight)
 
@@ -278,7 +280,6 @@ class Request:
         self._times.clear()
         self._states.clear()
         self._slots.clear()
-        self._changed.clear()
         self.history.clear()
         self._total, monotone = self._given, True
         if self._schedule is not None and self._run is not None:
@@ -294,7 +295,8 @@ class Request:
         """Notes that timesteps say that a request starts."""
         self._openings.clear()
         self._aside = None
-        midway = self._clock.midway and any(slot.is_as(call) for slot in self._slots.of(call.name))
+        midway = self._clock.is_midway(start=self._turns > 0)
+        midway = midway and any(slot.is_as(call) for slot in self._slots.of(call.name))
         self._turns = self._turns + 1 if midway else 0
         if self._turns == RESTLESS:
             self._warn(
@@ -317,19 +319,33 @@ class Request:
             return Move.NEXT, slot
         if step == 1 and slot.index > 0:
             self._aside = self._drop_before(slot.place)
-        elif not slot.is_as(call) and self._is_another(slot, call, step):
+        elif self._is_another(slot, call, step):
             return (Move.START if step == 1 and self._total in (None, 1) else Move.NEXT), None
         return Move.NEXT, slot
 
     def _is_another(self, slot: Slot, call: Named, step: int) -> bool:
         """Whether a call is of another pass, or of another request, than seems: it is conditioned on something else.
 
-        Inputs that change from step to step do not count. They are known once they have changed twice.
+        Inputs that change from step to step do not count. They are known once they have changed twice, each time to
+        what no pass had, while others stayed; of a pass with a name, its name says that it is the same.
         """
+        if slot.is_as(call) or self._clock.told:
+            return False
         changed = slot.changes(call, reads=step == 1) - self._varying
-        self._varying |= changed & self._changed
-        self._changed = changed
-        return not changed <= self._varying
+        if slot.former and (call.name is not None or len(changed) < len(call.inputs)):
+            self._varying |= changed.intersection(*[former.changes(call, reads=step == 1) for former in slot.former])
+        if changed <= self._varying:
+            slot.former = []
+            return False
+        if len(slot.former) > 1:
+            self._warn(
+                "all that the model is conditioned on changes at each step, so each is computed in full. If these are "
+                "steps of one pass, name it: with model.cache_context(name, step_index=i)"
+            )
+        self._former = [*self._slots.all, *slot.former][:MAX_PASSES]
+        for former in self._former:
+            former.former = []  # whose own are dropped, so that they are bounded
+        return True
 
     def _again(self, call: Named) -> tuple[Move, Slot | None]:
         """What a call at the same timestep is: of which pass of this step, or of the next step or request."""
@@ -340,9 +356,10 @@ class Request:
             slot = self._taken_back(call) or slot
         if slot is None:
             own = call.name is not None or not first or self._slots.all[-1].has(call.latent)
-            return (Move.AGAIN if own else self._begin_again()), None
+            return (self._further(call) if own else self._begin_again()), None
         if slot.step != step:
-            return Move.AGAIN, slot
+            other = self._run is None and not self._slots.tiled and self._is_another(slot, call, step)
+            return (self._further(call), None) if other else (Move.AGAIN, slot)
         if first:
             return self._first_again(slot, call)
         if not slot.has(call.latent):

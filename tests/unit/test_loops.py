@@ -191,7 +191,9 @@ def expected(steps: list[int], passes: str) -> list[list[tuple[int, int, bool]]]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_a_loop_has_the_schedules_steps_and_passes_and_is_one_request(name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_loop_has_the_schedules_steps_and_passes_and_is_one_request(
+    name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """Whatever it is rounded to; so is the next loop, of another prompt and noise."""
     for kind in LOOPS:
         for dtype in DTYPES:
