@@ -339,6 +339,11 @@ def _follow(given: Mapping[str, Any], path: tuple[str | int, ...]) -> Any:
 def _contiguous(value: Any) -> Array:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
+        if value.requires_grad and torch.is_grad_enabled():
+            raise UsageError(
+                "an argument requires a gradient, and an artifact is for inference only: call the model itself for the "
+                "gradient pass, or else call it under torch.no_grad() or detach() the argument"
+            )
         return value.detach().contiguous()
     return value if isinstance(value, np.ndarray) and value.flags.c_contiguous else np.array(value)
 
