@@ -76,17 +76,19 @@ def source() -> nn.Module:
 @pytest.fixture(scope="module")
 def optimized_by(source: nn.Module) -> Callable[[Policy], Session]:
     """A session of one optimized model for each policy, captured once."""
-    known: dict[Policy, OptimizedModel] = {}
+    known: dict[str, OptimizedModel] = {}
 
     def get(policy: Policy) -> Session:
-        if policy not in known:
-            known[policy] = duca_compile.optimize(source, policy, "eager")
-        return known[policy].session()
+        if policy.name not in known:
+            known[policy.name] = duca_compile.optimize(source, policy, "eager")
+        return known[policy.name].session()
 
     return get
 
 
-@pytest.mark.parametrize("policy", [DuCa(3, fresh_ratio=0.3), FORA(3), TaylorSeer(2), Uncached()], ids=str)
+@pytest.mark.parametrize(
+    "policy", [DuCa(3, fresh_ratio=0.3), FORA(3), TaylorSeer(2), Uncached()], ids=lambda policy: policy.name
+)
 def test_modes_of_torch_may_change_within_a_request(optimized_by: Callable[[Policy], Session], policy: Policy) -> None:
     optimized = optimized_by(policy)
     expected = loop(optimized, ["no grad"] * STEPS)
@@ -97,7 +99,7 @@ def test_modes_of_torch_may_change_within_a_request(optimized_by: Callable[[Poli
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", [DuCa(3, fresh_ratio=0.3), TaylorSeer(2)], ids=str)
+@pytest.mark.parametrize("policy", [DuCa(3, fresh_ratio=0.3), TaylorSeer(2)], ids=lambda policy: policy.name)
 def test_modes_of_torch_may_change_between_compiled_steps(source: nn.Module, policy: Policy) -> None:
     optimized = duca_compile.optimize(source, policy, "inductor", strict=True)
     expected = loop(optimized, ["no grad"] * STEPS)
@@ -212,7 +214,7 @@ def flux_at_2048(dtype: torch.dtype) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", [DuCa(5), FORA(Interval(3, descending=True))], ids=str)
+@pytest.mark.parametrize("policy", [DuCa(5), FORA(Interval(3, descending=True))], ids=lambda policy: policy.name)
 def test_steps_are_the_schedulers_where_the_model_is_given_rounded_timesteps(policy: Policy) -> None:
     kinds = "".join(step.kind.value[0] for step in policy.steps(28))
     arguments = {
@@ -241,6 +243,7 @@ def artifact_loop(artifact: Any, seed: int, label: int, steps: Sequence[int], na
     return outputs
 
 
+@pytest.mark.slow
 def test_an_artifact_tells_requests_and_passes_as_a_model_does(artifact: Any) -> None:
     alone = artifact_loop(artifact, 1, 5, range(STEPS))
     artifact.reset()
@@ -250,6 +253,7 @@ def test_an_artifact_tells_requests_and_passes_as_a_model_does(artifact: Any) ->
     assert [(each.step, each.pass_index) for each in artifact.history] == [(step, 0) for step in range(STEPS)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", [False, True])
 def test_an_artifacts_tiles_have_their_own_caches(artifact: Any, named: bool) -> None:
     artifact.reset()
@@ -266,6 +270,7 @@ def test_an_artifacts_tiles_have_their_own_caches(artifact: Any, named: bool) ->
     assert "".join(kinds) == "f" * 10 + ("r" if named else "f") * 10 + "r" * 10 + "f" * 10
 
 
+@pytest.mark.slow
 def test_a_gradient_through_an_artifact_is_refused(artifact: Any) -> None:
     given = artifacts.example(1)
     with pytest.raises(UsageError, match="inference only"):

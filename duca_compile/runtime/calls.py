@@ -116,7 +116,9 @@ class Slot:
     def differs_in(self, other: Slot) -> set[str]:
         """The names of the inputs that are other objects there."""
         theirs = dict(zip(other._inputs, other.sight.tensors, strict=True))
-        return {name for name, mine in zip(self._inputs, self.sight.tensors, strict=True) if theirs.get(name) is not mine}
+        return {
+            name for name, mine in zip(self._inputs, self.sight.tensors, strict=True) if theirs.get(name) is not mine
+        }
 
     def has(self, latent: Tensor) -> bool:
         """Whether its last call had this latent, by value."""

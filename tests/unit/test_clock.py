@@ -159,7 +159,9 @@ def test_on_an_accelerator_another_schedule_is_compared_by_value() -> None:
 def test_on_an_accelerator_a_timestep_written_in_place_is_read_from_then_on(total: int | None) -> None:
     """The first value is lost, so the loop's direction is that of the next ones; the second loop is a new request."""
     values = [9.0, 9.0, 6.0, 6.0, 3.0, 1.0, 9.0, 6.0]
-    seen = [OnDevice(1, version=i, value=None if i == 0 else v) for i, v in zip((0, 0, *range(1, 7)), values, strict=True)]
+    seen = [
+        OnDevice(1, version=i, value=None if i == 0 else v) for i, v in zip((0, 0, *range(1, 7)), values, strict=True)
+    ]
     seen[3]._writes = 1
     got = places(StepClock(total), seen)
     assert got == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 0), (0, 0), (1, 0)]
