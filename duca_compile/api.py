@@ -207,7 +207,8 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         check_model(self.source)
         call = self._bind(args, kwargs)
-        check_no_gradients(call.tensors)
+        if torch.is_grad_enabled():
+            check_no_gradients(call.tensors)
         compiled = self._compiled.find(call)
         request, called = self._requests.current(), current_pass(self)
         name, step = (None, None) if called is None else (called.name, called.step_index)
@@ -265,8 +266,8 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         """Calls inside, ``with model.cache_context("cond"):``, are of the pass called ``name``, with caches of its own.
 
         As in diffusers, whose pipelines use it; ``options`` go to the source's own ``cache_context``. One of them says
-        at which step the calls are: ``step_index``, counted from 0 at the loop's start, or None where the timestep is to
-        tell. One that is smaller than the last starts a request.
+        at which step the calls are: ``step_index``, counted from 0 at the loop's start, or None where the timestep is
+        to tell. One that is smaller than the last starts a request.
 
         Raises:
             UsageError: when it is entered, if ``step_index`` is neither None nor a whole number from 0 on.
@@ -310,8 +311,8 @@ def _takes(function: Callable[..., Any], name: str) -> bool:
 
 
 def check_no_gradients(tensors: Iterable[Tensor]) -> None:
-    """Raises UsageError where a gradient is asked for through a tensor that the model is given."""
-    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
+    """Raises UsageError where one of a call's tensors requires a gradient."""
+    if any(tensor.requires_grad for tensor in tensors):
         raise UsageError(
             "an argument requires a gradient, and an optimized model is for inference only: call "
             "duca_compile.restore(model) for the gradient pass, or else call it under torch.no_grad() or detach() the "

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from duca_compile.runtime.arrays import same_values
+from duca_compile.runtime.arrays import Array, same_values
 from duca_compile.runtime.clock import Sight, equal, on_host, unchanged, version
 
 if TYPE_CHECKING:
@@ -39,10 +39,8 @@ class Sample:
     """Some values of a latent as it was; read when they are first compared."""
 
     def __init__(self, latent: Tensor) -> None:
-        stride = max(1, latent.nbytes // latent.itemsize // SAMPLED)
-        self._kept = latent.reshape(-1)[::stride].copy() if isinstance(latent, np.ndarray) else None
-        if self._kept is None:
-            self._kept = latent.detach().reshape(-1)[::stride].clone()
+        flat = latent.reshape(-1)[:: max(1, latent.nbytes // latent.itemsize // SAMPLED)]
+        self._kept: Array = flat.copy() if isinstance(flat, np.ndarray) else flat.detach().clone()
         self._values: np.ndarray | None = None
 
     @property
@@ -186,8 +184,9 @@ class Slots:
     def find(self, call: Named, step: int, reads: bool) -> Slot | None:
         """The pass that a call at ``step`` is, by all that tells; it may have been called at that step already.
 
-        None where there is no pass of its name, or of tiles none with a latent like it. Objects count first; values are compared, if ``reads`` allows it, where
-        objects do not tell the passes apart. Of equals, the first that is still to come.
+        None where there is no pass of its name, or, of tiles, none with a latent like it. Objects count first; where
+        they do not tell the passes apart, values are compared, on an accelerator only if ``reads`` says so. Of equals,
+        it is the first that is still to come.
         """
         slots = self.of(call.name)
         if len(slots) < 2:

@@ -24,8 +24,8 @@ _ROUNDED = 2  # neighbours that rounding may make equal are no farther apart tha
 class Tick(NamedTuple):
     """Where one call falls: ``step`` of the request and ``pass_index`` among the calls at that timestep.
 
-    ``timestep`` is its value, the same for all rows; None where it differs by row or was not read. ``condition`` is what
-    the pass is conditioned on: the same object for as long as that stays.
+    ``timestep`` is its value, the same for all rows; None where it differs by row or was not read. ``condition`` is
+    what the pass is conditioned on: the same object for as long as that stays.
     """
 
     step: int
@@ -164,7 +164,7 @@ class StepClock:
         return abs(last.single - before.single) <= _ROUNDED * spacing
 
     def is_midway(self, start: bool) -> bool:
-        """Whether the call that was looked at is within the loop that it is not the next step of, or at its ``start``."""
+        """Whether the call that was looked at goes back within the loop, or to its ``start``."""
         first, last, now = self._first, self._last, self._now
         if first is None or last is None or now is None or (self.total is not None and self.step + 1 >= self.total):
             return False
@@ -275,7 +275,7 @@ class _Seen:
 
 def _holds(value: float, bits: int) -> bool:
     """Whether a number of that many bits is this value."""
-    return (frexp(value)[0] * 2**bits).is_integer()
+    return float(frexp(value)[0] * 2.0**bits).is_integer()
 
 
 def _order(before: _Seen, after: _Seen, by_memory: bool | None = None, scale: float = 0.0) -> int:
@@ -306,7 +306,7 @@ def version(tensor: Tensor) -> int:
 
 def on_host(tensor: Tensor) -> bool:
     """Whether reading its values waits for no device."""
-    return isinstance(tensor, np.ndarray) or tensor.is_cpu
+    return isinstance(tensor, np.ndarray) or bool(tensor.is_cpu)
 
 
 def held(tensor: Tensor) -> Tensor:
@@ -324,7 +324,9 @@ def unchanged(tensor: Tensor, known: Tensor, at_version: int) -> bool:
     """
     if at_version >= 0:
         return tensor is known and tensor._version == at_version
-    return same_values(tensor, known) if on_host(tensor) else tensor is known
+    if on_host(tensor):
+        return same_values(tensor, known)
+    return tensor is known
 
 
 def equal(tensor: Tensor, known: Tensor, at_version: int) -> bool:

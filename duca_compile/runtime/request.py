@@ -425,7 +425,7 @@ class Request:
         )
 
     def _drop_before(self, place: int) -> _Aside:
-        """Takes out the passes before the one of that place, which were another request's. Only behind its first step."""
+        """Takes out the passes of the first step before the one of that place, which were another request's."""
         gone, kept = self._slots.all[:place], self._slots.all[place:]
         states = [
             (owner, slot, states.pop(slot))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import diffusers
@@ -28,7 +29,7 @@ def source() -> nn.Module:
 
 
 def fast(policy: Policy | str = "none", total: int | None = None) -> Session:
-    return optimized(policy if isinstance(policy, str) else policy, total).session()
+    return optimized(policy, total).session()
 
 
 @cache
@@ -71,8 +72,8 @@ def steps_of(session: Session) -> Tensor:
 
 @feature("loops", "conditional and unconditional calls, unnamed, whose order changes")
 def swapped_passes() -> Pair:
-    with_order = [loop(fast(FORA_3), passes=lambda step: order[step % 2]) for order in ([(1, 2), (2, 1)], [(1, 2)] * 2)]
-    return tuple(with_order)  # type: ignore[return-value]
+    found = loop(fast(FORA_3), passes=lambda step: [(1, 2), (2, 1)][step % 2])
+    return found, loop(fast(FORA_3), passes=lambda step: (1, 2))
 
 
 @feature("loops", "a request of one step, then a loop with another prompt on the same noise")
@@ -216,7 +217,7 @@ def ancestral(model: Any, steps: int = 10) -> list[Tensor]:
     low, high = 0.03 ** (1 / 7), 14.0 ** (1 / 7)
     sigmas = (high + torch.linspace(0, 1, steps) * (low - high)) ** 7
     draw, latent, outputs = torch.Generator().manual_seed(0), models.example()["x"], []
-    for now, after in zip(sigmas, sigmas[1:], strict=False):
+    for now, after in pairwise(sigmas):
         middle = (-((-now.log() - (after**2 / now).log()) / 2)).exp()
         for time in (now, middle):
             with torch.no_grad():

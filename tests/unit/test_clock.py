@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ TOTALS = st.one_of(st.none(), st.integers(1, 50))
 def apart(values: list[float]) -> bool:
     """Whether no two are one timestep but for the last bits."""
     values = sorted(values)
-    return not any(same_time(one, other, values[-1]) for one, other in zip(values, values[1:], strict=False))
+    return not any(same_time(one, other, values[-1]) for one, other in pairwise(values))
 
 
 LOOPS = (

@@ -6,11 +6,10 @@ number of steps is known, as with ``optimize(..., num_inference_steps=N)``, unle
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, product
 from typing import Any, NamedTuple
 
 import diffusers
@@ -24,7 +23,7 @@ from duca_compile.runtime.clock import Tick
 from duca_compile.runtime.request import Request
 
 FLUX_2048 = 1.15 + (16384 - 4096) * (1.15 - 0.5) / (4096 - 256)  # what its pipeline shifts by at 2048x2048
-LOOPS = ("pipeline", "views", "anew", "fractions")
+LOOPS = ("pipeline", "views", "anew", "fractions", "rounded views")
 PASSES = ("one", "named", "unnamed")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,6 +40,7 @@ class Published:
     steps: int
     options: Callable[[int], dict[str, Any]] = lambda steps: {}
     evaluations: tuple[int, ...] = (1,)  # of the first step, and of each later one
+    between: bool = False  # whether there are evaluations between timesteps, which are steps too
 
     def scheduler(self) -> Any:
         made = self.make()
@@ -51,6 +51,8 @@ class Published:
     @property
     def expected(self) -> list[int]:
         """The step of each evaluation."""
+        if self.between:
+            return [*range(2 * self.steps - 1)]
         first, later = self.evaluations[0], self.evaluations[-1]
         return [step for step in range(self.steps) for _ in range(later if step else first)]
 
@@ -103,7 +105,7 @@ SCHEDULES = {
     "flow, 8 steps": Published(flow(3.0), 8),
     "Heun, flow": Published(diffusers.FlowMatchHeunDiscreteScheduler, 20, evaluations=HEUN),
     "Heun": Published(diffusers.HeunDiscreteScheduler, 25, evaluations=HEUN),
-    "DPM2": Published(diffusers.KDPM2DiscreteScheduler, 20),
+    "DPM2": Published(diffusers.KDPM2DiscreteScheduler, 20, between=True),
     "DPM2 ancestral": Published(diffusers.KDPM2AncestralDiscreteScheduler, 20, evaluations=HEUN),
     "DPM++ 2M": Published(diffusers.DPMSolverMultistepScheduler, 25),
     "DPM++ 2M, Karras": Published(lambda: diffusers.DPMSolverMultistepScheduler(use_karras_sigmas=True), 25),
@@ -142,12 +144,14 @@ def evaluations(scheduler: Any, kind: str, dtype: torch.dtype, seed: int) -> Ite
     latent, end = noise(seed), noise(seed + 100)
     draw = torch.Generator().manual_seed(seed)
     latent = latent * scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else latent
-    for t in scheduler.timesteps:
+    for t, rounded in zip(scheduler.timesteps, scheduler.timesteps.to(dtype), strict=True):
         given = scheduler.scale_model_input(latent, t) if hasattr(scheduler, "scale_model_input") else latent
         if kind == "anew":
             timestep = torch.tensor([t.item()]).to(dtype)
         elif kind == "fractions":
             timestep = (t.expand(1) / 1000).to(dtype)
+        elif kind == "rounded views":
+            timestep = rounded.expand(1)
         else:
             timestep = t.expand(1).to(dtype)
         yield Call(given.to(dtype), timestep)
@@ -190,25 +194,50 @@ def expected(steps: list[int], passes: str) -> list[list[tuple[int, int, bool]]]
     return found
 
 
+def check(name: str, kind: str, dtype: torch.dtype, passes: str, known: bool = True) -> None:
+    """Two loops of different prompts and noise are a request each, with the schedule's steps and these passes."""
+    published = SCHEDULES[name]
+    steps = published.expected
+    schedule, total = None, len({*steps}) if known else None
+    pipe = Pipe(published.scheduler())
+    if kind == "pipeline":
+        schedule, total = PipelineSchedule(pipe), None
+    request = Request(FORA(3), total, schedule)
+    for seed in (1, 2):
+        found = ticks(request, evaluations(pipe.scheduler, kind, dtype, seed), passes, seed)
+        assert plain(found) == expected(steps, passes), f"{kind}, {dtype}, {passes}, loop {seed}"
+        assert request.total == (len({*steps}) if known else None)
+        pipe.scheduler = published.scheduler()
+
+
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "duca_compile"]
+
+
+@pytest.mark.parametrize("name", ["FLUX 2048", "Wan, UniPC, shift 17", "Heun, flow", "LCM, 1 step"])
+def test_a_loop_in_bfloat16_has_the_schedules_steps(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    for kind in LOOPS:
+        check(name, kind, torch.bfloat16, "unnamed")
+    assert not said(caplog)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_loop_has_the_schedules_steps_and_passes_and_is_one_request(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Whatever it is rounded to; so is the next loop, of another prompt and noise."""
-    for kind in LOOPS:
-        for dtype in DTYPES:
-            for passes in PASSES:
-                published = SCHEDULES[name]
-                scheduler = published.scheduler()
-                steps = published.expected if name != "DPM2" else list(range(2 * published.steps - 1))
-                schedule = PipelineSchedule(pipe := Pipe(scheduler)) if kind == "pipeline" else None
-                request = Request(FORA(3), None if schedule else len({*steps}), schedule)
-                for seed in (1, 2):
-                    pipe = Pipe(scheduler)
-                    if schedule is not None:
-                        schedule._pipe = lambda pipe=pipe: pipe
-                    found = ticks(request, evaluations(scheduler, kind, dtype, seed), passes, seed)
-                    assert plain(found) == expected(steps, passes), f"{kind}, {dtype}, {passes}, loop {seed}"
-                    assert request.total == len({*steps})
-                    scheduler = published.scheduler()
-    assert not [record for record in caplog.records if record.name == "duca_compile"]
+    """Whatever it is rounded to, and however its timesteps are made."""
+    for kind, dtype, passes in product(LOOPS, DTYPES, PASSES):
+        check(name, kind, dtype, passes)
+    assert not said(caplog)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, each in SCHEDULES.items() if each.steps > 1])
+def test_the_number_of_steps_need_not_be_known(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Where timesteps are not rounded, or are views of one tensor."""
+    for passes in PASSES:
+        for kind in LOOPS[1:]:
+            check(name, kind, torch.float32, passes, known=False)
+        check(name, "rounded views", torch.bfloat16, passes, known=False)
+    assert not said(caplog)
