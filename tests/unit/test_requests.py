@@ -333,7 +333,7 @@ def test_a_scheduler_has_no_step_index_at_first() -> None:
 
 
 def second_order_ancestral(steps: int, ratio: float, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-    """dpmpp_2s_ancestral of k-diffusion: with ratio 1/2 its middle evaluation is at the next timestep but for rounding."""
+    """dpmpp_2s_ancestral of k-diffusion: with ratio 1/2 its middle evaluation is all but at the next timestep."""
     low, high = 0.03 ** (1 / 7), 14.0 ** (1 / 7)
     sigmas = torch.cat([(high + torch.linspace(0, 1, steps) * (low - high)) ** 7, torch.zeros(1)])
     latent, draw = noise(1) * sigmas[0], torch.Generator().manual_seed(0)
