@@ -219,6 +219,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
                 if tick.new_request:
                     compiled = self._compiled.find_anew(call)
                     named = compiled.named(call.tensors)
+                    request.captured(compiled.facts)
                 outputs = compiled.dispatcher(request, tick, named, name)
             except BaseException:
                 request.reset()

@@ -23,16 +23,22 @@ PassKey = tuple[str | None, int]  # the pass's name, and which call of that name
 class Named:
     """The tensors of one call, but the timestep: its latent, and what it is conditioned on."""
 
-    __slots__ = ("inputs", "latent", "name", "others")
+    __slots__ = ("inputs", "kind", "latent", "name", "others")
 
-    def __init__(self, name: str | None, latent: Tensor, inputs: tuple[str, ...], others: Sequence[Tensor]) -> None:
-        self.name, self.latent = name, latent  # the name is that of its pass
+    def __init__(
+        self, name: str | None, kind: object, latent: Tensor, inputs: tuple[str, ...], others: Sequence[Tensor]
+    ) -> None:
+        self.name, self.kind, self.latent = (
+            name,
+            kind,
+            latent,
+        )  # of its pass; of its options and shapes; what it denoises
         self.inputs, self.others = inputs, others  # what it is conditioned on
 
     def only(self, inputs: Collection[str]) -> Named:
         """With these inputs and no others."""
         pairs = [(name, each) for name, each in zip(self.inputs, self.others, strict=True) if name in inputs]
-        return Named(self.name, self.latent, tuple(name for name, _ in pairs), [each for _, each in pairs])
+        return Named(self.name, self.kind, self.latent, tuple(name for name, _ in pairs), [each for _, each in pairs])
 
 
 class Sample:
@@ -76,31 +82,31 @@ class Slot:
         self._condition(call)
 
     def _condition(self, call: Named) -> None:
-        self._inputs, self.sight = call.inputs, Sight.of(call.others)
+        self.kind, self._inputs, self.sight = call.kind, call.inputs, Sight.of(call.others)
         self._met = call  # the last call that was found to be as this
 
     def called(self, step: int, call: Named, samples: bool) -> None:
         """Notes its call at ``step``; with ``samples``, so that its latent can be held against others later."""
         self.step, self._latent, self._version = step, call.latent, version(call.latent)
-        self.sample = Sample(call.latent) if samples or self._version < 0 else None
+        self.sample = Sample(call.latent) if samples else None
         if not self.is_as(call):
             self._condition(call)
 
     def is_as(self, call: Named) -> bool:
         """Whether it is conditioned on these very objects, as they were; asked at every call."""
         if self._met is not call:
-            if call.inputs != self._inputs or not self.sight.holds_of(call.others):
+            if call.kind is not self.kind or not self.sight.holds_of(call.others):
                 return False
             self._met = call
         return True
 
     def is_for(self, call: Named) -> bool:
         """The same by value."""
-        return call.inputs == self._inputs and not self.changes(call, reads=True)
+        return call.kind is self.kind and not self.changes(call, reads=True)
 
     def likeness(self, call: Named) -> int:
-        """How many of the objects that it is conditioned on are these."""
-        return sum(unchanged(now, *known) for _, now, known in self._common(call))
+        """How many of the objects that it is conditioned on are these; its kind is one more."""
+        return (call.kind is self.kind) + sum(unchanged(now, *known) for _, now, known in self._common(call))
 
     def changes(self, call: Named, reads: bool) -> set[str]:
         """The inputs that hold something else. What is on an accelerator is read only where ``reads`` says so."""
@@ -120,14 +126,14 @@ class Slot:
 
     def has(self, latent: Tensor) -> bool:
         """Whether its last call had this latent, by value."""
-        if self._version >= 0:
-            if latent is self._latent and version(latent) == self._version:
-                return True
-            if latent is not self._latent and version(self._latent) == self._version:
-                return same_values(latent, self._latent)
-        if self.sample is None or self.sample.distance(Sample(latent)) > 0:
+        known, at_version = self._latent, self._version
+        if latent is known and version(latent) == at_version >= 0:
+            return True
+        if self.sample is not None and self.sample.distance(Sample(latent)) > 0:
             return False
-        return latent is self._latent or same_values(latent, self._latent)
+        if latent is known:  # written over: with the same, as far as a sample of it says, or unknown
+            return self.sample is not None or at_version < 0
+        return version(known) == at_version and same_values(latent, known)
 
     def sampled(self) -> Sample | None:
         """Of its latent; None where that is lost."""

@@ -248,7 +248,7 @@ class Request:
             clock.reset()
         if names is not self._names:
             self._names, self._inputs = names, tuple(n for n in call if n not in (names.latent, names.timestep))
-        given = Named(name, call[names.latent], self._inputs, [call[each] for each in self._inputs])
+        given = Named(name, names, call[names.latent], self._inputs, [call[each] for each in self._inputs])
         said = schedule is not None or step_index is not None
         move, slot = clock.look(timestep, self._place(step_index) if said else None), None
         if move is Move.NEXT:
@@ -268,6 +268,11 @@ class Request:
             slot.former, self._former = self._former, []
         slot.called(step, given, samples=step == 0 or self._slots.tiled)
         return Tick(step, slot.index, move is Move.START, time, slot.sight)
+
+    def captured(self, names: Names) -> None:
+        """Notes that the call that started the request is of this kind, as a closer look at the model showed."""
+        for slot in self._slots.all:
+            slot.kind = names
 
     def _place(self, step_index: int | None) -> Place | None:
         if step_index is not None:
@@ -329,8 +334,8 @@ class Request:
         Inputs that change from step to step do not count. They are known once they have changed twice, each time to
         what no pass had, while others stayed; of a pass with a name, its name says that it is the same.
         """
-        if slot.is_as(call) or self._clock.told:
-            return False
+        if slot.is_as(call) or slot.kind is not call.kind or self._clock.told:
+            return False  # calls of another kind share no caches anyway
         changed = slot.changes(call, reads=step == 1) - self._varying
         if slot.former and (call.name is not None or len(changed) < len(call.inputs)):
             self._varying |= changed.intersection(*[former.changes(call, reads=step == 1) for former in slot.former])

@@ -271,6 +271,39 @@ def test_what_changes_from_step_to_step_is_no_other_request() -> None:
     assert [tick.new_request for tick in runs.ticks[6:]] == [True, *[False] * 5] * 2
 
 
+def test_passes_that_differ_in_options_alone() -> None:
+    """Skip-layer guidance: the same tensors, another captured kind; in any order."""
+
+    class Skipping(Names):
+        pass
+
+    draw, runs, seen = random.Random(0), Runs(), set()
+    for request in range(2):
+        latent = noise(request)
+        for step in range(6):
+            for names, prompt in draw.sample([(Names, "B"), (Names, "N"), (Skipping, "B")], 3):
+                call = {"x": latent, "t": torch.tensor([900.0 - step]), "text": PROMPTS[prompt]}
+                tick = runs.request.tick(names, call)
+                assert tick.step == step
+                slot = runs.request._slots.get((None, tick.pass_index))
+                seen.add((request, names, prompt, id(slot)))
+            latent = latent + 0.3 * noise(50 + step)
+    assert len(seen) == 6
+
+
+def test_guidance_that_is_switched_off_in_mid_loop() -> None:
+    """Half of the batch is another kind of call, of the same pass."""
+
+    class Half(Names):
+        pass
+
+    request = Request(FORA(3), None)
+    for step in range(6):
+        rows = 1 if step > 2 else 2
+        call = {"x": noise(step, rows, 4), "t": torch.tensor([900.0 - step]), "text": PROMPTS["B"].expand(rows, 7, 8)}
+        assert request.tick(Half if step > 2 else Names, call)[:3] == (step, 0, step == 0)
+
+
 def test_a_prompt_that_changes_at_each_step(caplog: pytest.LogCaptureFixture) -> None:
     """Nothing tells it from passes that come one at a time, but a name, or what else the model is conditioned on."""
     for name, pooled, steps in ((None, False, 1), (None, True, 6), ("cond", False, 6)):
