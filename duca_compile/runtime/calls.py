@@ -89,7 +89,7 @@ class Slot:
         """Notes its call at ``step``; with ``samples``, so that its latent can be held against others later."""
         self.step, self._latent, self._version = step, call.latent, version(call.latent)
         self.sample = Sample(call.latent) if samples else None
-        if not self.is_as(call):
+        if self._met is not call and not self.is_as(call):
             self._condition(call)
 
     def is_as(self, call: Named) -> bool:
@@ -235,4 +235,7 @@ def _best(slots: Sequence[Slot], scores: Sequence[int]) -> list[Slot]:
 
 def _coming(slots: Sequence[Slot], step: int) -> Slot:
     """The first that was not called at the step yet, of those that were called last."""
+    for slot in slots:
+        if slot.step == step - 1:  # as most often
+            return slot
     return max(slots, key=lambda slot: -1 if slot.step == step else slot.step)

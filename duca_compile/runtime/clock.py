@@ -82,8 +82,8 @@ class StepClock:
     def tick(self, timestep: Tensor, place: Place | None = None) -> Tick:
         """By timesteps and what is said alone."""
         move = self.look(timestep, place)
-        self.go(move)
-        return Tick(self.step, self._pass, move is Move.START, self.time)
+        time = self.go(move)
+        return Tick(self.step, self._pass, move is Move.START, time)
 
     def look(self, timestep: Tensor, place: Place | None = None) -> Move:
         """What the call is, by its timestep and by what is said; ``go`` has to follow."""
@@ -99,20 +99,17 @@ class StepClock:
         order = _order(self._last, now, None, self._scale)
         if order == 0:
             return Move.AGAIN
+        if order == self._sense and now.single is not None:  # as most often
+            return Move.NEXT
         return Move.START if self._turns_back(now, order) else Move.NEXT
 
-    @property
-    def time(self) -> float | None:
-        """The timestep of the call that was looked at, if it is one for all rows and was read."""
-        return None if self._now is None else self._now.single
-
-    def go(self, move: Move) -> None:
-        """Goes where the call that was looked at is."""
+    def go(self, move: Move) -> float | None:
+        """Goes where the call that was looked at is. Returns its timestep, if it is one for all rows and was read."""
         now = self._now
         assert now is not None
         if move is Move.AGAIN:
             self._pass += 1
-            return
+            return now.single
         if move is Move.START:
             said, self.step = self._said, 0
             self._first, self._before, self._sense = now, None, 0
@@ -131,6 +128,7 @@ class StepClock:
         if self._said is not None and self._said.by_caller:
             self.step = self._said.step
         self._pass, self._last, self._place = 0, now, self._said
+        return now.single
 
     @property
     def advances(self) -> bool:

@@ -257,8 +257,8 @@ class Request:
             move, slot = self._again(given)
         else:
             self._turn_back(given)
-        clock.go(move)
-        step, time = clock.step, clock.time
+        time = clock.go(move)
+        step = clock.step
         if move is Move.START:
             self._start(timestep, time)
         if step == len(self._times):
@@ -324,7 +324,7 @@ class Request:
             return Move.NEXT, slot
         if step == 1 and slot.index > 0:
             self._aside = self._drop_before(slot.place)
-        elif self._is_another(slot, call, step):
+        elif not slot.is_as(call) and self._is_another(slot, call, step):
             return (Move.START if step == 1 and self._total in (None, 1) else Move.NEXT), None
         return Move.NEXT, slot
 
@@ -334,7 +334,7 @@ class Request:
         Inputs that change from step to step do not count. They are known once they have changed twice, each time to
         what no pass had, while others stayed; of a pass with a name, its name says that it is the same.
         """
-        if slot.is_as(call) or slot.kind is not call.kind or self._clock.told:
+        if slot.kind is not call.kind or self._clock.told:
             return False  # calls of another kind share no caches anyway
         changed = slot.changes(call, reads=step == 1) - self._varying
         if slot.former and (call.name is not None or len(changed) < len(call.inputs)):
@@ -363,7 +363,8 @@ class Request:
             own = call.name is not None or not first or self._slots.all[-1].has(call.latent)
             return (self._further(call) if own else self._begin_again()), None
         if slot.step != step:
-            other = self._run is None and not self._slots.tiled and self._is_another(slot, call, step)
+            other = not (self._run is not None or self._slots.tiled or slot.is_as(call))
+            other = other and self._is_another(slot, call, step)
             return (self._further(call), None) if other else (Move.AGAIN, slot)
         if first:
             return self._first_again(slot, call)
@@ -529,8 +530,8 @@ class Loops:
         return self._planned[total]
 
     def remember(self, times: Sequence[float | None]) -> None:
-        values = tuple(time for time in times if time is not None)
-        if len(values) < 2 or len(values) < len(times):
+        values = tuple(dict.fromkeys(time for time in times if time is not None))
+        if len(values) < 2 or None in times:
             return
         self._known.pop(values[0], None)
         self._known[values[0]] = values
