@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any, NoReturn, cast
 
@@ -212,16 +213,19 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         check_model(self.source)
         call = self._bind(args, kwargs)
+        if torch.is_grad_enabled():
+            check_no_gradients(call.tensors)
         compiled = self._compiled.find(call)
         request, called = self._requests.current(), current_pass(self)
-        name = None if called is None else called.name
-        with torch.no_grad() if torch.is_grad_enabled() else _NOTHING:
+        name, step = (None, None) if called is None else (called.name, called.step_index)
+        with _recording_nothing():
             try:
                 named = compiled.named(call.tensors)
-                tick = request.tick(compiled.facts, named, name)
+                tick = request.tick(compiled.facts, named, name, step)
                 if tick.new_request:
                     compiled = self._compiled.find_anew(call)
                     named = compiled.named(call.tensors)
+                    request.captured(compiled.facts)
                 outputs = compiled.dispatcher(request, tick, named, name)
             except BaseException:
                 request.reset()
@@ -264,12 +268,20 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         named, own = current_pass(self), getattr(self.source, "cache_context", None)
         if named is None or own is None:
             return nullcontext()
-        return cast(AbstractContextManager[None], own(named.name, **named.options))
+        options = dict(named.options)
+        if not _takes(own, "step_index"):
+            options.pop("step_index", None)
+        return cast(AbstractContextManager[None], own(named.name, **options))
 
     def cache_context(self, name: str, **options: Any) -> AbstractContextManager[None]:
         """Calls inside, ``with model.cache_context("cond"):``, are of the pass called ``name``, with caches of its own.
 
-        As in diffusers, whose pipelines use it; ``options`` go to the source's own ``cache_context``.
+        As in diffusers, whose pipelines use it; ``options`` go to the source's own ``cache_context``. One of them says
+        at which step the calls are: ``step_index``, counted from 0 at the loop's start, or None where the timestep is
+        to tell. One that is smaller than the last starts a request.
+
+        Raises:
+            UsageError: when it is entered, if ``step_index`` is neither None nor a whole number from 0 on.
         """
         return named_pass(self, name, options)
 
@@ -287,6 +299,35 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         raise UsageError(
             "an optimized model cannot be pickled or saved whole, since it holds compiled code; "
             "save duca_compile.restore(model), or its state_dict(), and optimize what is loaded"
+        )
+
+
+def _recording_nothing() -> AbstractContextManager[None]:
+    """Neither gradients nor inference tensors, which nobody could write to in a step outside of inference mode."""
+    if torch.is_inference_mode_enabled():
+        return _outside_of_inference_mode()
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
+
+
+@contextmanager
+def _outside_of_inference_mode() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether it takes an argument of that name."""
+    parameters = inspect.signature(function).parameters.values()
+    return any(each.name == name or each.kind is each.VAR_KEYWORD for each in parameters)
+
+
+def check_no_gradients(tensors: Iterable[Tensor]) -> None:
+    """Raises UsageError where one of a call's tensors requires a gradient."""
+    if any(tensor.requires_grad for tensor in tensors):
+        raise UsageError(
+            "an argument requires a gradient, and an optimized model is for inference only: call "
+            "duca_compile.restore(model) for the gradient pass, or else call it under torch.no_grad() or detach() the "
+            "argument"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from duca_compile.errors import UsageError
+from duca_compile.runtime.clock import same_time
 
 
 def is_pipeline(thing: object) -> bool:
@@ -39,7 +40,8 @@ def set_component(pipe: Any, name: str, module: nn.Module) -> None:
 class PipelineSchedule:
     """What a pipeline's scheduler says of the run that is on.
 
-    Each call of a pipeline makes the scheduler's timesteps anew, so the tensor's identity is that of the run. The
+    Each call of a pipeline makes the scheduler's timesteps anew, so the tensor's identity is that of the run. Where the
+    run is, the scheduler's step index says, if it has one: the timestep that the model is given may be rounded. The
     scheduler is looked up each time, so that it may be swapped; the pipeline is held weakly, so that its other
     components do not outlive it.
     """
@@ -47,6 +49,8 @@ class PipelineSchedule:
     def __init__(self, pipe: Any) -> None:
         self._pipe = weakref.ref(pipe)
         self._scheduler: Any = None
+        self._run: Tensor | None = None  # the one that is known
+        self._steps: list[int] = []  # the step of each of its timesteps
         self._look_up()
 
     def _look_up(self) -> Any:
@@ -60,9 +64,37 @@ class PipelineSchedule:
         return timesteps if isinstance(timesteps, Tensor) else None
 
     def timesteps(self, first: Tensor) -> list[float]:
-        """The scheduler's timesteps, from where the pipeline starts in them: image to image starts in the middle."""
-        values = list(map(float, self._scheduler.timesteps.flatten().tolist()))
-        return values[self._start(values, first) :]
+        """The steps' timesteps, from where the pipeline starts in them: image to image starts in the middle.
+
+        Neighbours that are equal are evaluations of one step, as Heun's method has two; of the scheduler's sigmas, too,
+        where it has them and counts its steps, since timesteps may be rounded.
+        """
+        run = self._run = self._scheduler.timesteps
+        values = list(map(float, run.flatten().tolist()))
+        start = self._start(values, first)
+        levels = self._levels(values)
+        self._steps, times = [0] * start, []
+        for i in range(start, len(values)):
+            if i == start or not all(map(same_time, levels[i - 1], levels[i], levels[start])):
+                times.append(values[i])
+            self._steps.append(len(times) - 1)
+        return times
+
+    def _levels(self, values: list[float]) -> list[tuple[float, ...]]:
+        sigmas = getattr(self._scheduler, "sigmas", None)
+        if not _counts(self._scheduler) or not isinstance(sigmas, Tensor) or not 0 <= len(sigmas) - len(values) <= 3:
+            return [(value,) for value in values]
+        return list(zip(values, sigmas.tolist(), strict=False))
+
+    def step(self) -> int | None:
+        """By the scheduler's step index, which there is none of before its first step."""
+        scheduler = self._scheduler
+        if not _counts(scheduler):
+            return None
+        index = _step_index(scheduler)
+        if index is None or scheduler.timesteps is not self._run:
+            return 0
+        return self._steps[index] if 0 <= index < len(self._steps) else None
 
     def _start(self, values: list[float], first: Tensor) -> int:
         """As the pipeline told its scheduler; else where ``first`` is; else by the number of steps it announced."""
@@ -82,3 +114,15 @@ class PipelineSchedule:
         """Of the copy of the pipeline, where that is being copied; else of the same."""
         pipe = self._pipe()
         return self if pipe is None else PipelineSchedule(memo.get(id(pipe), pipe))
+
+
+def _counts(scheduler: Any) -> bool:
+    """Whether it counts its steps."""
+    return hasattr(scheduler, "step_index") or hasattr(scheduler, "_step_index")
+
+
+def _step_index(scheduler: Any) -> int | None:
+    index = getattr(scheduler, "step_index", None)
+    if index is None:
+        index = getattr(scheduler, "_step_index", None)
+    return None if index is None else int(index)

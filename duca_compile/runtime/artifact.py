@@ -245,9 +245,9 @@ class Artifact(HasSessions):
         """
         call, batch = self._bind(args, kwargs)
         dispatcher, request, called = self._dispatcher(batch), self._requests.current(), current_pass(self)
-        name = None if called is None else called.name
+        name, step = (None, None) if called is None else (called.name, called.step_index)
         try:
-            tick = request.tick(self.manifest.signature, call, name)
+            tick = request.tick(self.manifest.signature, call, name, step)
             outputs = dispatcher(request, tick, call, name)
         except BaseException:
             request.reset()
@@ -275,7 +275,11 @@ class Artifact(HasSessions):
         return getattr(sys.modules.get("torch"), self.manifest.precision, self.manifest.precision)
 
     def cache_context(self, name: str, **options: Any) -> AbstractContextManager[None]:
-        """Calls inside are of the pass called ``name``, with caches of its own."""
+        """Calls inside are of the pass called ``name``, with caches of its own, at the step ``step_index``, if given.
+
+        Raises:
+            UsageError: when it is entered, if ``step_index`` is neither None nor a whole number from 0 on.
+        """
         return named_pass(self, name, options)
 
 
@@ -345,6 +349,11 @@ def _follow(given: Mapping[str, Any], path: tuple[str | int, ...]) -> Any:
 def _contiguous(value: Any) -> Array:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(value, torch.Tensor):
+        if value.requires_grad and torch.is_grad_enabled():
+            raise UsageError(
+                "an argument requires a gradient, and an artifact is for inference only: call the model itself for the "
+                "gradient pass, or else call it under torch.no_grad() or detach() the argument"
+            )
         return value.detach().contiguous()
     return value if isinstance(value, np.ndarray) and value.flags.c_contiguous else np.array(value)
 

@@ -180,7 +180,7 @@ class Dispatcher:
         """Runs one call, with its tensors by name, where ``tick`` says, in the pass called ``name``."""
         started = time.perf_counter()
         state = request.state(self, (name, tick.pass_index))
-        self._hoist(state, call)
+        self._hoist(state, call, tick.condition)
         if self._adaptive is not None:
             outputs, kind, flops, measured, rows = self._decided(self._adaptive, state, call, request, tick)
         else:
@@ -278,8 +278,14 @@ class Dispatcher:
             self._run(plan, state, self._given(plan, state, call, request, tick))
             state.last_step = tick.step
 
-    def _hoist(self, state: CacheState, call: Mapping[str, Array]) -> None:
-        """Computes loop-invariant values at the start of a request and when their inputs changed."""
+    def _hoist(self, state: CacheState, call: Mapping[str, Array], condition: Sight | None = None) -> None:
+        """Computes loop-invariant values at the start of a request and when their inputs changed.
+
+        They did not where ``condition``, what the pass is conditioned on, is the object of before.
+        """
+        if condition is not None and condition is state.condition:
+            return
+        state.condition = condition
         sources = [call[name] for name in self._prologue.inputs]
         if state.hoisted_from is None or not state.hoisted_from.holds_of(sources):
             seen = Sight.of(sources)

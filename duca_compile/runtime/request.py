@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 from duca_compile.graph import dead_caches
 from duca_compile.policies.base import Kept, Policy, Step, StepKind
 from duca_compile.runtime.adaptive import Decisions
-from duca_compile.runtime.arrays import Array, same_values, size
-from duca_compile.runtime.clock import Sight, StepClock, Tick, held, version
+from duca_compile.runtime.arrays import Array, size
+from duca_compile.runtime.calls import APART, Named, PassKey, Sample, Slot, Slots
+from duca_compile.runtime.clock import Move, Place, Sight, StepClock, Tick
 from duca_compile.runtime.forecasting import Past
 from duca_compile.runtime.selection import TokenSelector
 
@@ -24,8 +26,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("duca_compile")
 
 REMEMBERED_LOOPS = 8
-
-PassKey = tuple[str | None, int]  # the pass's name, and which call of that name at the step
+MAX_PASSES = 8  # of one name, that only their order tells apart; with more, state would not be bounded
+MAX_TILES = 256  # the same for those that their latents tell apart
+RESTLESS = 2  # a loop that turned back so often is said to
 
 
 class Executed(NamedTuple):
@@ -66,6 +69,7 @@ class CacheState:
     gathered: dict[Reader, Gathered] = field(default_factory=dict)
     hoisted: dict[str, Array] = field(default_factory=dict)
     hoisted_from: Sight | None = None
+    condition: Sight | None = None  # of the whole call that they were last found right for
     rows: Mapping[float, Sequence[Array]] = field(default_factory=dict)  # timestep -> the values it alone determines
     foreseen: bool = False  # whether the rows of the coming timesteps were computed
     selector: TokenSelector | None = None
@@ -157,7 +161,18 @@ class Schedule(Protocol):
         """The run that is on: another object for each run, None where it is not known."""
 
     def timesteps(self, first: Tensor) -> Sequence[float]:
-        """The timesteps of this run, from the one whose first model call is given ``first``."""
+        """That of each step of this run, from the one whose first model call is given ``first``."""
+
+    def step(self) -> int | None:
+        """The step that the run is at, as counted from its first one; None where that is not known."""
+
+
+class _Aside(NamedTuple):
+    """Passes that seem to be of the request before, as long as they may turn out not to be."""
+
+    slots: list[Slot]
+    history: list[Executed]
+    states: list[tuple[object, Slot, CacheState]]
 
 
 class Request:
@@ -181,18 +196,27 @@ class Request:
         self.coming_times: tuple[float, ...] = ()  # of this request, as far as they are known when it starts
         self._clock = StepClock(total)
         self._run: object | None = None  # held, so that its identity is not handed to the next run
-        self._warned = False
-        self._states = WeakKeyDictionary[object, dict[PassKey, CacheState]]()
+        self._warned = set[str]()
+        self._states = WeakKeyDictionary[object, dict[Slot | None, CacheState]]()
         self.history: list[Executed] = []
         self._total = total
         self._steps: PlannedSteps | None = None
-        self._opening: dict[str, tuple[Tensor, int]] = {}
-        self._passes: dict[str | None, int] = {}
+        self._names: Names | None = None  # of the last call, and the inputs that passes are conditioned on
+        self._inputs: tuple[str, ...] = ()
+        self._slots = Slots()
+        self._aside: _Aside | None = None
+        self._openings: list[Sample] = []  # latents of the requests before, of one step each, at this timestep
+        self._varying = set[str]()  # the inputs that change from step to step, as far as that was seen
+        self._former: list[Slot] = []  # passes that a call might have been of, and turned out not to be
+        self._turns = 0  # requests in a row that started where timesteps turned back in mid-loop
 
     def reset(self) -> None:
         """Drops every cache; the next call starts a new request."""
         self._clock.reset()
         self._states.clear()
+        self._slots.clear()
+        self._openings.clear()
+        self._aside = None
 
     @property
     def total(self) -> int | None:
@@ -209,49 +233,67 @@ class Request:
         states = self._states.get(owner)
         if states is None:
             states = self._states[owner] = {}
-        state = states.get(key)
+        slot = self._slots.get(key)
+        state = states.get(slot)
         if state is None:
-            state = states[key] = CacheState()
+            state = states[slot] = CacheState()
         return state
 
-    def tick(self, names: Names, call: Mapping[str, Tensor], name: str | None = None) -> Tick:
-        """Where the call falls; ``pass_index`` counts the calls of the pass called ``name`` at the step.
+    def tick(
+        self, names: Names, call: Mapping[str, Tensor], name: str | None = None, step_index: int | None = None
+    ) -> Tick:
+        """Where the call falls; ``pass_index`` counts the passes called ``name``.
 
-        A new run of the schedule is a new request. Where there is no schedule, the clock's verdict counts, but a first
-        timestep that repeats is a further pass only if the latent does too, or if the pass has a new name. Anything
-        else at the first timestep is a new request from the same start: another latent, or the very same call again.
+        What the caller says counts first, then the schedule, then timesteps. A new run of the schedule is a new
+        request. Where there is none, what passes are conditioned on and their latents tell what timesteps cannot.
         """
-        timestep = call[names.timestep]
-        run = None if self._schedule is None else self._schedule.run()
-        if run is not self._run:
+        timestep, schedule, clock = call[names.timestep], self._schedule, self._clock
+        if schedule is not None and (run := schedule.run()) is not self._run:
             self._run = run
-            self._clock.reset()
-        tick = self._clock.tick(timestep)
-        repeats = tick.step == 0 and tick.pass_index > 0 and run is None
-        if repeats and not self._is_further_pass(names, call, name):
-            self._clock.reset()
-            tick = self._clock.tick(timestep)
-        if tick.new_request:
-            self._start(timestep, tick.timestep)
-        if tick.step == len(self._times):
-            self._times.append(tick.timestep)
-        if tick.pass_index == 0:
-            self._passes.clear()
-        if tick.step == 0 and run is None:
-            self._opening = {name: (held(tensor), version(tensor)) for name, tensor in call.items()}
-        index = self._passes.get(name, 0)
-        self._passes[name] = index + 1
-        return tick if index == tick.pass_index else tick._replace(pass_index=index)
+            clock.reset()
+        if names is not self._names:
+            self._names, self._inputs = names, tuple(n for n in call if n not in (names.latent, names.timestep))
+        given = Named(name, names, call[names.latent], self._inputs, [call[each] for each in self._inputs])
+        said = schedule is not None or step_index is not None
+        move, slot = clock.look(timestep, self._place(step_index) if said else None), None
+        if move is Move.NEXT:
+            move, slot = self._first_of_step(given)
+        elif move is Move.AGAIN:
+            move, slot = self._again(given)
+        else:
+            self._turn_back(given)
+        time = clock.go(move)
+        step = clock.step
+        if move is Move.START:
+            self._start(timestep, time)
+        if step == len(self._times):
+            self._times.append(time)
+        if slot is None:
+            slot = self._slots.add(given)
+            slot.former, self._former = self._former, []
+        slot.called(step, given, samples=step == 0 or self._slots.tiled)
+        return Tick(step, slot.index, move is Move.START, time, slot.sight)
+
+    def captured(self, names: Names) -> None:
+        """Notes that the call that started the request is of this kind, as a closer look at the model showed."""
+        for slot in self._slots.all:
+            slot.kind = names
+
+    def _place(self, step_index: int | None) -> Place | None:
+        if step_index is not None:
+            return Place(step_index, by_caller=True)
+        step = None if self._schedule is None or self._run is None else self._schedule.step()
+        return None if step is None else Place(step, by_caller=False)
 
     def _start(self, timestep: Tensor, first: float | None) -> None:
         self._loops.remember(self._times)
         self._times.clear()
         self._states.clear()
+        self._slots.clear()
         self.history.clear()
-        self._opening.clear()
         self._total, monotone = self._given, True
         if self._schedule is not None and self._run is not None:
-            times = [time for time, _ in groupby(self._schedule.timesteps(timestep))]
+            times = list(self._schedule.timesteps(timestep))
             self._total, monotone = len(times), times in (sorted(times), sorted(times, reverse=True))
             self.coming_times = () if first is None else _as_called(times, timestep, first)
         else:
@@ -259,36 +301,192 @@ class Request:
         self._clock.expect(self._total, monotone)
         self._steps = self._loops.steps(self._policy, self._total)
 
-    def _is_further_pass(self, names: Names, call: Mapping[str, Tensor], name: str | None) -> bool:
-        if name is not None and name not in self._passes:
-            return True
-        if names.latent not in self._opening:
+    def _turn_back(self, call: Named) -> None:
+        """Notes that timesteps say that a request starts."""
+        self._openings.clear()
+        self._aside = None
+        midway = self._clock.is_midway(start=self._turns > 0)
+        midway = midway and any(slot.is_as(call) for slot in self._slots.of(call.name))
+        self._turns = self._turns + 1 if midway else 0
+        if self._turns == RESTLESS:
+            self._warn(
+                "timesteps turned back in mid-loop %d times in a row, and each time a request started, whose first "
+                "step is a full one. If these are one loop, say where it is: "
+                "with model.cache_context(name, step_index=i)",
+                RESTLESS,
+            )
+
+    def _first_of_step(self, call: Named) -> tuple[Move, Slot | None]:
+        """What the first call at another timestep is, behind a request's first step."""
+        self._aside = None
+        step = self._clock.step + 1
+        if self._openings:
+            if self._is_of_an_earlier_one(call):
+                self._go_on_with_tiles()
+            self._openings.clear()
+        slot = self._slots.find(call, step, reads=step == 1)
+        if slot is None or self._run is not None or self._slots.tiled:
+            return Move.NEXT, slot
+        if step == 1 and slot.index > 0:
+            self._aside = self._drop_before(slot.place)
+        elif not slot.is_as(call) and self._is_another(slot, call, step):
+            return (Move.START if step == 1 and self._total in (None, 1) else Move.NEXT), None
+        return Move.NEXT, slot
+
+    def _is_another(self, slot: Slot, call: Named, step: int) -> bool:
+        """Whether a call is of another pass, or of another request, than seems: it is conditioned on something else.
+
+        Inputs that change from step to step do not count. They are known once they have changed twice, each time to
+        what no pass had, while others stayed; of a pass with a name, its name says that it is the same.
+        """
+        if slot.kind is not call.kind or self._clock.told:
+            return False  # calls of another kind share no caches anyway
+        changed = slot.changes(call, reads=step == 1) - self._varying
+        if slot.former and (call.name is not None or len(changed) < len(call.inputs)):
+            self._varying |= changed.intersection(*[former.changes(call, reads=step == 1) for former in slot.former])
+        if changed <= self._varying:
+            slot.former = []
             return False
-        same = {
-            name: name in self._opening and _unchanged(tensor, *self._opening[name])
-            for name, tensor in call.items()
-            if name != names.timestep
-        }
-        return same.pop(names.latent) and not all(same.values())
+        if len(slot.former) > 1:
+            self._warn(
+                "all that the model is conditioned on changes at each step, so each is computed in full. If these are "
+                "steps of one pass, name it: with model.cache_context(name, step_index=i)"
+            )
+        self._former = [*self._slots.all, *slot.former][:MAX_PASSES]
+        for former in self._former:
+            former.former = []  # whose own are dropped, so that they are bounded
+        return True
+
+    def _again(self, call: Named) -> tuple[Move, Slot | None]:
+        """What a call at the same timestep is: of which pass of this step, or of the next step or request."""
+        step = self._clock.step
+        first = step == 0 and self._run is None
+        slot = self._slots.find(call, step, reads=step <= 1)
+        if self._aside is not None and not (slot is not None and slot.is_for(call)):
+            slot = self._taken_back(call) or slot
+        if slot is None:
+            own = call.name is not None or not first or self._slots.all[-1].has(call.latent)
+            return (self._further(call) if own else self._begin_again()), None
+        if slot.step != step:
+            other = not (self._run is not None or self._slots.tiled or slot.is_as(call))
+            other = other and self._is_another(slot, call, step)
+            return (self._further(call), None) if other else (Move.AGAIN, slot)
+        if first:
+            return self._first_again(slot, call)
+        if not slot.has(call.latent):
+            if self._clock.rounded and (self._clock.advances or slot.goes_on_with(call.latent)):
+                return Move.NEXT, slot
+            self._slots.tiled |= slot.is_apart_from(call.latent) and slot.is_for(call)
+        return self._further(call), None
+
+    def _first_again(self, slot: Slot, call: Named) -> tuple[Move, Slot | None]:
+        """The same without a schedule at the first timestep, where nothing tells yet what passes the loop has."""
+        if slot.has(call.latent):
+            if not slot.is_for(call):
+                return self._further(call), None
+            start = len(self._slots.all) - slot.place  # where a request must have started that has come to this pass
+            if not 0 < slot.place < start:
+                return Move.START, None
+            self._drop_before(start)
+            return Move.AGAIN, None
+        if self._clock.rounded is None:
+            if self._clock.advances:
+                return Move.NEXT, slot
+            if slot.is_for(call) and slot.goes_on_with(call.latent):
+                if self._total is not None and self._total > 1:
+                    return Move.NEXT, slot
+                self._warn(
+                    "the first timestep, which is rounded, came again with a latent much like the last: taken for the "
+                    "start of another request. If it is the next step of a loop, say optimize(..., "
+                    "num_inference_steps=N), or where the loop is: with model.cache_context(name, step_index=i)"
+                )
+        return self._begin_again(), None
+
+    def _begin_again(self) -> Move:
+        """Another request of the same first timestep; a tile, should this come out later."""
+        opening = self._slots.all[0].sample
+        if opening is not None:
+            self._openings = [*self._openings[1 - MAX_TILES :], opening]
+        return Move.START
+
+    def _further(self, call: Named) -> Move:
+        """Another pass of this step, unless there are too many that nothing tells apart."""
+        if len(self._slots.of(call.name)) < (MAX_TILES if self._slots.tiled else MAX_PASSES):
+            return Move.AGAIN
+        if self._clock.step > 0 or self._run is not None:
+            return Move.START
+        self._drop_before(1)
+        return Move.AGAIN
+
+    def _is_of_an_earlier_one(self, call: Named) -> bool:
+        """Whether the latent is nearer to that of an earlier request than to that of this one."""
+        now = Sample(call.latent)
+        own = min(slot.sample.distance(now) for slot in self._slots.all if slot.sample is not None)
+        return min(opening.distance(now) for opening in self._openings) < APART * own
+
+    def _go_on_with_tiles(self) -> None:
+        """What seemed to be requests were tiles: nobody's caches are this call's."""
+        self._states.clear()
+        self._slots.clear()
+        self._slots.tiled = True
+        self._warn(
+            "calls at one timestep have different latents, as tiles and context windows have. The first step of each "
+            "but the last was forgotten, so the second step is computed in full. Name them, and say where the loop "
+            'is: with model.cache_context(f"tile {n}", step_index=i)'
+        )
+
+    def _drop_before(self, place: int) -> _Aside:
+        """Takes out the passes of the first step before the one of that place, which were another request's."""
+        gone, kept = self._slots.all[:place], self._slots.all[place:]
+        states = [
+            (owner, slot, states.pop(slot))
+            for owner, states in [*self._states.items()]
+            for slot in gone
+            if slot in states
+        ]
+        history = self.history[:place]
+        self._slots.put(kept)
+        self.history[:] = _renumbered(self.history[place:], gone, -1)
+        return _Aside(gone, history, states)
+
+    def _taken_back(self, call: Named) -> Slot | None:
+        """The pass of a call, where it was taken out by mistake: with it, all are there again."""
+        aside = self._aside
+        assert aside is not None
+        slot = next((slot for slot in aside.slots if slot.name == call.name and slot.is_for(call)), None)
+        if slot is not None:
+            self._aside = None
+            self.history[:] = [*aside.history, *_renumbered(self.history, aside.slots, 1)]
+            self._slots.put([*aside.slots, *self._slots.all])
+            for owner, each, state in aside.states:
+                self._states.setdefault(owner, {})[each] = state
+        return slot
 
     def step_at(self, index: int) -> Step:
         """The policy's step; beyond the planned ones a full step, with one warning."""
         step = None if self._steps is None else self._steps.at(index)
         if step is None:
-            self._warn(index)
-            return Step(StepKind.FULL)
-        return step
-
-    def _warn(self, index: int) -> None:
-        if not self._warned:
-            self._warned = True
-            log.warning(
+            self._warn(
                 "step %d is more than the %s planned steps; it and later ones are computed in full. Pass "
                 "optimize(..., num_inference_steps=N) with the number your scheduler runs, or optimize the pipeline "
                 "that runs; calibrate, or export an artifact, for that number.",
                 index + 1,
                 self._steps if self._steps is None else len(self._steps),
             )
+            return Step(StepKind.FULL)
+        return step
+
+    def _warn(self, message: str, *values: object) -> None:
+        """Says it once."""
+        if message not in self._warned:
+            self._warned.add(message)
+            log.warning(message, *values)
+
+
+def _renumbered(history: Sequence[Executed], slots: Sequence[Slot], sign: int) -> list[Executed]:
+    """The same with pass indices shifted by the number of ``slots`` of their names."""
+    shift = Counter(slot.name for slot in slots)
+    return [each._replace(pass_index=each.pass_index + sign * shift[each.pass_name]) for each in history]
 
 
 class PlannedSteps:
@@ -341,8 +539,8 @@ class Loops:
         return self._planned[total]
 
     def remember(self, times: Sequence[float | None]) -> None:
-        values = tuple(time for time in times if time is not None)
-        if len(values) < 2 or len(values) < len(times):
+        values = tuple(dict.fromkeys(time for time in times if time is not None))
+        if len(values) < 2 or None in times:
             return
         self._known.pop(values[0], None)
         self._known[values[0]] = values
@@ -361,7 +559,7 @@ def _as_called(times: Sequence[float], timestep: Tensor, first: float) -> tuple[
     for each in (values, values / 1000, torch.tensor(times) / 1000):
         listed = tuple(map(float, each.tolist()))
         if listed[0] == first:
-            return listed
+            return tuple(dict.fromkeys(listed))
     return ()
 
 
@@ -370,11 +568,4 @@ def _viewed(timestep: Tensor) -> tuple[float, ...]:
     base = getattr(timestep, "_base", None)
     if base is None or base.dim() != 1 or base.numel() < 2 or base.is_inference() or not base.is_contiguous():
         return ()
-    return tuple(map(float, base[timestep.storage_offset() - base.storage_offset() :].tolist()))
-
-
-def _unchanged(tensor: Tensor, known: Tensor, at_version: int) -> bool:
-    """Whether ``tensor`` holds what ``known`` held at ``at_version``; reads both where it cannot tell otherwise."""
-    if version(known) != at_version:
-        return False
-    return (tensor is known and at_version >= 0) or same_values(tensor, known)
+    return tuple(dict.fromkeys(map(float, base[timestep.storage_offset() - base.storage_offset() :].tolist())))

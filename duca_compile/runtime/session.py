@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, cast
 
+from duca_compile.errors import UsageError
 from duca_compile.policies.base import Policy
 from duca_compile.runtime.request import Executed, Loops, Request, Schedule
 
@@ -127,6 +129,7 @@ class NamedPass:
     model: object
     name: str
     options: Mapping[str, Any]
+    step_index: int | None = None  # the step, where the caller says it
 
 
 _PASS: ContextVar[NamedPass | None] = ContextVar("duca_compile_pass", default=None)
@@ -134,8 +137,12 @@ _PASS: ContextVar[NamedPass | None] = ContextVar("duca_compile_pass", default=No
 
 @contextmanager
 def named_pass(model: object, name: str, options: Mapping[str, Any]) -> Iterator[None]:
-    """Calls of ``model`` inside are of the pass called ``name``."""
-    token = _PASS.set(NamedPass(model, name, options))
+    """Calls of ``model`` inside are of the pass called ``name``, at the step ``step_index``, if this option is there.
+
+    Raises:
+        UsageError: ``step_index`` is neither None nor a whole number from 0 on.
+    """
+    token = _PASS.set(NamedPass(model, name, options, _step_index(options.get("step_index"))))
     try:
         yield
     finally:
@@ -146,3 +153,16 @@ def current_pass(model: object) -> NamedPass | None:
     """The innermost named pass, if it is one of ``model``."""
     now = _PASS.get()
     return now if now is not None and now.model is model else None
+
+
+def _step_index(given: Any) -> int | None:
+    """A scheduler's is None before its first step; then the timestep tells."""
+    if given is None:
+        return None
+    try:
+        index = -1 if isinstance(given, bool) else operator.index(given)
+    except TypeError:
+        index = -1
+    if index < 0:
+        raise UsageError(f"cache_context(step_index={given!r}) must count the loop's steps from 0, in whole numbers")
+    return index

@@ -130,10 +130,14 @@ def test_a_sight_holds_of_the_same_objects_until_one_is_written_to() -> None:
     assert not seen.holds_of([one, other])
 
 
-def test_inference_tensors_do_not_tell_that_they_were_written_to() -> None:
+def test_inference_tensors_do_not_tell_that_they_were_written_to_and_are_compared_by_value() -> None:
     with torch.inference_mode():
         one = torch.zeros(2)
-    assert not Sight.of([one]).holds_of([one])
+        seen = Sight.of([one])
+        assert seen.holds_of([one])
+        assert seen.holds_of([one.clone()])
+        one.add_(1)
+        assert not seen.holds_of([one])
 
 
 def test_arrays_are_compared_by_value() -> None:
