@@ -22,6 +22,7 @@ from duca_compile.captures import Captures, Compiled
 from duca_compile.errors import CaptureError, PolicyError, UsageError
 from duca_compile.graph import CapturedGraph, Facts
 from duca_compile.lock import COMPILING
+from duca_compile.opaque import READS
 from duca_compile.passes.hoist import frontier, hoisted_input
 from duca_compile.passes.pipeline import build_prologue, make_rows, prepare
 from duca_compile.pipelines import PipelineSchedule, is_pipeline, set_component, transformers
@@ -72,7 +73,8 @@ def analyze_call(model: nn.Module, call: Call, timestep: str | None) -> tuple[Ca
         captured = prepare(capture(model, call))
         facts = analyze(captured, timestep)
         if readers := changing_reads(model, captured, facts):
-            captured = prepare(capture(model, call, readers))
+            operators = {site.path: site.reason for site in captured.opaque}
+            captured = prepare(capture(model, call, operators | readers))
             facts = analyze(captured, timestep)
             changing_reads(model, captured, facts)
         prologue = _prologue(captured, facts)
@@ -89,8 +91,8 @@ def step_values(
     return values | dict(zip(rows.outputs, rows.compute(values, values), strict=True))
 
 
-def changing_reads(model: nn.Module, captured: CapturedGraph, facts: Facts) -> frozenset[str]:
-    """Paths of the submodules whose Python reads values that change from step to step, which no trace can hold.
+def changing_reads(model: nn.Module, captured: CapturedGraph, facts: Facts) -> dict[str, str]:
+    """Paths, and the reason, of the submodules whose Python reads values that change from step to step, which no trace can hold.
 
     Raises:
         CaptureError: the model's own forward does; names the line.
@@ -103,7 +105,7 @@ def changing_reads(model: nn.Module, captured: CapturedGraph, facts: Facts) -> f
                 "from step to step, so no graph can hold what follows from it. Compute it before the loop and pass it "
                 "as an argument, or move that line to a submodule, which then runs as it is, as one operator."
             )
-    return frozenset[str]().union(*(read.paths for read in reads.values()))
+    return {path: READS for read in reads.values() for path in read.paths}
 
 
 class _Guise(type):

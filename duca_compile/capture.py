@@ -8,7 +8,7 @@ import io
 import logging
 import re
 import traceback
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from itertools import chain
 from numbers import Integral, Real
 from pathlib import Path
@@ -18,11 +18,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_map_only
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map_only
 
-from duca_compile import concrete
+from duca_compile import away, concrete
+from duca_compile.away import Brought
+from duca_compile.concrete import Untraceable
 from duca_compile.errors import CaptureError, UsageError, first_line
-from duca_compile.graph import CapturedGraph, OutputLayout, op_name, source_line
+from duca_compile.graph import CapturedGraph, OutputLayout, module_path, op_name, source_line
+from duca_compile.opaque import alike
+from duca_compile.reproduce import cuda_devices, differs, has_foreign_operators
 
 log = logging.getLogger("duca_compile")
 
@@ -31,6 +35,7 @@ _LEAVES = {Tensor, nn.Parameter, bool, int, float, str, type(None), torch.dtype,
 _TENSOR_GUARDS: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # without it each call is bound anew
 _LIST_PLACE = re.compile(r"\[\d+\]$")
 _METADATA_CHECK = torch.ops.aten._assert_tensor_metadata.default
+_NONE: Mapping[str, str] = {}
 _TORCH_ROOT = str(Path(torch.__file__).parent)
 
 
@@ -200,33 +205,85 @@ def tensor_names(call: Call) -> tuple[str, ...]:
     return tuple(keystr(path[:1])[2:-2] + keystr(path[1:]) for path, leaf in found if isinstance(leaf, Tensor))
 
 
-def capture(model: nn.Module, call: Call, opaque: frozenset[str] = frozenset()) -> CapturedGraph:
-    """Traces one call of ``model`` into a graph of ATen operators, the submodules at ``opaque`` as one operator each.
+def capture(model: nn.Module, call: Call, opaque: Mapping[str, str] = _NONE) -> CapturedGraph:
+    """Traces one call of ``model`` into a graph of ATen operators.
 
-    The graph's get_attr nodes are the model's own parameters and buffers.
+    The graph's get_attr nodes are the model's own parameters and buffers; what hooks bring for each call is the result
+    of an operator. The submodules at ``opaque``, which gives the reasons, are one operator each. So are those that no
+    trace can hold, with all of their kind.
 
     Raises:
-        CaptureError: the forward cannot be traced (data-dependent control flow, side effects); names the line.
+        CaptureError: the forward cannot be traced, and what cannot is in no submodule; names the line.
     """
-    _warm(model, call)
+    own = _warm(model, call)
+    brought = away.brought(model)
+    operators = {**brought.operators, **opaque}
     arguments = _without_aliases(call.arguments)
-    try:
-        with torch.no_grad():
-            program = None if opaque else _exported(model, arguments)
-            if program is not None:
-                return _lower(model, program, call)
-            traced = concrete.trace(model, arguments, opaque)
+    failed: Exception | None = None
+    for _ in range(ROUNDS):
+        try:
+            captured = _traced(model, arguments, call, brought, operators)
+            path = differs(model, arguments, captured, own) if _needs_a_look(captured) else None
+            if path is None:
+                return captured
+            reason = "does what its trace does not show"
+        except Untraceable as failure:
+            path, reason, failed = failure.path, f"cannot be traced ({first_line(failure.error)})", failure.error
+        path = _outside(path, operators)
+        if not path:
+            break
+        log.info("%s %s: it runs as it is, as one operator, and so does all of its kind", path, reason)
+        operators |= dict.fromkeys(alike(model, path), reason)
+    raise _refusal(model, failed) from failed
+
+
+ROUNDS = 8  # kinds of submodules that may turn out to be in the way of a trace
+
+
+def _traced(
+    model: nn.Module, arguments: dict[str, Any], call: Call, brought: Brought, operators: Mapping[str, str]
+) -> CapturedGraph:
+    """Raises Untraceable."""
+    with torch.no_grad(), away.reading(model, brought, operators):
+        program = None if operators else _exported(model, arguments)
+        if program is not None:
+            return _lower(model, program, call)
+        traced = concrete.trace(model, arguments, operators, brought)
+        try:
             program = _export(traced.module, arguments)
-            _check_sizes(model, program)
-            return _lower(traced.module, program, call, traced)
-    except (torch.OutOfMemoryError, CaptureError):
-        raise
-    except Exception as error:
-        raise CaptureError(
-            f"torch.export cannot capture {type(model).__name__}{_where(error)}: {first_line(error).rstrip('.')}. "
-            "Forward must not branch on tensor values or leave torch (.item(), .numpy()); "
-            "rewrite that line, or compute its value before the loop and pass it as an argument."
-        ) from error
+        except (torch.OutOfMemoryError, CaptureError):
+            raise
+        except Exception as error:
+            raise Untraceable(traced.module.path, error) from error
+        _check_sizes(model, program)
+        return _lower(traced.module, program, call, traced)
+
+
+def _needs_a_look(captured: CapturedGraph) -> bool:
+    """Whether its values are to be compared with the model's: where more than torch.export vouches for it."""
+    return captured.readings is not None or has_foreign_operators(captured.graph)
+
+
+def _outside(path: str, operators: Collection[str]) -> str:
+    """The innermost module around ``path`` that is no operator yet, nor within one."""
+    while any(path == each or path.startswith(f"{each}.") for each in operators):
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _refusal(model: nn.Module, error: Exception | None) -> CaptureError:
+    name = type(model).__name__
+    if error is None:
+        return CaptureError(
+            f"the trace of {name}.forward gives other results than forward itself: something in it is not done by "
+            "PyTorch's operators. Move that to a submodule, which then runs as it is, as one operator."
+        )
+    if isinstance(error, CaptureError):
+        return error
+    return CaptureError(
+        f"{name} cannot be captured{_where(error)}: {first_line(error).rstrip('.')}. Compute that before the loop and "
+        "pass it as an argument, or move that line to a submodule, which then runs as it is, as one operator."
+    )
 
 
 def _exported(model: nn.Module, arguments: dict[str, Any]) -> torch.export.ExportedProgram | None:
@@ -244,11 +301,12 @@ def _exported(model: nn.Module, arguments: dict[str, Any]) -> torch.export.Expor
 def _check_sizes(model: nn.Module, program: torch.export.ExportedProgram) -> None:
     for node in program.graph.nodes:
         if _is_symbolic(node.meta.get("val")):
-            raise CaptureError(
+            error = CaptureError(
                 f"{type(model).__name__}.forward makes a tensor whose shape depends on values, by {node.target} at "
-                f"{source_line(node)}, in a way that is not understood. Move that line to a submodule that reads its "
-                "values in Python too (.item()), or compute it before the loop."
+                f"{source_line(node)}, in a way that is not understood. Move that line to a submodule, which then runs "
+                "as it is, as one operator, or compute it before the loop."
             )
+            raise Untraceable(module_path(node), error)
 
 
 def _is_symbolic(value: Any) -> bool:
@@ -288,14 +346,14 @@ def _strip_checks(program: torch.export.ExportedProgram) -> None:
             module.recompile()
 
 
-def _warm(model: nn.Module, call: Call) -> None:
+def _warm(model: nn.Module, call: Call) -> list[Any]:
     """Runs the model once, so that tables it makes at first use are real tensors and not the trace's fakes.
 
-    It also tells a model that rejects these arguments from one that runs but cannot be traced.
+    It also tells a model that rejects these arguments from one that runs but cannot be traced. Returns its results.
     """
     try:
-        with torch.no_grad():
-            model(**call.arguments)
+        with torch.no_grad(), torch.random.fork_rng(cuda_devices(call.tensors)):
+            return tree_leaves(model(**call.arguments))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -364,6 +422,8 @@ def _lower(
             mapping[node] = graph.node_copy(node)
             inputs.append(mapping[node].name)
             continue
+        if not node.users:
+            continue
         target = str(spec.target)
         value = live[target] if target in live else program.constants[target]
         attributes[target] = value
@@ -374,6 +434,7 @@ def _lower(
     produced = {node.name: node for node in program.graph.nodes}
     results = tuple(mapping[produced[leaf.name]] for leaf in leaves if isinstance(leaf, TensorArgument))
     graph.output(results)
+    fetched = away.read_late(graph)
     graph.lint()
     readings = traced.readings if traced and traced.readings.values else None
     return CapturedGraph(
@@ -385,6 +446,7 @@ def _lower(
         given={inputs[place]: read for place, read in traced.reads.items()} if traced else {},
         readings=readings,
         opaque=traced.opaque if traced else (),
+        away=fetched,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -235,8 +236,11 @@ class Explanation:
         for name, read in self.captured.given.items():
             source = _shown(read.source)
             yield f"captured for what forward reads of {name} ({source}): for other values, it is captured anew"
-        for path in sorted({site.path for site in self.captured.opaque}):
-            yield f"{path} reads values that change from step to step: it runs as it is, as one operator"
+        for path, reason in sorted({(site.path, site.reason) for site in self.captured.opaque}):
+            yield f"{path} {_shown(reason)}: it runs as it is, as one operator"
+        hooks = Counter(" and ".join(hook.name for hook in weight.hooks) for weight in self.captured.away)
+        for names, count in hooks.items():
+            yield f"{count} weights that {names} bring are read where they are kept, whenever a step needs them"
 
     def __str__(self) -> str:
         return _rendered(self)

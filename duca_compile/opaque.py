@@ -1,13 +1,13 @@
-"""Submodules that run as one operator, since their Python depends on values that change from step to step.
+"""Submodules that run as one operator: what no trace can hold.
 
-A mixture of experts that counts its tokens on the host cannot be a graph. The module that does so stays as it is,
-behind an operator of which only the results' shapes are known.
+A mixture of experts that counts its tokens on the host cannot be a graph, nor can a kernel that torch knows nothing of.
+The module that does so stays as it is, behind an operator of which only the results' shapes are known.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
@@ -17,10 +17,12 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
+from duca_compile.away import Brought
 from duca_compile.errors import CaptureError
 from duca_compile.lock import COMPILING
 from duca_compile.runtime.clock import version
 
+READS = "reads values that change from step to step"  # of all reasons, the one that makes tokens depend on others
 _sites: WeakValueDictionary[int, CallSite] = WeakValueDictionary()
 _numbers = itertools.count()
 
@@ -28,12 +30,15 @@ _numbers = itertools.count()
 class CallSite:
     """One call of a module in the trace: what is around the tensors, and what it returned then."""
 
-    def __init__(self, forward: Callable[..., Any], path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, forward: Callable[..., Any], path: str, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         self.number = next(_numbers)
-        self._forward, self.path = forward, path
+        self._forward, self.path, self.reason = forward, path, reason
         self._leaves, self._spec = tree_flatten((args, kwargs))
         self._places = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
         self.tensors = [self._leaves[i] for i in self._places]
+        self._shapes = [tensor.shape for tensor in self.tensors]
         for place in self._places:
             self._leaves[place] = None  # the values are the operator's operands from now on
         self.out_spec: TreeSpec | None = None
@@ -53,7 +58,8 @@ class CallSite:
             leaves[place] = tensor
         args, kwargs = tree_unflatten(leaves, self._spec)
         if self.out_spec is not None:
-            return self._owned(tree_flatten(self._forward(*args, **kwargs))[0], tensors)
+            own = self._owned(tree_flatten(self._forward(*args, **kwargs))[0], tensors)
+            return [_as_strided(each, like) for each, like in zip(own, self.likes(tensors), strict=True)]
         versions = list(map(version, tensors))
         with FlopCounterMode(display=False) as counter:
             outputs, self.out_spec = tree_flatten(self._forward(*args, **kwargs))
@@ -67,9 +73,24 @@ class CallSite:
         self.out_like = [torch.empty_like(output, device="meta") for output in own]
         return own
 
+    def likes(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Tensors without memory of the kinds of its results, for operands with this many tokens."""
+        dims = {
+            dim: (known, size)
+            for tensor, shape in zip(tensors, self._shapes, strict=True)
+            for dim, (size, known) in enumerate(zip(tensor.shape, shape, strict=True))
+            if not isinstance(size, int) or size != known
+        }
+        return [_resized(like, dims) for like in self.out_like] if dims else self.out_like
+
+    @property
+    def may_be_pointwise(self) -> bool:
+        """Whether what it does to each token may be found out from values: not where it goes by those of all."""
+        return self.reason != READS
+
     @property
     def _says(self) -> str:
-        return f"{self.path} reads values that change from step to step, so it must stand for itself as one operator."
+        return f"{self.path} {self.reason}, so it must stand for itself as one operator."
 
     def rebuild(self, outputs: list[Tensor]) -> Any:
         """What the module returned, of the operator's results."""
@@ -87,6 +108,19 @@ class CallSite:
         return [result.clone() if result.untyped_storage().data_ptr() in taken else result for result in results]
 
 
+def _resized(like: Tensor, dims: Mapping[int, tuple[int, Any]]) -> Tensor:
+    """``like`` with other sizes in these dimensions, where it has the known ones; then it is contiguous."""
+    own = [dims[i][1] if i in dims and dims[i][0] == size else size for i, size in enumerate(like.shape)]
+    return like.new_empty(own)
+
+
+def _as_strided(tensor: Tensor, like: Tensor) -> Tensor:
+    """What is compiled goes by the strides that were promised."""
+    if tensor.stride() == like.stride() or tensor.shape != like.shape:
+        return tensor
+    return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
 @torch.library.custom_op("duca_compile::opaque", mutates_args=())
 def _opaque(tensors: list[Tensor], site: int) -> list[Tensor]:
     return _sites[site].run(tensors)
@@ -95,7 +129,7 @@ def _opaque(tensors: list[Tensor], site: int) -> list[Tensor]:
 @_opaque.register_fake
 def _(tensors: list[Tensor], site: int) -> list[Tensor]:
     device = tensors[0].device
-    likes = _sites[site].out_like
+    likes = _sites[site].likes(tensors)
     return [torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device) for like in likes]
 
 
@@ -103,14 +137,18 @@ opaque = torch.ops.duca_compile.opaque.default
 
 
 @contextmanager
-def as_operators(model: nn.Module, paths: frozenset[str]) -> Iterator[list[CallSite]]:
-    """While open, each call of the modules at ``paths`` is one operator; yields the calls as they come."""
+def as_operators(model: nn.Module, paths: Mapping[str, str], brought: Brought) -> Iterator[list[CallSite]]:
+    """While open, each call of the modules at ``paths`` is one operator; yields the calls as they come.
+
+    ``paths`` gives the reasons, too.
+    """
     sites: list[CallSite] = []
-    patched = [(path, model.get_submodule(path)) for path in sorted(paths)]
+    outermost = [path for path in sorted(paths) if not any(path.startswith(f"{other}.") for other in paths)]
+    patched = [(path, model.get_submodule(path)) for path in outermost]
 
     def replacement(path: str, original: Any) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            site = CallSite(original, path, args, kwargs)
+            site = CallSite(original, path, paths[path], args, kwargs)
             sites.append(site)
             outputs = opaque(site.tensors, site.number)
             site.tensors = []
@@ -120,7 +158,7 @@ def as_operators(model: nn.Module, paths: frozenset[str]) -> Iterator[list[CallS
 
     own = {path: module.__dict__["forward"] for path, module in patched if "forward" in module.__dict__}
     for path, module in patched:
-        module.forward = replacement(path, module.forward)
+        module.forward = replacement(path, brought.around(module, module.forward))
     try:
         yield sites
     finally:
@@ -128,6 +166,21 @@ def as_operators(model: nn.Module, paths: frozenset[str]) -> Iterator[list[CallS
             del module.forward
             if path in own:
                 module.forward = own[path]
+
+
+def alike(model: nn.Module, path: str) -> frozenset[str]:
+    """The paths of the modules of the kind of the one at ``path``: what stops a trace in one does in the others."""
+    kind = _kind(model.get_submodule(path))
+    return frozenset(other for other, module in model.named_modules() if other and _kind(module) == kind)
+
+
+def _kind(module: nn.Module) -> Any:
+    tables = [*module._parameters.items(), *module._buffers.items(), *module._modules.items()]
+    return type(module), *((name, type(value)) for name, value in [*vars(module).items(), *tables])
+
+
+def site_of(node: fx.Node) -> CallSite:
+    return _sites[site_number(node)]
 
 
 def site_number(node: fx.Node) -> int:
@@ -138,4 +191,4 @@ def site_number(node: fx.Node) -> int:
 
 def site_flops(node: fx.Node) -> int:
     """FLOPs of one call, counted when it was traced."""
-    return _sites[site_number(node)].flops
+    return site_of(node).flops

@@ -15,6 +15,7 @@ from torch import fx
 
 from duca_compile.analysis.tokens import EXPANDS, RESHAPES
 from duca_compile.graph import Facts, Variance, copy_graph, op_name, value_shape
+from duca_compile.away import fetch
 from duca_compile.opaque import opaque
 from duca_compile.passes.base import ExactPass, VariantDraft
 
@@ -85,7 +86,7 @@ def _tiers(graph: fx.Graph, facts: Facts) -> dict[fx.Node, Variance]:
     found: dict[fx.Node, Variance] = {}
     many: set[fx.Node] = set()  # timestep-only values that stay
     for node in graph.nodes:
-        if node.op == "get_attr":
+        if node.op == "get_attr" or node.target is fetch:
             weights[node] = frozenset((node,))
             continue
         weights[node] = None
