@@ -159,7 +159,8 @@ class Aligned(Hook):
     def make(self, place: Place, kept: Tensor, value: Tensor) -> Tensor:
         path = next(path for path, module in self.module.named_modules() if module is place.module)
         stored: Tensor = self.hook.weights_map[f"{path}.{place.name}".lstrip(".")]
-        return stored.to(value.dtype).to(self.hook.execution_device)
+        made = stored.to(value.dtype).to(self.hook.execution_device)
+        return stored.clone() if made is stored else made
 
 
 def _own_places(module: nn.Module) -> Iterator[Place]:

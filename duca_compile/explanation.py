@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -236,8 +236,10 @@ class Explanation:
         for name, read in self.captured.given.items():
             source = _shown(read.source)
             yield f"captured for what forward reads of {name} ({source}): for other values, it is captured anew"
-        for path, reason in sorted({(site.path, site.reason) for site in self.captured.opaque}):
-            yield f"{path} {_shown(reason)}: it runs as it is, as one operator"
+        operators = {site.path: site.reason for site in self.captured.opaque}
+        for reason, (first, *more) in _grouped(operators).items():
+            paths, each = (f"{first} and {len(more)} like it", "each") if more else (first, "it")
+            yield f"{paths} {_shown(reason)}: {each} runs as it is, as one operator"
         hooks = Counter(" and ".join(hook.name for hook in weight.hooks) for weight in self.captured.away)
         for names, count in hooks.items():
             yield f"{count} weights that {names} bring are read where they are kept, whenever a step needs them"
@@ -279,6 +281,14 @@ def _alike(branches: tuple[Branch, ...]) -> list[list[Branch]]:
         else:
             runs.append([b])
     return sorted((run for runs in groups.values() for run in runs), key=lambda run: run[0].index)
+
+
+def _grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """The paths that have each reason."""
+    found: dict[str, list[str]] = {}
+    for path, reason in reasons.items():
+        found.setdefault(reason, []).append(path)
+    return found
 
 
 def _shape(shape: tuple[int, ...]) -> str:

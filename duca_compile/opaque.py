@@ -9,7 +9,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -23,18 +24,41 @@ from duca_compile.lock import COMPILING
 from duca_compile.runtime.clock import version
 
 READS = "reads values that change from step to step"  # of all reasons, the one that makes tokens depend on others
+Given = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a call
 _sites: WeakValueDictionary[int, CallSite] = WeakValueDictionary()
 _numbers = itertools.count()
+
+
+class Like(NamedTuple):
+    """The kind of a result; what is compiled goes by its strides. Without them it is contiguous."""
+
+    shape: tuple[Any, ...]
+    stride: tuple[int, ...] | None
+    dtype: torch.dtype
+
+    def resized(self, dims: Mapping[int, tuple[int, Any]]) -> Like:
+        """With another size in each of these dimensions where it has the known one."""
+        shape = [dims[i][1] if i in dims and dims[i][0] == size else size for i, size in enumerate(self.shape)]
+        return Like(tuple(shape), None, self.dtype)
+
+    def empty(self, device: torch.device) -> Tensor:
+        if self.stride is None:
+            return torch.empty(self.shape, dtype=self.dtype, device=device)
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
+
+    def strided(self, tensor: Tensor) -> Tensor:
+        if self.stride is None:
+            return tensor.contiguous()
+        return tensor if tensor.stride() == self.stride else self.empty(tensor.device).copy_(tensor)
 
 
 class CallSite:
     """One call of a module in the trace: what is around the tensors, and what it returned then."""
 
-    def __init__(
-        self, forward: Callable[..., Any], path: str, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def __init__(self, forward: Callable[..., Any], module: nn.Module, path: str, reason: str, given: Given) -> None:
         self.number = next(_numbers)
-        self._forward, self.path, self.reason = forward, path, reason
+        self._forward, self._module, self.path, self.reason = forward, module, path, reason
+        args, kwargs = given
         self._leaves, self._spec = tree_flatten((args, kwargs))
         self._places = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
         self.tensors = [self._leaves[i] for i in self._places]
@@ -43,7 +67,7 @@ class CallSite:
             self._leaves[place] = None  # the values are the operator's operands from now on
         self.out_spec: TreeSpec | None = None
         self.tensor_places: list[int] = []
-        self.out_like: list[Tensor] = []
+        self.out_like: list[Like] = []
         self.flops = 0
         _sites[self.number] = self
 
@@ -59,7 +83,7 @@ class CallSite:
         args, kwargs = tree_unflatten(leaves, self._spec)
         if self.out_spec is not None:
             own = self._owned(tree_flatten(self._forward(*args, **kwargs))[0], tensors)
-            return [_as_strided(each, like) for each, like in zip(own, self.likes(tensors), strict=True)]
+            return [like.strided(each) for each, like in zip(own, self.likes(tensors), strict=True)]
         versions = list(map(version, tensors))
         with FlopCounterMode(display=False) as counter:
             outputs, self.out_spec = tree_flatten(self._forward(*args, **kwargs))
@@ -68,20 +92,28 @@ class CallSite:
         if not all(isinstance(output, Tensor | None) for output in outputs):
             raise CaptureError(f"{self._says} It returns what is neither a tensor nor None.")
         self.tensor_places = [i for i, output in enumerate(outputs) if output is not None]
-        self.flops = int(counter.get_total_flops())
+        self.flops = int(counter.get_total_flops()) or self._guessed_flops
         own = self._owned(outputs, tensors)
-        self.out_like = [torch.empty_like(output, device="meta") for output in own]
+        self.out_like = [Like(output.shape, output.stride(), output.dtype) for output in own]
         return own
 
-    def likes(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Tensors without memory of the kinds of its results, for operands with this many tokens."""
+    @property
+    def _guessed_flops(self) -> int:
+        """Of a kernel that torch cannot count: each weight meets each vector of the first operand once."""
+        module, rows = self._module, prod(self._shapes[0][:-1])
+        if isinstance(module, nn.Linear):  # a packed weight has another shape
+            return 2 * rows * module.in_features * module.out_features
+        return 2 * rows * sum(weight.numel() for weight in module.parameters() if weight.dim() > 1)
+
+    def likes(self, tensors: list[Tensor]) -> list[Like]:
+        """The kinds of its results, for operands with this many tokens."""
         dims = {
             dim: (known, size)
             for tensor, shape in zip(tensors, self._shapes, strict=True)
             for dim, (size, known) in enumerate(zip(tensor.shape, shape, strict=True))
             if not isinstance(size, int) or size != known
         }
-        return [_resized(like, dims) for like in self.out_like] if dims else self.out_like
+        return [like.resized(dims) for like in self.out_like] if dims else self.out_like
 
     @property
     def may_be_pointwise(self) -> bool:
@@ -108,19 +140,6 @@ class CallSite:
         return [result.clone() if result.untyped_storage().data_ptr() in taken else result for result in results]
 
 
-def _resized(like: Tensor, dims: Mapping[int, tuple[int, Any]]) -> Tensor:
-    """``like`` with other sizes in these dimensions, where it has the known ones; then it is contiguous."""
-    own = [dims[i][1] if i in dims and dims[i][0] == size else size for i, size in enumerate(like.shape)]
-    return like.new_empty(own)
-
-
-def _as_strided(tensor: Tensor, like: Tensor) -> Tensor:
-    """What is compiled goes by the strides that were promised."""
-    if tensor.stride() == like.stride() or tensor.shape != like.shape:
-        return tensor
-    return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
-
-
 @torch.library.custom_op("duca_compile::opaque", mutates_args=())
 def _opaque(tensors: list[Tensor], site: int) -> list[Tensor]:
     return _sites[site].run(tensors)
@@ -128,9 +147,7 @@ def _opaque(tensors: list[Tensor], site: int) -> list[Tensor]:
 
 @_opaque.register_fake
 def _(tensors: list[Tensor], site: int) -> list[Tensor]:
-    device = tensors[0].device
-    likes = _sites[site].likes(tensors)
-    return [torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device) for like in likes]
+    return [like.empty(tensors[0].device) for like in _sites[site].likes(tensors)]
 
 
 opaque = torch.ops.duca_compile.opaque.default
@@ -146,9 +163,11 @@ def as_operators(model: nn.Module, paths: Mapping[str, str], brought: Brought) -
     outermost = [path for path in sorted(paths) if not any(path.startswith(f"{other}.") for other in paths)]
     patched = [(path, model.get_submodule(path)) for path in outermost]
 
-    def replacement(path: str, original: Any) -> Any:
+    def replacement(path: str, module: nn.Module) -> Any:
+        original = brought.around(module, module.forward)
+
         def forward(*args: Any, **kwargs: Any) -> Any:
-            site = CallSite(original, path, paths[path], args, kwargs)
+            site = CallSite(original, module, path, paths[path], (args, kwargs))
             sites.append(site)
             outputs = opaque(site.tensors, site.number)
             site.tensors = []
@@ -158,7 +177,7 @@ def as_operators(model: nn.Module, paths: Mapping[str, str], brought: Brought) -
 
     own = {path: module.__dict__["forward"] for path, module in patched if "forward" in module.__dict__}
     for path, module in patched:
-        module.forward = replacement(path, brought.around(module, module.forward))
+        module.forward = replacement(path, module)
     try:
         yield sites
     finally:
