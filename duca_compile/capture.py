@@ -22,7 +22,7 @@ from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tr
 
 from duca_compile import away, concrete
 from duca_compile.away import Brought
-from duca_compile.concrete import Untraceable
+from duca_compile.concrete import Untraceable, failing_node
 from duca_compile.errors import CaptureError, UsageError, first_line
 from duca_compile.graph import CapturedGraph, OutputLayout, module_path, op_name, source_line
 from duca_compile.opaque import alike
@@ -254,7 +254,8 @@ def _traced(
         except (torch.OutOfMemoryError, CaptureError):
             raise
         except Exception as error:
-            raise Untraceable(traced.module.path, error) from error
+            node = failing_node(error)
+            raise Untraceable("" if node is None else module_path(node), error) from error
         _check_sizes(model, program)
         return _lower(traced.module, program, call, traced)
 
@@ -393,7 +394,10 @@ def _where(error: Exception) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_TORCH_ROOT)]
     ours = str(Path(__file__).parent)
     frames = [f for f in frames if not f.filename.startswith((ours, "<"))]
-    return f' at {frames[-1].filename}:{frames[-1].lineno} ("{frames[-1].line}")' if frames else ""
+    if frames:
+        return f' at {frames[-1].filename}:{frames[-1].lineno} ("{frames[-1].line}")'
+    node = failing_node(error)
+    return "" if node is None else f" at {source_line(node)}"
 
 
 def _lower(

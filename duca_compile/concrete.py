@@ -7,6 +7,7 @@ computes it: the trace holds for calls that read the same.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class ConcreteTrace:
     ``reads`` says for each argument whose value matters who reads it, by its place among the call's tensors.
     """
 
-    module: _Replay
+    module: nn.Module
     reads: dict[int, Read]
     readings: Readings
     opaque: tuple[CallSite, ...]
@@ -292,21 +293,17 @@ class _Replay(nn.Module):
         super().__init__()
         setattr(self, _TRACE, graph)
         self._layout = layout
-        self.path = ""  # of the module that the node which ran last comes from
 
     def forward(self, **arguments: Any) -> Any:
         tensors = [leaf for leaf in tree_flatten(arguments)[0] if isinstance(leaf, Tensor)]
         with preserve_node_meta():
-            return tree_unflatten(_Replayed(self, getattr(self, _TRACE)).run(*tensors), self._layout)
+            return tree_unflatten(fx.Interpreter(getattr(self, _TRACE)).run(*tensors), self._layout)
 
 
-class _Replayed(fx.Interpreter):
-    """Tells ``replay`` where it is."""
-
-    def __init__(self, replay: _Replay, graph: fx.GraphModule) -> None:
-        super().__init__(graph)
-        self._replay = replay
-
-    def run_node(self, n: fx.Node) -> Any:
-        self._replay.path = module_path(n)
-        return super().run_node(n)
+def failing_node(error: BaseException) -> fx.Node | None:
+    """The node whose running raised ``error``: it says where in the model that was."""
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        node = frame.f_locals.get("n") if frame.f_code.co_name == "run_node" else None
+        found = node if isinstance(node, fx.Node) and source_line(node) else found
+    return found

@@ -10,7 +10,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -54,7 +54,9 @@ def differs(model: nn.Module, arguments: dict[str, Any], captured: CapturedGraph
         return None
     seen: set[bytes] = set()
     _Runner(captured, seen).results(tensors)
-    return next((path for path, values in calls if not values <= seen), "")
+    wrong = [each.path for each in calls if each.given <= seen and not each.results <= seen]
+    traced = {str(path) for n in captured.graph.nodes for path, _ in (n.meta.get("nn_module_stack") or {}).values()}
+    return next(iter(sorted(wrong, key=lambda path: path not in traced)), "")  # what is in no trace may be idle
 
 
 def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
@@ -82,18 +84,27 @@ class _Runner(fx.Interpreter):
         return value
 
 
-def _called(model: nn.Module, arguments: dict[str, Any]) -> tuple[list[Any], list[tuple[str, set[bytes]]]]:
-    """The model's results, and those of each call of a submodule, in the order in which they end."""
-    calls: list[tuple[str, set[bytes]]] = []
+class _Called(NamedTuple):
+    """The tensors that a call of a submodule was given, and those that it returned."""
+
+    path: str
+    given: set[bytes]
+    results: set[bytes]
+
+
+def _called(model: nn.Module, arguments: dict[str, Any]) -> tuple[list[Any], list[_Called]]:
+    """The model's results, and the calls of submodules that are not PyTorch's own, in the order in which they end."""
+    calls: list[_Called] = []
     tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
     with ExitStack() as hooks, torch.no_grad(), torch.random.fork_rng(cuda_devices(tensors)):
         for path, module in model.named_modules():
-            if path:
+            if not path or (type(module).__module__.startswith("torch.nn.") and "forward" not in vars(module)):
+                continue
 
-                def leave(_module: nn.Module, _args: Any, output: Any, path: str = path) -> None:
-                    calls.append((path, _marks(output)))
+            def leave(_: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
+                calls.append(_Called(path, _marks((args, kwargs)), _marks(output)))
 
-                hooks.callback(module.register_forward_hook(leave).remove)
+            hooks.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
         return tree_leaves(model(**arguments)), calls
 
 
