@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from duca_compile import away, casts
 from duca_compile.analysis import analyze
 from duca_compile.backends import Backend, make_backend
 from duca_compile.budget import CacheOptions, fitted
@@ -79,7 +80,8 @@ def analyze_call(model: nn.Module, call: Call, timestep: str | None) -> tuple[Ca
             changing_reads(model, captured, facts)
         prologue = _prologue(captured, facts)
         values = dict(zip(captured.inputs, call.tensors, strict=True))
-        return captured, verified(captured, facts, step_values(captured, facts, prologue, values)), prologue
+        with casts.none_for(captured):
+            return captured, verified(captured, facts, step_values(captured, facts, prologue, values)), prologue
 
 
 def step_values(
@@ -206,6 +208,12 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         return self
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
+        if not away.has_hooks(self.source):
+            return self._run(*args, **kwargs)
+        args, kwargs = away.entered(self.source, args, kwargs)
+        return away.left(self.source, self._run(*args, **kwargs))
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         check_model(self.source)
         call = self._bind(args, kwargs)
         compiled = self._compiled.find(call)
@@ -218,7 +226,8 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
                 if tick.new_request:
                     compiled = self._compiled.find_anew(call)
                     named = compiled.named(call.tensors)
-                outputs = compiled.dispatcher(request, tick, named, name)
+                with casts.none_for(compiled.captured):
+                    outputs = compiled.dispatcher(request, tick, named, name)
             except BaseException:
                 request.reset()
                 raise
@@ -241,7 +250,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         def watch(plans: Sequence[Plan]) -> Iterable[Plan]:
             return track(plans, f"compiling {type(self.source).__name__}", console=console, transient=True)
 
-        with torch.no_grad():
+        with torch.no_grad(), casts.none_for(compiled.captured):
             call_by_name = compiled.named(call.tensors)
             compiled.dispatcher.warm_up(requests.new(), call_by_name, islice(steps, LOOKED_AHEAD), watch)
 

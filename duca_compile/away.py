@@ -26,6 +26,8 @@ from duca_compile.lock import COMPILING
 
 _weights: WeakValueDictionary[int, Away] = WeakValueDictionary()
 _numbers = itertools.count()
+_PLACING = {"AlignDevicesHook", "CpuOffload"}
+Given = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a call
 _MOVERS = {  # of diffusers and accelerate: hooks whose state says nothing of what forward computes
     "AlignDevicesHook", "CpuOffload", "LayerExecutionTrackerHook", "LayerwiseCastingHook",
     "LazyPrefetchGroupOffloadingHook",
@@ -258,6 +260,32 @@ def brought(model: nn.Module) -> Brought:
         key: Away(f"{paths[key[0]]}.{key[1]}".lstrip("."), place, tuple(chains[key])) for key, place in places.items()
     }
     return Brought({each: [weights[key] for key in keys] for each, keys in called.items()}, found, operators)
+
+
+def entered(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+    """The arguments of a call, after what hooks of the model itself do before one: bring it to its device, for one.
+
+    Weights that are taken away behind each call are not brought: they are read where they are.
+    """
+    brings = {id(hook.hook): hook for hook in bringing(model)}
+    for hook in hooks_of(model):
+        if id(hook) in brings:
+            args, kwargs = brings[id(hook)].before(model, *args, **kwargs)
+        elif type(hook).__name__ in _PLACING:
+            args, kwargs = hook.pre_forward(model, *args, **kwargs)
+    return args, kwargs
+
+
+def left(model: nn.Module, output: Any) -> Any:
+    """What a call returns, after what hooks of the model itself do behind one: bring it to where the arguments were."""
+    placing = [hook for hook in hooks_of(model) if type(hook).__name__ in _PLACING and not getattr(hook, "offload", False)]
+    for hook in placing:
+        output = hook.post_forward(model, output)
+    return output
+
+
+def has_hooks(model: nn.Module) -> bool:
+    return "_hf_hook" in model.__dict__ or "_diffusers_hook" in model.__dict__
 
 
 @contextmanager

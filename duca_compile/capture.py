@@ -20,7 +20,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map_only
 
-from duca_compile import away, concrete
+from duca_compile import away, casts, concrete
 from duca_compile.away import Brought
 from duca_compile.concrete import Untraceable, failing_node
 from duca_compile.errors import CaptureError, UsageError, first_line
@@ -245,24 +245,24 @@ def _traced(
 ) -> CapturedGraph:
     """Raises Untraceable."""
     with torch.no_grad(), away.reading(model, brought, operators):
-        program = None if operators else _exported(model, arguments)
-        if program is not None:
-            return _lower(model, program, call)
+        exported = None if operators else _exported(model, arguments)
+        if exported is not None:
+            return _lower(model, exported, call)
         traced = concrete.trace(model, arguments, operators, brought)
         try:
-            program = _export(traced.module, arguments)
+            exported = _export(traced.module, arguments)
         except (torch.OutOfMemoryError, CaptureError):
             raise
         except Exception as error:
             node = failing_node(error)
             raise Untraceable("" if node is None else module_path(node), error) from error
-        _check_sizes(model, program)
-        return _lower(traced.module, program, call, traced)
+        _check_sizes(model, exported.program)
+        return _lower(traced.module, exported, call, traced)
 
 
 def _needs_a_look(captured: CapturedGraph) -> bool:
     """Whether its values are to be compared with the model's: where more than torch.export vouches for it."""
-    return captured.readings is not None or has_foreign_operators(captured.graph)
+    return captured.readings is not None or captured.casts or has_foreign_operators(captured.graph)
 
 
 def _outside(path: str, operators: Collection[str]) -> str:
@@ -287,16 +287,21 @@ def _refusal(model: nn.Module, error: Exception | None) -> CaptureError:
     )
 
 
-def _exported(model: nn.Module, arguments: dict[str, Any]) -> torch.export.ExportedProgram | None:
+class _Exported(NamedTuple):
+    program: torch.export.ExportedProgram
+    casts: bool  # whether it does what autocast would do
+
+
+def _exported(model: nn.Module, arguments: dict[str, Any]) -> _Exported | None:
     """The model as torch.export sees it; None where the forward reads values, or shapes depend on some."""
     try:
-        program = _export(model, arguments)
+        exported = _export(model, arguments)
     except (torch.OutOfMemoryError, CaptureError):
         raise
     except Exception as error:
         log.info("tracing %s with real values, since torch.export cannot: %s", type(model).__name__, first_line(error))
         return None
-    return None if any(_is_symbolic(node.meta.get("val")) for node in program.graph.nodes) else program
+    return None if any(_is_symbolic(node.meta.get("val")) for node in exported.program.graph.nodes) else exported
 
 
 def _check_sizes(model: nn.Module, program: torch.export.ExportedProgram) -> None:
@@ -316,26 +321,19 @@ def _is_symbolic(value: Any) -> bool:
     return isinstance(value, torch.SymInt | torch.SymBool | torch.SymFloat)
 
 
-def _export(model: nn.Module, arguments: dict[str, Any]) -> torch.export.ExportedProgram:
+def _export(model: nn.Module, arguments: dict[str, Any]) -> _Exported:
     # Where it fails, torch prints the graph so far, often thousands of lines.
     with concrete.DataAsDetach(), contextlib.redirect_stderr(io.StringIO()):
         program = torch.export.export(model, (), arguments, strict=False)
-    if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
-        _refuse_autocast_regions(program)
+    if casts.has_regions(program.graph_module):
+        _strip_checks(program)
+        casts.make_explicit(program.graph_module, casts.ambient())
+        with casts.autocast(casts.off()):
+            return _Exported(program.run_decompositions({}), True)
     if any(_needs_functionalizing(node) for node in program.graph.nodes):
         _strip_checks(program)
         program = program.run_decompositions({})  # an empty table functionalizes and keeps operators whole
-    return program
-
-
-def _refuse_autocast_regions(program: torch.export.ExportedProgram) -> None:
-    """Without its boundaries, a region that turns autocast off would run under the caller's."""
-    for node in program.graph.nodes:
-        if op_name(node) == "wrap_with_autocast":
-            raise CaptureError(
-                "forward sets autocast for a part of itself and is called under autocast: the part's own setting would "
-                "be lost. Call it outside of autocast, with the model in its type (model.to(torch.bfloat16))."
-            )
+    return _Exported(program, False)
 
 
 def _strip_checks(program: torch.export.ExportedProgram) -> None:
@@ -402,11 +400,12 @@ def _where(error: Exception) -> str:
 
 def _lower(
     model: nn.Module,
-    program: torch.export.ExportedProgram,
+    exported: _Exported,
     call: Call,
     traced: concrete.ConcreteTrace | None = None,
 ) -> CapturedGraph:
     """Turns lifted weights back into get_attr nodes on the model's live tensors."""
+    program = exported.program
     signature = program.graph_signature
     live = live_tensors(model)
     specs = {spec.arg.name: spec for spec in signature.input_specs}
@@ -451,6 +450,7 @@ def _lower(
         readings=readings,
         opaque=traced.opaque if traced else (),
         away=fetched,
+        casts=exported.casts,
     )
 
 

@@ -137,6 +137,7 @@ class CapturedGraph:
     readings: Readings | None  # what the graph takes for given
     opaque: tuple[CallSite, ...]  # submodules that run as one operator
     away: tuple[Away, ...]  # weights that hooks bring for each call
+    casts: bool  # whether it does what autocast would do, so that it is to run with autocast turned off
 
 
 class TokenPlace(NamedTuple):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from duca_compile import casts
 from duca_compile.graph import CapturedGraph
 from duca_compile.passes.pipeline import to_module
 
@@ -72,7 +73,7 @@ class _Runner(fx.Interpreter):
         self._captured, self._seen = captured, seen
 
     def results(self, tensors: list[Tensor]) -> list[Any]:
-        with torch.no_grad(), torch.random.fork_rng(cuda_devices(tensors)):
+        with torch.no_grad(), torch.random.fork_rng(cuda_devices(tensors)), casts.none_for(self._captured):
             return tree_leaves(self._captured.output.rebuild(self.run(*tensors)))
 
     def run_node(self, n: fx.Node) -> Any:
