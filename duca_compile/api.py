@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule as CompiledModule
 
 from duca_compile import away, casts
 from duca_compile.analysis import analyze
@@ -392,7 +393,12 @@ def check_plain(model: Any) -> None:
 
 
 def check_parts(model: nn.Module) -> None:
-    """Raises UsageError where a submodule is an optimized model: it keeps state, which no trace can hold."""
+    """Raises UsageError where it is compiled, or a submodule is an optimized model, whose state no trace can hold."""
+    if isinstance(model, CompiledModule):
+        raise UsageError(
+            f"this is what torch.compile made of a {type(model._orig_mod).__name__}; pass the model itself, which is its "
+            "attribute _orig_mod: duca_compile compiles what it makes of it"
+        )
     inner = next((path for path, part in model.named_modules() if isinstance(part, OptimizedModel)), None)
     if inner is not None:
         raise UsageError(
