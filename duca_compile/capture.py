@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Hashable, Mapping
 from itertools import chain
 from numbers import Integral, Real
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -260,6 +261,11 @@ def _traced(
         return _lower(traced.module, exported, call, traced)
 
 
+def _gist(error: Exception) -> str:
+    """The first sentence of its message, which may be long."""
+    return shorten(first_line(error).split(". ")[0], 120, placeholder=" ...")
+
+
 def _needs_a_look(captured: CapturedGraph) -> bool:
     """Whether its values are to be compared with the model's: where more than torch.export vouches for it."""
     return captured.readings is not None or captured.casts or has_foreign_operators(captured.graph)
@@ -282,8 +288,8 @@ def _refusal(model: nn.Module, error: Exception | None) -> CaptureError:
     if isinstance(error, CaptureError):
         return error
     return CaptureError(
-        f"{name} cannot be captured{_where(error)}: {first_line(error).rstrip('.')}. Compute that before the loop and "
-        "pass it as an argument, or move that line to a submodule, which then runs as it is, as one operator."
+        f"{name} cannot be captured{_where(error)}: {first_line(error).rstrip('.')}. Move that line to a submodule, which "
+        "then runs as it is, as one operator; or, if it does not depend on latent and timestep, compute it before the loop."
     )
 
 
@@ -352,7 +358,7 @@ def _warm(model: nn.Module, call: Call) -> list[Any]:
     """
     try:
         with torch.no_grad(), torch.random.fork_rng(cuda_devices(call.tensors)):
-            return tree_leaves(model(**call.arguments))
+            own = tree_leaves(model(**call.arguments))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -361,6 +367,13 @@ def _warm(model: nn.Module, call: Call) -> list[Any]:
             f"{type(model).__name__} itself fails on this call{_where(error)}: {first_line(error).rstrip('.')}. "
             f"Its tensors: {shapes}."
         ) from error
+    other = next((leaf for leaf in own if type(leaf) not in _LEAVES and not isinstance(leaf, Tensor)), None)
+    if other is not None:
+        raise CaptureError(
+            f"{type(model).__name__}.forward returns a {type(other).__name__}, into which torch cannot look; call it so "
+            "that it returns tensors, numbers, and lists, tuples or dictionaries of these"
+        )
+    return own
 
 
 def _without_aliases(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -238,8 +238,8 @@ class Explanation:
             yield f"captured for what forward reads of {name} ({source}): for other values, it is captured anew"
         operators = {site.path: site.reason for site in self.captured.opaque}
         for reason, (first, *more) in _grouped(operators).items():
-            paths, each = (f"{first} and {len(more)} like it", "each") if more else (first, "it")
-            yield f"{paths} {_shown(reason)}: {each} runs as it is, as one operator"
+            like = f", and so does each of {len(more)} like it" if more else ""
+            yield f"{first} {_shown(reason)}: it runs as it is, as one operator{like}"
         hooks = Counter(" and ".join(hook.name for hook in weight.hooks) for weight in self.captured.away)
         for names, count in hooks.items():
             yield f"{count} weights that {names} bring are read where they are kept, whenever a step needs them"
