@@ -224,7 +224,7 @@ def capture(model: nn.Module, call: Call, opaque: Mapping[str, str] = _NONE) -> 
     for _ in range(ROUNDS):
         try:
             captured = _traced(model, arguments, call, brought, operators)
-            path = differs(model, arguments, captured, own) if _needs_a_look(captured) else None
+            path = differs(model, arguments, captured, own, operators) if _needs_a_look(captured) else None
             if path is None:
                 return captured
             reason = "does what its trace does not show"

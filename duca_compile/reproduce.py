@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -35,10 +35,17 @@ def has_foreign_operators(graph: fx.Graph) -> bool:
     return any(each.namespace not in ("aten", "prims") for each in operators)
 
 
-def differs(model: nn.Module, arguments: dict[str, Any], captured: CapturedGraph, own: Sequence[Any]) -> str | None:
+def differs(
+    model: nn.Module,
+    arguments: dict[str, Any],
+    captured: CapturedGraph,
+    own: Sequence[Any],
+    operators: Collection[str] = (),
+) -> str | None:
     """None where the graph gives the model's own results ``own``, bit for bit.
 
-    Else the path of the smallest submodule whose results it does not give; "" where that is the model itself.
+    Else the path of the smallest submodule, none of ``operators``, whose results it does not give; "" where that is the
+    model itself.
     """
     tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
     if any(tensor.is_meta for tensor in tensors):
@@ -55,9 +62,13 @@ def differs(model: nn.Module, arguments: dict[str, Any], captured: CapturedGraph
         return None
     seen: set[bytes] = set()
     _Runner(captured, seen).results(tensors)
-    wrong = [each.path for each in calls if each.given <= seen and not each.results <= seen]
     traced = {str(path) for n in captured.graph.nodes for path, _ in (n.meta.get("nn_module_stack") or {}).values()}
-    return next(iter(sorted(wrong, key=lambda path: path not in traced)), "")  # what is in no trace may be idle
+    wrong = [each for each in calls if not each.results <= seen and each.path not in operators]
+    wrong.sort(key=lambda each: each.path not in traced)  # what is in no trace may be idle
+    path = next((each.path for each in wrong if each.given <= seen), wrong[0].path if wrong else "")
+    while inner := next((each.path for each in wrong if each.path.startswith(f"{path}.")), ""):
+        path = inner  # what it is given need not be in the graph, where nothing comes of it
+    return path
 
 
 def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:

@@ -114,3 +114,114 @@ def test_a_kernel_is_followed_or_runs_as_it_is(kernel: str) -> None:
         arguments = models.example(step, 7.0 - step)
         assert torch.equal(optimized(**arguments), model(**arguments)) == (step % 3 == 0)
     assert kinds(optimized) == "fpsfps"
+
+
+class OwnForward(models.DiT):
+    """A kernel in the model's own forward: there is no submodule to run as it is."""
+
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        return super().forward(torch.ops.duca_tests.doubled(x), timestep, text)
+
+
+def test_a_kernel_in_the_own_forward_is_refused_with_line_and_reason() -> None:
+    with pytest.raises(CaptureError, match=r"test_untraced.py.*duca_tests.doubled.*Move that line to a submodule") as caught:
+        duca_compile.optimize(OwnForward().eval(), Uncached(), "eager")(**models.example())
+    assert "branch on tensor values" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+class Object:
+    """What torch cannot look into."""
+
+
+class Returns(models.DiT):
+    def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Object]:
+        return super().forward(x, timestep, text), Object()
+
+
+def test_a_result_that_torch_cannot_look_into_is_named() -> None:
+    with pytest.raises(CaptureError, match="forward returns a Object, into which torch cannot look"):
+        duca_compile.optimize(Returns().eval(), Uncached(), "eager")(**models.example())
+
+
+@torch.no_grad()
+def test_what_runs_as_one_operator_is_named_and_its_tokens_are_recomputed() -> None:
+    found = duca_compile.explain(build("address"), **models.example())
+    assert {site.path for site in found.captured.opaque} == {"blocks.0.mlp", "blocks.1.mlp"}
+    assert "blocks.0.mlp does what its trace does not show: it runs as it is, as one operator" in str(found)
+    assert [branch.kind for branch in found.branches] == ["self_attention", "mlp"] * 2
+    fixed, partial = (found.schedule(DuCa(interval=3, fresh_ratio=ratio), 3).steps[1].flops for ratio in (0.25, 0.5))
+    assert partial > fixed
+
+
+class Shifted(KernelMLP):
+    """Its tokens look at their neighbours, behind torch's back."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return by_address(self.down(self.up(x.roll(1, dims=1))))
+
+
+@torch.no_grad()
+def test_an_operator_whose_tokens_mix_is_found_out_by_values() -> None:
+    def block() -> nn.Module:
+        made = models.Block()
+        made.mlp = Shifted("address")
+        return made
+
+    found = duca_compile.explain(models.build(block), **models.example())
+    assert [branch.kind for branch in found.branches] == ["self_attention", "mixing"] * 2
+    assert "recomputing some tokens gave other values" in str(found)
+
+
+class Packed(nn.Parameter):
+    """A weight of a kind of its own, which no tracer knows: two of its values in each byte."""
+
+    @staticmethod
+    def of(weight: Tensor) -> Packed:
+        scale = weight.abs().max() / 7
+        levels = (weight / scale).round().to(torch.int8) + 8
+        packed = Packed(levels[:, ::2] * 16 + levels[:, 1::2] - 128, requires_grad=False)
+        packed.scale = scale
+        return packed
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN
+        if func.__name__ in ("clone", "detach", "linear", "to"):
+            raise TypeError(f"{func.__name__} is not known to packed weights")
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    def widened(self) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            levels = self.data.to(torch.int16) + 128
+            return torch.stack([levels // 16, levels % 16], -1).flatten(1).sub(8).float() * self.scale
+
+
+class PackedLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight.widened(), self.bias)
+
+
+def packed(model: nn.Module) -> nn.Module:
+    for path, part in list(model.named_modules()):
+        if type(part) is nn.Linear and path.startswith("blocks"):
+            part.__class__ = PackedLinear
+            part.weight = Packed.of(part.weight)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_weights_of_a_kind_of_their_own(backend: str) -> None:
+    """Each linear layer is an operator, attention and MLPs are found all the same, and tokens are recomputed."""
+    model = packed(models.build(models.Block))
+    optimized = duca_compile.optimize(model, POLICY, backend, strict=True)
+    for step in range(6):
+        arguments = models.example(step, 7.0 - step)
+        own = model(**arguments)
+        assert torch.allclose(optimized(**arguments), own, rtol=0, atol=1e-5) == (step % 3 == 0)
+        assert backend != "eager" or step % 3 or torch.equal(optimized.source(**arguments), own)
+    assert kinds(optimized) == "fpsfps"
+    found = duca_compile.explain(model, **models.example())
+    assert [branch.kind for branch in found.branches] == ["self_attention", "mlp"] * 2
+    assert len(found.captured.opaque) == 14
