@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
+from typing import Any
 
+import accelerate
+import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.hooks import apply_group_offloading
 from torch import Tensor, nn
 from torch.nn import functional
 
 import duca_compile
 from duca_compile import CaptureError, DuCa, Uncached
+from duca_compile.analysis.memory import _Watch
 from tests import models
 from tests.models import WIDTH
 
+CPU = torch.device("cpu")
 POLICY = DuCa(interval=3, fresh_ratio=0.5)
 
 torch.library.define("duca_tests::doubled", "(Tensor x) -> Tensor")
@@ -46,7 +55,8 @@ def by_address(x: Tensor) -> Tensor:
     """A kernel that gets addresses, as Triton's do."""
     x = x.contiguous()
     result = torch.empty_like(x)
-    ctypes.memmove(result.data_ptr(), x.data_ptr(), x.numel() * x.element_size())
+    given, made = ((ctypes.c_float * x.numel()).from_address(each.data_ptr()) for each in (x, result))
+    np.negative(np.ctypeslib.as_array(given), out=np.ctypeslib.as_array(made))
     return result
 
 
@@ -225,3 +235,97 @@ def test_weights_of_a_kind_of_their_own(backend: str) -> None:
     found = duca_compile.explain(model, **models.example())
     assert [branch.kind for branch in found.branches] == ["self_attention", "mlp"] * 2
     assert len(found.captured.opaque) == 14
+
+
+def sized(heads: int = 4, layers: int = 6) -> nn.Module:
+    torch.manual_seed(0)
+    return diffusers.DiTTransformer2DModel(
+        num_attention_heads=heads,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=8,
+        num_layers=layers,
+        sample_size=8,
+        num_embeds_ada_norm=1000,
+    ).requires_grad_(False).eval()
+
+
+def sized_call(step: int) -> dict[str, Any]:
+    """Of one row, so that weights are most of what a step holds."""
+    latent = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(step))
+    timestep, labels = torch.tensor([900 - 100 * step]), torch.tensor([1])
+    return {"hidden_states": latent, "timestep": timestep, "class_labels": labels, "return_dict": False}
+
+
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["casting", "group", "sequential"])
+def test_a_step_holds_one_layer_of_weights_that_hooks_bring(way: str) -> None:
+    """And nothing of them is left behind it, whatever the kind of the step."""
+    model = sized()
+    largest = max(weight.numel() * 4 for weight in model.parameters())
+    total = sum(weight.numel() * 4 for weight in model.parameters())
+    WAYS[way](model)
+    optimized = duca_compile.optimize(model, POLICY, "eager")
+    for step in range(4):
+        optimized(**sized_call(step))
+    optimized.reset()
+    for step in range(4):
+        held = [tensor.dtype for tensor in tensors_of(model)], [tensor.device for tensor in tensors_of(model)]
+        watch = _Watch()
+        watch.ignore([tensor for tensor in tensors_of(model) if not tensor.is_meta])
+        with watch:
+            optimized(**sized_call(step))
+        assert watch.peak < 2 * largest < total / 8
+        assert watch.live - optimized.cache_bytes < 2**18, "loop-invariant and timestep-only values"
+        assert held == ([tensor.dtype for tensor in tensors_of(model)], [tensor.device for tensor in tensors_of(model)])
+    assert kinds(optimized) == "fpsf"
+
+
+RESIDENT = """
+import torch, duca_compile
+from tests.test_untraced import WAYS, sized, sized_call
+
+def resident(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+with torch.no_grad():
+    model = sized(heads=24, layers=8)
+    WAYS["disk"](model)
+    model(**sized_call(0))
+    optimized = duca_compile.optimize(model, "duca", "{backend}")
+    open("/proc/self/clear_refs", "w").write("5")
+    before = resident("VmRSS")
+    for step in range(6):
+        optimized(**sized_call(step))
+    print("grown", resident("VmHWM") - before, sum(4 * weight.numel() for weight in model.parameters()))
+"""
+
+
+@pytest.mark.slow
+def test_a_model_on_disk_stays_there() -> None:
+    """What the process holds in memory, from the capture on."""
+    run = subprocess.run([sys.executable, "-c", RESIDENT.format(backend="eager")], capture_output=True, text=True, check=True)
+    grown, weights = map(int, run.stdout.split("grown")[1].split())
+    assert weights > 300 * 2**20
+    assert grown < weights / 3
+
+
+def casting(model: Any) -> None:
+    model.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+
+def group(model: Any) -> None:
+    apply_group_offloading(model, CPU, CPU, offload_type="leaf_level")
+
+
+WAYS: dict[str, Callable[[Any], object]] = {
+    "casting": casting,
+    "group": group,
+    "sequential": lambda model: accelerate.cpu_offload(model, CPU),
+    "disk": lambda model: accelerate.disk_offload(model, tempfile.mkdtemp(), CPU),
+}
