@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
 import sys
 import tempfile
@@ -286,33 +287,41 @@ def test_a_step_holds_one_layer_of_weights_that_hooks_bring(way: str) -> None:
 
 
 RESIDENT = """
-import torch, duca_compile
+import threading, time, torch, duca_compile
 from tests.test_untraced import WAYS, sized, sized_call
 
-def resident(field):
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+def resident():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+def watch():
+    while not done:
+        seen.append(resident())
+        time.sleep(0.003)
 
 with torch.no_grad():
     model = sized(heads=24, layers=8)
     WAYS["disk"](model)
     model(**sized_call(0))
-    optimized = duca_compile.optimize(model, "duca", "{backend}")
-    open("/proc/self/clear_refs", "w").write("5")
-    before = resident("VmRSS")
+    optimized = duca_compile.optimize(model, "duca", "eager")
+    seen, done = [resident()], False
+    thread = threading.Thread(target=watch)
+    thread.start()
     for step in range(6):
         optimized(**sized_call(step))
-    print("grown", resident("VmHWM") - before, sum(4 * weight.numel() for weight in model.parameters()))
+    done = True
+    thread.join()
+    print("grown", max(seen) - seen[0], sum(4 * weight.numel() for weight in model.parameters()))
 """
 
 
 @pytest.mark.slow
 def test_a_model_on_disk_stays_there() -> None:
-    """What the process holds in memory, from the capture on."""
-    run = subprocess.run([sys.executable, "-c", RESIDENT.format(backend="eager")], capture_output=True, text=True, check=True)
+    """What the process holds in memory of its own, from the capture on."""
+    given = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000"}  # what is freed is given back at once
+    run = subprocess.run([sys.executable, "-c", RESIDENT], env=given, capture_output=True, text=True, check=True)
     grown, weights = map(int, run.stdout.split("grown")[1].split())
-    assert weights > 300 * 2**20
-    assert grown < weights / 3
+    assert weights > 350 * 2**20
+    assert grown < weights / 4
 
 
 def casting(model: Any) -> None:
