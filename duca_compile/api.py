@@ -95,7 +95,7 @@ def step_values(
 
 
 def changing_reads(model: nn.Module, captured: CapturedGraph, facts: Facts) -> dict[str, str]:
-    """Paths, and the reason, of the submodules whose Python reads values that change from step to step, which no trace can hold.
+    """Paths, and the reason, of submodules whose Python reads values that change from step to step: no trace has these.
 
     Raises:
         CaptureError: the model's own forward does; names the line.
@@ -396,8 +396,8 @@ def check_parts(model: nn.Module) -> None:
     """Raises UsageError where it is compiled, or a submodule is an optimized model, whose state no trace can hold."""
     if isinstance(model, CompiledModule):
         raise UsageError(
-            f"this is what torch.compile made of a {type(model._orig_mod).__name__}; pass the model itself, which is its "
-            "attribute _orig_mod: duca_compile compiles what it makes of it"
+            f"this is what torch.compile made of a {type(model._orig_mod).__name__}; pass the model itself, which is "
+            "its attribute _orig_mod: duca_compile compiles what it makes of it"
         )
     inner = next((path for path, part in model.named_modules() if isinstance(part, OptimizedModel)), None)
     if inner is not None:

@@ -1,8 +1,8 @@
 """Weights that hooks bring for each call of a module and take away behind it: offloaded, or stored in a narrow type.
 
-A graph must not hold what such a hook brings: that would be a second copy of the weights, and a stale one. So the trace
-goes without the hook, and a weight is made by an operator, of what the hook makes it of, whenever a step needs it. Hooks
-and weights stay as they are, and no thread waits for another. Known are the hooks of diffusers and accelerate.
+A graph must not hold what such a hook brings: that would be a second copy of the weights, and a stale one. So the
+trace goes without the hook, and a weight is made by an operator, of what the hook makes it of, whenever a step needs
+it. Hooks and weights stay as they are, and no thread waits for another. Known are those of diffusers and accelerate.
 """
 
 from __future__ import annotations
@@ -165,6 +165,16 @@ class Aligned(Hook):
         return stored.clone() if made is stored else made
 
 
+class Whole(Hook):
+    """Brings a whole model to its device, where it stays: nothing is left to do in a trace."""
+
+    def places(self) -> Iterator[Place]:
+        yield from ()
+
+    def make(self, place: Place, kept: Tensor, value: Tensor) -> Tensor:
+        return value
+
+
 def _own_places(module: nn.Module) -> Iterator[Place]:
     for table in (module._parameters, module._buffers):
         yield from (Place(module, table, name) for name, tensor in table.items() if tensor is not None)
@@ -195,6 +205,8 @@ def bringing(module: nn.Module) -> list[Hook]:
             found.append(Group(module, hook, hook.group.onload_device))
         elif name == "AlignDevicesHook" and hook.offload:
             found.append(Aligned(module, hook, torch.device(hook.execution_device)))
+        elif name == "CpuOffload":
+            found.append(Whole(module, hook))
     return found
 
 
@@ -267,7 +279,7 @@ def entered(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
     Weights that are taken away behind each call are not brought: they are read where they are.
     """
-    brings = {id(hook.hook): hook for hook in bringing(model)}
+    brings = {id(hook.hook): hook for hook in bringing(model) if not isinstance(hook, Whole)}
     for hook in hooks_of(model):
         if id(hook) in brings:
             args, kwargs = brings[id(hook)].before(model, *args, **kwargs)
@@ -278,7 +290,9 @@ def entered(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def left(model: nn.Module, output: Any) -> Any:
     """What a call returns, after what hooks of the model itself do behind one: bring it to where the arguments were."""
-    placing = [hook for hook in hooks_of(model) if type(hook).__name__ in _PLACING and not getattr(hook, "offload", False)]
+    placing = [
+        hook for hook in hooks_of(model) if type(hook).__name__ in _PLACING and not getattr(hook, "offload", False)
+    ]
     for hook in placing:
         output = hook.post_forward(model, output)
     return output

@@ -25,7 +25,7 @@ from duca_compile import away, casts, concrete
 from duca_compile.away import Brought
 from duca_compile.concrete import Untraceable, failing_node
 from duca_compile.errors import CaptureError, UsageError, first_line
-from duca_compile.graph import CapturedGraph, OutputLayout, module_path, op_name, source_line
+from duca_compile.graph import CapturedGraph, OutputLayout, module_path, source_line
 from duca_compile.opaque import alike
 from duca_compile.reproduce import cuda_devices, differs, has_foreign_operators
 
@@ -288,8 +288,9 @@ def _refusal(model: nn.Module, error: Exception | None) -> CaptureError:
     if isinstance(error, CaptureError):
         return error
     return CaptureError(
-        f"{name} cannot be captured{_where(error)}: {first_line(error).rstrip('.')}. Move that line to a submodule, which "
-        "then runs as it is, as one operator; or, if it does not depend on latent and timestep, compute it before the loop."
+        f"{name} cannot be captured{_where(error)}: {first_line(error).rstrip('.')}. Move that line to a submodule, "
+        "which then runs as it is, as one operator; or, if it depends on neither latent nor timestep, compute it "
+        "before the loop."
     )
 
 
@@ -370,8 +371,8 @@ def _warm(model: nn.Module, call: Call) -> list[Any]:
     other = next((leaf for leaf in own if type(leaf) not in _LEAVES and not isinstance(leaf, Tensor)), None)
     if other is not None:
         raise CaptureError(
-            f"{type(model).__name__}.forward returns a {type(other).__name__}, into which torch cannot look; call it so "
-            "that it returns tensors, numbers, and lists, tuples or dictionaries of these"
+            f"{type(model).__name__}.forward returns a {type(other).__name__}, into which torch cannot look; call it "
+            "so that it returns tensors, numbers, and lists, tuples or dictionaries of these"
         )
     return own
 

@@ -1,7 +1,7 @@
 """Autocast that forward sets for a part of itself: what it casts becomes casts in the graph.
 
-torch.export keeps such a part as a region, and loses its borders where the graph is made flat. So each operator gets the
-casts that it has where it is, and the whole graph is run with autocast turned off.
+torch.export keeps such a part as a region, and loses its borders where the graph is made flat. So each operator gets
+the casts that it has where it is, and the whole graph is run with autocast turned off.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -157,7 +157,7 @@ def _inline(module: fx.GraphModule, node: fx.Node, body: fx.GraphModule, operand
         result = graph.graph_copy(body.graph, own)
     for user in list(node.users) if isinstance(result, list | tuple) else ():
         assert user.target is operator.getitem
-        user.replace_all_uses_with(result[user.args[1]])  # type: ignore[index]
+        user.replace_all_uses_with(cast(Any, result)[user.args[1]])
         graph.erase_node(user)
     if isinstance(result, fx.Node):
         node.replace_all_uses_with(result)

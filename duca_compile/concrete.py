@@ -70,9 +70,7 @@ class Untraceable(Exception):  # noqa: N818 - a finding: the module becomes an o
         self.path, self.error = path, error
 
 
-def trace(
-    model: nn.Module, arguments: dict[str, Any], opaque: Mapping[str, str], brought: Brought
-) -> ConcreteTrace:
+def trace(model: nn.Module, arguments: dict[str, Any], opaque: Mapping[str, str], brought: Brought) -> ConcreteTrace:
     """Traces ``model(**arguments)`` by running it, with the submodules at the paths ``opaque`` as one operator each.
 
     Raises Untraceable.

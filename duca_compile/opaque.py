@@ -102,8 +102,8 @@ class CallSite:
         """Of a kernel that torch cannot count: each weight meets each vector of the first operand once."""
         module, rows = self._module, prod(self._shapes[0][:-1])
         if isinstance(module, nn.Linear):  # a packed weight has another shape
-            return 2 * rows * module.in_features * module.out_features
-        return 2 * rows * sum(weight.numel() for weight in module.parameters() if weight.dim() > 1)
+            return int(2 * rows * module.in_features * module.out_features)
+        return int(2 * rows) * sum(weight.numel() for weight in module.parameters() if weight.dim() > 1)
 
     def likes(self, tensors: list[Tensor]) -> list[Like]:
         """The kinds of its results, for operands with this many tokens."""

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from duca_compile.errors import UsageError
 
-
 _PIPELINES = {
     "diffusers.pipelines.pipeline_utils": "DiffusionPipeline",
     "diffusers.modular_pipelines.modular_pipeline": "ModularPipeline",

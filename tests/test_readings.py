@@ -210,7 +210,9 @@ class Region(nn.Module):
 def test_an_autocast_region_is_exact(around: torch.dtype | None) -> None:
     """Whatever is set around it: the region's own setting holds, and none is lost behind it."""
     torch.manual_seed(0)
-    model = Region().eval().requires_grad_(False)  # else autocast keeps the casts of weights, whatever type it is set to
+    model = (
+        Region().eval().requires_grad_(False)
+    )  # else autocast keeps the casts of weights, whatever type it is set to
     optimized = duca_compile.optimize(model, POLICY, "eager")
     with torch.autocast("cpu", around or torch.bfloat16, enabled=around is not None):
         for step in range(4):

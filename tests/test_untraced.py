@@ -135,7 +135,9 @@ class OwnForward(models.DiT):
 
 
 def test_a_kernel_in_the_own_forward_is_refused_with_line_and_reason() -> None:
-    with pytest.raises(CaptureError, match=r"test_untraced.py.*duca_tests.doubled.*Move that line to a submodule") as caught:
+    with pytest.raises(
+        CaptureError, match=r"test_untraced.py.*duca_tests.doubled.*Move that line to a submodule"
+    ) as caught:
         duca_compile.optimize(OwnForward().eval(), Uncached(), "eager")(**models.example())
     assert "branch on tensor values" not in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
@@ -196,7 +198,7 @@ class Packed(nn.Parameter):
         return packed
 
     @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ANN
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func.__name__ in ("clone", "detach", "linear", "to"):
             raise TypeError(f"{func.__name__} is not known to packed weights")
         with torch._C.DisableTorchFunctionSubclass():
@@ -240,15 +242,19 @@ def test_weights_of_a_kind_of_their_own(backend: str) -> None:
 
 def sized(heads: int = 4, layers: int = 6) -> nn.Module:
     torch.manual_seed(0)
-    return diffusers.DiTTransformer2DModel(
-        num_attention_heads=heads,
-        attention_head_dim=32,
-        in_channels=4,
-        out_channels=8,
-        num_layers=layers,
-        sample_size=8,
-        num_embeds_ada_norm=1000,
-    ).requires_grad_(False).eval()
+    return (
+        diffusers.DiTTransformer2DModel(
+            num_attention_heads=heads,
+            attention_head_dim=32,
+            in_channels=4,
+            out_channels=8,
+            num_layers=layers,
+            sample_size=8,
+            num_embeds_ada_norm=1000,
+        )
+        .requires_grad_(False)
+        .eval()
+    )
 
 
 def sized_call(step: int) -> dict[str, Any]:

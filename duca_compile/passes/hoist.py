@@ -14,8 +14,8 @@ import torch
 from torch import fx
 
 from duca_compile.analysis.tokens import EXPANDS, RESHAPES
-from duca_compile.graph import Facts, Variance, copy_graph, op_name, value_shape
 from duca_compile.away import fetch
+from duca_compile.graph import Facts, Variance, copy_graph, op_name, value_shape
 from duca_compile.opaque import opaque
 from duca_compile.passes.base import ExactPass, VariantDraft
 
@@ -79,9 +79,9 @@ def _tiers(graph: fx.Graph, facts: Facts) -> dict[fx.Node, Variance]:
     """What leaves the step, and how often it is computed.
 
     What is computed from weights alone stays unless it is smaller than they are, and so does the cast of a weight: a
-    quantized weight that is widened for a product would else be kept at full width. A timestep-only value with many vectors stays, and all that is
-    computed from it, such as the text's keys in the first block: it would be kept for each timestep, and computing
-    it for all of them at once saves nothing.
+    quantized weight that is widened for a product would else be kept at full width. A timestep-only value with many
+    vectors stays, and all that is computed from it, such as the text's keys in the first block: it would be kept for
+    each timestep, and computing it for all of them at once saves nothing.
     """
     weights: dict[fx.Node, frozenset[fx.Node] | None] = {}  # what a node is computed from; None where arguments too
     found: dict[fx.Node, Variance] = {}

@@ -283,7 +283,9 @@ def function() -> Results:
 
 @feature("custom kernels", "Python that looks at each token", note="its module runs as one operator")
 def looks() -> Results:
-    return with_kernel(lambda x: torch.stack([row * 2 if row.sum() > 0 else row for row in x.flatten(0, -2)]).view_as(x))
+    return with_kernel(
+        lambda x: torch.stack([row * 2 if row.sum() > 0 else row for row in x.flatten(0, -2)]).view_as(x)
+    )
 
 
 @feature("custom kernels", "a kernel in the model's own forward", Outcome.REFUSED, says="Move that")
