@@ -21,7 +21,7 @@ from duca_compile.backends import Backend, make_backend
 from duca_compile.budget import CacheOptions, fitted
 from duca_compile.capture import Binder, Call, capture, live_tensors
 from duca_compile.captures import Captures, Compiled
-from duca_compile.errors import CaptureError, PolicyError, UsageError
+from duca_compile.errors import CaptureError, PolicyError, StructureError, UsageError
 from duca_compile.graph import CapturedGraph, Facts
 from duca_compile.lock import COMPILING
 from duca_compile.opaque import READS
@@ -73,16 +73,28 @@ def analyze_call(model: nn.Module, call: Call, timestep: str | None) -> tuple[Ca
     devices = [tensor.device for tensor in call.tensors if tensor.device.type == "cuda"]
     with COMPILING, torch.no_grad(), torch.random.fork_rng(devices):  # the caller's random numbers are not drawn here
         captured = prepare(capture(model, call))
-        facts = analyze(captured, timestep)
+        facts = _facts(captured, timestep)
         if readers := changing_reads(model, captured, facts):
             operators = {site.path: site.reason for site in captured.opaque}
             captured = prepare(capture(model, call, operators | readers))
-            facts = analyze(captured, timestep)
+            facts = _facts(captured, timestep)
             changing_reads(model, captured, facts)
         prologue = _prologue(captured, facts)
         values = dict(zip(captured.inputs, call.tensors, strict=True))
         with casts.none_for(captured):
             return captured, verified(captured, facts, step_values(captured, facts, prologue, values)), prologue
+
+
+def _facts(captured: CapturedGraph, timestep: str | None) -> Facts:
+    """Says of a model without structure what has hidden it."""
+    try:
+        return analyze(captured, timestep)
+    except StructureError as error:
+        if not captured.opaque:
+            raise
+        site = max(captured.opaque, key=lambda each: each.flops)
+        hidden = f"What is in {site.path} is not seen: it {site.reason}, so it runs as it is, as one operator."
+        raise StructureError(f"{error} {hidden}") from error
 
 
 def step_values(

@@ -26,6 +26,7 @@ from duca_compile.lock import COMPILING
 
 _weights: WeakValueDictionary[int, Away] = WeakValueDictionary()
 _numbers = itertools.count()
+_LIBRARIES = ("diffusers", "accelerate")
 _PLACING = {"AlignDevicesHook", "CpuOffload"}
 Given = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a call
 _MOVERS = {  # of diffusers and accelerate: hooks whose state says nothing of what forward computes
@@ -194,11 +195,17 @@ def hooks_of(module: nn.Module) -> list[Any]:
     return found if registry is None else [*found, *(registry.hooks[name] for name in reversed(registry._hook_order))]
 
 
+def _kind(hook: object) -> str:
+    """The name of its class, or of the one that it derives from, in diffusers or accelerate; "" where it has none."""
+    own = (cls.__name__ for cls in type(hook).__mro__ if cls.__module__.partition(".")[0] in _LIBRARIES)
+    return next(own, "")
+
+
 def bringing(module: nn.Module) -> list[Hook]:
     """Those of its hooks that bring weights and take them away."""
     found: list[Hook] = []
     for hook in hooks_of(module):
-        name = type(hook).__name__
+        name = _kind(hook)
         if name == "LayerwiseCastingHook":
             found.append(Casting(module, hook))
         elif name == "GroupOffloadingHook":
@@ -212,7 +219,7 @@ def bringing(module: nn.Module) -> list[Hook]:
 
 def settings(hook: object) -> tuple[Any, ...] | None:
     """All that counts of a hook that moves weights; what it holds besides changes with each call. None of another."""
-    name, own = type(hook).__name__, getattr(hook, "__dict__", {})
+    name, own = _kind(hook), getattr(hook, "__dict__", {})
     if name == "GroupOffloadingHook":
         group = own["group"]
         return name, group.onload_device, group.offload_to_disk_path, len(group.modules), len(group.parameters)
@@ -283,7 +290,7 @@ def entered(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     for hook in hooks_of(model):
         if id(hook) in brings:
             args, kwargs = brings[id(hook)].before(model, *args, **kwargs)
-        elif type(hook).__name__ in _PLACING:
+        elif _kind(hook) in _PLACING:
             args, kwargs = hook.pre_forward(model, *args, **kwargs)
     return args, kwargs
 
@@ -291,7 +298,7 @@ def entered(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def left(model: nn.Module, output: Any) -> Any:
     """What a call returns, after what hooks of the model itself do behind one: bring it to where the arguments were."""
     placing = [
-        hook for hook in hooks_of(model) if type(hook).__name__ in _PLACING and not getattr(hook, "offload", False)
+        hook for hook in hooks_of(model) if _kind(hook) in _PLACING and not getattr(hook, "offload", False)
     ]
     for hook in placing:
         output = hook.post_forward(model, output)

@@ -23,7 +23,7 @@ from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tr
 
 from duca_compile import away, casts, concrete
 from duca_compile.away import Brought
-from duca_compile.concrete import Untraceable, failing_node
+from duca_compile.concrete import Untraceable, failing_node, failing_path
 from duca_compile.errors import CaptureError, UsageError, first_line
 from duca_compile.graph import CapturedGraph, OutputLayout, module_path, source_line
 from duca_compile.opaque import alike
@@ -255,8 +255,7 @@ def _traced(
         except (torch.OutOfMemoryError, CaptureError):
             raise
         except Exception as error:
-            node = failing_node(error)
-            raise Untraceable("" if node is None else module_path(node), error) from error
+            raise Untraceable(failing_path(error), error) from error
         _check_sizes(model, exported.program)
         return _lower(traced.module, exported, call, traced)
 

@@ -89,7 +89,7 @@ def trace(model: nn.Module, arguments: dict[str, Any], opaque: Mapping[str, str]
         return flat
 
     operators = as_operators(model, opaque, brought)
-    with preserve_node_meta(), _module_paths(model) as paths, DataAsDetach(), _NoteReads(), operators as sites:
+    with preserve_node_meta(), operators as sites, _module_paths(model) as paths, DataAsDetach(), _NoteReads():
         make = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False, record_stack_traces=True)
         try:
             graph = make(*tensors)
@@ -97,9 +97,14 @@ def trace(model: nn.Module, arguments: dict[str, Any], opaque: Mapping[str, str]
             raise
         except Exception as error:
             raise Untraceable(paths[-1], error) from error
-    _index_by_number(graph)
-    reads, readings = _reads(graph), _readings(graph, tensors)
-    _fold(graph, tensors)
+    try:
+        _index_by_number(graph)
+        reads, readings = _reads(graph), _readings(graph, tensors)
+        _fold(graph, tensors)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # it does not do what it did
+        raise Untraceable(failing_path(error), error) from error
     return ConcreteTrace(_Replay(graph, layout[0]), reads, readings, tuple(sites))
 
 
@@ -296,6 +301,12 @@ class _Replay(nn.Module):
         tensors = [leaf for leaf in tree_flatten(arguments)[0] if isinstance(leaf, Tensor)]
         with preserve_node_meta():
             return tree_unflatten(fx.Interpreter(getattr(self, _TRACE)).run(*tensors), self._layout)
+
+
+def failing_path(error: BaseException) -> str:
+    """The innermost module that the failing node comes from."""
+    node = failing_node(error)
+    return "" if node is None else module_path(node)
 
 
 def failing_node(error: BaseException) -> fx.Node | None:

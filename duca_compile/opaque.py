@@ -7,8 +7,9 @@ The module that does so stays as it is, behind an operator of which only the res
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from math import prod
 from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
@@ -27,6 +28,10 @@ READS = "reads values that change from step to step"  # of all reasons, the one 
 Given = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a call
 _sites: WeakValueDictionary[int, CallSite] = WeakValueDictionary()
 _numbers = itertools.count()
+_AROUND = {
+    "forward",
+    *(name for name in vars(nn.Module()) if name.startswith(("_forward_hooks", "_forward_pre_hooks"))),
+}
 
 
 class Like(NamedTuple):
@@ -153,19 +158,45 @@ def _(tensors: list[Tensor], site: int) -> list[Tensor]:
 opaque = torch.ops.duca_compile.opaque.default
 
 
+class _Whole:
+    """A module with its hooks, from behind the operator that stands for it: these must not run in the trace."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._own = {name: value for name, value in vars(module).items() if name in _AROUND}
+        self._patched: dict[str, Any] = {}
+
+    def patch(self, forward: Callable[..., Any]) -> None:
+        self._patched = {name: OrderedDict[Any, Any]() for name in self._own} | {"forward": forward}
+        vars(self._module).update(self._patched)
+
+    def put_back(self) -> None:
+        self._patched = {}
+        self._restore()
+
+    def _restore(self) -> None:
+        vars(self._module).pop("forward", None)
+        vars(self._module).update(self._own)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._patched:
+            return self._module(*args, **kwargs)
+        self._restore()
+        try:
+            return self._module(*args, **kwargs)
+        finally:
+            vars(self._module).update(self._patched)
+
+
 @contextmanager
 def as_operators(model: nn.Module, paths: Mapping[str, str], brought: Brought) -> Iterator[list[CallSite]]:
     """While open, each call of the modules at ``paths`` is one operator; yields the calls as they come.
 
-    ``paths`` gives the reasons, too.
+    ``paths`` gives the reasons, too. A module within another one of them is a part of that.
     """
     sites: list[CallSite] = []
-    outermost = [path for path in sorted(paths) if not any(path.startswith(f"{other}.") for other in paths)]
-    patched = [(path, model.get_submodule(path)) for path in outermost]
 
-    def replacement(path: str, module: nn.Module) -> Any:
-        original = brought.around(module, module.forward)
-
+    def replacement(path: str, module: nn.Module, original: Callable[..., Any]) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
             site = CallSite(original, module, path, paths[path], (args, kwargs))
             sites.append(site)
@@ -175,16 +206,15 @@ def as_operators(model: nn.Module, paths: Mapping[str, str], brought: Brought) -
 
         return forward
 
-    own = {path: module.__dict__["forward"] for path, module in patched if "forward" in module.__dict__}
-    for path, module in patched:
-        module.forward = replacement(path, module)
-    try:
+    with ExitStack() as undo:
+        for path in sorted(paths):
+            if any(path.startswith(f"{other}.") for other in paths):
+                continue
+            module = model.get_submodule(path)
+            whole = _Whole(module)
+            undo.callback(whole.put_back)
+            whole.patch(replacement(path, module, brought.around(module, whole)))
         yield sites
-    finally:
-        for path, module in patched:
-            del module.forward
-            if path in own:
-                module.forward = own[path]
 
 
 def alike(model: nn.Module, path: str) -> frozenset[str]:
@@ -194,8 +224,9 @@ def alike(model: nn.Module, path: str) -> frozenset[str]:
 
 
 def _kind(module: nn.Module) -> Any:
+    hooks = {name for name, value in vars(module).items() if name in _AROUND and value}
     tables = [*module._parameters.items(), *module._buffers.items(), *module._modules.items()]
-    return type(module), *((name, type(value)) for name, value in [*vars(module).items(), *tables])
+    return type(module), hooks, [(name, type(value)) for name, value in [*vars(module).items(), *tables]]
 
 
 def site_of(node: fx.Node) -> CallSite:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import duca_compile
-from duca_compile import CaptureError, DuCa, Uncached
+from duca_compile import CaptureError, DuCa, StructureError, Uncached
 from duca_compile.analysis.memory import _Watch
 from tests import models
 from tests.models import WIDTH
@@ -328,6 +328,80 @@ def test_a_model_on_disk_stays_there() -> None:
     grown, weights = map(int, run.stdout.split("grown")[1].split())
     assert weights > 350 * 2**20
     assert grown < weights / 4
+
+
+STORED = torch.float8_e4m3fn
+
+
+def widened(module: nn.Module, *_: Any) -> None:
+    module.to(torch.float32)
+
+
+def stored(module: nn.Module, *_: Any) -> None:
+    module.to(STORED)
+
+
+def with_hooks(module: nn.Module) -> None:
+    module.register_forward_pre_hook(widened)
+    module.register_forward_hook(stored)
+
+
+def with_another_forward(module: nn.Module) -> None:
+    own = module.forward
+
+    def forward(*args: Any) -> Any:
+        widened(module)
+        try:
+            return own(*args)
+        finally:
+            stored(module)
+
+    module.forward = forward
+
+
+class Widening(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        widened(self)
+        result = super().forward(x)
+        stored(self)
+        return result
+
+
+def with_another_class(module: nn.Module) -> None:
+    module.__class__ = Widening
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", [with_hooks, with_another_forward, with_another_class])
+def test_weights_that_code_of_ones_own_brings(way: Callable[[nn.Module], None]) -> None:
+    """As hand-written offloading does: no copy of them is in the graph, and what is done to them takes effect."""
+    model = models.build()
+    for path, part in model.named_modules():
+        if type(part) is nn.Linear and path.startswith("blocks"):
+            way(part)
+            stored(part)
+    optimized = duca_compile.optimize(model, POLICY, "eager")
+    for step in range(4):
+        arguments = models.example(step, 7.0 - step)
+        assert torch.equal(optimized(**arguments), model(**arguments)) == (step % 3 == 0)
+    assert kinds(optimized) == "fpsf"
+    (compiled,) = optimized._compiled.values()
+    own = set(map(id, tensors_of(model)))
+    assert all(id(tensor) in own for tensor in compiled.captured.attributes.values())
+    assert len(compiled.captured.opaque) == 14
+    for weight in model.parameters():
+        weight.data.copy_((weight.float() * 2).to(weight.dtype))
+    optimized.reset()
+    assert torch.equal(optimized(**arguments), model(**arguments))
+
+
+def test_blocks_that_are_hidden_are_named() -> None:
+    model = models.build()
+    for block in model.blocks:
+        with_hooks(block)
+        stored(block)
+    with pytest.raises(StructureError, match=r"What is in blocks.0 is not seen: it cannot be traced .* one operator"):
+        duca_compile.optimize(model, POLICY, "eager")(**models.example())
 
 
 def casting(model: Any) -> None:
