@@ -15,15 +15,18 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule as CompiledModule
 
+from duca_compile import away, casts
 from duca_compile.analysis import analyze
 from duca_compile.backends import Backend, make_backend
 from duca_compile.budget import CacheOptions, fitted
 from duca_compile.capture import Binder, Call, capture, live_tensors
 from duca_compile.captures import Captures, Compiled
-from duca_compile.errors import CaptureError, PolicyError, UsageError
+from duca_compile.errors import CaptureError, PolicyError, StructureError, UsageError
 from duca_compile.graph import CapturedGraph, Facts
 from duca_compile.lock import COMPILING
+from duca_compile.opaque import READS
 from duca_compile.passes.hoist import frontier, hoisted_input
 from duca_compile.passes.pipeline import build_prologue, make_rows, prepare
 from duca_compile.pipelines import PipelineSchedule, is_pipeline, set_component, transformers
@@ -75,14 +78,28 @@ def analyze_call(model: nn.Module, call: Call, timestep: str | None) -> tuple[Ca
     devices = [tensor.device for tensor in call.tensors if tensor.device.type == "cuda"]
     with COMPILING, torch.no_grad(), torch.random.fork_rng(devices):  # the caller's random numbers are not drawn here
         captured = prepare(capture(model, call))
-        facts = analyze(captured, timestep)
+        facts = _facts(captured, timestep)
         if readers := changing_reads(model, captured, facts):
-            captured = prepare(capture(model, call, readers))
-            facts = analyze(captured, timestep)
+            operators = {site.path: site.reason for site in captured.opaque}
+            captured = prepare(capture(model, call, operators | readers))
+            facts = _facts(captured, timestep)
             changing_reads(model, captured, facts)
         prologue = _prologue(captured, facts)
         values = dict(zip(captured.inputs, call.tensors, strict=True))
-        return captured, verified(captured, facts, step_values(captured, facts, prologue, values)), prologue
+        with casts.none_for(captured):
+            return captured, verified(captured, facts, step_values(captured, facts, prologue, values)), prologue
+
+
+def _facts(captured: CapturedGraph, timestep: str | None) -> Facts:
+    """Says of a model without structure what has hidden it."""
+    try:
+        return analyze(captured, timestep)
+    except StructureError as error:
+        if not captured.opaque:
+            raise
+        site = max(captured.opaque, key=lambda each: each.flops)
+        hidden = f"What is in {site.path} is not seen: it {site.reason}, so it runs as it is, as one operator."
+        raise StructureError(f"{error} {hidden}") from error
 
 
 def step_values(
@@ -94,8 +111,8 @@ def step_values(
     return values | dict(zip(rows.outputs, rows.compute(values, values), strict=True))
 
 
-def changing_reads(model: nn.Module, captured: CapturedGraph, facts: Facts) -> frozenset[str]:
-    """Paths of the submodules whose Python reads values that change from step to step, which no trace can hold.
+def changing_reads(model: nn.Module, captured: CapturedGraph, facts: Facts) -> dict[str, str]:
+    """Paths, and the reason, of submodules whose Python reads values that change from step to step: no trace has these.
 
     Raises:
         CaptureError: the model's own forward does; names the line.
@@ -108,7 +125,7 @@ def changing_reads(model: nn.Module, captured: CapturedGraph, facts: Facts) -> f
                 "from step to step, so no graph can hold what follows from it. Compute it before the loop and pass it "
                 "as an argument, or move that line to a submodule, which then runs as it is, as one operator."
             )
-    return frozenset[str]().union(*(read.paths for read in reads.values()))
+    return {path: READS for read in reads.values() for path in read.paths}
 
 
 class _Guise(type):
@@ -211,6 +228,12 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         return self
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
+        if not away.has_hooks(self.source):
+            return self._run(*args, **kwargs)
+        args, kwargs = away.entered(self.source, args, kwargs)
+        return away.left(self.source, self._run(*args, **kwargs))
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         check_model(self.source)
         call = self._bind(args, kwargs)
         if torch.is_grad_enabled():
@@ -226,7 +249,8 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
                     compiled = self._compiled.find_anew(call)
                     named = compiled.named(call.tensors)
                     request.captured(compiled.facts)
-                outputs = compiled.dispatcher(request, tick, named, name)
+                with casts.none_for(compiled.captured):
+                    outputs = compiled.dispatcher(request, tick, named, name)
             except BaseException:
                 request.reset()
                 raise
@@ -249,7 +273,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         def watch(plans: Sequence[Plan]) -> Iterable[Plan]:
             return track(plans, f"compiling {type(self.source).__name__}", console=console, transient=True)
 
-        with torch.no_grad():
+        with torch.no_grad(), casts.none_for(compiled.captured):
             call_by_name = compiled.named(call.tensors)
             compiled.dispatcher.warm_up(requests.new(), call_by_name, islice(steps, LOOKED_AHEAD), watch)
 
@@ -432,7 +456,12 @@ def check_plain(model: Any) -> None:
 
 
 def check_parts(model: nn.Module) -> None:
-    """Raises UsageError where a submodule is an optimized model: it keeps state, which no trace can hold."""
+    """Raises UsageError where it is compiled, or a submodule is an optimized model, whose state no trace can hold."""
+    if isinstance(model, CompiledModule):
+        raise UsageError(
+            f"this is what torch.compile made of a {type(model._orig_mod).__name__}; pass the model itself, which is "
+            "its attribute _orig_mod: duca_compile compiles what it makes of it"
+        )
     inner = next((path for path, part in model.named_modules() if isinstance(part, OptimizedModel)), None)
     if inner is not None:
         raise UsageError(

@@ -9,21 +9,26 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from itertools import chain
 from numbers import Integral, Real
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple, NoReturn, TextIO
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_map_only
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map_only
 
-from duca_compile import concrete
+from duca_compile import away, casts, concrete
+from duca_compile.away import Brought
+from duca_compile.concrete import Untraceable, failing_node, failing_path
 from duca_compile.errors import CaptureError, UsageError, first_line
-from duca_compile.graph import RESERVED, CapturedGraph, OutputLayout, op_name, source_line
+from duca_compile.graph import RESERVED, CapturedGraph, OutputLayout, module_path, source_line
+from duca_compile.opaque import alike
+from duca_compile.reproduce import cuda_devices, differs, has_foreign_operators
 
 log = logging.getLogger("duca_compile")
 
@@ -33,6 +38,7 @@ _TENSOR_GUARDS: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # 
 _LIST_PLACE = re.compile(r"\[\d+\]$")
 _METADATA_CHECK = torch.ops.aten._assert_tensor_metadata.default
 _TORCH_PRINTS = "torch.export._trace"  # the module that prints a graph
+_NONE: Mapping[str, str] = {}
 _TORCH_ROOT = str(Path(torch.__file__).parent)
 
 
@@ -202,55 +208,119 @@ def tensor_names(call: Call) -> tuple[str, ...]:
     return tuple(keystr(path[:1])[2:-2] + keystr(path[1:]) for path, leaf in found if isinstance(leaf, Tensor))
 
 
-def capture(model: nn.Module, call: Call, opaque: frozenset[str] = frozenset()) -> CapturedGraph:
-    """Traces one call of ``model`` into a graph of ATen operators, the submodules at ``opaque`` as one operator each.
+def capture(model: nn.Module, call: Call, opaque: Mapping[str, str] = _NONE) -> CapturedGraph:
+    """Traces one call of ``model`` into a graph of ATen operators.
 
-    The graph's get_attr nodes are the model's own parameters and buffers.
+    The graph's get_attr nodes are the model's own parameters and buffers; what hooks bring for each call is the result
+    of an operator. The submodules at ``opaque``, which gives the reasons, are one operator each. So are those that no
+    trace can hold, with all of their kind.
 
     Raises:
-        CaptureError: the forward cannot be traced (data-dependent control flow, side effects); names the line.
+        CaptureError: the forward cannot be traced, and what cannot is in no submodule; names the line.
     """
-    _warm(model, call)
+    own = _warm(model, call)
+    brought = away.brought(model)
+    operators = {**brought.operators, **opaque}
     arguments = _without_aliases(call.arguments)
-    try:
-        with torch.no_grad():
-            program = None if opaque else _exported(model, arguments)
-            if program is not None:
-                return _lower(model, program, call)
-            traced = concrete.trace(model, arguments, opaque)
-            program = _export(traced.module, arguments)
-            _check_sizes(model, program)
-            return _lower(traced.module, program, call, traced)
-    except (torch.OutOfMemoryError, CaptureError):
-        raise
-    except Exception as error:
-        raise CaptureError(
-            f"torch.export cannot capture {type(model).__name__}{_where(error)}: {first_line(error).rstrip('.')}. "
-            "Forward must not branch on tensor values or leave torch (.item(), .numpy()); "
-            "rewrite that line, or compute its value before the loop and pass it as an argument."
-        ) from error
+    failed: Exception | None = None
+    for _ in range(ROUNDS):
+        try:
+            captured = _traced(model, arguments, call, brought, operators)
+            path = differs(model, arguments, captured, own, operators) if _needs_a_look(captured) else None
+            if path is None:
+                return captured
+            reason = "does what its trace does not show"
+        except Untraceable as failure:
+            path, reason, failed = failure.path, f"cannot be traced ({first_line(failure.error)})", failure.error
+        path = _outside(path, operators)
+        if not path:
+            break
+        log.info("%s %s: it runs as it is, as one operator, and so does all of its kind", path, reason)
+        operators |= dict.fromkeys(alike(model, path), reason)
+    raise _refusal(model, failed) from failed
 
 
-def _exported(model: nn.Module, arguments: dict[str, Any]) -> torch.export.ExportedProgram | None:
+ROUNDS = 8  # kinds of submodules that may turn out to be in the way of a trace
+
+
+def _traced(
+    model: nn.Module, arguments: dict[str, Any], call: Call, brought: Brought, operators: Mapping[str, str]
+) -> CapturedGraph:
+    """Raises Untraceable."""
+    with torch.no_grad(), away.reading(model, brought, operators):
+        exported = None if operators else _exported(model, arguments)
+        if exported is not None:
+            return _lower(model, exported, call)
+        traced = concrete.trace(model, arguments, operators, brought)
+        try:
+            exported = _export(traced.module, arguments)
+        except (torch.OutOfMemoryError, CaptureError):
+            raise
+        except Exception as error:
+            raise Untraceable(failing_path(error), error) from error
+        _check_sizes(model, exported.program)
+        return _lower(traced.module, exported, call, traced)
+
+
+def _gist(error: Exception) -> str:
+    """The first sentence of its message, which may be long."""
+    return shorten(first_line(error).split(". ")[0], 120, placeholder=" ...")
+
+
+def _needs_a_look(captured: CapturedGraph) -> bool:
+    """Whether its values are to be compared with the model's: where more than torch.export vouches for it."""
+    return captured.readings is not None or captured.casts or has_foreign_operators(captured.graph)
+
+
+def _outside(path: str, operators: Collection[str]) -> str:
+    """The innermost module around ``path`` that is no operator yet, nor within one."""
+    while any(path == each or path.startswith(f"{each}.") for each in operators):
+        path = path.rpartition(".")[0]
+    return path
+
+
+def _refusal(model: nn.Module, error: Exception | None) -> CaptureError:
+    name = type(model).__name__
+    if error is None:
+        return CaptureError(
+            f"the trace of {name}.forward gives other results than forward itself: something in it is not done by "
+            "PyTorch's operators. Move that to a submodule, which then runs as it is, as one operator."
+        )
+    if isinstance(error, CaptureError):
+        return error
+    return CaptureError(
+        f"{name} cannot be captured{_where(error)}: {first_line(error).rstrip('.')}. Move that line to a submodule, "
+        "which then runs as it is, as one operator; or, if it depends on neither latent nor timestep, compute it "
+        "before the loop."
+    )
+
+
+class _Exported(NamedTuple):
+    program: torch.export.ExportedProgram
+    casts: bool  # whether it does what autocast would do
+
+
+def _exported(model: nn.Module, arguments: dict[str, Any]) -> _Exported | None:
     """The model as torch.export sees it; None where the forward reads values, or shapes depend on some."""
     try:
-        program = _export(model, arguments)
+        exported = _export(model, arguments)
     except (torch.OutOfMemoryError, CaptureError):
         raise
     except Exception as error:
         log.info("tracing %s with real values, since torch.export cannot: %s", type(model).__name__, first_line(error))
         return None
-    return None if any(_is_symbolic(node.meta.get("val")) for node in program.graph.nodes) else program
+    return None if any(_is_symbolic(node.meta.get("val")) for node in exported.program.graph.nodes) else exported
 
 
 def _check_sizes(model: nn.Module, program: torch.export.ExportedProgram) -> None:
     for node in program.graph.nodes:
         if _is_symbolic(node.meta.get("val")):
-            raise CaptureError(
+            error = CaptureError(
                 f"{type(model).__name__}.forward makes a tensor whose shape depends on values, by {node.target} at "
-                f"{source_line(node)}, in a way that is not understood. Move that line to a submodule that reads its "
-                "values in Python too (.item()), or compute it before the loop."
+                f"{source_line(node)}, in a way that is not understood. Move that line to a submodule, which then runs "
+                "as it is, as one operator, or compute it before the loop."
             )
+            raise Untraceable(module_path(node), error)
 
 
 def _is_symbolic(value: Any) -> bool:
@@ -259,15 +329,18 @@ def _is_symbolic(value: Any) -> bool:
     return isinstance(value, torch.SymInt | torch.SymBool | torch.SymFloat)
 
 
-def _export(model: nn.Module, arguments: dict[str, Any]) -> torch.export.ExportedProgram:
+def _export(model: nn.Module, arguments: dict[str, Any]) -> _Exported:
     with concrete.DataAsDetach(), contextlib.redirect_stderr(_WithoutGraphs(sys.stderr)):
         program = torch.export.export(model, (), arguments, strict=False)
-    if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
-        _refuse_autocast_regions(program)
+    if casts.has_regions(program.graph_module):
+        _strip_checks(program)
+        casts.make_explicit(program.graph_module, casts.ambient())
+        with casts.autocast(casts.off()):
+            return _Exported(program.run_decompositions({}), True)
     if any(_needs_functionalizing(node) for node in program.graph.nodes):
         _strip_checks(program)
         program = program.run_decompositions({})  # an empty table functionalizes and keeps operators whole
-    return program
+    return _Exported(program, False)
 
 
 class _WithoutGraphs(io.TextIOBase):
@@ -293,16 +366,6 @@ class _WithoutGraphs(io.TextIOBase):
         return self._stream.isatty()
 
 
-def _refuse_autocast_regions(program: torch.export.ExportedProgram) -> None:
-    """Without its boundaries, a region that turns autocast off would run under the caller's."""
-    for node in program.graph.nodes:
-        if op_name(node) == "wrap_with_autocast":
-            raise CaptureError(
-                "forward sets autocast for a part of itself and is called under autocast: the part's own setting would "
-                "be lost. Call it outside of autocast, with the model in its type (model.to(torch.bfloat16))."
-            )
-
-
 def _strip_checks(program: torch.export.ExportedProgram) -> None:
     """Drops checks of types that the trace leaves beside casts: within an autocast region they can be wrong."""
     for module in program.graph_module.modules():
@@ -312,14 +375,14 @@ def _strip_checks(program: torch.export.ExportedProgram) -> None:
             module.recompile()
 
 
-def _warm(model: nn.Module, call: Call) -> None:
+def _warm(model: nn.Module, call: Call) -> list[Any]:
     """Runs the model once, so that tables it makes at first use are real tensors and not the trace's fakes.
 
-    It also tells a model that rejects these arguments from one that runs but cannot be traced.
+    It also tells a model that rejects these arguments from one that runs but cannot be traced. Returns its results.
     """
     try:
-        with torch.no_grad():
-            model(**call.arguments)
+        with torch.no_grad(), torch.random.fork_rng(cuda_devices(call.tensors)):
+            own = tree_leaves(model(**call.arguments))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -328,6 +391,13 @@ def _warm(model: nn.Module, call: Call) -> None:
             f"{type(model).__name__} itself fails on this call{_where(error)}: {first_line(error).rstrip('.')}. "
             f"Its tensors: {shapes}."
         ) from error
+    other = next((leaf for leaf in own if type(leaf) not in _LEAVES and not isinstance(leaf, Tensor)), None)
+    if other is not None:
+        raise CaptureError(
+            f"{type(model).__name__}.forward returns a {type(other).__name__}, into which torch cannot look; call it "
+            "so that it returns tensors, numbers, and lists, tuples or dictionaries of these"
+        )
+    return own
 
 
 def _without_aliases(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -359,16 +429,20 @@ def _where(error: Exception) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_TORCH_ROOT)]
     ours = str(Path(__file__).parent)
     frames = [f for f in frames if not f.filename.startswith((ours, "<"))]
-    return f' at {frames[-1].filename}:{frames[-1].lineno} ("{frames[-1].line}")' if frames else ""
+    if frames:
+        return f' at {frames[-1].filename}:{frames[-1].lineno} ("{frames[-1].line}")'
+    node = failing_node(error)
+    return "" if node is None else f" at {source_line(node)}"
 
 
 def _lower(
     model: nn.Module,
-    program: torch.export.ExportedProgram,
+    exported: _Exported,
     call: Call,
     traced: concrete.ConcreteTrace | None = None,
 ) -> CapturedGraph:
     """Turns lifted weights back into get_attr nodes on the model's live tensors."""
+    program = exported.program
     signature = program.graph_signature
     live = live_tensors(model)
     specs = {spec.arg.name: spec for spec in signature.input_specs}
@@ -390,6 +464,8 @@ def _lower(
                 mapping[node].name = mapping[node].target = f"given_{node.name}"
             inputs.append(mapping[node].name)
             continue
+        if not node.users:
+            continue
         target = str(spec.target)
         value = live[target] if target in live else program.constants[target]
         attributes[target] = value
@@ -400,6 +476,7 @@ def _lower(
     produced = {node.name: node for node in program.graph.nodes}
     results = tuple(mapping[produced[leaf.name]] for leaf in leaves if isinstance(leaf, TensorArgument))
     graph.output(results)
+    fetched = away.read_late(graph)
     graph.lint()
     readings = traced.readings if traced and traced.readings.values else None
     return CapturedGraph(
@@ -411,6 +488,8 @@ def _lower(
         given={inputs[place]: read for place, read in traced.reads.items()} if traced else {},
         readings=readings,
         opaque=traced.opaque if traced else (),
+        away=fetched,
+        casts=exported.casts,
     )
 
 

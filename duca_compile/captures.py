@@ -7,16 +7,17 @@ import threading
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import replace
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
 
+from duca_compile.away import fetch
 from duca_compile.backends import Backend, HoldsWeights
 from duca_compile.capture import Call, live_tensors
 from duca_compile.graph import CapturedGraph, Facts, Readings, Variant, VariantFunction, VariantSpec
 from duca_compile.lock import COMPILING
-from duca_compile.opaque import opaque, site_number
+from duca_compile.opaque import opaque
 from duca_compile.passes.pipeline import build_variant, make_rows
 from duca_compile.passes.predict import with_predictor
 from duca_compile.policies.base import Policy
@@ -160,15 +161,17 @@ def _places(known: Iterable[Readings]) -> tuple[int, ...]:
 
 
 def _text(captured: CapturedGraph) -> Hashable:
-    paths = {site.number: site.path for site in captured.opaque}
+    paths = {opaque: {site.number: site.path for site in captured.opaque}}
+    paths[fetch] = {weight.number: str(weight) for weight in captured.away}
     nodes = tuple((n.op, n.name, str(n.target), _arguments(n, paths), str(n.kwargs)) for n in captured.graph.nodes)
     return nodes, captured.inputs, repr(captured.output)
 
 
-def _arguments(node: fx.Node, paths: Mapping[int, str]) -> str:
-    """A submodule that runs as it is has a number of its own in each trace; its path is what counts."""
-    if node.target is opaque:
-        return f"{node.args[0]} {paths[site_number(node)]}"
+def _arguments(node: fx.Node, paths: Mapping[Any, Mapping[int, str]]) -> str:
+    """What runs as it is, or is brought by hooks, has a number of its own in each trace; its path is what counts."""
+    if node.target in paths:
+        *operands, number = node.args
+        return f"{operands} {paths[node.target][cast(int, number)]}"
     return str(node.args)
 
 

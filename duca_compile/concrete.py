@@ -7,7 +7,8 @@ computes it: the trace holds for calls that read the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from duca_compile.away import Brought
 from duca_compile.graph import Read, Readings, module_path, source_line
 from duca_compile.opaque import CallSite, as_operators
 
@@ -31,6 +33,7 @@ _READERS = {
     torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__bool__,
     torch.Tensor.__int__, torch.Tensor.__float__, torch.Tensor.__index__, torch.Tensor.__complex__, torch.equal,
     torch.Tensor.equal, torch.allclose, torch.Tensor.allclose, torch.is_nonzero, torch.Tensor.is_nonzero,
+    torch.Tensor.data_ptr, torch.Tensor.storage, torch.Tensor.untyped_storage, torch.Tensor.__dlpack__,
 }  # fmt: skip
 _TRACE = "trace"  # the attribute of _Replay that holds the graph
 _UNTAGGED = {aten.where.default, aten.nonzero_numpy.default, aten.tensor_split.tensor_indices_or_sections}
@@ -59,8 +62,19 @@ class ConcreteTrace:
     opaque: tuple[CallSite, ...]
 
 
-def trace(model: nn.Module, arguments: dict[str, Any], opaque: frozenset[str]) -> ConcreteTrace:
-    """Traces ``model(**arguments)`` by running it, with the submodules at the paths ``opaque`` as one operator each."""
+class Untraceable(Exception):  # noqa: N818 - a finding: the module becomes an operator
+    """The innermost module that a trace fails in, by its path."""
+
+    def __init__(self, path: str, error: Exception) -> None:
+        super().__init__(path)
+        self.path, self.error = path, error
+
+
+def trace(model: nn.Module, arguments: dict[str, Any], opaque: Mapping[str, str], brought: Brought) -> ConcreteTrace:
+    """Traces ``model(**arguments)`` by running it, with the submodules at the paths ``opaque`` as one operator each.
+
+    Raises Untraceable.
+    """
     leaves, spec = tree_flatten(arguments)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[i] for i in places]
@@ -74,11 +88,23 @@ def trace(model: nn.Module, arguments: dict[str, Any], opaque: frozenset[str]) -
         layout.append(out)
         return flat
 
-    with preserve_node_meta(), _module_paths(model), DataAsDetach(), _NoteReads(), as_operators(model, opaque) as sites:
-        graph = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False, record_stack_traces=True)(*tensors)
-    _index_by_number(graph)
-    reads, readings = _reads(graph), _readings(graph, tensors)
-    _fold(graph, tensors)
+    operators = as_operators(model, opaque, brought)
+    with preserve_node_meta(), operators as sites, _module_paths(model) as paths, DataAsDetach(), _NoteReads():
+        make = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False, record_stack_traces=True)
+        try:
+            graph = make(*tensors)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise Untraceable(paths[-1], error) from error
+    try:
+        _index_by_number(graph)
+        reads, readings = _reads(graph), _readings(graph, tensors)
+        _fold(graph, tensors)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # it does not do what it did
+        raise Untraceable(failing_path(error), error) from error
     return ConcreteTrace(_Replay(graph, layout[0]), reads, readings, tuple(sites))
 
 
@@ -107,8 +133,9 @@ class _NoteReads(TorchFunctionMode):
 
 
 @contextmanager
-def _module_paths(model: nn.Module) -> Iterator[None]:
-    """Each traced node learns the path of the module it comes from."""
+def _module_paths(model: nn.Module) -> Iterator[list[str]]:
+    """Each traced node learns the path of the module it comes from; yields the paths of those that run."""
+    running = [""]
     stacks: list[dict[str, tuple[str, str]]] = [{}]
     with ExitStack() as hooks:
         for path, module in model.named_modules():
@@ -116,15 +143,17 @@ def _module_paths(model: nn.Module) -> Iterator[None]:
 
             def enter(_module: nn.Module, _args: Any, entry: dict[str, tuple[str, str]] = entry) -> None:
                 stacks.append(stacks[-1] | entry)
+                running.append(next(iter(entry)))
                 torch.fx.traceback.current_meta["nn_module_stack"] = stacks[-1]
 
             def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
                 stacks.pop()
+                running.pop()
                 torch.fx.traceback.current_meta["nn_module_stack"] = stacks[-1]
 
             hooks.callback(module.register_forward_pre_hook(enter).remove)
             hooks.callback(module.register_forward_hook(leave).remove)
-        yield
+        yield running
 
 
 def _reads(graph: fx.GraphModule) -> dict[int, Read]:
@@ -272,3 +301,18 @@ class _Replay(nn.Module):
         tensors = [leaf for leaf in tree_flatten(arguments)[0] if isinstance(leaf, Tensor)]
         with preserve_node_meta():
             return tree_unflatten(fx.Interpreter(getattr(self, _TRACE)).run(*tensors), self._layout)
+
+
+def failing_path(error: BaseException) -> str:
+    """The innermost module that the failing node comes from."""
+    node = failing_node(error)
+    return "" if node is None else module_path(node)
+
+
+def failing_node(error: BaseException) -> fx.Node | None:
+    """The node whose running raised ``error``: it says where in the model that was."""
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        node = frame.f_locals.get("n") if frame.f_code.co_name == "run_node" else None
+        found = node if isinstance(node, fx.Node) and source_line(node) else found
+    return found

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterator
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -235,8 +236,13 @@ class Explanation:
         for name, read in self.captured.given.items():
             source = _shown(read.source)
             yield f"captured for what forward reads of {name} ({source}): for other values, it is captured anew"
-        for path in sorted({site.path for site in self.captured.opaque}):
-            yield f"{path} reads values that change from step to step: it runs as it is, as one operator"
+        operators = {site.path: site.reason for site in self.captured.opaque}
+        for reason, (first, *more) in _grouped(operators).items():
+            like = f", and so does each of {len(more)} like it" if more else ""
+            yield f"{first} {_shown(reason)}: it runs as it is, as one operator{like}"
+        hooks = Counter(" and ".join(hook.name for hook in weight.hooks) for weight in self.captured.away)
+        for names, count in hooks.items():
+            yield f"{count} weights that {names} bring are read where they are kept, whenever a step needs them"
 
     def __str__(self) -> str:
         return _rendered(self)
@@ -275,6 +281,14 @@ def _alike(branches: tuple[Branch, ...]) -> list[list[Branch]]:
         else:
             runs.append([b])
     return sorted((run for runs in groups.values() for run in runs), key=lambda run: run[0].index)
+
+
+def _grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:
+    """The paths that have each reason."""
+    found: dict[str, list[str]] = {}
+    for path, reason in reasons.items():
+        found.setdefault(reason, []).append(path)
+    return found
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, fx
     from torch.utils._pytree import TreeSpec
 
+    from duca_compile.away import Away
     from duca_compile.opaque import CallSite
 
 STREAM_END = "stream_end"
@@ -136,6 +137,8 @@ class CapturedGraph:
     given: Mapping[str, Read]  # inputs that the readings depend on
     readings: Readings | None  # what the graph takes for given
     opaque: tuple[CallSite, ...]  # submodules that run as one operator
+    away: tuple[Away, ...]  # weights that hooks bring for each call
+    casts: bool  # whether it does what autocast would do, so that it is to run with autocast turned off
 
 
 class TokenPlace(NamedTuple):

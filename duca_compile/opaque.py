@@ -1,15 +1,17 @@
-"""Submodules that run as one operator, since their Python depends on values that change from step to step.
+"""Submodules that run as one operator: what no trace can hold.
 
-A mixture of experts that counts its tokens on the host cannot be a graph. The module that does so stays as it is,
-behind an operator of which only the results' shapes are known.
+A mixture of experts that counts its tokens on the host cannot be a graph, nor can a kernel that torch knows nothing of.
+The module that does so stays as it is, behind an operator of which only the results' shapes are known.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from math import prod
+from typing import Any, NamedTuple
 from weakref import WeakValueDictionary
 
 import torch
@@ -17,28 +19,60 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
+from duca_compile.away import Brought
 from duca_compile.errors import CaptureError
 from duca_compile.lock import COMPILING
 from duca_compile.runtime.clock import version
 
+READS = "reads values that change from step to step"  # of all reasons, the one that makes tokens depend on others
+Given = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a call
 _sites: WeakValueDictionary[int, CallSite] = WeakValueDictionary()
 _numbers = itertools.count()
+_AROUND = {
+    "forward",
+    *(name for name in vars(nn.Module()) if name.startswith(("_forward_hooks", "_forward_pre_hooks"))),
+}
+
+
+class Like(NamedTuple):
+    """The kind of a result; what is compiled goes by its strides. Without them it is contiguous."""
+
+    shape: tuple[Any, ...]
+    stride: tuple[int, ...] | None
+    dtype: torch.dtype
+
+    def resized(self, dims: Mapping[int, tuple[int, Any]]) -> Like:
+        """With another size in each of these dimensions where it has the known one."""
+        shape = [dims[i][1] if i in dims and dims[i][0] == size else size for i, size in enumerate(self.shape)]
+        return Like(tuple(shape), None, self.dtype)
+
+    def empty(self, device: torch.device) -> Tensor:
+        if self.stride is None:
+            return torch.empty(self.shape, dtype=self.dtype, device=device)
+        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=device)
+
+    def strided(self, tensor: Tensor) -> Tensor:
+        if self.stride is None:
+            return tensor.contiguous()
+        return tensor if tensor.stride() == self.stride else self.empty(tensor.device).copy_(tensor)
 
 
 class CallSite:
     """One call of a module in the trace: what is around the tensors, and what it returned then."""
 
-    def __init__(self, forward: Callable[..., Any], path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, forward: Callable[..., Any], module: nn.Module, path: str, reason: str, given: Given) -> None:
         self.number = next(_numbers)
-        self._forward, self.path = forward, path
+        self._forward, self._module, self.path, self.reason = forward, module, path, reason
+        args, kwargs = given
         self._leaves, self._spec = tree_flatten((args, kwargs))
         self._places = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
         self.tensors = [self._leaves[i] for i in self._places]
+        self._shapes = [tensor.shape for tensor in self.tensors]
         for place in self._places:
             self._leaves[place] = None  # the values are the operator's operands from now on
         self.out_spec: TreeSpec | None = None
         self.tensor_places: list[int] = []
-        self.out_like: list[Tensor] = []
+        self.out_like: list[Like] = []
         self.flops = 0
         _sites[self.number] = self
 
@@ -53,7 +87,8 @@ class CallSite:
             leaves[place] = tensor
         args, kwargs = tree_unflatten(leaves, self._spec)
         if self.out_spec is not None:
-            return self._owned(tree_flatten(self._forward(*args, **kwargs))[0], tensors)
+            own = self._owned(tree_flatten(self._forward(*args, **kwargs))[0], tensors)
+            return [like.strided(each) for each, like in zip(own, self.likes(tensors), strict=True)]
         versions = list(map(version, tensors))
         with FlopCounterMode(display=False) as counter:
             outputs, self.out_spec = tree_flatten(self._forward(*args, **kwargs))
@@ -62,14 +97,37 @@ class CallSite:
         if not all(isinstance(output, Tensor | None) for output in outputs):
             raise CaptureError(f"{self._says} It returns what is neither a tensor nor None.")
         self.tensor_places = [i for i, output in enumerate(outputs) if output is not None]
-        self.flops = int(counter.get_total_flops())
+        self.flops = int(counter.get_total_flops()) or self._guessed_flops
         own = self._owned(outputs, tensors)
-        self.out_like = [torch.empty_like(output, device="meta") for output in own]
+        self.out_like = [Like(output.shape, output.stride(), output.dtype) for output in own]
         return own
 
     @property
+    def _guessed_flops(self) -> int:
+        """Of a kernel that torch cannot count: each weight meets each vector of the first operand once."""
+        module, rows = self._module, prod(self._shapes[0][:-1])
+        if isinstance(module, nn.Linear):  # a packed weight has another shape
+            return int(2 * rows * module.in_features * module.out_features)
+        return int(2 * rows) * sum(weight.numel() for weight in module.parameters() if weight.dim() > 1)
+
+    def likes(self, tensors: list[Tensor]) -> list[Like]:
+        """The kinds of its results, for operands with this many tokens."""
+        dims = {
+            dim: (known, size)
+            for tensor, shape in zip(tensors, self._shapes, strict=True)
+            for dim, (size, known) in enumerate(zip(tensor.shape, shape, strict=True))
+            if not isinstance(size, int) or size != known
+        }
+        return [like.resized(dims) for like in self.out_like] if dims else self.out_like
+
+    @property
+    def may_be_pointwise(self) -> bool:
+        """Whether what it does to each token may be found out from values: not where it goes by those of all."""
+        return self.reason != READS
+
+    @property
     def _says(self) -> str:
-        return f"{self.path} reads values that change from step to step, so it must stand for itself as one operator."
+        return f"{self.path} {self.reason}, so it must stand for itself as one operator."
 
     def rebuild(self, outputs: list[Tensor]) -> Any:
         """What the module returned, of the operator's results."""
@@ -94,23 +152,53 @@ def _opaque(tensors: list[Tensor], site: int) -> list[Tensor]:
 
 @_opaque.register_fake
 def _(tensors: list[Tensor], site: int) -> list[Tensor]:
-    device = tensors[0].device
-    likes = _sites[site].out_like
-    return [torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device) for like in likes]
+    return [like.empty(tensors[0].device) for like in _sites[site].likes(tensors)]
 
 
 opaque = torch.ops.duca_compile.opaque.default
 
 
-@contextmanager
-def as_operators(model: nn.Module, paths: frozenset[str]) -> Iterator[list[CallSite]]:
-    """While open, each call of the modules at ``paths`` is one operator; yields the calls as they come."""
-    sites: list[CallSite] = []
-    patched = [(path, model.get_submodule(path)) for path in sorted(paths)]
+class _Whole:
+    """A module with its hooks, from behind the operator that stands for it: these must not run in the trace."""
 
-    def replacement(path: str, original: Any) -> Any:
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._own = {name: value for name, value in vars(module).items() if name in _AROUND}
+        self._patched: dict[str, Any] = {}
+
+    def patch(self, forward: Callable[..., Any]) -> None:
+        self._patched = {name: OrderedDict[Any, Any]() for name in self._own} | {"forward": forward}
+        vars(self._module).update(self._patched)
+
+    def put_back(self) -> None:
+        self._patched = {}
+        self._restore()
+
+    def _restore(self) -> None:
+        vars(self._module).pop("forward", None)
+        vars(self._module).update(self._own)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._patched:
+            return self._module(*args, **kwargs)
+        self._restore()
+        try:
+            return self._module(*args, **kwargs)
+        finally:
+            vars(self._module).update(self._patched)
+
+
+@contextmanager
+def as_operators(model: nn.Module, paths: Mapping[str, str], brought: Brought) -> Iterator[list[CallSite]]:
+    """While open, each call of the modules at ``paths`` is one operator; yields the calls as they come.
+
+    ``paths`` gives the reasons, too. A module within another one of them is a part of that.
+    """
+    sites: list[CallSite] = []
+
+    def replacement(path: str, module: nn.Module, original: Callable[..., Any]) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            site = CallSite(original, path, args, kwargs)
+            site = CallSite(original, module, path, paths[path], (args, kwargs))
             sites.append(site)
             outputs = opaque(site.tensors, site.number)
             site.tensors = []
@@ -118,16 +206,31 @@ def as_operators(model: nn.Module, paths: frozenset[str]) -> Iterator[list[CallS
 
         return forward
 
-    own = {path: module.__dict__["forward"] for path, module in patched if "forward" in module.__dict__}
-    for path, module in patched:
-        module.forward = replacement(path, module.forward)
-    try:
+    with ExitStack() as undo:
+        for path in sorted(paths):
+            if any(path.startswith(f"{other}.") for other in paths):
+                continue
+            module = model.get_submodule(path)
+            whole = _Whole(module)
+            undo.callback(whole.put_back)
+            whole.patch(replacement(path, module, brought.around(module, whole)))
         yield sites
-    finally:
-        for path, module in patched:
-            del module.forward
-            if path in own:
-                module.forward = own[path]
+
+
+def alike(model: nn.Module, path: str) -> frozenset[str]:
+    """The paths of the modules of the kind of the one at ``path``: what stops a trace in one does in the others."""
+    kind = _kind(model.get_submodule(path))
+    return frozenset(other for other, module in model.named_modules() if other and _kind(module) == kind)
+
+
+def _kind(module: nn.Module) -> Any:
+    hooks = {name for name, value in vars(module).items() if name in _AROUND and value}
+    tables = [*module._parameters.items(), *module._buffers.items(), *module._modules.items()]
+    return type(module), hooks, [(name, type(value)) for name, value in [*vars(module).items(), *tables]]
+
+
+def site_of(node: fx.Node) -> CallSite:
+    return _sites[site_number(node)]
 
 
 def site_number(node: fx.Node) -> int:
@@ -138,4 +241,4 @@ def site_number(node: fx.Node) -> int:
 
 def site_flops(node: fx.Node) -> int:
     """FLOPs of one call, counted when it was traced."""
-    return _sites[site_number(node)].flops
+    return site_of(node).flops

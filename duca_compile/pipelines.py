@@ -11,11 +11,16 @@ from torch import Tensor, nn
 from duca_compile.errors import UsageError
 from duca_compile.runtime.clock import same_time
 
+_PIPELINES = {
+    "diffusers.pipelines.pipeline_utils": "DiffusionPipeline",
+    "diffusers.modular_pipelines.modular_pipeline": "ModularPipeline",
+}
+
 
 def is_pipeline(thing: object) -> bool:
-    """Whether ``thing`` is a ``DiffusionPipeline``. Does not import diffusers: without it there is none."""
-    module = sys.modules.get("diffusers.pipelines.pipeline_utils")
-    return module is not None and isinstance(thing, module.DiffusionPipeline)
+    """Whether ``thing`` is a pipeline of diffusers. Does not import diffusers: without it there is none."""
+    modules = ((sys.modules.get(module), name) for module, name in _PIPELINES.items())
+    return any(module is not None and isinstance(thing, getattr(module, name)) for module, name in modules)
 
 
 def transformers(pipe: Any) -> dict[str, nn.Module]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from duca_compile.away import settings
 from duca_compile.capture import inner_tensors
 
 Name = tuple[str, str]  # a module's path, and an attribute of it
@@ -196,6 +197,8 @@ class _Walk:
             return self._container((value.func, value.args, value.keywords))
         if isinstance(value, nn.Module | type | FunctionType) or not hasattr(value, "__dict__"):
             return _Same(value)
+        if (mover := settings(value)) is not None:
+            return mover
         number, first = self._number(value)
         return (cls, self._container(vars(value))) if first else (cls, number)
 

@@ -45,7 +45,7 @@ def verified(captured: CapturedGraph, facts: Facts, values: Mapping[str, Tensor]
 class _NodeError(Exception):
     """A node of a variant fails."""
 
-    def __init__(self, node: fx.Node, reason: RuntimeError) -> None:
+    def __init__(self, node: fx.Node, reason: Exception) -> None:
         super().__init__(first_line(reason))
         self.node = node
 
@@ -144,7 +144,7 @@ def _results(variant: Variant, value_of: Callable[[str], Tensor]) -> Iterator[tu
             runner.env[node] = runner.run_node(node)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:
+        except Exception as error:
             raise _NodeError(node, error) from error
         for name in names[node]:
             yield name, runner.env[node]

@@ -190,24 +190,35 @@ def test_a_forward_that_reads_what_changes_is_refused_by_line(how: str, name: st
 
 
 class Region(nn.Module):
-    """Turns autocast off for a part of itself."""
+    """Sets autocast for a part of itself, and for a part of that."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.dit = models.build(models.CrossBlock)
+        self.dit, self.inner = models.build(models.CrossBlock), nn.Linear(models.CHANNELS, models.CHANNELS)
 
     def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
-            return self.dit(x, timestep, text)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                x = x + self.inner(torch.einsum("btc,dc->btd", x, self.inner.weight)).softmax(-1)
+            x = self.dit(x.float(), timestep, text)
+        with torch.autocast("cuda", dtype=torch.float16):
+            return self.inner(x)
 
 
 @torch.no_grad()
-def test_an_autocast_region_is_exact_or_refused() -> None:
-    model = Region().eval()
-    optimized = duca_compile.optimize(model, Uncached(), "eager")
-    assert torch.equal(optimized(**models.example()), model(**models.example()))
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(CaptureError, match="outside of autocast"):
-        optimized(**models.example())
+@pytest.mark.parametrize("around", [None, torch.bfloat16, torch.float16])
+def test_an_autocast_region_is_exact(around: torch.dtype | None) -> None:
+    """Whatever is set around it: the region's own setting holds, and none is lost behind it."""
+    torch.manual_seed(0)
+    model = (
+        Region().eval().requires_grad_(False)
+    )  # else autocast keeps the casts of weights, whatever type it is set to
+    optimized = duca_compile.optimize(model, POLICY, "eager")
+    with torch.autocast("cpu", around or torch.bfloat16, enabled=around is not None):
+        for step in range(4):
+            arguments = models.example(step, 7.0 - step)
+            assert torch.equal(optimized(**arguments), model(**arguments)) == (step % 3 == 0)
+    assert "".join(e.kind.value[0] for e in optimized.history) == "fpsf"
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import fx
 
 from duca_compile.analysis.operators import argument
 from duca_compile.graph import TokenPlace, op_name, value_shape
-from duca_compile.opaque import opaque
+from duca_compile.opaque import opaque, site_of
 
 BATCH_AXIS, TOKEN_AXIS = 0, 1
 MERGED = 0
@@ -75,7 +75,7 @@ def follow_tokens(stream: fx.Node, body: list[fx.Node], core: fx.Node) -> Places
 
 def _place_of(node: fx.Node, places: Places, tokens: int) -> TokenPlace:
     if node.target is opaque:
-        raise Mixing(node, "a module that runs as it is, as one operator")
+        return _operator(node, places)
     if cuts_tokens(node, places):
         return _cut(node, places, tokens)
     if joins_tokens(node, places):
@@ -88,6 +88,21 @@ def _place_of(node: fx.Node, places: Places, tokens: int) -> TokenPlace:
     if rule is None:
         raise Mixing(node, "no rule says how this operator treats tokens")
     return TokenPlace(rule(node, {name: place.axis for name, place in places.items()}), *sources.pop())
+
+
+def _operator(node: fx.Node, places: Places) -> TokenPlace:
+    """A module that runs as it is is taken to be pointwise where its shapes allow it; values tell (verify.py)."""
+    operands, values = node.all_input_nodes, node.meta["val"]
+    own = {places[n.name] for n in operands if n.name in places}
+    if not site_of(node).may_be_pointwise or len(own) != 1:
+        raise Mixing(node, "a module that runs as it is, as one operator")
+    place = next(iter(own))
+    sizes = [value.shape[place.axis : place.axis + 1] for value in values]
+    others = [(value_shape(n) or ())[place.axis : place.axis + 1] for n in operands if n.name not in places]
+    size = (value_shape(next(n for n in operands if n.name in places)) or ())[place.axis]
+    if any(each != (size,) for each in sizes) or (size,) in others:
+        raise Mixing(node, "a module that runs as it is, as one operator, of other shapes")
+    return place
 
 
 def joins_tokens(node: fx.Node, places: Mapping[str, TokenPlace]) -> bool:

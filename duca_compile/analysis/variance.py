@@ -19,7 +19,8 @@ def timestep_input(graph: fx.Graph, names: tuple[str, ...], requested: str | Non
     """The placeholder that carries the timestep.
 
     It is the input of at most one element per batch row that reaches a sinusoidal embedding; where several do
-    (a guidance scale, say), one that is called ``t...`` or ``...time...`` wins, else the first.
+    (a guidance scale, say), one that is called ``t...`` or ``...time...`` wins, else the first. One that is plainly
+    called a timestep may have several, one for each token.
 
     Raises:
         UsageError: ``requested`` is not a tensor input.
@@ -32,12 +33,13 @@ def timestep_input(graph: fx.Graph, names: tuple[str, ...], requested: str | Non
     placeholders = [n for n in graph.nodes if n.op == "placeholder" and n.name in names]
     small = [n for n in placeholders if _is_per_row(n)]
     periodic = [n for n in small if _reaches(n, _PERIODIC)]
+    periodic += [n for n in placeholders if _is_per_token(n) and _is_called_time(n.name) and _reaches(n, _PERIODIC)]
     candidates = periodic or [n for n in small if _sounds_like_time(n.name)]
     named = [n for n in candidates if _sounds_like_time(n.name)]
     if not candidates:
         raise StructureError(
-            f"no timestep among the tensor inputs {list(names)}: none of one element per row is embedded by sin/cos. "
-            "Name it: optimize(model, timestep='argument')."
+            f"no timestep among the tensor inputs {list(names)}: none of one element per row, or called a "
+            "timestep, is embedded by sin/cos. Name it: optimize(model, timestep='argument')."
         )
     return str((named or candidates)[0].name)
 
@@ -92,6 +94,16 @@ def _is_per_row(node: fx.Node) -> bool:
 
 def _reaches(node: fx.Node, ops: set[str]) -> bool:
     return any(op_name(n) in ops for n in descendants(node))
+
+
+def _is_per_token(node: fx.Node) -> bool:
+    """Several elements per batch row: (batch, tokens)."""
+    shape = value_shape(node)
+    return shape is not None and len(shape) == 2 and shape[1] > 1
+
+
+def _is_called_time(name: str) -> bool:
+    return name == "t" or "time" in name or "sigma" in name
 
 
 def _sounds_like_time(name: str) -> bool:

@@ -164,8 +164,13 @@ class Traced:
         name = type(self.model).__name__
         if graph.opaque:
             raise ExportError(
-                f"{name}.{graph.opaque[0].path} reads values in Python that change from step to step, so it runs as "
-                "it is and is in no graph; a model with such a submodule cannot be exported"
+                f"{name}.{graph.opaque[0].path} {graph.opaque[0].reason}, so it runs as it is and is in no graph; a "
+                "model with such a submodule cannot be exported"
+            )
+        if graph.away:
+            raise ExportError(
+                f"{name}: {graph.away[0]} is brought for each call only; remove these hooks, or load the model without "
+                "them, to export it"
             )
         if graph.readings is not None:
             argument, read = next(iter(graph.given.items()))

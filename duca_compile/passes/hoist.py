@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from duca_compile.analysis.tokens import EXPANDS, RESHAPES
+from duca_compile.away import fetch
 from duca_compile.graph import Facts, Variance, copy_graph, op_name, value_shape
 from duca_compile.opaque import opaque
 from duca_compile.passes.base import ExactPass, VariantDraft
@@ -26,6 +27,7 @@ VIEWS = RESHAPES | EXPANDS | {
     "alias", "chunk", "getitem", "permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t",
     "transpose", "unbind", "unsqueeze",
 }  # fmt: skip
+_CASTS = {"to", "_to_copy"}
 _SCALED = {"add", "mul", "neg", "rsub", "sub"}  # by a number: cheaper to do again than to hand over
 
 
@@ -76,16 +78,16 @@ def row_layout(graph: fx.Graph, facts: Facts) -> dict[torch.dtype, tuple[Piece, 
 def _tiers(graph: fx.Graph, facts: Facts) -> dict[fx.Node, Variance]:
     """What leaves the step, and how often it is computed.
 
-    What is computed from weights alone stays unless it is smaller than they are: a quantized weight that is widened
-    for a product would else be kept at full width. A timestep-only value with many vectors stays, and all that is
-    computed from it, such as the text's keys in the first block: it would be kept for each timestep, and computing
-    it for all of them at once saves nothing.
+    What is computed from weights alone stays unless it is smaller than they are, and so does the cast of a weight: a
+    quantized weight that is widened for a product would else be kept at full width. A timestep-only value with many
+    vectors stays, and all that is computed from it, such as the text's keys in the first block: it would be kept for
+    each timestep, and computing it for all of them at once saves nothing.
     """
     weights: dict[fx.Node, frozenset[fx.Node] | None] = {}  # what a node is computed from; None where arguments too
     found: dict[fx.Node, Variance] = {}
     many: set[fx.Node] = set()  # timestep-only values that stay
     for node in graph.nodes:
-        if node.op == "get_attr":
+        if node.op == "get_attr" or node.target is fetch:
             weights[node] = frozenset((node,))
             continue
         weights[node] = None
@@ -95,7 +97,7 @@ def _tiers(graph: fx.Graph, facts: Facts) -> dict[fx.Node, Variance]:
         above = [weights[n] for n in node.all_input_nodes]
         if variance is Variance.INVARIANT and None not in above:
             own = weights[node] = frozenset[fx.Node]().union(*filter(None, above))
-            if own and _bytes(node) >= sum(map(_bytes, own)):
+            if own and (op_name(node) in _CASTS or _bytes(node) >= sum(map(_bytes, own))):
                 continue
         if variance is Variance.TIMESTEP and (
             _has_many_vectors(node, facts.batch) or not many.isdisjoint(node.all_input_nodes)

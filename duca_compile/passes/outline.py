@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from duca_compile.away import fetch
 from duca_compile.graph import op_name
 from duca_compile.passes.hoist import VIEWS
 
@@ -90,7 +91,7 @@ def _cells(graph: fx.Graph, ends: set[fx.Node]) -> list[Cell]:
     """
     cells: list[Cell] = [[]]
     home: dict[fx.Node, Cell] = {}
-    for node in [n for n in graph.nodes if n.op == "call_function"]:
+    for node in [n for n in graph.nodes if n.op == "call_function" and n.target is not fetch]:
         _own_views(graph, node, cells[-1], home, {})
         cells[-1].append(node)
         home[node] = cells[-1]
@@ -98,7 +99,7 @@ def _cells(graph: fx.Graph, ends: set[fx.Node]) -> list[Cell]:
             _make_contiguous(graph, node, cells[-1], home)
             cells.append([])
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and not node.users:
+        if node in home and not node.users:
             home[node].remove(node)
             graph.erase_node(node)
     return [cell for cell in cells if cell]

@@ -1,0 +1,135 @@
+"""Whether a trace computes what the model computes, and if not, in which submodule it does not.
+
+A kernel that reads or writes memory behind torch's back leaves too little in a trace. So a graph that is more than
+torch.export's of PyTorch's own operators is run once on the values that it was traced with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from duca_compile import casts
+from duca_compile.graph import CapturedGraph
+from duca_compile.passes.pipeline import to_module
+
+log = logging.getLogger("duca_compile")
+aten = torch.ops.aten
+
+_UNINITIALIZED = {
+    aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.new_empty.default,
+    aten.new_empty_strided.default,
+}  # fmt: skip
+
+
+def has_foreign_operators(graph: fx.Graph) -> bool:
+    """Whether operators are among its nodes that are not PyTorch's own."""
+    operators = [node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    return any(each.namespace not in ("aten", "prims") for each in operators)
+
+
+def differs(
+    model: nn.Module,
+    arguments: dict[str, Any],
+    captured: CapturedGraph,
+    own: Sequence[Any],
+    operators: Collection[str] = (),
+) -> str | None:
+    """None where the graph gives the model's own results ``own``, bit for bit.
+
+    Else the path of the smallest submodule, none of ``operators``, whose results it does not give; "" where that is the
+    model itself.
+    """
+    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    if any(tensor.is_meta for tensor in tensors):
+        return None
+    if _same(_Runner(captured).results(tensors), own):
+        return None
+    again, calls = _called(model, arguments)
+    if not _same(again, own):
+        log.warning(
+            "%s gives other results each time it is called, so its trace could not be compared with it: what makes the "
+            "difference is not followed, unless it is a random operator of PyTorch",
+            type(model).__name__,
+        )
+        return None
+    seen: set[bytes] = set()
+    _Runner(captured, seen).results(tensors)
+    traced = {str(path) for n in captured.graph.nodes for path, _ in (n.meta.get("nn_module_stack") or {}).values()}
+    wrong = [each for each in calls if not each.results <= seen and each.path not in operators]
+    wrong.sort(key=lambda each: each.path not in traced)  # what is in no trace may be idle
+    path = next((each.path for each in wrong if each.given <= seen), wrong[0].path if wrong else "")
+    while inner := next((each.path for each in wrong if each.path.startswith(f"{path}.")), ""):
+        path = inner  # what it is given need not be in the graph, where nothing comes of it
+    return path
+
+
+def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
+    pairs = [(a, b) for a, b in zip(some, others, strict=True) if isinstance(a, Tensor) or isinstance(b, Tensor)]
+    return all(a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs)
+
+
+class _Runner(fx.Interpreter):
+    """Runs a graph; memory that nothing was written to is not what it was before by luck. Notes values in ``seen``."""
+
+    def __init__(self, captured: CapturedGraph, seen: set[bytes] | None = None) -> None:
+        super().__init__(to_module(captured, captured.graph))
+        self._captured, self._seen = captured, seen
+
+    def results(self, tensors: list[Tensor]) -> list[Any]:
+        with torch.no_grad(), torch.random.fork_rng(cuda_devices(tensors)), casts.none_for(self._captured):
+            return tree_leaves(self._captured.output.rebuild(self.run(*tensors)))
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.target in _UNINITIALIZED:
+            value.fill_(torch.nan if value.is_floating_point() or value.is_complex() else 1)
+        if self._seen is not None:
+            self._seen.update(_marks(value))
+        return value
+
+
+class _Called(NamedTuple):
+    """The tensors that a call of a submodule was given, and those that it returned."""
+
+    path: str
+    given: set[bytes]
+    results: set[bytes]
+
+
+def _called(model: nn.Module, arguments: dict[str, Any]) -> tuple[list[Any], list[_Called]]:
+    """The model's results, and the calls of submodules that are not PyTorch's own, in the order in which they end."""
+    calls: list[_Called] = []
+    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    with ExitStack() as hooks, torch.no_grad(), torch.random.fork_rng(cuda_devices(tensors)):
+        for path, module in model.named_modules():
+            if not path or (type(module).__module__.startswith("torch.nn.") and "forward" not in vars(module)):
+                continue
+
+            def leave(_: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
+                calls.append(_Called(path, _marks((args, kwargs)), _marks(output)))
+
+            hooks.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
+        return tree_leaves(model(**arguments)), calls
+
+
+def _marks(value: Any) -> set[bytes]:
+    """What tells each of these tensors from those with other values."""
+    found = set()
+    for tensor in tree_leaves(value):
+        if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
+            data = tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()
+            found.add(hashlib.sha1(data.tobytes() + repr((tensor.dtype, *tensor.shape)).encode()).digest())
+    return found
+
+
+def cuda_devices(tensors: Sequence[Tensor]) -> list[torch.device]:
+    """The devices whose random numbers a call may draw, besides the CPU's."""
+    return [tensor.device for tensor in tensors if tensor.device.type == "cuda"]
