@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any, NoReturn, cast
@@ -54,6 +54,7 @@ _SHARED = (  # tables that an optimized model has in common with its source
     "_load_state_dict_post_hooks",
 )
 _NOTHING = nullcontext()
+_READ_ONLY = {bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Tensor, nn.Parameter}
 _ACCELERATE = frozenset({"forward", "_old_forward", "_hf_hook"})  # what its hooks set, and put back
 _DIFFUSERS = "_diffusers_hook"  # the registry of its hooks
 
@@ -171,7 +172,23 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         source = self.__dict__.get("source")
         if source is None:
             raise AttributeError(name)
-        return getattr(source, name)
+        value = getattr(source, name)
+        if type(value) not in _READ_ONLY and name != "config":  # through anything else the model can be changed
+            self._touch()
+        return value
+
+    def _touch(self) -> None:
+        compiled = self.__dict__.get("_compiled")
+        if compiled is not None:
+            compiled.touched = True
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        self._touch()
+        return super().named_modules(*args, **kwargs)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        self._touch()
+        return super().named_children()
 
     def _is_own(self, name: str) -> bool:
         """Whether ``name`` is set here: where it would be found here. All else is set where forward reads it."""
@@ -189,10 +206,12 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
             super().__setattr__(name, value)
         else:
             setattr(self.source, name, value)
+            self._touch()
 
     def __delattr__(self, name: str) -> None:
         if name not in self.__dict__:
             delattr(self.source, name)
+            self._touch()
             return
         super().__delattr__(name)
         if name == "forward":

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import replace
 from itertools import count
+from time import perf_counter
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from duca_compile.runtime.clock import Sight
 from duca_compile.runtime.dispatcher import Dispatcher, Prologue
 from duca_compile.runtime.programs import Programs
 from duca_compile.runtime.rows import Rows
-from duca_compile.snapshot import Name, Snapshot, Structure, kind, take
+from duca_compile.snapshot import Name, Snapshot, Structure, Watch, kind, take
 
 log = logging.getLogger("duca_compile")
 
@@ -196,6 +197,10 @@ class Captures:
         self._model, self._capture = model, capture
         self._kept: dict[tuple[Kind, Structure], Compiled] = {}
         self._now: Snapshot | None = None  # the model as it was last seen
+        self._watch: Watch | None = None  # for what is done to it since
+        self.touched = False  # whether somebody was given a part of the model, and may have changed it
+        self._unwatched = 0  # calls since the last quick look
+        self._said = False  # whether the log has what is too large to be looked at
         self._last: dict[Hashable, Structure] = {}  # by kind of call: the model as it was last captured
         self._own: set[Name] = set()  # attributes that forward changes
         self._unread: frozenset[Name] = frozenset()  # those of them that make no difference
@@ -203,6 +208,7 @@ class Captures:
         self._calls = count(1)
         self._recent = _Recent()
         self._lock = threading.RLock()  # taken before COMPILING, never after
+        self._making = False  # whether a thread is capturing
 
     def values(self) -> Collection[Compiled]:
         return self._kept.values()
@@ -218,12 +224,51 @@ class Captures:
         now = self._now
         if now is None or not now.weights.seem_kept():
             return self.find_anew(call)
+        if self._stirred():
+            return self._find_stirred(call, now.structure)
         key, structure, compiled = self._recent
         known = compiled is not None and key is call.key and structure is now.structure
         if compiled is None or not known or not compiled.holds(call.tensors):
             compiled = self._get(call, now.structure) or self.find_anew(call)
             self._recent = _Recent(call.key, now.structure, compiled)
         return self._used(compiled)
+
+    def _stirred(self) -> bool:
+        """Whether anything was done to what the model holds; asked at every call, and looked up when it is due.
+
+        Not while it is captured, by another thread, which sets and puts back some of it.
+        """
+        watch = self._watch
+        if watch is None or not (self.touched or watch.due()):
+            self._unwatched += 1
+            return False
+        if self._making:
+            return False
+        self.touched = False
+        if watch.stirred():
+            return True
+        self._unwatched = 0
+        return False
+
+    def _find_stirred(self, call: Call, before: Structure) -> Compiled:
+        """Something was done to the model since the last call, which may or may not make a difference."""
+        started, unwatched, self._unwatched = perf_counter(), self._unwatched, 0
+        compiled = self.find_anew(call)
+        now, watch = self._now, self._watch
+        if now is None or watch is None:
+            return compiled
+        if now.structure is before:
+            watch.wait(started)  # a false alarm; some are raised at each call
+        elif unwatched:
+            names = ", ".join(f"{path}.{name}".strip(".") for path, name in now.structure.differences(before)[:3])
+            log.warning(
+                "%s has changed (%s), perhaps up to %d calls ago: those ran as before. Change it through the optimized "
+                "model, or call reset() behind the change, to have it noticed at once",
+                type(self._model).__name__,
+                names,
+                unwatched,
+            )
+        return compiled
 
     def find_anew(self, call: Call) -> Compiled:
         """The same, after a look at the whole model: for the start of a request."""
@@ -255,9 +300,21 @@ class Captures:
         known = (structure for _, structure in self._kept if structure == seen.structure)
         now = replace(seen, structure=next(known, seen.structure))
         before, self._now = self._now, now
+        self._watch, self.touched = Watch(now), False
+        self._say_beyond(now)
         if before is not None and (before.structure != now.structure or not before.weights.same(now.weights)):
             self._settle(now)
         return now
+
+    def _say_beyond(self, now: Snapshot) -> None:
+        if now.beyond and not self._said:
+            self._said = True
+            names = ", ".join(f"{path}.{name}".strip(".") for path, name in now.beyond[:5])
+            log.info(
+                "%s holds much in %s: it is known by its identity, and what changes inside is not noticed",
+                type(self._model).__name__,
+                names,
+            )
 
     def _live(self) -> frozenset[str]:
         """Paths of the submodules that run as they are: what they hold is not built into any capture."""
@@ -276,7 +333,11 @@ class Captures:
 
     def _make(self, call: Call, before: Snapshot) -> Compiled:
         self._tell(call, before.structure)
-        compiled = self._capture(call)
+        self._making = True
+        try:
+            compiled = self._capture(call)
+        finally:
+            self._making = False
         now = self._look()
         own = now.structure.differences(before.structure)
         if own:
