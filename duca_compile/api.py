@@ -22,6 +22,7 @@ from duca_compile.captures import Captures, Compiled
 from duca_compile.errors import CaptureError, PolicyError, UsageError
 from duca_compile.graph import CapturedGraph, Facts
 from duca_compile.lock import COMPILING
+from duca_compile.opaque import READS
 from duca_compile.passes.hoist import frontier, hoisted_input
 from duca_compile.passes.pipeline import build_prologue, make_rows, prepare
 from duca_compile.pipelines import PipelineSchedule, is_pipeline, set_component, transformers
@@ -29,6 +30,7 @@ from duca_compile.policies import FORA, RFC, DuCa, Policy, ResidualGate, SpeCa, 
 from duca_compile.policies.checks import check_whole
 from duca_compile.runtime.dispatcher import Hoister, Plan, Prologue
 from duca_compile.runtime.session import HasSessions, Requests, current_pass, named_pass
+from duca_compile.state import followed
 from duca_compile.verify import verified
 
 POLICIES: dict[str, type[Policy]] = {
@@ -54,6 +56,7 @@ _SHARED = (  # tables that an optimized model has in common with its source
     "_load_state_dict_post_hooks",
 )
 _NOTHING = nullcontext()
+_NONE: Mapping[str, str] = {}
 _READ_ONLY = {bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Tensor, nn.Parameter}
 _ACCELERATE = frozenset({"forward", "_old_forward", "_hf_hook"})  # what its hooks set, and put back
 _DIFFUSERS = "_diffusers_hook"  # the registry of its hooks
@@ -66,16 +69,25 @@ def _prologue(captured: CapturedGraph, facts: Facts) -> Prologue:
     return Prologue(inputs, outputs, module)
 
 
-def analyze_call(model: nn.Module, call: Call, timestep: str | None) -> tuple[CapturedGraph, Facts, Prologue]:
-    """Captures one call of ``model`` and finds its structure; the token analysis is checked on the call's values."""
+def analyze_call(
+    model: nn.Module, call: Call, timestep: str | None, known: Mapping[str, str] = _NONE
+) -> tuple[CapturedGraph, Facts, Prologue]:
+    """Captures one call of ``model`` and finds its structure; the token analysis is checked on the call's values.
+
+    ``known`` are submodules that run as one operator in other calls, with the reasons: what they keep may change.
+    """
+    check_caching(model)
     devices = [tensor.device for tensor in call.tensors if tensor.device.type == "cuda"]
-    with COMPILING, torch.no_grad(), torch.random.fork_rng(devices):  # the caller's random numbers are not drawn here
-        captured = prepare(capture(model, call))
+    # the caller's random numbers are not drawn here, and what forward changes at each call is put back
+    with COMPILING, torch.no_grad(), torch.random.fork_rng(devices), followed(model, call) as own:
+        operators = {**known, **own.operators}
+        captured = prepare(capture(model, call, operators, own.results))
         facts = analyze(captured, timestep)
         if readers := changing_reads(model, captured, facts):
-            captured = prepare(capture(model, call, readers))
+            captured = prepare(capture(model, call, operators | readers, own.results))
             facts = analyze(captured, timestep)
             changing_reads(model, captured, facts)
+        own.check(model, captured)
         prologue = _prologue(captured, facts)
         values = dict(zip(captured.inputs, call.tensors, strict=True))
         return captured, verified(captured, facts, step_values(captured, facts, prologue, values)), prologue
@@ -90,8 +102,8 @@ def step_values(
     return values | dict(zip(rows.outputs, rows.compute(values, values), strict=True))
 
 
-def changing_reads(model: nn.Module, captured: CapturedGraph, facts: Facts) -> frozenset[str]:
-    """Paths of the submodules whose Python reads values that change from step to step, which no trace can hold.
+def changing_reads(model: nn.Module, captured: CapturedGraph, facts: Facts) -> dict[str, str]:
+    """The submodules whose Python reads values that change from step to step, which no trace can hold; and why.
 
     Raises:
         CaptureError: the model's own forward does; names the line.
@@ -104,7 +116,7 @@ def changing_reads(model: nn.Module, captured: CapturedGraph, facts: Facts) -> f
                 "from step to step, so no graph can hold what follows from it. Compute it before the loop and pass it "
                 "as an argument, or move that line to a submodule, which then runs as it is, as one operator."
             )
-    return frozenset[str]().union(*(read.paths for read in reads.values()))
+    return {path: READS for read in reads.values() for path in read.paths}
 
 
 class _Guise(type):
@@ -262,9 +274,9 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
             call_by_name = compiled.named(call.tensors)
             compiled.dispatcher.warm_up(requests.new(), call_by_name, islice(steps, LOOKED_AHEAD), watch)
 
-    def _capture(self, call: Call) -> Compiled:
+    def _capture(self, call: Call, known: Mapping[str, str]) -> Compiled:
         with self._source_context():
-            captured, facts, prologue = analyze_call(self.source, call, self.timestep_name)
+            captured, facts, prologue = analyze_call(self.source, call, self.timestep_name, known)
         policy, dtype = fitted(captured, facts, self.policy, self.cache_options, self._requests.total)
         return Compiled(captured, facts, prologue, policy, self._backend, live_tensors(self.source), dtype)
 
@@ -397,6 +409,21 @@ def check_plain(model: Any) -> None:
     if isinstance(model, OptimizedModel):
         raise UsageError("this model is optimized already; duca_compile.restore it first")
     check_parts(model)
+    check_caching(model)
+
+
+def check_caching(model: nn.Module) -> None:
+    """Raises UsageError where a hook of diffusers reuses features by itself: its state no graph can hold."""
+    for path, part in model.named_modules():
+        hooks = getattr(vars(part).get(_DIFFUSERS), "hooks", {})
+        for name, hook in hooks.items():
+            if getattr(hook, "_is_stateful", False):
+                at = f" on {path}" if path else ""
+                raise UsageError(
+                    f"{type(model).__name__} reuses features by itself: {type(hook).__name__}{at}. Two caches cannot "
+                    "be stacked: call disable_cache() first, or, where it was applied by itself, diffusers' "
+                    f"HookRegistry.check_if_exists_or_initialize(model).remove_hook({name!r}, recurse=True)"
+                )
 
 
 def check_parts(model: nn.Module) -> None:

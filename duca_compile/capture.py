@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_map_only
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map, tree_map_only
 
 from duca_compile import concrete
+from duca_compile.activations import Activations
 from duca_compile.errors import CaptureError, UsageError, first_line
 from duca_compile.graph import CapturedGraph, OutputLayout, op_name, source_line
 
@@ -31,6 +32,7 @@ _LEAVES = {Tensor, nn.Parameter, bool, int, float, str, type(None), torch.dtype,
 _TENSOR_GUARDS: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # without it each call is bound anew
 _LIST_PLACE = re.compile(r"\[\d+\]$")
 _METADATA_CHECK = torch.ops.aten._assert_tensor_metadata.default
+_NONE: Mapping[str, str] = {}
 _TORCH_ROOT = str(Path(torch.__file__).parent)
 
 
@@ -200,16 +202,20 @@ def tensor_names(call: Call) -> tuple[str, ...]:
     return tuple(keystr(path[:1])[2:-2] + keystr(path[1:]) for path, leaf in found if isinstance(leaf, Tensor))
 
 
-def capture(model: nn.Module, call: Call, opaque: frozenset[str] = frozenset()) -> CapturedGraph:
-    """Traces one call of ``model`` into a graph of ATen operators, the submodules at ``opaque`` as one operator each.
+def capture(
+    model: nn.Module, call: Call, opaque: Mapping[str, str] = _NONE, results: list[Any] | None = None
+) -> CapturedGraph:
+    """Traces one call of ``model`` into a graph of ATen operators.
 
-    The graph's get_attr nodes are the model's own parameters and buffers.
+    The graph's get_attr nodes are the model's own parameters and buffers. The submodules at ``opaque``, which gives the
+    reasons, are one operator each. ``results`` are the leaves of what the model returned for this call, if it was run.
 
     Raises:
         CaptureError: the forward cannot be traced (data-dependent control flow, side effects); names the line.
     """
-    _warm(model, call)
-    arguments = _without_aliases(call.arguments)
+    if results is None:
+        warm(model, call)
+    arguments = _without_aliases(copied(call.arguments))
     try:
         with torch.no_grad():
             program = None if opaque else _exported(model, arguments)
@@ -288,14 +294,15 @@ def _strip_checks(program: torch.export.ExportedProgram) -> None:
             module.recompile()
 
 
-def _warm(model: nn.Module, call: Call) -> None:
+def warm(model: nn.Module, call: Call, noted: Activations | None = None) -> list[Any]:
     """Runs the model once, so that tables it makes at first use are real tensors and not the trace's fakes.
 
-    It also tells a model that rejects these arguments from one that runs but cannot be traced.
+    It also tells a model that rejects these arguments from one that runs but cannot be traced. Returns the leaves of its
+    results. ``noted`` looks on, where the model runs with it.
     """
     try:
-        with torch.no_grad():
-            model(**call.arguments)
+        with torch.no_grad(), noted or contextlib.nullcontext():
+            return tree_leaves(model(**call.arguments))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -304,6 +311,12 @@ def _warm(model: nn.Module, call: Call) -> None:
             f"{type(model).__name__} itself fails on this call{_where(error)}: {first_line(error).rstrip('.')}. "
             f"Its tensors: {shapes}."
         ) from error
+
+
+def copied(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same values in lists and dictionaries of their own: forward may take things out of these."""
+    found: dict[str, Any] = tree_map(lambda leaf: leaf, arguments)
+    return found
 
 
 def _without_aliases(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -188,12 +188,12 @@ class _Recent(NamedTuple):
 class Captures:
     """Keeps up to ``MAX_CAPTURES`` captures, each for one kind of call and one state of the model.
 
-    ``capture`` makes one. What capturing itself changes on the model, such as tables made at first use, is no change:
+    ``capture`` makes one, given the submodules that run as they are in others, and why. What capturing itself changes on the model, such as tables made at first use, is no change:
     the captures of before still hold. Where a change turns out to leave the graph as it was, nothing is compiled; a
     number or the like that forward itself changes and that left the graph as it was is no longer looked at.
     """
 
-    def __init__(self, model: nn.Module, capture: Callable[[Call], Compiled]) -> None:
+    def __init__(self, model: nn.Module, capture: Callable[[Call, Mapping[str, str]], Compiled]) -> None:
         self._model, self._capture = model, capture
         self._kept: dict[tuple[Kind, Structure], Compiled] = {}
         self._now: Snapshot | None = None  # the model as it was last seen
@@ -205,6 +205,7 @@ class Captures:
         self._own: set[Name] = set()  # attributes that forward changes
         self._unread: frozenset[Name] = frozenset()  # those of them that make no difference
         self._changes = 0  # captures in a row that a change of the model asked for
+        self._captured_now = False  # whether the last look ended in one
         self._calls = count(1)
         self._recent = _Recent()
         self._lock = threading.RLock()  # taken before COMPILING, never after
@@ -276,8 +277,9 @@ class Captures:
             self._recent = _Recent()  # captures may be dropped
             now = self._look()
             compiled = self._get(call, now.structure, anew=True)
-            if compiled is not None:
+            if compiled is not None and not self._captured_now:
                 self._changes = 0
+            self._captured_now = False
             return self._used(compiled or self._make(call, now))
 
     def _get(self, call: Call, structure: Structure, anew: bool = False) -> Compiled | None:
@@ -335,9 +337,11 @@ class Captures:
         self._tell(call, before.structure)
         self._making = True
         try:
-            compiled = self._capture(call)
+            compiled = self._capture(call, self._operators(before.structure))
         finally:
             self._making = False
+        self._captured_now = True
+        self._drop_without(compiled, before.structure)
         now = self._look()
         own = now.structure.differences(before.structure)
         if own:
@@ -359,6 +363,18 @@ class Captures:
         if compiled.captured.opaque:  # what these submodules hold is looked at no longer: that is no change
             self._replace(now.structure, self._look().structure)
         return compiled
+
+    def _operators(self, structure: Structure) -> dict[str, str]:
+        """The submodules that run as they are in the captures of this state of the model, and why."""
+        kept = [compiled.captured.opaque for (_, known), compiled in self._kept.items() if known == structure]
+        return {site.path: site.reason for sites in kept for site in sites}
+
+    def _drop_without(self, compiled: Compiled, structure: Structure) -> None:
+        """Drops the captures that have built in what turned out to change."""
+        paths = {site.path for site in compiled.captured.opaque}
+        for key, other in list(self._kept.items()):
+            if key[1] == structure and paths - {site.path for site in other.captured.opaque}:
+                del self._kept[key]
 
     def _keep(self, key: tuple[Kind, Structure], before: Snapshot, now: Snapshot) -> Compiled:
         """An earlier capture whose graph turned out to be that of the model as it is now."""

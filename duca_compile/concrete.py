@@ -7,7 +7,7 @@ computes it: the trace holds for calls that read the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +59,7 @@ class ConcreteTrace:
     opaque: tuple[CallSite, ...]
 
 
-def trace(model: nn.Module, arguments: dict[str, Any], opaque: frozenset[str]) -> ConcreteTrace:
+def trace(model: nn.Module, arguments: dict[str, Any], opaque: Mapping[str, str]) -> ConcreteTrace:
     """Traces ``model(**arguments)`` by running it, with the submodules at the paths ``opaque`` as one operator each."""
     leaves, spec = tree_flatten(arguments)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -74,7 +74,7 @@ def trace(model: nn.Module, arguments: dict[str, Any], opaque: frozenset[str]) -
         layout.append(out)
         return flat
 
-    with preserve_node_meta(), _module_paths(model), DataAsDetach(), _NoteReads(), as_operators(model, opaque) as sites:
+    with preserve_node_meta(), as_operators(model, opaque) as sites, _module_paths(model), DataAsDetach(), _NoteReads():
         graph = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False, record_stack_traces=True)(*tensors)
     _index_by_number(graph)
     reads, readings = _reads(graph), _readings(graph, tensors)

@@ -7,8 +7,9 @@ behind an operator of which only the results' shapes are known.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -22,15 +23,19 @@ from duca_compile.lock import COMPILING
 from duca_compile.runtime.clock import version
 
 _sites: WeakValueDictionary[int, CallSite] = WeakValueDictionary()
+READS = "reads values that change from step to step"
 _numbers = itertools.count()
+_AROUND = {"forward", *(name for name in vars(nn.Module()) if name.startswith(("_forward_hooks", "_forward_pre_hooks")))}
 
 
 class CallSite:
     """One call of a module in the trace: what is around the tensors, and what it returned then."""
 
-    def __init__(self, forward: Callable[..., Any], path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(
+        self, forward: Callable[..., Any], path: str, reason: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         self.number = next(_numbers)
-        self._forward, self.path = forward, path
+        self._forward, self.path, self.reason = forward, path, reason
         self._leaves, self._spec = tree_flatten((args, kwargs))
         self._places = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
         self.tensors = [self._leaves[i] for i in self._places]
@@ -69,7 +74,7 @@ class CallSite:
 
     @property
     def _says(self) -> str:
-        return f"{self.path} reads values that change from step to step, so it must stand for itself as one operator."
+        return f"{self.path} {self.reason}, so it must stand for itself as one operator."
 
     def rebuild(self, outputs: list[Tensor]) -> Any:
         """What the module returned, of the operator's results."""
@@ -102,15 +107,47 @@ def _(tensors: list[Tensor], site: int) -> list[Tensor]:
 opaque = torch.ops.duca_compile.opaque.default
 
 
+class _Whole:
+    """A module with its hooks, from behind the operator that stands for it: these must not run in the trace."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._own = {name: value for name, value in vars(module).items() if name in _AROUND}
+        self._patched: dict[str, Any] = {}
+
+    def patch(self, forward: Callable[..., Any]) -> None:
+        self._patched = {name: OrderedDict[Any, Any]() for name in self._own} | {"forward": forward}
+        vars(self._module).update(self._patched)
+
+    def put_back(self) -> None:
+        self._patched = {}
+        self._restore()
+
+    def _restore(self) -> None:
+        vars(self._module).pop("forward", None)
+        vars(self._module).update(self._own)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._patched:
+            return self._module(*args, **kwargs)
+        self._restore()
+        try:
+            return self._module(*args, **kwargs)
+        finally:
+            vars(self._module).update(self._patched)
+
+
 @contextmanager
-def as_operators(model: nn.Module, paths: frozenset[str]) -> Iterator[list[CallSite]]:
-    """While open, each call of the modules at ``paths`` is one operator; yields the calls as they come."""
+def as_operators(model: nn.Module, paths: Mapping[str, str]) -> Iterator[list[CallSite]]:
+    """While open, each call of the modules at ``paths`` is one operator; yields the calls as they come.
+
+    ``paths`` gives the reasons, too. A module within another one of them is a part of that.
+    """
     sites: list[CallSite] = []
-    patched = [(path, model.get_submodule(path)) for path in sorted(paths)]
 
     def replacement(path: str, original: Any) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            site = CallSite(original, path, args, kwargs)
+            site = CallSite(original, path, paths[path], args, kwargs)
             sites.append(site)
             outputs = opaque(site.tensors, site.number)
             site.tensors = []
@@ -118,16 +155,14 @@ def as_operators(model: nn.Module, paths: frozenset[str]) -> Iterator[list[CallS
 
         return forward
 
-    own = {path: module.__dict__["forward"] for path, module in patched if "forward" in module.__dict__}
-    for path, module in patched:
-        module.forward = replacement(path, module.forward)
-    try:
+    with ExitStack() as undo:
+        for path in sorted(paths):
+            if any(path.startswith(f"{other}.") for other in paths):
+                continue
+            whole = _Whole(model.get_submodule(path))
+            undo.callback(whole.put_back)
+            whole.patch(replacement(path, whole))
         yield sites
-    finally:
-        for path, module in patched:
-            del module.forward
-            if path in own:
-                module.forward = own[path]
 
 
 def site_number(node: fx.Node) -> int:

@@ -128,13 +128,14 @@ class Weights:
 class Holder(NamedTuple):
     """Something that can change: a dictionary, a list, a cell of a closure, chosen names of a namespace.
 
-    ``key`` says where it is in the holder before it, whose number is ``within``; -1 for a module's own attributes.
+    ``key`` says where it is in the holder before it, whose number is ``within``; -1 where ``name`` says it all.
     """
 
     thing: Any
     name: Name
     within: int
     key: object
+    named: bool = False  # whether its keys are names in code: of attributes, or of variables
     names: tuple[str, ...] | None = None  # of a namespace or a class: those that count
 
 
@@ -150,7 +151,10 @@ class Snapshot:
 
 
 def take(model: nn.Module, without: frozenset[Name] = frozenset(), live: frozenset[str] = frozenset()) -> Snapshot:
-    """``model`` as it is now, but for the attributes named by ``without`` and what the modules at ``live`` hold."""
+    """``model`` as it is now, but for the attributes named by ``without``.
+
+    Of the modules at ``live``, which run as they are, it counts what hooks and what kinds of objects they hold.
+    """
     walk = _Walk(live)
     walk.tree(model)
     entries = walk.entries
@@ -289,14 +293,15 @@ class _Walk:
     def _module(self, path: str, module: nn.Module, live: bool) -> None:
         entries, attributes, within = self.entries, vars(module), len(self.holders)
         if not live:
-            self.holders.append(Holder(attributes, (path, ""), -1, None))
+            self.holders.append(Holder(attributes, (path, ""), -1, None, True))
         entries[path, ""] = _Same(module) if path in self._live else type(module)
         for name, value in tuple(attributes.items()):
             role = _ROLES.get(name)
             if role is None:
                 if live:
-                    continue
-                if type(value) in _PLAIN:
+                    if self._look_at(type(value)) == self._object and type(value) not in _PLAIN:
+                        entries[path, name] = type(value)
+                elif type(value) in _PLAIN:
                     entries[path, name] = type(value), value
                 else:
                     self._attribute((path, name), value, within, name)
@@ -308,8 +313,11 @@ class _Walk:
                     self.holders.append(Holder(value, (path, name), within, None))
                     for key, child in tuple(value.items()):
                         entries[path, key] = None if child is None else self._number(child)[0]
-            elif role == "hooks" and not live:
-                self._hook_table((path, name), value)
+            elif role == "hooks":
+                if not live:
+                    self._hook_table((path, name), value)
+                elif value:
+                    entries[path, name] = tuple(map(_Same, value.values()))
         if not live and type(module) not in self._classes:
             self._attribute((path, type(module).__name__), type(module), within, None, self._class)
 
@@ -399,9 +407,11 @@ class _Walk:
         root = home.partition(".")[0] if isinstance(home, str) else ""
         return None if root in _MACHINERY else self._object
 
-    def _inside(self, holder: Any, items: Iterable[tuple[object, Any]], names: tuple[str, ...] | None = None) -> Entry:
+    def _inside(
+        self, holder: Any, items: Iterable[tuple[object, Any]], named: bool = False, names: tuple[str, ...] | None = None
+    ) -> Entry:
         """The entries of what is inside of something that can change."""
-        self.holders.append(Holder(holder, self._name, self._within, self._key, names))
+        self.holders.append(Holder(holder, self._name, self._within, self._key, named, names))
         before = self._within, self._key
         self._within = len(self.holders) - 1
         found = []
@@ -473,7 +483,7 @@ class _Walk:
 
     def _cell(self, name: str, cell: CellType) -> Entry:
         number, first = self._number(cell)
-        return self._inside(cell, [(name, cell_value(cell))]) if first else number
+        return self._inside(cell, [(name, cell_value(cell))], True) if first else number
 
     def _globals(self, function: FunctionType) -> Entry:
         named = _plain_globals(function)
@@ -481,7 +491,7 @@ class _Walk:
             return ()
         space = function.__globals__
         self._key = None
-        return self._inside(space, [(name, space.get(name, MISSING)) for name in named], named)
+        return self._inside(space, [(name, space.get(name, MISSING)) for name in named], True, named)
 
     def _inner_module(self, value: nn.Module) -> Entry:
         """A module that is held by something else than the tree of modules, unless it is in that too."""
@@ -489,7 +499,7 @@ class _Walk:
         if id(value) in self._tree or not first:
             return nn.Module, number
         items = [(name, each) for name, each in tuple(vars(value).items()) if name not in _BOOKKEEPING]
-        return type(value), self._inside(vars(value), items)
+        return type(value), self._inside(vars(value), items, True)
 
     def _object(self, value: Any) -> Entry:
         cls = type(value)
@@ -501,9 +511,9 @@ class _Walk:
             return _Same(value)
         found: tuple[Entry, ...] = (cls,)
         if slots:
-            found += (self._inside(value, [(name, _slot(value, name)) for name in slots]),)
+            found += (self._inside(value, [(name, _slot(value, name)) for name in slots], True),)
         if attributes is not None:
-            found += (self._inside(attributes, tuple(attributes.items())),)
+            found += (self._inside(attributes, tuple(attributes.items()), True),)
         if cls not in self._classes:
             found += (self._class(cls),)
         return found
@@ -518,7 +528,7 @@ class _Walk:
             own, functions = _own_state(each)
             if own:
                 values = content(each, own)
-                found.append(self._inside(each, values.items(), own))
+                found.append(self._inside(each, values.items(), True, own))
             found += [self._globals(function) for function in functions]
         return tuple(found)
 
