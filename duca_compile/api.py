@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NoReturn, cast
 
@@ -88,6 +89,7 @@ def analyze_call(
             facts = analyze(captured, timestep)
             changing_reads(model, captured, facts)
         own.check(model, captured)
+        captured = replace(captured, unread=own.running)
         prologue = _prologue(captured, facts)
         values = dict(zip(captured.inputs, call.tensors, strict=True))
         return captured, verified(captured, facts, step_values(captured, facts, prologue, values)), prologue

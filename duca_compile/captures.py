@@ -342,6 +342,9 @@ class Captures:
             self._making = False
         self._captured_now = True
         self._drop_without(compiled, before.structure)
+        if unread := compiled.captured.unread:
+            self._leave_out(unread)
+            before = replace(before, structure=before.structure.without(unread))
         now = self._look()
         own = now.structure.differences(before.structure)
         if own:
@@ -385,10 +388,14 @@ class Captures:
         changed = set(key[1].differences(before.structure))
         unread = {name for name in changed if before.structure.is_plain(name)}
         if changed <= self._own and unread:
-            self._unread |= unread
-            self._restate(lambda structure: structure.without(unread))
+            self._leave_out(unread)
             self._look()
         return compiled
+
+    def _leave_out(self, names: Collection[Name]) -> None:
+        """These attributes make no difference from now on."""
+        self._unread = self._unread.union(names)
+        self._restate(lambda structure: structure.without(names))
 
     def _replace(self, old: Structure, new: Structure) -> None:
         self._restate(lambda structure: new if structure == old else structure)

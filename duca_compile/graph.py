@@ -135,6 +135,7 @@ class CapturedGraph:
     given: Mapping[str, Read]  # inputs that the readings depend on
     readings: Readings | None  # what the graph takes for given
     opaque: tuple[CallSite, ...]  # submodules that run as one operator
+    unread: frozenset[tuple[str, str]] = frozenset()  # attributes that forward changes at each call, and never reads
 
 
 class TokenPlace(NamedTuple):

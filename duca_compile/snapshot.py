@@ -48,7 +48,8 @@ _ROLES |= {"_parameters": "weights", "_buffers": "weights", "_modules": "modules
 _GLOBAL_HOOKS = [name for name in ("_global_forward_pre_hooks", "_global_forward_hooks") if hasattr(torch_module, name)]
 _MACHINERY = {"logging", "threading", "concurrent", "asyncio", "multiprocessing", "queue", "weakref"}  # not state
 _LIBRARY = {"torch", "builtins", "typing", "abc", "collections", "functools", "enum", "types", "numpy"}
-_PLAIN_GLOBALS = _PLAIN | {dict, list, set, deque}
+PLAIN_IDS = frozenset(map(id, _PLAIN))  # a class may have a metaclass with a hash of its own
+_GLOBAL_IDS = PLAIN_IDS | frozenset(map(id, (dict, list, set, deque)))
 _VERSION: Callable[[Any], Any] | None = getattr(torch._C._dynamo.guards, "dict_version", None)
 MISSING: Any = type("Missing", (), {})()
 
@@ -173,10 +174,11 @@ class Watch:
 
     def __init__(self, seen: Snapshot) -> None:
         things = [holder.thing for holder in seen.holders if holder.names is None]
-        self._tables = [thing for thing in things if isinstance(thing, dict)]
+        self._tables = [thing for thing in things if issubclass(type(thing), dict)]
         self._versions = self._now()
         self._lists = [(thing, tuple(thing)) for thing in things if type(thing) is list]
-        self._rest = [(thing, content(thing)) for thing in things if not isinstance(thing, dict) and type(thing) is not list]
+        rest = [thing for thing in things if not issubclass(type(thing), dict) and type(thing) is not list]
+        self._rest = [(thing, content(thing)) for thing in rest]
         self._hooks, self._handles = seen.hooks, RemovableHandle.next_id
         self._due = 0.0
 
@@ -213,17 +215,18 @@ class Watch:
 
 def content(thing: Any, names: tuple[str, ...] | None = None) -> dict[Any, Any]:
     """What a holder holds now, by key, place or name; nothing of it is compared."""
-    if isinstance(thing, type):
+    cls = type(thing)  # what a foreign object says of its class is not asked
+    if issubclass(cls, type):
         return {name: type.__getattribute__(thing, "__dict__").get(name, MISSING) for name in names or ()}
-    if isinstance(thing, dict):
+    if issubclass(cls, dict):
         return dict(dict.items(thing)) if names is None else {name: thing.get(name, MISSING) for name in names}
-    if isinstance(thing, CellType):
+    if issubclass(cls, CellType):
         return {0: cell_value(thing)}
-    if isinstance(thing, list):
+    if issubclass(cls, list):
         return dict(enumerate(list.__iter__(thing)))
-    if isinstance(thing, deque):
+    if issubclass(cls, deque):
         return dict(enumerate(deque.__iter__(thing)))
-    if isinstance(thing, set):
+    if issubclass(cls, set):
         return {id(each): each for each in set.__iter__(thing)}
     return {name: _slot(thing, name) for name in _slots(type(thing))}
 
@@ -275,7 +278,7 @@ class _Walk:
         self._open: set[int] = set()  # containers that are being looked into: one may hold itself
         self._tree: set[int] = set()  # the modules of the model: each is looked at in its own place
         self._classes: set[type] = set()
-        self._looks: dict[type, Callable[[Any], Entry] | None] = {}
+        self._looks: dict[int, Callable[[Any], Entry] | None] = {}
         self._name: Name = ("", "")
         self._within, self._key = -1, object()
         self._left = self._total = 0
@@ -299,9 +302,9 @@ class _Walk:
             role = _ROLES.get(name)
             if role is None:
                 if live:
-                    if self._look_at(type(value)) == self._object and type(value) not in _PLAIN:
+                    if self._look_at(type(value)) == self._object:
                         entries[path, name] = type(value)
-                elif type(value) in _PLAIN:
+                elif id(type(value)) in PLAIN_IDS:
                     entries[path, name] = type(value), value
                 else:
                     self._attribute((path, name), value, within, name)
@@ -375,18 +378,20 @@ class _Walk:
 
     def _entry(self, value: Any) -> Entry:
         cls = type(value)
-        if cls in _PLAIN:
+        if id(cls) in PLAIN_IDS:
             return cls, value  # 1, 1.0 and True are not the same to a forward
         self._left -= 1
         if self._left < 0:
             raise _TooMuch
-        if cls not in self._looks:
-            self._looks[cls] = self._look_at(cls)
-        look = self._looks[cls]
+        if id(cls) not in self._looks:
+            self._looks[id(cls)] = self._look_at(cls)
+        look = self._looks[id(cls)]
         return _Same(value) if look is None else look(value)
 
     def _look_at(self, cls: type) -> Callable[[Any], Entry] | None:
         """How objects of this class are looked at; None where their identity counts."""
+        if type(cls).__hash__ is not type.__hash__ or type(cls).__eq__ is not type.__eq__ or id(cls) in PLAIN_IDS:
+            return None
         if issubclass(cls, Tensor):
             return self._tensor
         if issubclass(cls, dict | list | tuple | set | frozenset | deque):
@@ -416,7 +421,7 @@ class _Walk:
         self._within = len(self.holders) - 1
         found = []
         for key, value in items:
-            if type(value) in _PLAIN:
+            if id(type(value)) in PLAIN_IDS:
                 self._left -= 1
                 found.append((key, type(value), value))
             else:
@@ -463,7 +468,7 @@ class _Walk:
         return cls, found
 
     def _dict_key(self, key: Any) -> Entry:
-        return key if type(key) is str else (type(key), key) if type(key) in _PLAIN else _Same(key)
+        return key if type(key) is str else (type(key), key) if id(type(key)) in PLAIN_IDS else _Same(key)
 
     def _method(self, value: MethodType) -> Entry:
         return MethodType, self._entry(value.__func__), self._entry(value.__self__)
@@ -593,7 +598,7 @@ def _own_state(cls: type) -> tuple[tuple[str, ...], tuple[FunctionType, ...]]:
         if not isinstance(home, str) or home.partition(".")[0] in _LIBRARY:
             known = (), ()
         else:
-            names = [name for name, value in space.items() if type(value) in _PLAIN_GLOBALS and name[:2] != "__"]
+            names = [name for name, value in space.items() if id(type(value)) in _GLOBAL_IDS and name[:2] != "__"]
             functions = [each for each in space.values() if type(each) is FunctionType and _plain_globals(each)]
             known = tuple(names), tuple(functions)
         _OWN_STATE[cls] = known
@@ -609,7 +614,7 @@ def _plain_globals(function: FunctionType) -> tuple[str, ...]:
     if known is None:
         space, library = function.__globals__, str(function.__globals__.get("__name__")).partition(".")[0] in _LIBRARY
         named = () if library else sorted(_names(function.__code__))
-        known = tuple([n for n in named if n[:2] != "__" and type(space.get(n, MISSING)) in _PLAIN_GLOBALS])
+        known = tuple([n for n in named if n[:2] != "__" and id(type(space.get(n, MISSING))) in _GLOBAL_IDS])
         _NAMED[function] = known
     return known
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from types import CellType, CodeType, FrameType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +26,10 @@ from duca_compile.arguments import Containers, check_kinds, check_results, notin
 from duca_compile.capture import Call, copied, live_tensors, warm
 from duca_compile.errors import CaptureError
 from duca_compile.graph import CapturedGraph
-from duca_compile.snapshot import MISSING, Holder, Name, content, take
+from duca_compile.snapshot import MISSING, PLAIN_IDS, Holder, Name, content, take
 
 log = logging.getLogger("duca_compile")
 
-_PLAIN = (str, bytes, bool, int, float, complex, type(None), torch.dtype, torch.device)
 _LOADS = {"LOAD_ATTR", "LOAD_METHOD", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_CLOSURE"}
 _STORES = {"STORE_ATTR", "STORE_DEREF", "STORE_GLOBAL", "DELETE_ATTR"}
 _WRITERS = {"append", "extend", "insert", "add", "update", "setdefault", "appendleft", "pop", "popleft", "clear", "remove"}
@@ -101,12 +101,9 @@ class Held:
         """All tensors in what can change, and where they are."""
         for number, values in enumerate(self._contents):
             for key, value in values.items():
-                if isinstance(value, tuple):
-                    found = [each for each in value if isinstance(each, Tensor)]
-                else:
-                    found = [value] if isinstance(value, Tensor) else []
-                for each in found:
-                    yield each, self.label(Change(number, key, each, each))
+                for each in value if type(value) is tuple else (value,):
+                    if issubclass(type(each), Tensor):
+                        yield each, self.label(Change(number, key, each, each))
 
 
 def _shown(key: Any) -> str:
@@ -116,24 +113,25 @@ def _shown(key: Any) -> str:
 def _put(holder: Holder, values: Mapping[Any, Any]) -> None:
     """Makes a holder hold these again, in place."""
     thing: Any = holder.thing
+    cls = type(thing)
     kept = {key: value for key, value in values.items() if value is not MISSING}
-    if isinstance(thing, type):
+    if issubclass(cls, type):
         for key, value in values.items():
             type.__delattr__(thing, key) if value is MISSING else type.__setattr__(thing, key, value)
-    elif isinstance(thing, dict) and holder.names is not None:
+    elif issubclass(cls, dict) and holder.names is not None:
         thing.update(kept)
         for key in values.keys() - kept.keys():
             thing.pop(key, None)
-    elif isinstance(thing, dict):
+    elif issubclass(cls, dict):
         dict.clear(thing)
         dict.update(thing, kept)
-    elif isinstance(thing, CellType):
+    elif issubclass(cls, CellType):
         thing.cell_contents = values[0]
-    elif isinstance(thing, list):
+    elif issubclass(cls, list):
         list.__setitem__(thing, slice(None), list(values.values()))
-    elif isinstance(thing, deque | set):
+    elif issubclass(cls, deque | set):
         thing.clear()
-        (thing.extend if isinstance(thing, deque) else thing.update)(values.values())
+        (thing.extend if issubclass(cls, deque) else thing.update)(values.values())
     else:
         for key, value in kept.items():
             object.__setattr__(thing, key, value)
@@ -151,7 +149,7 @@ class Own:
     operators: dict[str, str] = field(default_factory=dict)
     activations: Activations | None = None
     attributed: dict[int, str] = field(default_factory=dict)  # storages of tensors that are kept, and where
-    running: set[Name] = field(default_factory=set)  # attributes that change with each call
+    running: frozenset[Name] = frozenset()  # attributes that change with each call
 
     def check(self, model: nn.Module, captured: CapturedGraph) -> None:
         """Raises CaptureError where an activation of this very call is built into the graph."""
@@ -207,7 +205,7 @@ def _observed(model: nn.Module, call: Call, before: Held) -> tuple[Own, Held]:
     with blame:
         warm(model, other)
     changes = [change for change in after.changes() if not _alike(change.before, change.after, own.attributed)]
-    own.running = {after.name(change) for change in changes}
+    own.running = frozenset(map(after.name, changes))
     for change in changes:
         own.attributed.pop(_key_of(change.before), None)
     own.operators = blame.operators(changes)
@@ -232,32 +230,38 @@ def _refusal(model: nn.Module, call: Call, place: str) -> CaptureError:
 
 
 def _key_of(value: Any) -> int:
-    return storage_key(value) if isinstance(value, Tensor) else 0
+    return storage_key(value) if issubclass(type(value), Tensor) else 0
 
 
 def _warn_of_kept(model: nn.Module, kept: Mapping[int, str], attributed: Collection[int]) -> None:
     others = [source for key, source in kept.items() if key not in attributed]
     if others:
-        log.warning(
-            "%s keeps values that it computes of its arguments, made at %s%s, where they are not found. Steps do not "
-            "do so; what was kept stays that of the call that was captured",
-            type(model).__name__,
-            others[0],
-            f" and {len(others) - 1} more" if len(others) > 1 else "",
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        _warn(
+            model,
+            f"something keeps values that it computes of its arguments, made at {others[0]}{more}. What keeps them was "
+            "not found: steps do not do so, and what was kept stays that of the call that was captured",
         )
 
 
 def _warn_of_operators(model: nn.Module, operators: Mapping[str, str]) -> None:
     for path, reason in islice(operators.items(), 1):
         more = f", and {len(operators) - 1} more submodules do so" if len(operators) > 1 else ""
-        log.warning(
-            "%s: %s %s%s. What does so runs as it is, as one operator; steps that take its results from caches do not "
-            "run it, and change nothing",
-            type(model).__name__,
-            path,
-            reason,
-            more,
+        _warn(
+            model,
+            f"{path} {reason}{more}. What does so runs as it is, as one operator; steps that take its results from "
+            "caches do not run it, and change nothing",
         )
+
+
+_SAID = WeakKeyDictionary[nn.Module, set[str]]()  # what was said of a model, so that each capture does not say it again
+
+
+def _warn(model: nn.Module, message: str) -> None:
+    said = _SAID.setdefault(model, set())
+    if message not in said:
+        said.add(message)
+        log.warning("%s: %s", type(model).__name__, message)
 
 
 def _alike(one: Any, other: Any, activations: Collection[int], depth: int = 4) -> bool:
@@ -266,9 +270,9 @@ def _alike(one: Any, other: Any, activations: Collection[int], depth: int = 4) -
         return True
     if type(one) is not type(other):
         return False
-    if isinstance(one, _PLAIN):
+    if id(type(one)) in PLAIN_IDS:
         return bool(one == other) or (one != one and other != other)  # not a number, both
-    if isinstance(one, Tensor):
+    if issubclass(type(one), Tensor):
         same = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
         return same and storage_key(one) not in activations and not one.is_meta and torch.equal(one, other)
     if depth and type(one) in (list, tuple) and len(one) == len(other):
@@ -356,10 +360,8 @@ class _Blame:
                     "changes it to a submodule, which then runs as it is, as one operator."
                 )
             if "" in writers:
-                log.warning(
-                    "%s.forward changes %s. Steps do not do so: it stays as it was before the first call",
-                    type(self._model).__name__,
-                    what,
+                _warn(
+                    self._model, f"forward changes {what}, and does not read it. Steps do not do so: it stays as it was"
                 )
             for path in filter(None, {**writers, **dict.fromkeys(readers)}):
                 found.setdefault(path, f"{'changes' if path in writers else 'reads'} {what}")
