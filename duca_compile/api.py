@@ -20,7 +20,7 @@ from duca_compile.backends import Backend, make_backend
 from duca_compile.budget import CacheOptions, fitted
 from duca_compile.capture import Binder, Call, capture, live_tensors
 from duca_compile.captures import Captures, Compiled
-from duca_compile.errors import CaptureError, PolicyError, UsageError
+from duca_compile.errors import CaptureError, PolicyError, StructureError, UsageError
 from duca_compile.graph import CapturedGraph, Facts
 from duca_compile.lock import COMPILING
 from duca_compile.opaque import READS
@@ -83,16 +83,28 @@ def analyze_call(
     with COMPILING, torch.no_grad(), torch.random.fork_rng(devices), followed(model, call) as own:
         operators = {**known, **own.operators}
         captured = prepare(capture(model, call, operators, own.results))
-        facts = analyze(captured, timestep)
+        facts = analyzed(captured, timestep, operators)
         if readers := changing_reads(model, captured, facts):
             captured = prepare(capture(model, call, operators | readers, own.results))
-            facts = analyze(captured, timestep)
+            facts = analyzed(captured, timestep, operators | readers)
             changing_reads(model, captured, facts)
         own.check(model, captured)
         captured = replace(captured, unread=own.running)
         prologue = _prologue(captured, facts)
         values = dict(zip(captured.inputs, call.tensors, strict=True))
         return captured, verified(captured, facts, step_values(captured, facts, prologue, values)), prologue
+
+
+def analyzed(captured: CapturedGraph, timestep: str | None, operators: Mapping[str, str]) -> Facts:
+    """Raises StructureError, which says what runs as one operator, for that may hide all that there is."""
+    try:
+        return analyze(captured, timestep)
+    except StructureError as error:
+        if not operators:
+            raise
+        path, reason = next(iter(operators.items()))
+        more = f", as do {len(operators) - 1} more submodules" if len(operators) > 1 else ""
+        raise StructureError(f"{error} {path} runs as one operator{more}, for it {reason}.") from error
 
 
 def step_values(

@@ -29,7 +29,7 @@ from duca_compile.snapshot import Name, Snapshot, Structure, Watch, kind, take
 
 log = logging.getLogger("duca_compile")
 
-MAX_CAPTURES = 4  # shapes kept compiled at a time; the least recently used one goes first
+MAX_CAPTURES = 8  # shapes, and states of the model, kept compiled at a time; the least recently used one goes first
 RESTLESS = 3  # requests in a row that find the model changed, after which a warning says so
 REMEMBERED = 16  # kinds of call whose last capture is remembered, so that the log can say what has changed
 
@@ -259,7 +259,7 @@ class Captures:
         if now is None or watch is None:
             return compiled
         if now.structure is before:
-            watch.wait(started)  # a false alarm; some are raised at each call
+            watch.wait(perf_counter() - started)  # a false alarm; some are raised at each call
         elif unwatched:
             names = ", ".join(f"{path}.{name}".strip(".") for path, name in now.structure.differences(before)[:3])
             log.warning(

@@ -37,13 +37,14 @@ Entry = Any  # hashable; to mypy a class is not
 ATTRIBUTE_BUDGET = 2000  # values that one attribute may hold to be looked into; beyond that its identity counts
 TOTAL_BUDGET = 100_000  # the same for all of a model
 ARRAY_BYTES = 4096  # numpy arrays up to this size are known by their values
-PATIENCE = 100  # the quick look waits this many times as long as the last one took, so that it takes 1 % of the time
+PATIENCE = 50  # the quick look waits this many times as long as it takes, so that it takes 2 % of the time at most
 
 _PLAIN = {str, bytes, bool, int, float, complex, type(None), torch.dtype, torch.device}
 _HOOKS = {name for name in vars(nn.Module()) if name.startswith(("_forward_hooks", "_forward_pre_hooks"))}
 _TABLES = {"_parameters", "_buffers", "_modules"}
 _BOOKKEEPING = vars(nn.Module()).keys() - _HOOKS - _TABLES - {"training"}  # state dict hooks and the like
 _ROLES = dict.fromkeys(_BOOKKEEPING, "") | dict.fromkeys(_HOOKS, "hooks")
+_ROLES["_diffusers_hook"] = ""  # the list of hooks that diffusers keeps; forward has those that it runs
 _ROLES |= {"_parameters": "weights", "_buffers": "weights", "_modules": "modules"}
 _GLOBAL_HOOKS = [name for name in ("_global_forward_pre_hooks", "_global_forward_hooks") if hasattr(torch_module, name)]
 _MACHINERY = {"logging", "threading", "concurrent", "asyncio", "multiprocessing", "queue", "weakref"}  # not state
@@ -173,19 +174,16 @@ class Watch:
     """
 
     def __init__(self, seen: Snapshot) -> None:
-        things = [holder.thing for holder in seen.holders if holder.names is None]
+        things = [each.thing for each in seen.holders if each.names is None or type(each.thing) is CellType]
         self._tables = [thing for thing in things if issubclass(type(thing), dict)]
-        self._versions = self._now()
         self._lists = [(thing, tuple(thing)) for thing in things if type(thing) is list]
         rest = [thing for thing in things if not issubclass(type(thing), dict) and type(thing) is not list]
         self._rest = [(thing, content(thing)) for thing in rest]
         self._hooks, self._handles = seen.hooks, RemovableHandle.next_id
-        self._due = 0.0
-
-    def _now(self) -> list[Any]:
-        if _VERSION is not None:
-            return [*map(_VERSION, self._tables)]
-        return [tuple(map(id, table.values())) for table in self._tables]
+        self._versions = self._now()
+        started = perf_counter()
+        self._stirred()
+        self._cost, self._due = perf_counter() - started, 0.0
 
     def due(self) -> bool:
         return perf_counter() >= self._due
@@ -193,13 +191,19 @@ class Watch:
     def stirred(self) -> bool:
         started = perf_counter()
         found = self._stirred()
-        self.wait(started)
+        now = perf_counter()
+        self._cost = min(self._cost, now - started)  # at other times something else was in its way
+        self._due = now + PATIENCE * self._cost
         return found
 
-    def wait(self, since: float) -> None:
-        """What began at ``since`` and ends now has its turn again when it has become a small part of the time."""
-        now = perf_counter()
-        self._due = now + PATIENCE * (now - since)
+    def wait(self, seconds: float) -> None:
+        """What took so long has its turn again when that has become a small part of the time."""
+        self._due = perf_counter() + PATIENCE * seconds
+
+    def _now(self) -> list[Any]:
+        if _VERSION is not None:
+            return [*map(_VERSION, self._tables)]
+        return [tuple(map(id, table.values())) for table in self._tables]
 
     def _stirred(self) -> bool:
         if self._now() != self._versions:
@@ -210,7 +214,7 @@ class Watch:
                 return True
         if any(len(thing) != len(known) or not all(map(is_, thing, known)) for thing, known in self._lists):
             return True
-        return not all(_same_content(content(thing), known) for thing, known in self._rest)
+        return any(not _same_content(content(thing), known) for thing, known in self._rest)
 
 
 def content(thing: Any, names: tuple[str, ...] | None = None) -> dict[Any, Any]:
@@ -221,7 +225,7 @@ def content(thing: Any, names: tuple[str, ...] | None = None) -> dict[Any, Any]:
     if issubclass(cls, dict):
         return dict(dict.items(thing)) if names is None else {name: thing.get(name, MISSING) for name in names}
     if issubclass(cls, CellType):
-        return {0: cell_value(thing)}
+        return {names[0] if names else 0: cell_value(thing)}
     if issubclass(cls, list):
         return dict(enumerate(list.__iter__(thing)))
     if issubclass(cls, deque):
@@ -274,19 +278,20 @@ class _Walk:
         self.hooks: list[Mapping[Any, Any]] = []
         self.beyond: list[Name] = []
         self._live = live
-        self._met: dict[int, int] = {}
+        self._met: dict[int, tuple[Name, int]] = {}  # where objects were met first, so that others do not move them
+        self._weight_numbers: dict[int, int] = {}
+        self._module_numbers: dict[int, int] = {}
         self._open: set[int] = set()  # containers that are being looked into: one may hold itself
-        self._tree: set[int] = set()  # the modules of the model: each is looked at in its own place
         self._classes: set[type] = set()
         self._looks: dict[int, Callable[[Any], Entry] | None] = {}
         self._name: Name = ("", "")
         self._within, self._key = -1, object()
-        self._left = self._total = 0
+        self._left = self._total = self._count = 0
 
     def tree(self, model: nn.Module) -> None:
         self._total = TOTAL_BUDGET
         modules = [*_named_modules(model)]
-        self._tree = {id(module) for _, module in modules}
+        self._module_numbers = {id(module): number for number, (_, module) in enumerate(modules)}
         for name in _GLOBAL_HOOKS:
             self._hook_table(("", name), getattr(torch_module, name))
         for path, module in modules:
@@ -306,7 +311,7 @@ class _Walk:
                         entries[path, name] = type(value)
                 elif id(type(value)) in PLAIN_IDS:
                     entries[path, name] = type(value), value
-                else:
+                elif name != "forward" or not _is_own_forward(module, value):
                     self._attribute((path, name), value, within, name)
             elif role == "weights":
                 if value:
@@ -315,7 +320,7 @@ class _Walk:
                 if value and not live:
                     self.holders.append(Holder(value, (path, name), within, None))
                     for key, child in tuple(value.items()):
-                        entries[path, key] = None if child is None else self._number(child)[0]
+                        entries[path, key] = None if child is None else self._module_numbers.get(id(child))
             elif role == "hooks":
                 if not live:
                     self._hook_table((path, name), value)
@@ -340,15 +345,19 @@ class _Walk:
                 if table not in self.firsts:
                     self.firsts[table] = _Place(tensors, key, tensor, tensor.dtype, tensor.device)
 
-    def _number(self, thing: object) -> tuple[int, bool]:
+    def _number(self, thing: object) -> tuple[tuple[Name, int], bool]:
         """Its number, and whether it is met for the first time."""
-        first = id(thing) not in self._met
-        return self._met.setdefault(id(thing), len(self._met)), first
+        known = self._met.get(id(thing))
+        if known is not None:
+            return known, False
+        self._count += 1
+        number = self._met[id(thing)] = self._name, self._count
+        return number, True
 
     def _weight(self, tensor: Tensor | None) -> Entry:
         if tensor is None:
             return None
-        number = self._number(tensor)[0]
+        number = self._weight_numbers.setdefault(id(tensor), len(self._weight_numbers))
         if type(tensor) in (nn.Parameter, Tensor):
             return number, type(tensor), kind(tensor)
         inner = inner_tensors(tensor)
@@ -362,6 +371,7 @@ class _Walk:
     ) -> None:
         """Looks into one attribute of a module; where that takes too long, its identity counts."""
         self._name, self._within, self._key = name, within, key
+        self._count = 0
         self._left = budget = min(ATTRIBUTE_BUDGET, self._total)
         had, numbers = len(self.holders), len(self._met)
         try:
@@ -477,18 +487,21 @@ class _Walk:
         return type(value), *map(self._entry, (value.func, value.args, value.keywords))
 
     def _function(self, value: FunctionType) -> Entry:
-        """What a function that a module holds can read: its closure, its defaults, and plain globals that it names."""
+        """What a function that a module holds can read: its closure, its defaults, and plain globals that it names.
+
+        It is known by these and by its code, for hooks are made anew each time that they are set.
+        """
         number, first = self._number(value)
         if not first:
             return FunctionType, number
         names = value.__code__.co_freevars
         cells = tuple((name, self._cell(name, cell)) for name, cell in zip(names, value.__closure__ or (), strict=False))
         given = [each for each in (value.__defaults__, value.__kwdefaults__, value.__dict__) if each]
-        return _Same(value), cells, tuple(map(self._entry, given)), self._globals(value)
+        return _Same(value.__code__), cells, tuple(map(self._entry, given)), self._globals(value)
 
     def _cell(self, name: str, cell: CellType) -> Entry:
         number, first = self._number(cell)
-        return self._inside(cell, [(name, cell_value(cell))], True) if first else number
+        return self._inside(cell, [(name, cell_value(cell))], True, (name,)) if first else number
 
     def _globals(self, function: FunctionType) -> Entry:
         named = _plain_globals(function)
@@ -500,8 +513,10 @@ class _Walk:
 
     def _inner_module(self, value: nn.Module) -> Entry:
         """A module that is held by something else than the tree of modules, unless it is in that too."""
+        if id(value) in self._module_numbers:
+            return nn.Module, self._module_numbers[id(value)]
         number, first = self._number(value)
-        if id(value) in self._tree or not first:
+        if not first:
             return nn.Module, number
         items = [(name, each) for name, each in tuple(vars(value).items()) if name not in _BOOKKEEPING]
         return type(value), self._inside(vars(value), items, True)
@@ -536,6 +551,13 @@ class _Walk:
                 found.append(self._inside(each, values.items(), True, own))
             found += [self._globals(function) for function in functions]
         return tuple(found)
+
+
+def _is_own_forward(module: nn.Module, forward: Any) -> bool:
+    """Whether it is what the class has anyway: so whoever has set another one leaves it behind."""
+    if type(forward) is not MethodType:
+        return False
+    return forward.__self__ is module and forward.__func__ is type(module).forward
 
 
 def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

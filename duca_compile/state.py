@@ -126,7 +126,7 @@ def _put(holder: Holder, values: Mapping[Any, Any]) -> None:
         dict.clear(thing)
         dict.update(thing, kept)
     elif issubclass(cls, CellType):
-        thing.cell_contents = values[0]
+        (thing.cell_contents,) = values.values()
     elif issubclass(cls, list):
         list.__setitem__(thing, slice(None), list(values.values()))
     elif issubclass(cls, deque | set):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import duca_compile
-from duca_compile import DuCa, OptimizedModel, Uncached
+from duca_compile import DuCa, OptimizedModel, Uncached, captures
 from duca_compile.pipelines import set_component
 from duca_compile.snapshot import take
 from tests import models, pipelines, zoo
@@ -313,7 +313,10 @@ def test_what_forward_itself_changes_is_no_change(log: Log) -> None:
 
 
 @torch.no_grad()
-def test_a_model_that_changes_at_every_request_is_captured_each_time_with_one_warning(log: Log) -> None:
+def test_a_model_that_changes_at_every_request_is_captured_each_time_with_one_warning(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captures, "MAX_CAPTURES", 4)
     model = tiny()
     optimized = duca_compile.optimize(model, Uncached(), "eager")
     for number in range(7):

@@ -182,6 +182,7 @@ class Request:
         self._total = total
         self._steps: PlannedSteps | None = None
         self._opening: dict[str, tuple[Tensor, int]] = {}
+        self._opened_by: object = None
         self._passes: dict[str | None, int] = {}
 
     def reset(self) -> None:
@@ -213,8 +214,9 @@ class Request:
         """Where the call falls; ``pass_index`` counts the calls of the pass called ``name`` at the step.
 
         A new run of the schedule is a new request. Where there is no schedule, the clock's verdict counts, but a first
-        timestep that repeats is a further pass only if the latent does too, or if the pass has a new name. Anything
-        else at the first timestep is a new request from the same start: another latent, or the very same call again.
+        timestep that repeats is a further pass only if the latent does too and something else differs, if only the
+        model, or if the pass has a new name. Anything else at the first timestep is a new request from the same start:
+        another latent, or the very same call again.
         """
         timestep = call[names.timestep]
         run = None if self._schedule is None else self._schedule.run()
@@ -234,6 +236,7 @@ class Request:
             self._passes.clear()
         if tick.step == 0 and run is None:
             self._opening = {name: (held(tensor), version(tensor)) for name, tensor in call.items()}
+            self._opened_by = names
         index = self._passes.get(name, 0)
         self._passes[name] = index + 1
         return tick if index == tick.pass_index else tick._replace(pass_index=index)
@@ -264,7 +267,7 @@ class Request:
             for name, tensor in call.items()
             if name != names.timestep
         }
-        return same.pop(names.latent) and not all(same.values())
+        return same.pop(names.latent) and not (all(same.values()) and names is self._opened_by)
 
     def step_at(self, index: int) -> Step:
         """The policy's step; beyond the planned ones a full step, with one warning."""
