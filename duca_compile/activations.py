@@ -48,15 +48,11 @@ def storage_key(tensor: Tensor) -> int:
         return 0
 
 
-class Activations(TorchDispatchMode):
-    """While open, notes what is computed of ``tensors``, and where.
-
-    ``whole`` is False where a model does not run with it.
-    """
+class Activations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While open, notes what is computed of ``tensors``, and where."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.whole = True
+        super().__init__()  # type: ignore[no-untyped-call]
         self._given = {key for tensor in tensors if (key := storage_key(tensor))}
         self._found: dict[int, tuple[StorageWeakRef, str, int]] = {}  # a reference keeps its key from being reused
 
@@ -87,7 +83,8 @@ class Activations(TorchDispatchMode):
                 frame = sys._getframe(1)
                 while frame.f_back is not None and is_library(frame.f_code.co_filename):
                     frame = frame.f_back
-                self._found[key] = StorageWeakRef(tensor.untyped_storage()), frame.f_code.co_filename, frame.f_lineno
+                reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+                self._found[key] = reference, frame.f_code.co_filename, frame.f_lineno
 
     def kept(self, results: Iterable[Any]) -> dict[int, str]:
         """Where what is still there was made, by its memory, but for the results of the call."""
@@ -97,12 +94,16 @@ class Activations(TorchDispatchMode):
         return {key: self._where(key) for key in self._left(gone)}
 
     def _left(self, but: set[int]) -> list[int]:
-        return [key for key, (reference, *_) in self._found.items() if key not in but and not reference.expired()]
+        found = self._found.items()
+        return [key for key, (held, *_) in found if key not in but and not held.expired()]  # type: ignore[no-untyped-call]
+
+    def has(self, key: int) -> bool:
+        return key in self._found or key in self._given
 
     def source(self, tensor: Tensor) -> str | None:
         """Where it was made, if it is one of these."""
         key = storage_key(tensor)
-        return self._where(key) if key in self._found else None
+        return "the call itself" if key in self._given else self._where(key) if key in self._found else None
 
     def _where(self, key: int) -> str:
         _, filename, line = self._found[key]

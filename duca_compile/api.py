@@ -210,11 +210,11 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
 
     def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
         self._touch()
-        return super().named_modules(*args, **kwargs)
+        yield from super().named_modules(*args, **kwargs)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         self._touch()
-        return super().named_children()
+        yield from super().named_children()
 
     def _is_own(self, name: str) -> bool:
         """Whether ``name`` is set here: where it would be found here. All else is set where forward reads it."""

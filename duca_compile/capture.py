@@ -297,8 +297,8 @@ def _strip_checks(program: torch.export.ExportedProgram) -> None:
 def warm(model: nn.Module, call: Call, noted: Activations | None = None) -> list[Any]:
     """Runs the model once, so that tables it makes at first use are real tensors and not the trace's fakes.
 
-    It also tells a model that rejects these arguments from one that runs but cannot be traced. Returns the leaves of its
-    results. ``noted`` looks on, where the model runs with it.
+    It also tells a model that rejects these arguments from one that runs but cannot be traced. ``noted`` looks on.
+    Returns the leaves of its results.
     """
     try:
         with torch.no_grad(), noted or contextlib.nullcontext():

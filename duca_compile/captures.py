@@ -188,9 +188,10 @@ class _Recent(NamedTuple):
 class Captures:
     """Keeps up to ``MAX_CAPTURES`` captures, each for one kind of call and one state of the model.
 
-    ``capture`` makes one, given the submodules that run as they are in others, and why. What capturing itself changes on the model, such as tables made at first use, is no change:
-    the captures of before still hold. Where a change turns out to leave the graph as it was, nothing is compiled; a
-    number or the like that forward itself changes and that left the graph as it was is no longer looked at.
+    ``capture`` makes one, given the submodules that run as they are in others, and why. What capturing itself changes
+    on the model, such as tables made at first use, is no change: the captures of before still hold. Where a change
+    turns out to leave the graph as it was, nothing is compiled; a number or the like that forward itself changes and
+    that left the graph as it was is no longer looked at.
     """
 
     def __init__(self, model: nn.Module, capture: Callable[[Call, Mapping[str, str]], Compiled]) -> None:

@@ -25,7 +25,10 @@ from duca_compile.runtime.clock import version
 _sites: WeakValueDictionary[int, CallSite] = WeakValueDictionary()
 READS = "reads values that change from step to step"
 _numbers = itertools.count()
-_AROUND = {"forward", *(name for name in vars(nn.Module()) if name.startswith(("_forward_hooks", "_forward_pre_hooks")))}
+_AROUND = {
+    "forward",
+    *(name for name in vars(nn.Module()) if name.startswith(("_forward_hooks", "_forward_pre_hooks"))),
+}
 
 
 class CallSite:

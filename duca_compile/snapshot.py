@@ -263,7 +263,7 @@ class _Same:
         return id(self.thing)
 
 
-class _TooMuch(Exception):
+class _TooMuch(Exception):  # noqa: N818 - no error: its identity counts then
     """An attribute holds more than is looked at."""
 
 
@@ -423,13 +423,17 @@ class _Walk:
         return None if root in _MACHINERY else self._object
 
     def _inside(
-        self, holder: Any, items: Iterable[tuple[object, Any]], named: bool = False, names: tuple[str, ...] | None = None
+        self,
+        holder: Any,
+        items: Iterable[tuple[object, Any]],
+        named: bool = False,
+        names: tuple[str, ...] | None = None,
     ) -> Entry:
         """The entries of what is inside of something that can change."""
         self.holders.append(Holder(holder, self._name, self._within, self._key, named, names))
         before = self._within, self._key
         self._within = len(self.holders) - 1
-        found = []
+        found: list[Entry] = []
         for key, value in items:
             if id(type(value)) in PLAIN_IDS:
                 self._left -= 1
@@ -495,7 +499,9 @@ class _Walk:
         if not first:
             return FunctionType, number
         names = value.__code__.co_freevars
-        cells = tuple((name, self._cell(name, cell)) for name, cell in zip(names, value.__closure__ or (), strict=False))
+        cells = tuple(
+            (name, self._cell(name, cell)) for name, cell in zip(names, value.__closure__ or (), strict=False)
+        )
         given = [each for each in (value.__defaults__, value.__kwdefaults__, value.__dict__) if each]
         return _Same(value.__code__), cells, tuple(map(self._entry, given)), self._globals(value)
 
@@ -612,7 +618,7 @@ _OWN_STATE = WeakKeyDictionary[type, tuple[tuple[str, ...], tuple[FunctionType, 
 
 
 def _own_state(cls: type) -> tuple[tuple[str, ...], tuple[FunctionType, ...]]:
-    """The names of plain values and containers in a class, and its methods that name such globals; none of libraries'."""
+    """Names of plain values and containers in a class, and its methods that name such globals; none of a library's."""
     known = _OWN_STATE.get(cls)
     if known is None:
         home = type.__getattribute__(cls, "__module__")

@@ -32,7 +32,19 @@ log = logging.getLogger("duca_compile")
 
 _LOADS = {"LOAD_ATTR", "LOAD_METHOD", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_CLOSURE"}
 _STORES = {"STORE_ATTR", "STORE_DEREF", "STORE_GLOBAL", "DELETE_ATTR"}
-_WRITERS = {"append", "extend", "insert", "add", "update", "setdefault", "appendleft", "pop", "popleft", "clear", "remove"}
+_WRITERS = {
+    "append",
+    "extend",
+    "insert",
+    "add",
+    "update",
+    "setdefault",
+    "appendleft",
+    "pop",
+    "popleft",
+    "clear",
+    "remove",
+}
 
 
 class Change(NamedTuple):
@@ -97,13 +109,13 @@ class Held:
             number, key = holder.within, holder.key
         return self.holders[change.holder].name[1]
 
-    def tensors(self) -> Iterator[tuple[Tensor, str]]:
-        """All tensors in what can change, and where they are."""
+    def tensors(self) -> Iterator[tuple[Tensor, Name]]:
+        """All tensors in what can change, and the attributes that they are in."""
         for number, values in enumerate(self._contents):
             for key, value in values.items():
                 for each in value if type(value) is tuple else (value,):
                     if issubclass(type(each), Tensor):
-                        yield each, self.label(Change(number, key, each, each))
+                        yield each, self.name(Change(number, key, each, each))
 
 
 def _shown(key: Any) -> str:
@@ -148,8 +160,12 @@ class Own:
     results: list[Any]
     operators: dict[str, str] = field(default_factory=dict)
     activations: Activations | None = None
-    attributed: dict[int, str] = field(default_factory=dict)  # storages of tensors that are kept, and where
+    attributed: dict[int, Name] = field(default_factory=dict)  # storages of activations, and what keeps them
     running: frozenset[Name] = frozenset()  # attributes that change with each call
+
+    def depends(self, key: int) -> bool:
+        """Whether what is stored there was computed of the call's tensors, as far as that is known."""
+        return self.activations is None or self.activations.has(key)
 
     def check(self, model: nn.Module, captured: CapturedGraph) -> None:
         """Raises CaptureError where an activation of this very call is built into the graph."""
@@ -186,32 +202,43 @@ def followed(model: nn.Module, call: Call) -> Iterator[Own]:
 
 def _observed(model: nn.Module, call: Call, before: Held) -> tuple[Own, Held]:
     check_kinds(model, call.arguments)
-    given, activations = copied(call.arguments), Activations(call.tensors)
-    containers = Containers(given)
-    results = warm(model, call._replace(arguments=given), activations)
-    if (place := containers.written()) is not None:
-        raise _refusal(model, call, place)
-    check_results(model, results)
-    own = Own(results, activations=activations if activations.whole else None)
-    kept = activations.kept(results) if activations.whole else {}
+    activations: Activations | None = Activations(call.tensors)
+    try:
+        results = _run(model, call, activations)
+    except CaptureError:  # for want of an operator that can be looked at, perhaps
+        before.put_back()
+        activations = None
+        results = _run(model, call, None)
+    own = Own(results, activations=activations)
+    kept = activations.kept(results) if activations else {}
     if not before.changes():
         _warn_of_kept(model, kept, {})
         return own, before
     after = Held(model)
-    own.attributed = {key: label for tensor, label in after.tensors() if (key := storage_key(tensor)) in kept}
+    own.attributed = {key: label for tensor, label in after.tensors() if own.depends(key := storage_key(tensor))}
     _warn_of_kept(model, kept, own.attributed)
     blame = _Blame(model, after, {before.name(change) for change in before.changes()})
     other = call._replace(arguments=with_other_tensors(copied(call.arguments)))
     with blame:
         warm(model, other)
-    changes = [change for change in after.changes() if not _alike(change.before, change.after, own.attributed)]
+    changes = [change for change in after.changes() if not _alike(change.before, change.after, own.depends)]
     own.running = frozenset(map(after.name, changes))
-    for change in changes:
-        own.attributed.pop(_key_of(change.before), None)
+    own.attributed = {key: name for key, name in own.attributed.items() if name not in own.running}
     own.operators = blame.operators(changes)
     _warn_of_operators(model, own.operators)
     after.put_back()
     return own, after
+
+
+def _run(model: nn.Module, call: Call, activations: Activations | None) -> list[Any]:
+    """Runs the model with containers of its own; returns the leaves of its results."""
+    given = copied(call.arguments)
+    containers = Containers(given)
+    results = warm(model, call._replace(arguments=given), activations)
+    if (place := containers.written()) is not None:
+        raise _refusal(model, call, place)
+    check_results(model, results)
+    return results
 
 
 def _refusal(model: nn.Module, call: Call, place: str) -> CaptureError:
@@ -227,10 +254,6 @@ def _refusal(model: nn.Module, call: Call, place: str) -> CaptureError:
         f"{type(model).__name__}.forward writes into its argument, {place}{where}. Steps would not do so: return the "
         "value, or collect it by a forward hook on a submodule."
     )
-
-
-def _key_of(value: Any) -> int:
-    return storage_key(value) if issubclass(type(value), Tensor) else 0
 
 
 def _warn_of_kept(model: nn.Module, kept: Mapping[int, str], attributed: Collection[int]) -> None:
@@ -264,7 +287,7 @@ def _warn(model: nn.Module, message: str) -> None:
         log.warning("%s: %s", type(model).__name__, message)
 
 
-def _alike(one: Any, other: Any, activations: Collection[int], depth: int = 4) -> bool:
+def _alike(one: Any, other: Any, depends: Callable[[int], bool], depth: int = 4) -> bool:
     """Whether a value that was replaced makes no difference: an equal number, or an equal table."""
     if one is other:
         return True
@@ -274,11 +297,11 @@ def _alike(one: Any, other: Any, activations: Collection[int], depth: int = 4) -
         return bool(one == other) or (one != one and other != other)  # not a number, both
     if issubclass(type(one), Tensor):
         same = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
-        return same and storage_key(one) not in activations and not one.is_meta and torch.equal(one, other)
+        return same and not depends(storage_key(one)) and not one.is_meta and torch.equal(one, other)
     if depth and type(one) in (list, tuple) and len(one) == len(other):
-        return all(_alike(a, b, activations, depth - 1) for a, b in zip(one, other, strict=True))
+        return all(_alike(a, b, depends, depth - 1) for a, b in zip(one, other, strict=True))
     if depth and type(one) is dict and one.keys() == other.keys():
-        return all(_alike(one[key], other[key], activations, depth - 1) for key in one)
+        return all(_alike(one[key], other[key], depends, depth - 1) for key in one)
     return False
 
 
@@ -355,15 +378,15 @@ class _Blame:
             readers = [path for path in self._codes if self._reads(path, word)]
             if "" in readers:
                 raise CaptureError(
-                    f"{type(self._model).__name__}.forward changes {what}, and reads it. A graph would hold what it was "
-                    "at one call. Keep it outside of the model and pass it as an argument, or move what reads and "
+                    f"{type(self._model).__name__}.forward changes {what}, and reads it, so no graph can hold what "
+                    "follows. Keep it outside of the model and pass it as an argument, or move what reads and "
                     "changes it to a submodule, which then runs as it is, as one operator."
                 )
             if "" in writers:
                 _warn(
                     self._model, f"forward changes {what}, and does not read it. Steps do not do so: it stays as it was"
                 )
-            for path in filter(None, {**writers, **dict.fromkeys(readers)}):
+            for path in filter(None, dict.fromkeys([*writers, *readers])):
                 found.setdefault(path, f"{'changes' if path in writers else 'reads'} {what}")
         return found
 

@@ -56,7 +56,9 @@ def call(model: nn.Module, step: int) -> Tensor:
 
 
 @torch.no_grad()
-def loop(model: nn.Module, during: During | None = None, run: Callable[[nn.Module, int], Tensor] = call) -> list[Tensor]:
+def loop(
+    model: nn.Module, during: During | None = None, run: Callable[[nn.Module, int], Tensor] = call
+) -> list[Tensor]:
     results = []
     for step in range(STEPS):
         if during is not None:
@@ -296,7 +298,9 @@ def processed(processor: Callable[[], Any]) -> Callable[[], nn.Module]:
     return build
 
 
-def held(part: Callable[[Any], Any], build: Callable[[], nn.Module], step: int, *acts: Callable[[Any], object]) -> Results:
+def held(
+    part: Callable[[Any], Any], build: Callable[[], nn.Module], step: int, *acts: Callable[[Any], object]
+) -> Results:
     """Changes a part of the model that the caller has had in hand since before the loop."""
 
     def run(optimize: bool) -> list[Tensor]:
@@ -496,6 +500,19 @@ def injecting() -> Results:
     return both(processed(Injecting))
 
 
+@feature("modules", "an attention that keeps its last arguments and goes by them", note="it runs as it is")
+def arguments_kept() -> Results:
+    class Differing(models.Attention):
+        last: Tensor | None = None
+
+        def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+            y = super().forward(x, context)
+            y, self.last = y if self.last is None else y + x - self.last, x
+            return y
+
+    return both(attending(Differing))
+
+
 def hooked(add: Callable[[nn.Module, list[Any]], object]) -> Results:
     """A small model with a hook that collects."""
     seen: list[Any] = []
@@ -592,7 +609,13 @@ def attending(kind: type[models.Attention]) -> Callable[[], nn.Module]:
     return build
 
 
-@feature("modules", "blocks that count in a global variable and go by it", Outcome.REFUSED, says="changes blocks.0.NUMBER at each call", note="nothing is left to cache")
+@feature(
+    "modules",
+    "blocks that count in a global variable and go by it",
+    Outcome.REFUSED,
+    says="changes blocks.0.NUMBER at each call",
+    note="nothing is left to cache",
+)
 def global_number() -> Results:
     class Counted(models.Block):
         def forward(self, x: Tensor, *rest: Any) -> Tensor:
@@ -608,7 +631,13 @@ def global_number() -> Results:
     return both(build)
 
 
-@feature("modules", "blocks that collect into a list of their class", Outcome.REFUSED, says="changes blocks.0.found at each call", note="nothing is left to cache")
+@feature(
+    "modules",
+    "blocks that collect into a list of their class",
+    Outcome.REFUSED,
+    says="changes blocks.0.found at each call",
+    note="nothing is left to cache",
+)
 def class_list() -> Results:
     class Shared(models.Block):
         found: list[Tensor] = []  # noqa: RUF012 - the point
@@ -820,7 +849,9 @@ def replaces() -> Results:
     return given(lambda info, y: info["a"].__setitem__(1, y), lambda: {"a": [torch.ones(()), torch.ones(())]})
 
 
-@feature("arguments", "an object of a class of its own", Outcome.REFUSED, says="the argument info of Takes.forward is a")
+@feature(
+    "arguments", "an object of a class of its own", Outcome.REFUSED, says="the argument info of Takes.forward is a"
+)
 def object_argument() -> Results:
     return given(lambda info, y: info.gain * y, lambda: types.SimpleNamespace(gain=torch.ones(())))
 
@@ -860,15 +891,13 @@ def flux2(**more: Any) -> Results:
     return [found[0]], []
 
 
-@feature("diffusers", "FLUX.2 klein, extracting its own key/value cache", Outcome.REFUSED, says="returns a Flux2KVCache")
+@feature("diffusers", "FLUX.2 klein, extracting key/value caches", Outcome.REFUSED, says="returns a Flux2KVCache")
 def klein_extract() -> Results:
     return flux2(kv_cache_mode="extract", num_ref_tokens=4, ref_fixed_timestep=0.0)
 
 
-@feature("diffusers", "FLUX.2 klein, given its own key/value cache", Outcome.REFUSED, says="is a Flux2KVCache")
+@feature("diffusers", "FLUX.2 klein, given key/value caches", Outcome.REFUSED, says="is a Flux2KVCache")
 def klein_cached() -> Results:
     from diffusers.models.transformers.transformer_flux2 import Flux2KVCache
 
     return flux2(kv_cache_mode="cached", kv_cache=Flux2KVCache(2, 2), num_ref_tokens=4)
-
-

@@ -120,9 +120,7 @@ def load() -> dict[str, Feature]:
 
 
 def cases() -> list[Any]:
-    return [
-        pytest.param(case, id=name, marks=[pytest.mark.slow] if case.slow else []) for name, case in load().items()
-    ]
+    return [pytest.param(case, id=name, marks=[pytest.mark.slow] if case.slow else []) for name, case in load().items()]
 
 
 def row(case: Feature, outcome: Outcome) -> str:
