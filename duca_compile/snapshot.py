@@ -11,13 +11,16 @@ holds too much are known by their identity.
 from __future__ import annotations
 
 import functools
+import itertools
+import pickle
+import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from operator import is_
 from time import perf_counter
-from types import CellType, CodeType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from types import CellType, CodeType, FunctionType, GeneratorType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -30,12 +33,14 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from duca_compile.capture import inner_tensors
+from duca_compile.runtime.clock import version
 
 Name = tuple[str, str]  # a module's path, and an attribute of it
 Entry = Any  # hashable; to mypy a class is not
 
 ATTRIBUTE_BUDGET = 2000  # values that one attribute may hold to be looked into; beyond that its identity counts
 TOTAL_BUDGET = 100_000  # the same for all of a model
+SMALL = 2**16  # elements of tensors that forward may count in
 ARRAY_BYTES = 4096  # numpy arrays up to this size are known by their values
 PATIENCE = 50  # the quick look waits this many times as long as it takes, so that it takes 2 % of the time at most
 
@@ -53,6 +58,7 @@ PLAIN_IDS = frozenset(map(id, _PLAIN))  # a class may have a metaclass with a ha
 _GLOBAL_IDS = PLAIN_IDS | frozenset(map(id, (dict, list, set, deque)))
 _VERSION: Callable[[Any], Any] | None = getattr(torch._C._dynamo.guards, "dict_version", None)
 MISSING: Any = type("Missing", (), {})()
+VALUE: Any = type("Value", (), {})()  # the key of a state that is told by bytes
 
 
 class Structure:
@@ -128,7 +134,7 @@ class Weights:
 
 
 class Holder(NamedTuple):
-    """Something that can change: a dictionary, a list, a cell of a closure, chosen names of a namespace.
+    """Something that can change: a dictionary, a list, a tensor, a cell of a closure, chosen names of a namespace.
 
     ``key`` says where it is in the holder before it, whose number is ``within``; -1 where ``name`` says it all.
     """
@@ -175,6 +181,7 @@ class Watch:
 
     def __init__(self, seen: Snapshot) -> None:
         things = [each.thing for each in seen.holders if each.names is None or type(each.thing) is CellType]
+        things = [thing for thing in things if not issubclass(type(thing), Tensor)]  # those are followed anyway
         self._tables = [thing for thing in things if issubclass(type(thing), dict)]
         self._lists = [(thing, tuple(thing)) for thing in things if type(thing) is list]
         rest = [thing for thing in things if not issubclass(type(thing), dict) and type(thing) is not list]
@@ -214,7 +221,7 @@ class Watch:
                 return True
         if any(len(thing) != len(known) or not all(map(is_, thing, known)) for thing, known in self._lists):
             return True
-        return any(not _same_content(content(thing), known) for thing, known in self._rest)
+        return any(not same_content(content(thing), known) for thing, known in self._rest)
 
 
 def content(thing: Any, names: tuple[str, ...] | None = None) -> dict[Any, Any]:
@@ -230,9 +237,51 @@ def content(thing: Any, names: tuple[str, ...] | None = None) -> dict[Any, Any]:
         return dict(enumerate(list.__iter__(thing)))
     if issubclass(cls, deque):
         return dict(enumerate(deque.__iter__(thing)))
+    if issubclass(cls, Tensor):
+        return {VALUE: str(version(thing)).encode()}
+    if cls in _STATE:
+        return {VALUE: _STATE[cls](thing)}
     if issubclass(cls, set):
         return {id(each): each for each in set.__iter__(thing)}
     return {name: _slot(thing, name) for name in _slots(type(thing))}
+
+
+class RandomNumbers:
+    """What Python or numpy draws random numbers from."""
+
+    def __init__(self, get: Callable[[], Any], put: Callable[[Any], object]) -> None:
+        self._get, self._put = get, put
+
+    def read(self) -> bytes:
+        return pickle.dumps(self._get())
+
+    def write(self, state: bytes) -> None:
+        self._put(pickle.loads(state))
+
+
+RANDOM = (
+    Holder(RandomNumbers(random.getstate, random.setstate), ("", "random numbers of Python"), -1, None),
+    Holder(RandomNumbers(np.random.get_state, np.random.set_state), ("", "random numbers of numpy"), -1, None),
+)
+_STATE: dict[type, Callable[[Any], bytes]] = {
+    np.ndarray: lambda array: array.tobytes(),
+    itertools.count: lambda counter: repr(counter).encode(),
+    GeneratorType: lambda generator: _progress(generator),
+    RandomNumbers: RandomNumbers.read,
+}
+for _kind in (list, tuple, range, dict, str):
+    _STATE[type(iter(_kind() if _kind is not range else range(0)))] = lambda each: str(each.__length_hint__()).encode()
+
+
+def _progress(generator: GeneratorType[Any, Any, Any]) -> bytes:
+    """How far it is, as far as its place in the code and plain local values tell."""
+    frame = generator.gi_frame
+    if frame is None:
+        return b"done"
+    ours = [(name, each) for name, each in frame.f_locals.items() if type(type(each)) is type]
+    known = [(name, _STATE[type(each)](each)) for name, each in ours if type(each) in _STATE]
+    plain = [(name, each) for name, each in frame.f_locals.items() if id(type(each)) in PLAIN_IDS]
+    return repr((frame.f_lasti, known, plain)).encode()
 
 
 def cell_value(cell: CellType) -> Any:
@@ -242,8 +291,10 @@ def cell_value(cell: CellType) -> Any:
         return MISSING
 
 
-def _same_content(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
-    return len(one) == len(other) and all(map(is_, one.values(), other.values()))
+def same_content(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
+    if len(one) == len(other) and all(map(is_, one.values(), other.values())):
+        return one.keys() == other.keys()
+    return VALUE in one and one == other
 
 
 def _traced(tensors: Iterable[object]) -> bool:
@@ -341,6 +392,9 @@ class _Walk:
             if not live:
                 self.entries[path, key] = entry
             if tensor is not None:
+                if table == "_buffers" and not live and type(tensor) is Tensor:
+                    self._name, self._within, self._key = (path, key), -1, None
+                    self._small_tensor(tensor)
                 self.tensors.append(tensor)
                 if table not in self.firsts:
                     self.firsts[table] = _Place(tensors, key, tensor, tensor.dtype, tensor.device)
@@ -414,6 +468,8 @@ class _Walk:
             return self._partial
         if cls is np.ndarray:
             return self._array
+        if cls in _STATE:
+            return self._iterator
         if issubclass(cls, ModuleType | type | Enum | CodeType):
             return None
         if issubclass(cls, nn.Module):
@@ -447,11 +503,22 @@ class _Walk:
         return tuple(found)
 
     def _tensor(self, value: Tensor) -> Entry:
+        self._small_tensor(value)
         return _Same(value), kind(value)
+
+    def _small_tensor(self, value: Tensor) -> None:
+        """Forward may count in it; larger ones are weights that nothing writes to."""
+        if value.numel() <= SMALL and version(value) >= 0 and not value.is_meta:
+            self.holders.append(Holder(value, self._name, self._within, self._key))
+
+    def _iterator(self, value: Any) -> Entry:
+        self.holders.append(Holder(value, self._name, self._within, self._key))
+        return _Same(value)
 
     def _array(self, value: Any) -> Entry:
         if value.dtype.hasobject or value.nbytes > ARRAY_BYTES:
             return _Same(value)
+        self.holders.append(Holder(value, self._name, self._within, self._key))
         return np.ndarray, value.dtype.str, value.shape, value.tobytes()
 
     def _container(self, value: Any) -> Entry:
@@ -555,7 +622,7 @@ class _Walk:
             if own:
                 values = content(each, own)
                 found.append(self._inside(each, values.items(), True, own))
-            found += [self._globals(function) for function in functions]
+            found += [self._function(function) for function in functions]
         return tuple(found)
 
 
@@ -627,7 +694,7 @@ def _own_state(cls: type) -> tuple[tuple[str, ...], tuple[FunctionType, ...]]:
             known = (), ()
         else:
             names = [name for name, value in space.items() if id(type(value)) in _GLOBAL_IDS and name[:2] != "__"]
-            functions = [each for each in space.values() if type(each) is FunctionType and _plain_globals(each)]
+            functions = [each for each in space.values() if type(each) is FunctionType and _reads_more(each)]
             known = tuple(names), tuple(functions)
         _OWN_STATE[cls] = known
     return known
@@ -642,9 +709,16 @@ def _plain_globals(function: FunctionType) -> tuple[str, ...]:
     if known is None:
         space, library = function.__globals__, str(function.__globals__.get("__name__")).partition(".")[0] in _LIBRARY
         named = () if library else sorted(_names(function.__code__))
-        known = tuple([n for n in named if n[:2] != "__" and id(type(space.get(n, MISSING))) in _GLOBAL_IDS])
+        own = "site-packages" not in function.__code__.co_filename  # then functions that it calls are looked at, too
+        kinds = _GLOBAL_IDS | {id(FunctionType)} if own else _GLOBAL_IDS
+        known = tuple([n for n in named if n[:2] != "__" and id(type(space.get(n, MISSING))) in kinds])
         _NAMED[function] = known
     return known
+
+
+def _reads_more(function: FunctionType) -> bool:
+    """Whether it can read more than its arguments, and what its class has."""
+    return bool(_plain_globals(function) or set(function.__code__.co_freevars) - {"__class__"})
 
 
 def _names(code: CodeType) -> set[str]:

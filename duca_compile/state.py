@@ -18,6 +18,7 @@ from types import CellType, CodeType, FrameType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +27,18 @@ from duca_compile.arguments import Containers, check_kinds, check_results, notin
 from duca_compile.capture import Call, copied, live_tensors, warm
 from duca_compile.errors import CaptureError
 from duca_compile.graph import CapturedGraph
-from duca_compile.snapshot import MISSING, PLAIN_IDS, Holder, Name, content, take
+from duca_compile.snapshot import (
+    MISSING,
+    PLAIN_IDS,
+    RANDOM,
+    VALUE,
+    Holder,
+    Name,
+    RandomNumbers,
+    content,
+    same_content,
+    take,
+)
 
 log = logging.getLogger("duca_compile")
 
@@ -60,14 +72,16 @@ class Held:
     """What a model and all that it can reach hold at one time, to be compared with later and put back."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.holders = take(model).holders
+        self.holders = [*take(model).holders, *RANDOM]
         self._contents = [content(holder.thing, holder.names) for holder in self.holders]
+        things = enumerate(holder.thing for holder in self.holders)
+        self._tensors = {i: thing.clone() for i, thing in things if issubclass(type(thing), Tensor)}
 
     def changes(self) -> list[Change]:
         found = []
         for number, (holder, before) in enumerate(zip(self.holders, self._contents, strict=True)):
             now = content(holder.thing, holder.names)
-            if now.keys() != before.keys() or any(now[key] is not value for key, value in before.items()):
+            if not same_content(now, before):
                 keys = [key for key in {**before, **now} if before.get(key, MISSING) is not now.get(key, MISSING)]
                 found += [Change(number, key, before.get(key, MISSING), now.get(key, MISSING)) for key in keys]
         return found
@@ -76,6 +90,8 @@ class Held:
         """Everything, or the attributes called ``names`` with all that is in them."""
         for number in {change.holder: None for change in self.changes()}:
             holder, before = self.holders[number], self._contents[number]
+            if number in self._tensors:
+                before = {VALUE: self._tensors[number]}
             if names is None or holder.name in names:
                 _put(holder, before)
             elif holder.name[1] == "" and (own := [key for path, key in names if path == holder.name[0]]):
@@ -92,7 +108,11 @@ class Held:
         parts, number, key = list[str](), change.holder, change.key
         while number >= 0:
             holder = self.holders[number]
-            if key is not None and not (isinstance(key, int) and not holder.named and number == change.holder):
+            if (
+                key is not None
+                and key is not VALUE
+                and not (isinstance(key, int) and not holder.named and number == change.holder)
+            ):
                 parts.append(f".{key}" if holder.named else f"[{_shown(key)}]")
             if holder.within < 0 and holder.name[1]:
                 parts.append(f".{holder.name[1]}")
@@ -127,7 +147,15 @@ def _put(holder: Holder, values: Mapping[Any, Any]) -> None:
     thing: Any = holder.thing
     cls = type(thing)
     kept = {key: value for key, value in values.items() if value is not MISSING}
-    if issubclass(cls, type):
+    if issubclass(cls, Tensor):
+        thing.detach().copy_(values[VALUE])
+    elif issubclass(cls, RandomNumbers):
+        thing.write(values[VALUE])
+    elif issubclass(cls, np.ndarray):
+        thing[...] = np.frombuffer(values[VALUE], thing.dtype).reshape(thing.shape)
+    elif VALUE in values:
+        pass  # an iterator, which cannot be put back
+    elif issubclass(cls, type):
         for key, value in values.items():
             type.__delattr__(thing, key) if value is MISSING else type.__setattr__(thing, key, value)
     elif issubclass(cls, dict) and holder.names is not None:
@@ -343,7 +371,7 @@ class _Blame:
     def _look(self) -> None:
         now = self._now()
         for number, old, new in zip(self._watched, self._last, now, strict=True):
-            if old.keys() != new.keys() or any(old[key] is not new[key] for key in old):
+            if not same_content(old, new):
                 self._writers.setdefault(number, {})[self._running[-1]] = None
         self._last = now
 
@@ -376,7 +404,13 @@ class _Blame:
             line = next(filter(None, (self._line(path, word) for path in writers)), None)
             what = f"{label} at each call{f', at {line}' if line else ''}"
             readers = [path for path in self._codes if self._reads(path, word)]
-            if "" in readers:
+            thing = self._held.holders[change.holder].thing
+            if change.key is VALUE and not issubclass(type(thing), Tensor | np.ndarray | RandomNumbers):
+                raise CaptureError(
+                    f"{type(self._model).__name__} advances an iterator, {what}, which cannot be put back. Count by a "
+                    "number."
+                )
+            if "" in readers or ("" in writers and issubclass(type(thing), RandomNumbers)):
                 raise CaptureError(
                     f"{type(self._model).__name__}.forward changes {what}, and reads it, so no graph can hold what "
                     "follows. Keep it outside of the model and pass it as an argument, or move what reads and "
