@@ -8,6 +8,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from typing import Any, NoReturn, cast
 
@@ -35,6 +36,7 @@ from duca_compile.policies.checks import check_whole
 from duca_compile.runtime.dispatcher import Hoister, Plan, Prologue
 from duca_compile.runtime.planning import not_recomputed
 from duca_compile.runtime.session import HasSessions, Requests, current_pass, named_pass
+from duca_compile.state import followed
 from duca_compile.verify import verified
 
 log = logging.getLogger("duca_compile")
@@ -62,6 +64,8 @@ _SHARED = (  # tables that an optimized model has in common with its source
     "_load_state_dict_post_hooks",
 )
 _NOTHING = nullcontext()
+_NONE: Mapping[str, str] = {}
+_READ_ONLY = {bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Tensor, nn.Parameter}
 _ACCELERATE = frozenset({"forward", "_old_forward", "_hf_hook"})  # what its hooks set, and put back
 _DIFFUSERS = "_diffusers_hook"  # the registry of its hooks
 
@@ -73,17 +77,26 @@ def _prologue(captured: CapturedGraph, facts: Facts) -> Prologue:
     return Prologue(inputs, outputs, module)
 
 
-def analyze_call(model: nn.Module, call: Call, timestep: str | None) -> tuple[CapturedGraph, Facts, Prologue]:
-    """Captures one call of ``model`` and finds its structure; the token analysis is checked on the call's values."""
+def analyze_call(
+    model: nn.Module, call: Call, timestep: str | None, known: Mapping[str, str] = _NONE
+) -> tuple[CapturedGraph, Facts, Prologue]:
+    """Captures one call of ``model`` and finds its structure; the token analysis is checked on the call's values.
+
+    ``known`` are submodules that run as one operator in other calls, with the reasons: what they keep may change.
+    """
+    check_caching(model)
     devices = [tensor.device for tensor in call.tensors if tensor.device.type == "cuda"]
-    with COMPILING, torch.no_grad(), torch.random.fork_rng(devices):  # the caller's random numbers are not drawn here
-        captured = prepare(capture(model, call))
+    # the caller's random numbers are not drawn here, and what forward changes at each call is put back
+    with COMPILING, torch.no_grad(), torch.random.fork_rng(devices), followed(model, call) as own:
+        captured = prepare(capture(model, call, {**known, **own.operators}, own.results))
         facts = _facts(captured, timestep)
         if readers := changing_reads(model, captured, facts):
-            operators = {site.path: site.reason for site in captured.opaque}
-            captured = prepare(capture(model, call, operators | readers))
+            operators = {**known, **own.operators, **{site.path: site.reason for site in captured.opaque}}
+            captured = prepare(capture(model, call, operators | readers, own.results))
             facts = _facts(captured, timestep)
             changing_reads(model, captured, facts)
+        own.check(model, captured)
+        captured = replace(captured, unread=own.running)
         prologue = _prologue(captured, facts)
         values = dict(zip(captured.inputs, call.tensors, strict=True))
         with casts.none_for(captured):
@@ -102,6 +115,18 @@ def _facts(captured: CapturedGraph, timestep: str | None) -> Facts:
         raise StructureError(f"{error} {hidden}") from error
 
 
+def analyzed(captured: CapturedGraph, timestep: str | None, operators: Mapping[str, str]) -> Facts:
+    """Raises StructureError, which says what runs as one operator, for that may hide all that there is."""
+    try:
+        return analyze(captured, timestep)
+    except StructureError as error:
+        if not operators:
+            raise
+        path, reason = next(iter(operators.items()))
+        more = f", as do {len(operators) - 1} more submodules" if len(operators) > 1 else ""
+        raise StructureError(f"{error} {path} runs as one operator{more}, for it {reason}.") from error
+
+
 def step_values(
     captured: CapturedGraph, facts: Facts, prologue: Hoister, call: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -112,7 +137,7 @@ def step_values(
 
 
 def changing_reads(model: nn.Module, captured: CapturedGraph, facts: Facts) -> dict[str, str]:
-    """Paths, and the reason, of submodules whose Python reads values that change from step to step: no trace has these.
+    """The submodules whose Python reads values that change from step to step, which no trace can hold; and why.
 
     Raises:
         CaptureError: the model's own forward does; names the line.
@@ -195,7 +220,23 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         source = self.__dict__.get("source")
         if source is None:
             raise AttributeError(name)
-        return getattr(source, name)
+        value = getattr(source, name)
+        if type(value) not in _READ_ONLY and name != "config":  # through anything else the model can be changed
+            self._touch()
+        return value
+
+    def _touch(self) -> None:
+        compiled = self.__dict__.get("_compiled")
+        if compiled is not None:
+            compiled.touched = True
+
+    def named_modules(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        self._touch()
+        yield from super().named_modules(*args, **kwargs)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        self._touch()
+        yield from super().named_children()
 
     def _is_own(self, name: str) -> bool:
         """Whether ``name`` is set here: where it would be found here. All else is set where forward reads it."""
@@ -213,10 +254,12 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
             super().__setattr__(name, value)
         else:
             setattr(self.source, name, value)
+            self._touch()
 
     def __delattr__(self, name: str) -> None:
         if name not in self.__dict__:
             delattr(self.source, name)
+            self._touch()
             return
         super().__delattr__(name)
         if name == "forward":
@@ -277,9 +320,9 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
             call_by_name = compiled.named(call.tensors)
             compiled.dispatcher.warm_up(requests.new(), call_by_name, islice(steps, LOOKED_AHEAD), watch)
 
-    def _capture(self, call: Call) -> Compiled:
+    def _capture(self, call: Call, known: Mapping[str, str]) -> Compiled:
         with self._source_context():
-            captured, facts, prologue = analyze_call(self.source, call, self.timestep_name)
+            captured, facts, prologue = analyze_call(self.source, call, self.timestep_name, known)
         limit = not_recomputed(facts, self.policy)
         if limit is not None and not self._told:
             self.__dict__["_told"] = True
@@ -453,6 +496,21 @@ def check_plain(model: Any) -> None:
     if isinstance(model, OptimizedModel):
         raise UsageError("this model is optimized already; duca_compile.restore it first")
     check_parts(model)
+    check_caching(model)
+
+
+def check_caching(model: nn.Module) -> None:
+    """Raises UsageError where a hook of diffusers reuses features by itself: its state no graph can hold."""
+    for path, part in model.named_modules():
+        hooks = getattr(vars(part).get(_DIFFUSERS), "hooks", {})
+        for name, hook in hooks.items():
+            if getattr(hook, "_is_stateful", False):
+                at = f" on {path}" if path else ""
+                raise UsageError(
+                    f"{type(model).__name__} reuses features by itself: {type(hook).__name__}{at}. Two caches cannot "
+                    "be stacked: call disable_cache() first, or, where it was applied by itself, diffusers' "
+                    f"HookRegistry.check_if_exists_or_initialize(model).remove_hook({name!r}, recurse=True)"
+                )
 
 
 def check_parts(model: nn.Module) -> None:

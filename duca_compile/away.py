@@ -219,12 +219,13 @@ def bringing(module: nn.Module) -> list[Hook]:
 
 def settings(hook: object) -> tuple[Any, ...] | None:
     """All that counts of a hook that moves weights; what it holds besides changes with each call. None of another."""
-    name, own = _kind(hook), getattr(hook, "__dict__", {})
+    name = _kind(hook)
     if name == "GroupOffloadingHook":
-        group = own["group"]
+        group = vars(hook)["group"]
         return name, group.onload_device, group.offload_to_disk_path, len(group.modules), len(group.parameters)
     if name not in _MOVERS:
         return None
+    own = vars(hook)
     return name, *(str(own.get(each)) for each in ("compute_dtype", "execution_device", "offload", "offload_buffers"))
 
 
@@ -297,9 +298,7 @@ def entered(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def left(model: nn.Module, output: Any) -> Any:
     """What a call returns, after what hooks of the model itself do behind one: bring it to where the arguments were."""
-    placing = [
-        hook for hook in hooks_of(model) if _kind(hook) in _PLACING and not getattr(hook, "offload", False)
-    ]
+    placing = [hook for hook in hooks_of(model) if _kind(hook) in _PLACING and not getattr(hook, "offload", False)]
     for hook in placing:
         output = hook.post_forward(model, output)
     return output

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map_only
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map, tree_map_only
 
 from duca_compile import away, casts, concrete
+from duca_compile.activations import Activations
 from duca_compile.away import Brought
 from duca_compile.concrete import Untraceable, failing_node, failing_path
 from duca_compile.errors import CaptureError, UsageError, first_line
@@ -208,20 +209,23 @@ def tensor_names(call: Call) -> tuple[str, ...]:
     return tuple(keystr(path[:1])[2:-2] + keystr(path[1:]) for path, leaf in found if isinstance(leaf, Tensor))
 
 
-def capture(model: nn.Module, call: Call, opaque: Mapping[str, str] = _NONE) -> CapturedGraph:
+def capture(
+    model: nn.Module, call: Call, opaque: Mapping[str, str] = _NONE, results: list[Any] | None = None
+) -> CapturedGraph:
     """Traces one call of ``model`` into a graph of ATen operators.
 
     The graph's get_attr nodes are the model's own parameters and buffers; what hooks bring for each call is the result
     of an operator. The submodules at ``opaque``, which gives the reasons, are one operator each. So are those that no
-    trace can hold, with all of their kind.
+    trace can hold, with all of their kind. ``results`` are the leaves of what the model returned for this call, if it
+    was run.
 
     Raises:
         CaptureError: the forward cannot be traced, and what cannot is in no submodule; names the line.
     """
-    own = _warm(model, call)
+    own = warm(model, call) if results is None else results
     brought = away.brought(model)
     operators = {**brought.operators, **opaque}
-    arguments = _without_aliases(call.arguments)
+    arguments = _without_aliases(copied(call.arguments))
     failed: Exception | None = None
     for _ in range(ROUNDS):
         try:
@@ -375,13 +379,14 @@ def _strip_checks(program: torch.export.ExportedProgram) -> None:
             module.recompile()
 
 
-def _warm(model: nn.Module, call: Call) -> list[Any]:
+def warm(model: nn.Module, call: Call, noted: Activations | None = None) -> list[Any]:
     """Runs the model once, so that tables it makes at first use are real tensors and not the trace's fakes.
 
-    It also tells a model that rejects these arguments from one that runs but cannot be traced. Returns its results.
+    It also tells a model that rejects these arguments from one that runs but cannot be traced. ``noted`` looks on.
+    Returns the leaves of its results.
     """
     try:
-        with torch.no_grad(), torch.random.fork_rng(cuda_devices(call.tensors)):
+        with torch.no_grad(), noted or contextlib.nullcontext(), torch.random.fork_rng(cuda_devices(call.tensors)):
             own = tree_leaves(model(**call.arguments))
     except torch.OutOfMemoryError:
         raise
@@ -398,6 +403,12 @@ def _warm(model: nn.Module, call: Call) -> list[Any]:
             "so that it returns tensors, numbers, and lists, tuples or dictionaries of these"
         )
     return own
+
+
+def copied(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same values in lists and dictionaries of their own: forward may take things out of these."""
+    found: dict[str, Any] = tree_map(lambda leaf: leaf, arguments)
+    return found
 
 
 def _without_aliases(arguments: dict[str, Any]) -> dict[str, Any]:

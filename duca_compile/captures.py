@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from dataclasses import replace
 from itertools import count
+from time import perf_counter
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,11 +26,11 @@ from duca_compile.runtime.clock import Sight
 from duca_compile.runtime.dispatcher import Dispatcher, Prologue
 from duca_compile.runtime.programs import Programs
 from duca_compile.runtime.rows import Rows
-from duca_compile.snapshot import Name, Snapshot, Structure, kind, take
+from duca_compile.snapshot import Name, Snapshot, Structure, Watch, kind, take
 
 log = logging.getLogger("duca_compile")
 
-MAX_CAPTURES = 4  # shapes kept compiled at a time; the least recently used one goes first
+MAX_CAPTURES = 8  # shapes, and states of the model, kept compiled at a time; the least recently used one goes first
 RESTLESS = 3  # requests in a row that find the model changed, after which a warning says so
 REMEMBERED = 16  # kinds of call whose last capture is remembered, so that the log can say what has changed
 
@@ -190,24 +191,31 @@ class _Recent(NamedTuple):
 class Captures:
     """Keeps up to ``MAX_CAPTURES`` captures, each for one kind of call and one state of the model.
 
-    ``capture`` makes one. What capturing itself changes on the model, such as tables made at first use, is no change:
-    the captures of before still hold. Where a change turns out to leave the graph as it was, nothing is compiled; a
-    number or the like that forward itself changes and that left the graph as it was is no longer looked at.
+    ``capture`` makes one, given the submodules that run as they are in others, and why. What capturing itself changes
+    on the model, such as tables made at first use, is no change: the captures of before still hold. Where a change
+    turns out to leave the graph as it was, nothing is compiled; a number or the like that forward itself changes and
+    that left the graph as it was is no longer looked at.
     """
 
-    def __init__(self, model: nn.Module, capture: Callable[[Call], Compiled]) -> None:
+    def __init__(self, model: nn.Module, capture: Callable[[Call, Mapping[str, str]], Compiled]) -> None:
         self._model, self._capture = model, capture
         self._kept: dict[tuple[Kind, Structure], Compiled] = {}
         self._now: Snapshot | None = None  # the model as it was last seen
+        self._watch: Watch | None = None  # for what is done to it since
+        self.touched = False  # whether somebody was given a part of the model, and may have changed it
+        self._unwatched = 0  # calls since the last quick look
+        self._said = False  # whether the log has what is too large to be looked at
         self._last: dict[Hashable, Structure] = {}  # by kind of call: the model as it was last captured
         self._own: set[Name] = set()  # attributes that forward changes
         self._unread: frozenset[Name] = frozenset()  # those of them that make no difference
         self._changes = 0  # captures in a row that a change of the model asked for
         self._dropped = dict[tuple[Hashable, Structure], None]()  # kinds of call whose captures made way for others
         self._crowded = False  # whether it was said that there are too many kinds
+        self._captured_now = False  # whether the last look ended in one
         self._calls = count(1)
         self._recent = _Recent()
         self._lock = threading.RLock()  # taken before COMPILING, never after
+        self._making = False  # whether a thread is capturing
 
     def values(self) -> Collection[Compiled]:
         return self._kept.values()
@@ -223,6 +231,8 @@ class Captures:
         now = self._now
         if now is None or not now.weights.seem_kept():
             return self.find_anew(call)
+        if self._stirred():
+            return self._find_stirred(call, now.structure)
         key, structure, compiled = self._recent
         known = compiled is not None and key is call.key and structure is now.structure
         if compiled is None or not known or not compiled.holds(call.tensors):
@@ -230,14 +240,52 @@ class Captures:
             self._recent = _Recent(call.key, now.structure, compiled)
         return self._used(compiled)
 
+    def _stirred(self) -> bool:
+        """Whether anything was done to what the model holds; asked at every call, and looked up when it is due.
+
+        Not while it is captured, by another thread, which sets and puts back some of it.
+        """
+        watch = self._watch
+        if watch is None or not (self.touched or watch.due()):
+            self._unwatched += 1
+            return False
+        if self._making:
+            return False
+        self.touched = False
+        if watch.stirred():
+            return True
+        self._unwatched = 0
+        return False
+
+    def _find_stirred(self, call: Call, before: Structure) -> Compiled:
+        """Something was done to the model since the last call, which may or may not make a difference."""
+        started, unwatched, self._unwatched = perf_counter(), self._unwatched, 0
+        compiled = self.find_anew(call)
+        now, watch = self._now, self._watch
+        if now is None or watch is None:
+            return compiled
+        if now.structure is before:
+            watch.wait(perf_counter() - started)  # a false alarm; some are raised at each call
+        elif unwatched:
+            names = ", ".join(f"{path}.{name}".strip(".") for path, name in now.structure.differences(before)[:3])
+            log.warning(
+                "%s has changed (%s), perhaps up to %d calls ago: those ran as before. Change it through the optimized "
+                "model, or call reset() behind the change, to have it noticed at once",
+                type(self._model).__name__,
+                names,
+                unwatched,
+            )
+        return compiled
+
     def find_anew(self, call: Call) -> Compiled:
         """The same, after a look at the whole model: for the start of a request."""
         with self._lock:
             self._recent = _Recent()  # captures may be dropped
             now = self._look()
             compiled = self._get(call, now.structure, anew=True)
-            if compiled is not None:
+            if compiled is not None and not self._captured_now:
                 self._changes = 0
+            self._captured_now = False
             return self._used(compiled or self._make(call, now))
 
     def _get(self, call: Call, structure: Structure, anew: bool = False) -> Compiled | None:
@@ -260,9 +308,21 @@ class Captures:
         known = (structure for _, structure in self._kept if structure == seen.structure)
         now = replace(seen, structure=next(known, seen.structure))
         before, self._now = self._now, now
+        self._watch, self.touched = Watch(now), False
+        self._say_beyond(now)
         if before is not None and (before.structure != now.structure or not before.weights.same(now.weights)):
             self._settle(now)
         return now
+
+    def _say_beyond(self, now: Snapshot) -> None:
+        if now.beyond and not self._said:
+            self._said = True
+            names = ", ".join(f"{path}.{name}".strip(".") for path, name in now.beyond[:5])
+            log.info(
+                "%s holds much in %s: it is known by its identity, and what changes inside is not noticed",
+                type(self._model).__name__,
+                names,
+            )
 
     def _live(self) -> frozenset[str]:
         """Paths of the submodules that run as they are: what they hold is not built into any capture."""
@@ -282,7 +342,16 @@ class Captures:
     def _make(self, call: Call, before: Snapshot) -> Compiled:
         self._tell(call, before.structure)
         self._tell_crowded(call, before.structure)
-        compiled = self._capture(call)
+        self._making = True
+        try:
+            compiled = self._capture(call, self._operators(before.structure))
+        finally:
+            self._making = False
+        self._captured_now = True
+        self._drop_without(compiled, before.structure)
+        if unread := compiled.captured.unread:
+            self._leave_out(unread)
+            before = replace(before, structure=before.structure.without(unread))
         now = self._look()
         own = now.structure.differences(before.structure)
         if own:
@@ -309,6 +378,18 @@ class Captures:
             self._replace(now.structure, self._look().structure)
         return compiled
 
+    def _operators(self, structure: Structure) -> dict[str, str]:
+        """The submodules that run as they are in the captures of this state of the model, and why."""
+        kept = [compiled.captured.opaque for (_, known), compiled in self._kept.items() if known == structure]
+        return {site.path: site.reason for sites in kept for site in sites}
+
+    def _drop_without(self, compiled: Compiled, structure: Structure) -> None:
+        """Drops the captures that have built in what turned out to change."""
+        paths = {site.path for site in compiled.captured.opaque}
+        for key, other in list(self._kept.items()):
+            if key[1] == structure and paths - {site.path for site in other.captured.opaque}:
+                del self._kept[key]
+
     def _keep(self, key: tuple[Kind, Structure], before: Snapshot, now: Snapshot) -> Compiled:
         """An earlier capture whose graph turned out to be that of the model as it is now."""
         log.info("its graph is that of before, so nothing is compiled")
@@ -318,10 +399,14 @@ class Captures:
         changed = set(key[1].differences(before.structure))
         unread = {name for name in changed if before.structure.is_plain(name)}
         if changed <= self._own and unread:
-            self._unread |= unread
-            self._restate(lambda structure: structure.without(unread))
+            self._leave_out(unread)
             self._look()
         return compiled
+
+    def _leave_out(self, names: Collection[Name]) -> None:
+        """These attributes make no difference from now on."""
+        self._unread = self._unread.union(names)
+        self._restate(lambda structure: structure.without(names))
 
     def _replace(self, old: Structure, new: Structure) -> None:
         self._restate(lambda structure: new if structure == old else structure)

@@ -1,34 +1,65 @@
-"""What a forward reads besides its arguments: the module tree, its weights and its plain Python attributes.
+"""What a forward reads besides its arguments: the module tree, its weights, and Python values that it can reach.
 
 A capture holds for as long as these are what they were. Looking at all of them takes milliseconds, so it is done once
-per request; whether the first weight is still the same object, of the same type and device, is asked at every call.
+per request, and where a quick look at the places (``Watch``) says that something was done to one; whether the first
+weight is still the same object, of the same type and device, is asked at every call.
+
+Foreign objects are looked at without running any code of theirs, and within a budget: Python modules, classes and what
+holds too much are known by their identity.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+import itertools
+import pickle
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from operator import is_
-from types import FunctionType
-from typing import Any
+from time import perf_counter
+from types import CellType, CodeType, FunctionType, GeneratorType, MemberDescriptorType, MethodType, ModuleType
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
 
 from duca_compile.away import settings
 from duca_compile.capture import inner_tensors
+from duca_compile.runtime.clock import version
 
 Name = tuple[str, str]  # a module's path, and an attribute of it
 Entry = Any  # hashable; to mypy a class is not
+
+ATTRIBUTE_BUDGET = 2000  # values that one attribute may hold to be looked into; beyond that its identity counts
+TOTAL_BUDGET = 100_000  # the same for all of a model
+SMALL = 2**16  # elements of tensors that forward may count in
+ARRAY_BYTES = 4096  # numpy arrays up to this size are known by their values
+PATIENCE = 50  # the quick look waits this many times as long as it takes, so that it takes 2 % of the time at most
 
 _PLAIN = {str, bytes, bool, int, float, complex, type(None), torch.dtype, torch.device}
 _HOOKS = {name for name in vars(nn.Module()) if name.startswith(("_forward_hooks", "_forward_pre_hooks"))}
 _TABLES = {"_parameters", "_buffers", "_modules"}
 _BOOKKEEPING = vars(nn.Module()).keys() - _HOOKS - _TABLES - {"training"}  # state dict hooks and the like
+_ROLES = dict.fromkeys(_BOOKKEEPING, "") | dict.fromkeys(_HOOKS, "hooks")
+_ROLES["_diffusers_hook"] = ""  # the list of hooks that diffusers keeps; forward has those that it runs
+_ROLES |= {"_parameters": "weights", "_buffers": "weights", "_modules": "modules"}
+_GLOBAL_HOOKS = [name for name in ("_global_forward_pre_hooks", "_global_forward_hooks") if hasattr(torch_module, name)]
+_MACHINERY = {"logging", "threading", "concurrent", "asyncio", "multiprocessing", "queue", "weakref"}  # not state
+_LIBRARY = {"torch", "builtins", "typing", "abc", "collections", "functools", "enum", "types", "numpy"}
+PLAIN_IDS = frozenset(map(id, _PLAIN))  # a class may have a metaclass with a hash of its own
+_GLOBAL_IDS = PLAIN_IDS | frozenset(map(id, (dict, list, set, deque)))
+_VERSION: Callable[[Any], Any] | None = getattr(torch._C._dynamo.guards, "dict_version", None)
+MISSING: Any = type("Missing", (), {})()
+VALUE: Any = type("Value", (), {})()  # the key of a state that is told by bytes
 
 
 class Structure:
@@ -36,21 +67,21 @@ class Structure:
 
     def __init__(self, entries: Mapping[Name, Entry]) -> None:
         self._entries = entries
-        self._hash = hash(frozenset(entries.items()))
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(frozenset(self._entries.items()))
 
     def __hash__(self) -> int:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (
-            isinstance(other, Structure) and self._hash == other._hash and self._entries == other._entries
-        )
+        return self is other or (isinstance(other, Structure) and self._entries == other._entries)
 
     def differences(self, other: Structure) -> list[Name]:
         """What is in one of them only, or not the same in both."""
         names = self._entries.keys() | other._entries.keys()
-        missing = object()
-        return sorted(n for n in names if self._entries.get(n, missing) != other._entries.get(n, missing))
+        return sorted(n for n in names if self._entries.get(n, MISSING) != other._entries.get(n, MISSING))
 
     def is_plain(self, name: Name) -> bool:
         """Whether what is called ``name`` is a number, a string or the like."""
@@ -103,24 +134,168 @@ class Weights:
         return len(self.tensors) == len(other.tensors) and all(map(is_, self.tensors, other.tensors))
 
 
+class Holder(NamedTuple):
+    """Something that can change: a dictionary, a list, a tensor, a cell of a closure, chosen names of a namespace.
+
+    ``key`` says where it is in the holder before it, whose number is ``within``; -1 where ``name`` says it all.
+    """
+
+    thing: Any
+    name: Name
+    within: int
+    key: object
+    named: bool = False  # whether its keys are names in code: of attributes, or of variables
+    names: tuple[str, ...] | None = None  # of a namespace or a class: those that count
+
+
 @dataclass(frozen=True)
 class Snapshot:
-    """A model at one time."""
+    """A model at one time. ``beyond`` names the attributes that hold too much to be looked at."""
 
     structure: Structure
     weights: Weights
+    holders: Sequence[Holder]
+    hooks: Sequence[Mapping[Any, Any]]  # tables of hooks that hold none
+    beyond: Sequence[Name]
 
 
 def take(model: nn.Module, without: frozenset[Name] = frozenset(), live: frozenset[str] = frozenset()) -> Snapshot:
-    """``model`` as it is now, but for the attributes named by ``without`` and what the modules at ``live`` hold."""
-    walk = _Walk()
-    for path, module in model.named_modules():
-        walk.module(path, module)
-        if path in live:
-            walk.entries[path, ""] = _Same(module)
-    walk.forget(live)
-    entries = {name: entry for name, entry in walk.entries.items() if name not in without}
-    return Snapshot(Structure(entries), Weights(tuple(walk.tensors), tuple(walk.firsts.values())))
+    """``model`` as it is now, but for the attributes named by ``without``.
+
+    Of the modules at ``live``, which run as they are, it counts what hooks and what kinds of objects they hold.
+    """
+    walk = _Walk(live)
+    walk.tree(model)
+    entries = walk.entries
+    for name in without & entries.keys():
+        del entries[name]
+    weights = Weights(tuple(walk.tensors), tuple(walk.firsts.values()))
+    return Snapshot(Structure(entries), weights, walk.holders, walk.hooks, walk.beyond)
+
+
+class Watch:
+    """A quick look at all that a snapshot looked into: whether anything was set, added or removed since.
+
+    What is found may make no difference; what is not found was not touched, but for values that the walk knows by
+    identity. It takes some 50 microseconds for 1300 modules, so it has its turn once in ``PATIENCE`` times as long.
+    """
+
+    def __init__(self, seen: Snapshot) -> None:
+        things = [each.thing for each in seen.holders if each.names is None or type(each.thing) is CellType]
+        things = [thing for thing in things if not issubclass(type(thing), Tensor)]  # those are followed anyway
+        self._tables = [thing for thing in things if issubclass(type(thing), dict)]
+        self._lists = [(thing, tuple(thing)) for thing in things if type(thing) is list]
+        rest = [thing for thing in things if not issubclass(type(thing), dict) and type(thing) is not list]
+        self._rest = [(thing, content(thing)) for thing in rest]
+        self._hooks, self._handles = seen.hooks, RemovableHandle.next_id
+        self._versions = self._now()
+        started = perf_counter()
+        self._stirred()
+        self._cost, self._due = perf_counter() - started, 0.0
+
+    def due(self) -> bool:
+        return perf_counter() >= self._due
+
+    def stirred(self) -> bool:
+        started = perf_counter()
+        found = self._stirred()
+        now = perf_counter()
+        self._cost = min(self._cost, now - started)  # at other times something else was in its way
+        self._due = now + PATIENCE * self._cost
+        return found
+
+    def wait(self, seconds: float) -> None:
+        """What took so long has its turn again when that has become a small part of the time."""
+        self._due = perf_counter() + PATIENCE * seconds
+
+    def _now(self) -> list[Any]:
+        if _VERSION is not None:
+            return [*map(_VERSION, self._tables)]
+        return [tuple(map(id, table.values())) for table in self._tables]
+
+    def _stirred(self) -> bool:
+        if self._now() != self._versions:
+            return True
+        if RemovableHandle.next_id != self._handles:  # a hook was registered, if perhaps on another model
+            self._handles = RemovableHandle.next_id
+            if any(self._hooks):
+                return True
+        if any(len(thing) != len(known) or not all(map(is_, thing, known)) for thing, known in self._lists):
+            return True
+        return any(not same_content(content(thing), known) for thing, known in self._rest)
+
+
+def content(thing: Any, names: tuple[str, ...] | None = None) -> dict[Any, Any]:
+    """What a holder holds now, by key, place or name; nothing of it is compared."""
+    cls = type(thing)  # what a foreign object says of its class is not asked
+    if issubclass(cls, type):
+        return {name: type.__getattribute__(thing, "__dict__").get(name, MISSING) for name in names or ()}
+    if issubclass(cls, dict):
+        return dict(dict.items(thing)) if names is None else {name: thing.get(name, MISSING) for name in names}
+    if issubclass(cls, CellType):
+        return {names[0] if names else 0: cell_value(thing)}
+    if issubclass(cls, list):
+        return dict(enumerate(list.__iter__(thing)))
+    if issubclass(cls, deque):
+        return dict(enumerate(deque.__iter__(thing)))
+    if issubclass(cls, Tensor):
+        return {VALUE: str(version(thing)).encode()}
+    if cls in _STATE:
+        return {VALUE: _STATE[cls](thing)}
+    if issubclass(cls, set):
+        return {id(each): each for each in set.__iter__(thing)}
+    return {name: _slot(thing, name) for name in _slots(type(thing))}
+
+
+class RandomNumbers:
+    """What Python or numpy draws random numbers from."""
+
+    def __init__(self, get: Callable[[], Any], put: Callable[[Any], object]) -> None:
+        self._get, self._put = get, put
+
+    def read(self) -> bytes:
+        return pickle.dumps(self._get())
+
+    def write(self, state: bytes) -> None:
+        self._put(pickle.loads(state))
+
+
+RANDOM = (
+    Holder(RandomNumbers(random.getstate, random.setstate), ("", "random numbers of Python"), -1, None),
+    Holder(RandomNumbers(np.random.get_state, np.random.set_state), ("", "random numbers of numpy"), -1, None),
+)
+_STATE: dict[type, Callable[[Any], bytes]] = {
+    np.ndarray: lambda array: array.tobytes(),
+    itertools.count: lambda counter: repr(counter).encode(),
+    GeneratorType: lambda generator: _progress(generator),
+    RandomNumbers: RandomNumbers.read,
+}
+for _kind in (list, tuple, range, dict, str):
+    _STATE[type(iter(_kind() if _kind is not range else range(0)))] = lambda each: str(each.__length_hint__()).encode()
+
+
+def _progress(generator: GeneratorType[Any, Any, Any]) -> bytes:
+    """How far it is, as far as its place in the code and plain local values tell."""
+    frame = generator.gi_frame
+    if frame is None:
+        return b"done"
+    ours = [(name, each) for name, each in frame.f_locals.items() if type(type(each)) is type]
+    known = [(name, _STATE[type(each)](each)) for name, each in ours if type(each) in _STATE]
+    plain = [(name, each) for name, each in frame.f_locals.items() if id(type(each)) in PLAIN_IDS]
+    return repr((frame.f_lasti, known, plain)).encode()
+
+
+def cell_value(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not filled yet
+        return MISSING
+
+
+def same_content(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
+    if len(one) == len(other) and all(map(is_, one.values(), other.values())):
+        return one.keys() == other.keys()
+    return VALUE in one and one == other
 
 
 def _traced(tensors: Iterable[object]) -> bool:
@@ -140,83 +315,421 @@ class _Same:
         return id(self.thing)
 
 
+class _TooMuch(Exception):  # noqa: N818 - no error: its identity counts then
+    """An attribute holds more than is looked at."""
+
+
 class _Walk:
     """Turns what it meets into values that can be compared. Shared objects are numbered as they are met."""
 
-    def __init__(self) -> None:
+    def __init__(self, live: frozenset[str]) -> None:
         self.entries: dict[Name, Entry] = {}
         self.tensors: list[Tensor] = []
         self.firsts: dict[str, _Place] = {}
-        self._met: dict[int, int] = {}
+        self.holders: list[Holder] = []
+        self.hooks: list[Mapping[Any, Any]] = []
+        self.beyond: list[Name] = []
+        self._live = live
+        self._met: dict[int, tuple[Name, int]] = {}  # where objects were met first, so that others do not move them
+        self._weight_numbers: dict[int, int] = {}
+        self._module_numbers: dict[int, int] = {}
         self._open: set[int] = set()  # containers that are being looked into: one may hold itself
+        self._classes: set[type] = set()
+        self._looks: dict[int, Callable[[Any], Entry] | None] = {}
+        self._name: Name = ("", "")
+        self._within, self._key = -1, object()
+        self._left = self._total = self._count = 0
 
-    def module(self, path: str, module: nn.Module) -> None:
-        self.entries[path, ""] = type(module)
-        for name, value in vars(module).items():
-            if name in ("_parameters", "_buffers"):
-                for key, tensor in value.items():
-                    self.entries[path, key] = self._weight(tensor)
-                    if tensor is not None:
-                        self.tensors.append(tensor)
-                        self.firsts.setdefault(name, _Place(value, key, tensor, tensor.dtype, tensor.device))
-            elif name == "_modules":
-                for key, child in value.items():
-                    self.entries[path, key] = None if child is None else self._number(child)[0]
-            elif name not in _BOOKKEEPING and (name not in _HOOKS or value):
-                self.entries[path, name] = self._entry(value)
+    def tree(self, model: nn.Module) -> None:
+        self._total = TOTAL_BUDGET
+        modules = [*_named_modules(model)]
+        self._module_numbers = {id(module): number for number, (_, module) in enumerate(modules)}
+        for name in _GLOBAL_HOOKS:
+            self._hook_table(("", name), getattr(torch_module, name))
+        for path, module in modules:
+            live = any(path == each or path.startswith(f"{each}.") for each in self._live) if self._live else False
+            self._module(path, module, live)
 
-    def forget(self, live: frozenset[str]) -> None:
-        """Drops what modules at these paths hold: they run as they are."""
-        for path, name in list(self.entries):
-            if any((path == each and name) or path.startswith(f"{each}.") for each in live):
-                del self.entries[path, name]
+    def _module(self, path: str, module: nn.Module, live: bool) -> None:
+        entries, attributes, within = self.entries, vars(module), len(self.holders)
+        if not live:
+            self.holders.append(Holder(attributes, (path, ""), -1, None, True))
+        entries[path, ""] = _Same(module) if path in self._live else type(module)
+        for name, value in tuple(attributes.items()):
+            role = _ROLES.get(name)
+            if role is None:
+                if live:
+                    if self._look_at(type(value)) == self._object:
+                        entries[path, name] = type(value)
+                elif id(type(value)) in PLAIN_IDS:
+                    entries[path, name] = type(value), value
+                elif name != "forward" or not _is_own_forward(module, value):
+                    self._attribute((path, name), value, within, name)
+            elif role == "weights":
+                if value:
+                    self._weights(path, name, value, live)
+            elif role == "modules":
+                if value and not live:
+                    self.holders.append(Holder(value, (path, name), within, None))
+                    for key, child in tuple(value.items()):
+                        entries[path, key] = None if child is None else self._module_numbers.get(id(child))
+            elif role == "hooks":
+                if not live:
+                    self._hook_table((path, name), value)
+                elif value:
+                    entries[path, name] = tuple(map(_Same, value.values()))
+        if not live and type(module) not in self._classes:
+            self._attribute((path, type(module).__name__), type(module), within, None, self._class)
 
-    def _number(self, thing: object) -> tuple[int, bool]:
+    def _hook_table(self, name: Name, table: Any) -> None:
+        if table:
+            self._attribute(name, table, -1, None)
+        elif isinstance(table, dict):
+            self.hooks.append(table)
+
+    def _weights(self, path: str, table: str, tensors: dict[str, Tensor | None], live: bool) -> None:
+        for key, tensor in tuple(tensors.items()):
+            entry = self._weight(tensor)
+            if not live:
+                self.entries[path, key] = entry
+            if tensor is not None:
+                if table == "_buffers" and not live and type(tensor) is Tensor:
+                    self._name, self._within, self._key = (path, key), -1, None
+                    self._small_tensor(tensor)
+                self.tensors.append(tensor)
+                if table not in self.firsts:
+                    self.firsts[table] = _Place(tensors, key, tensor, tensor.dtype, tensor.device)
+
+    def _number(self, thing: object) -> tuple[tuple[Name, int], bool]:
         """Its number, and whether it is met for the first time."""
-        first = id(thing) not in self._met
-        return self._met.setdefault(id(thing), len(self._met)), first
+        known = self._met.get(id(thing))
+        if known is not None:
+            return known, False
+        self._count += 1
+        number = self._met[id(thing)] = self._name, self._count
+        return number, True
 
     def _weight(self, tensor: Tensor | None) -> Entry:
         if tensor is None:
             return None
+        number = self._weight_numbers.setdefault(id(tensor), len(self._weight_numbers))
+        if type(tensor) in (nn.Parameter, Tensor):
+            return number, type(tensor), kind(tensor)
         inner = inner_tensors(tensor)
         if len(inner) == 1 and inner[0] is tensor:
-            return self._number(tensor)[0], type(tensor), kind(tensor)
-        meta = self._entry(tensor.__tensor_flatten__()[1])  # type: ignore[attr-defined]
-        return self._number(tensor)[0], type(tensor), kind(tensor), meta, *map(kind, inner)
+            return number, type(tensor), kind(tensor)
+        meta = repr(tensor.__tensor_flatten__()[1])  # type: ignore[attr-defined]
+        return number, type(tensor), kind(tensor), meta, *map(kind, inner)
+
+    def _attribute(
+        self, name: Name, value: Any, within: int, key: object, look: Callable[[Any], Entry] | None = None
+    ) -> None:
+        """Looks into one attribute of a module; where that takes too long, its identity counts."""
+        self._name, self._within, self._key = name, within, key
+        self._count = 0
+        self._left = budget = min(ATTRIBUTE_BUDGET, self._total)
+        had, numbers = len(self.holders), len(self._met)
+        try:
+            self.entries[name] = (look or self._entry)(value)
+        except Exception as error:  # too deep, a dictionary that another thread changes, a hostile object
+            del self.holders[had:]
+            for each in [*self._met][numbers:]:
+                del self._met[each]
+            self._open.clear()
+            self.entries[name] = _Same(value)
+            if isinstance(error, _TooMuch):
+                self.beyond.append(name)
+        self._total -= budget - max(self._left, 0)
 
     def _entry(self, value: Any) -> Entry:
         cls = type(value)
-        if cls in _PLAIN or isinstance(value, Enum):
+        if id(cls) in PLAIN_IDS:
             return cls, value  # 1, 1.0 and True are not the same to a forward
-        if isinstance(value, Tensor):
-            return _Same(value), kind(value)
-        if isinstance(value, dict | list | tuple | set | frozenset):
-            return self._container(value)
-        if isinstance(value, functools.partial):
-            return self._container((value.func, value.args, value.keywords))
-        if isinstance(value, nn.Module | type | FunctionType) or not hasattr(value, "__dict__"):
+        self._left -= 1
+        if self._left < 0:
+            raise _TooMuch
+        if id(cls) not in self._looks:
+            self._looks[id(cls)] = self._look_at(cls)
+        look = self._looks[id(cls)]
+        return _Same(value) if look is None else look(value)
+
+    def _look_at(self, cls: type) -> Callable[[Any], Entry] | None:
+        """How objects of this class are looked at; None where their identity counts."""
+        if type(cls).__hash__ is not type.__hash__ or type(cls).__eq__ is not type.__eq__ or id(cls) in PLAIN_IDS:
+            return None
+        if issubclass(cls, Tensor):
+            return self._tensor
+        if issubclass(cls, dict | list | tuple | set | frozenset | deque):
+            return self._container
+        if issubclass(cls, FunctionType):
+            return self._function
+        if issubclass(cls, MethodType):
+            return self._method
+        if issubclass(cls, functools.partial):
+            return self._partial
+        if cls is np.ndarray:
+            return self._array
+        if cls in _STATE:
+            return self._iterator
+        if issubclass(cls, ModuleType | type | Enum | CodeType):
+            return None
+        if issubclass(cls, nn.Module):
+            return self._inner_module
+        home = type.__getattribute__(cls, "__module__")
+        root = home.partition(".")[0] if isinstance(home, str) else ""
+        return None if root in _MACHINERY else self._object
+
+    def _inside(
+        self,
+        holder: Any,
+        items: Iterable[tuple[object, Any]],
+        named: bool = False,
+        names: tuple[str, ...] | None = None,
+    ) -> Entry:
+        """The entries of what is inside of something that can change."""
+        self.holders.append(Holder(holder, self._name, self._within, self._key, named, names))
+        before = self._within, self._key
+        self._within = len(self.holders) - 1
+        found: list[Entry] = []
+        for key, value in items:
+            if id(type(value)) in PLAIN_IDS:
+                self._left -= 1
+                found.append((key, type(value), value))
+            else:
+                self._key = key
+                found.append((key, self._entry(value)))
+        self._within, self._key = before
+        if self._left < 0:
+            raise _TooMuch
+        return tuple(found)
+
+    def _tensor(self, value: Tensor) -> Entry:
+        self._small_tensor(value)
+        return _Same(value), kind(value)
+
+    def _small_tensor(self, value: Tensor) -> None:
+        """Forward may count in it; larger ones are weights that nothing writes to."""
+        if value.numel() <= SMALL and version(value) >= 0 and not value.is_meta:
+            self.holders.append(Holder(value, self._name, self._within, self._key))
+
+    def _iterator(self, value: Any) -> Entry:
+        self.holders.append(Holder(value, self._name, self._within, self._key))
+        return _Same(value)
+
+    def _array(self, value: Any) -> Entry:
+        if value.dtype.hasobject or value.nbytes > ARRAY_BYTES:
             return _Same(value)
-        if (mover := settings(value)) is not None:
-            return mover
-        number, first = self._number(value)
-        return (cls, self._container(vars(value))) if first else (cls, number)
+        self.holders.append(Holder(value, self._name, self._within, self._key))
+        return np.ndarray, value.dtype.str, value.shape, value.tobytes()
 
     def _container(self, value: Any) -> Entry:
+        cls = type(value)
+        number, first = self._number(value)
+        if not first and not issubclass(cls, tuple | frozenset):
+            return cls, number
         if id(value) in self._open:
-            return type(value)
+            return cls
+        if (len(value) if cls in (dict, list, tuple, set) else 0) > self._left:
+            raise _TooMuch
         self._open.add(id(value))
-        try:
-            if isinstance(value, dict):
-                return type(value), *((self._entry(key), self._entry(each)) for key, each in value.items())
-            if isinstance(value, set | frozenset):
-                return type(value), frozenset(map(self._entry, value))
-            return type(value), *map(self._entry, value)
-        finally:
-            self._open.discard(id(value))
+        if issubclass(cls, dict):
+            items = tuple(dict.items(value))
+            found = self._inside(value, ((self._dict_key(key), each) for key, each in items))
+        elif issubclass(cls, tuple):
+            found = tuple(map(self._entry, tuple.__iter__(value)))
+        elif issubclass(cls, list):
+            found = self._inside(value, enumerate(tuple(list.__iter__(value))))
+        elif issubclass(cls, deque):
+            found = self._inside(value, enumerate(tuple(deque.__iter__(value))))
+        elif issubclass(cls, set):
+            self.holders.append(Holder(value, self._name, self._within, self._key))
+            found = frozenset(map(self._entry, tuple(set.__iter__(value))))
+        else:
+            found = frozenset(map(self._entry, tuple(frozenset.__iter__(value))))
+        self._open.discard(id(value))
+        return cls, found
+
+    def _dict_key(self, key: Any) -> Entry:
+        return key if type(key) is str else (type(key), key) if id(type(key)) in PLAIN_IDS else _Same(key)
+
+    def _method(self, value: MethodType) -> Entry:
+        return MethodType, self._entry(value.__func__), self._entry(value.__self__)
+
+    def _partial(self, value: functools.partial[Any]) -> Entry:
+        return type(value), *map(self._entry, (value.func, value.args, value.keywords))
+
+    def _function(self, value: FunctionType) -> Entry:
+        """What a function that a module holds can read: its closure, its defaults, and plain globals that it names.
+
+        It is known by these and by its code, for hooks are made anew each time that they are set.
+        """
+        number, first = self._number(value)
+        if not first:
+            return FunctionType, number
+        names = value.__code__.co_freevars
+        cells = tuple(
+            (name, self._cell(name, cell)) for name, cell in zip(names, value.__closure__ or (), strict=False)
+        )
+        given = [each for each in (value.__defaults__, value.__kwdefaults__, value.__dict__) if each]
+        return _Same(value.__code__), cells, tuple(map(self._entry, given)), self._globals(value)
+
+    def _cell(self, name: str, cell: CellType) -> Entry:
+        number, first = self._number(cell)
+        return self._inside(cell, [(name, cell_value(cell))], True, (name,)) if first else number
+
+    def _globals(self, function: FunctionType) -> Entry:
+        named = _plain_globals(function)
+        if not named:
+            return ()
+        space = function.__globals__
+        self._key = None
+        return self._inside(space, [(name, space.get(name, MISSING)) for name in named], True, named)
+
+    def _inner_module(self, value: nn.Module) -> Entry:
+        """A module that is held by something else than the tree of modules, unless it is in that too."""
+        if id(value) in self._module_numbers:
+            return nn.Module, self._module_numbers[id(value)]
+        number, first = self._number(value)
+        if not first:
+            return nn.Module, number
+        items = [(name, each) for name, each in tuple(vars(value).items()) if name not in _BOOKKEEPING]
+        return type(value), self._inside(vars(value), items, True)
+
+    def _object(self, value: Any) -> Entry:
+        if (mover := settings(value)) is not None:
+            return mover
+        cls = type(value)
+        number, first = self._number(value)
+        if not first:
+            return cls, number
+        attributes, slots = _attributes(value), _slots(cls)
+        if attributes is None and not slots:
+            return _Same(value)
+        found: tuple[Entry, ...] = (cls,)
+        if slots:
+            found += (self._inside(value, [(name, _slot(value, name)) for name in slots], True),)
+        if attributes is not None:
+            found += (self._inside(attributes, tuple(attributes.items()), True),)
+        if cls not in self._classes:
+            found += (self._class(cls),)
+        return found
+
+    def _class(self, cls: type) -> Entry:
+        """Plain values and containers that the instances of a class share, and those that its methods name."""
+        found: list[Entry] = [_Same(cls)]
+        for each in type.__getattribute__(cls, "__mro__"):
+            if each in self._classes:
+                continue
+            self._classes.add(each)
+            own, functions = _own_state(each)
+            if own:
+                values = content(each, own)
+                found.append(self._inside(each, values.items(), True, own))
+            found += [self._function(function) for function in functions]
+        return tuple(found)
+
+
+def _is_own_forward(module: nn.Module, forward: Any) -> bool:
+    """Whether it is what the class has anyway: so whoever has set another one leaves it behind."""
+    if type(forward) is not MethodType:
+        return False
+    return forward.__self__ is module and forward.__func__ is type(module).forward
+
+
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As ``named_modules``, by the tables alone."""
+    seen = {id(model)}
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        yield path, module
+        prefix = f"{path}." if path else ""
+        children = []
+        for name, child in tuple(module._modules.items()):
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                children.append((prefix + name, child))
+        waiting += reversed(children)
+
+
+def _attributes(value: Any) -> dict[str, Any] | None:
+    """The dictionary of an object's attributes, without asking the object."""
+    try:
+        found = object.__getattribute__(value, "__dict__")
+    except Exception:
+        return None
+    return found if type(found) is dict else None
+
+
+_SLOTS = WeakKeyDictionary[type, tuple[str, ...]]()
+
+
+def _slots(cls: type) -> tuple[str, ...]:
+    if cls not in _SLOTS:
+        spaces = [type.__getattribute__(each, "__dict__") for each in type.__getattribute__(cls, "__mro__")[:-1]]
+        found = {name for space in spaces for name, value in space.items() if type(value) is MemberDescriptorType}
+        home = type.__getattribute__(cls, "__module__")
+        _SLOTS[cls] = () if home in _LIBRARY else tuple(sorted(found))
+    return _SLOTS[cls]
+
+
+def _slot(value: Any, name: str) -> Any:
+    for each in type.__getattribute__(type(value), "__mro__"):
+        descriptor = type.__getattribute__(each, "__dict__").get(name)
+        if type(descriptor) is MemberDescriptorType:
+            try:
+                return descriptor.__get__(value)
+            except AttributeError:
+                return MISSING
+    return MISSING
+
+
+_OWN_STATE = WeakKeyDictionary[type, tuple[tuple[str, ...], tuple[FunctionType, ...]]]()
+
+
+def _own_state(cls: type) -> tuple[tuple[str, ...], tuple[FunctionType, ...]]:
+    """Names of plain values and containers in a class, and its methods that name such globals; none of a library's."""
+    known = _OWN_STATE.get(cls)
+    if known is None:
+        home = type.__getattribute__(cls, "__module__")
+        space = type.__getattribute__(cls, "__dict__")
+        if not isinstance(home, str) or home.partition(".")[0] in _LIBRARY:
+            known = (), ()
+        else:
+            names = [name for name, value in space.items() if id(type(value)) in _GLOBAL_IDS and name[:2] != "__"]
+            functions = [each for each in space.values() if type(each) is FunctionType and _reads_more(each)]
+            known = tuple(names), tuple(functions)
+        _OWN_STATE[cls] = known
+    return known
+
+
+_NAMED = WeakKeyDictionary[FunctionType, tuple[str, ...]]()
+
+
+def _plain_globals(function: FunctionType) -> tuple[str, ...]:
+    """The names of containers and plain values among the globals that a function names."""
+    known = _NAMED.get(function)
+    if known is None:
+        space, library = function.__globals__, str(function.__globals__.get("__name__")).partition(".")[0] in _LIBRARY
+        named = () if library else sorted(_names(function.__code__))
+        own = "site-packages" not in function.__code__.co_filename  # then functions that it calls are looked at, too
+        kinds = _GLOBAL_IDS | {id(FunctionType)} if own else _GLOBAL_IDS
+        known = tuple([n for n in named if n[:2] != "__" and id(type(space.get(n, MISSING))) in kinds])
+        _NAMED[function] = known
+    return known
+
+
+def _reads_more(function: FunctionType) -> bool:
+    """Whether it can read more than its arguments, and what its class has."""
+    return bool(_plain_globals(function) or set(function.__code__.co_freevars) - {"__class__"})
+
+
+def _names(code: CodeType) -> set[str]:
+    """The global names of a function's code, and of the functions within it."""
+    return set(code.co_names).union(*(_names(each) for each in code.co_consts if isinstance(each, CodeType)))
 
 
 def kind(tensor: Tensor) -> Entry:
     """What compiled code relies on; another tensor of the same kind can take its place."""
-    strides = tensor.stride() if tensor.layout is torch.strided else None
-    return tensor.shape, strides, tensor.dtype, tensor.device, tensor.layout
+    layout = tensor.layout
+    return tensor.shape, tensor.stride() if layout is torch.strided else None, tensor.dtype, tensor.device, layout

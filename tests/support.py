@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ class Shared:
         made: OptimizedModel = duca_compile.optimize(self.model, policy, backend, steps, strict=True)
         engine, live = make_backend(backend, strict=True), live_tensors(self.model)
 
-        def capture(call: Call) -> Compiled:
+        def capture(call: Call, known: Mapping[str, str]) -> Compiled:
             return Compiled(*self.captured(call), policy, engine, live, None)
 
         made.__dict__["_compiled"] = Captures(self.model, capture)

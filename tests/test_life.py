@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import duca_compile
-from duca_compile import DuCa, OptimizedModel, Uncached
+from duca_compile import DuCa, OptimizedModel, Uncached, captures
 from duca_compile.pipelines import set_component
 from duca_compile.snapshot import take
 from tests import models, pipelines, zoo
@@ -301,17 +301,22 @@ def test_what_forward_itself_changes_is_no_change(log: Log) -> None:
     optimized = duca_compile.optimize(model, Uncached(), "eager")
     for rows in (2, 3, 2, 3, 2):
         request(optimized, rows=rows)
+    assert model.calls == 0
+    assert log("Counting: forward changes calls at each call, at") == 1
     assert (log("new shapes"), log.captures()) == (1, 1)
     for _ in range(4):
         assert agree(optimized)
-    assert log("changed weights, modules or attributes") == log("nothing is compiled") == 1
+    assert log("changed weights, modules or attributes (table)") == log("nothing is compiled") == 1
     CHANGES["a tensor"](model)
     assert agree(optimized)
     assert log.captures() == 1
 
 
 @torch.no_grad()
-def test_a_model_that_changes_at_every_request_is_captured_each_time_with_one_warning(log: Log) -> None:
+def test_a_model_that_changes_at_every_request_is_captured_each_time_with_one_warning(
+    log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(captures, "MAX_CAPTURES", 4)
     model = tiny()
     optimized = duca_compile.optimize(model, Uncached(), "eager")
     for number in range(7):
