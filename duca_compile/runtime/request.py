@@ -27,7 +27,7 @@ log = logging.getLogger("duca_compile")
 
 REMEMBERED_LOOPS = 8
 MAX_PASSES = 8  # of one name, that only their order tells apart; with more, state would not be bounded
-MAX_TILES = 256  # the same for those that their latents tell apart
+MAX_TILES = 256  # the same for those that their latents tell apart, and for all together
 RESTLESS = 2  # a loop that turned back so often is said to
 
 
@@ -334,8 +334,8 @@ class Request:
         Inputs that change from step to step do not count. They are known once they have changed twice, each time to
         what no pass had, while others stayed; of a pass with a name, its name says that it is the same.
         """
-        if slot.kind is not call.kind or self._clock.told:
-            return False  # calls of another kind share no caches anyway
+        if self._clock.told or not slot.is_alike(call):  # calls of other kinds share no caches anyway
+            return False
         changed = slot.changes(call, reads=step == 1) - self._varying
         if slot.former and (call.name is not None or len(changed) < len(call.inputs)):
             self._varying |= changed.intersection(*[former.changes(call, reads=step == 1) for former in slot.former])
@@ -406,7 +406,8 @@ class Request:
 
     def _further(self, call: Named) -> Move:
         """Another pass of this step, unless there are too many that nothing tells apart."""
-        if len(self._slots.of(call.name)) < (MAX_TILES if self._slots.tiled else MAX_PASSES):
+        most = MAX_TILES if self._slots.tiled else MAX_PASSES
+        if len(self._slots.of(call.name)) < most and len(self._slots.all) < MAX_TILES:
             return Move.AGAIN
         if self._clock.step > 0 or self._run is not None:
             return Move.START

@@ -291,17 +291,25 @@ def test_passes_that_differ_in_options_alone() -> None:
     assert len(seen) == 6
 
 
-def test_guidance_that_is_switched_off_in_mid_loop() -> None:
+class Half(Names):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Half, Names], ids=["model", "artifact"])
+def test_guidance_that_is_switched_off_in_mid_loop(kind: type[Names]) -> None:
     """Half of the batch is another kind of call, of the same pass."""
-
-    class Half(Names):
-        pass
-
     request = Request(FORA(3), None)
     for step in range(6):
-        rows = 1 if step > 2 else 2
+        rows, names = (1, kind) if step > 2 else (2, Names)
         call = {"x": noise(step, rows, 4), "t": torch.tensor([900.0 - step]), "text": PROMPTS["B"].expand(rows, 7, 8)}
-        assert request.tick(Half if step > 2 else Names, call)[:3] == (step, 0, step == 0)
+        assert request.tick(names, call)[:3] == (step, 0, step == 0)
+
+
+def test_a_name_for_each_request_does_not_fill_the_memory() -> None:
+    runs = Runs()
+    for i in range(600):
+        runs.call(i, noise(i), 1000.0, f"request {i}", text=PROMPTS["B"])
+        assert runs.states <= 256
 
 
 def test_a_prompt_that_changes_at_each_step(caplog: pytest.LogCaptureFixture) -> None:
