@@ -322,9 +322,9 @@ class Request:
         slot = self._slots.find(call, step, reads=step == 1)
         if slot is None or self._run is not None or self._slots.tiled:
             return Move.NEXT, slot
-        if step == 1 and slot.index > 0:
+        if step == 1 and slot.place > 0:  # those before it were another request's, it seems
             self._aside = self._drop_before(slot.place)
-        elif not slot.is_as(call) and self._is_another(slot, call, step):
+        if not slot.is_as(call) and self._is_another(slot, call, step):
             return (Move.START if step == 1 and self._total in (None, 1) else Move.NEXT), None
         return Move.NEXT, slot
 
@@ -379,8 +379,9 @@ class Request:
         if slot.has(call.latent):
             if not slot.is_for(call):
                 return self._further(call), None
-            start = len(self._slots.all) - slot.place  # where a request must have started that has come to this pass
-            if not 0 < slot.place < start:
+            names = [each.name for each in self._slots.all]
+            start = len(names) - slot.place  # where a request must have started that has come to this pass
+            if not 0 < slot.place < start or names[start:] != names[: slot.place]:
                 return Move.START, None
             self._drop_before(start)
             return Move.AGAIN, None
@@ -449,7 +450,8 @@ class Request:
         """The pass of a call, where it was taken out by mistake: with it, all are there again."""
         aside = self._aside
         assert aside is not None
-        slot = next((slot for slot in aside.slots if slot.name == call.name and slot.is_for(call)), None)
+        named = call.name is not None and not self._slots.of(call.name)  # then that says it
+        slot = next((slot for slot in aside.slots if slot.name == call.name and (named or slot.is_for(call))), None)
         if slot is not None:
             self._aside = None
             self.history[:] = [*aside.history, *_renumbered(self.history, aside.slots, 1)]
