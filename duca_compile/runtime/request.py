@@ -137,7 +137,11 @@ class CacheState:
             return
         if len(self.caches) > self._most[0]:
             self.most_bytes  # noqa: B018 - remembers it
-        self.drop(dead_caches(live, self.caches))
+        if live is Kept.NOTHING:
+            self.caches.clear()
+            self.gathered = {reader: gathered for reader, gathered in self.gathered.items() if not reader.caches}
+        else:
+            self.drop(dead_caches(live, self.caches))
 
 
 class Names(Protocol):
