@@ -100,6 +100,10 @@ class Slot:
             self._met = call
         return True
 
+    def is_alike(self, call: Named) -> bool:
+        """Whether the two are of one kind: with the same options and shapes."""
+        return call.kind is self.kind and all(now.shape == known.shape for _, now, (known, _) in self._common(call))
+
     def is_for(self, call: Named) -> bool:
         """The same by value."""
         return call.kind is self.kind and not self.changes(call, reads=True)

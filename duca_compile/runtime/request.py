@@ -27,7 +27,7 @@ log = logging.getLogger("duca_compile")
 
 REMEMBERED_LOOPS = 8
 MAX_PASSES = 8  # of one name, that only their order tells apart; with more, state would not be bounded
-MAX_TILES = 256  # the same for those that their latents tell apart
+MAX_TILES = 256  # the same for those that their latents tell apart, and for all together
 RESTLESS = 2  # a loop that turned back so often is said to
 
 
@@ -141,7 +141,11 @@ class CacheState:
             return
         if len(self.caches) > self._most[0]:
             self.most_bytes  # noqa: B018 - remembers it
-        self.drop(dead_caches(live, self.caches))
+        if live is Kept.NOTHING:
+            self.caches.clear()
+            self.gathered = {reader: gathered for reader, gathered in self.gathered.items() if not reader.caches}
+        else:
+            self.drop(dead_caches(live, self.caches))
 
 
 class Names(Protocol):
@@ -327,9 +331,9 @@ class Request:
         slot = self._slots.find(call, step, reads=step == 1)
         if slot is None or self._run is not None or self._slots.tiled:
             return Move.NEXT, slot
-        if step == 1 and slot.index > 0:
+        if step == 1 and slot.place > 0:  # those before it were another request's, it seems
             self._aside = self._drop_before(slot.place)
-        elif not slot.is_as(call) and self._is_another(slot, call, step):
+        if not slot.is_as(call) and self._is_another(slot, call, step):
             return (Move.START if step == 1 and self._total in (None, 1) else Move.NEXT), None
         return Move.NEXT, slot
 
@@ -339,8 +343,8 @@ class Request:
         Inputs that change from step to step do not count. They are known once they have changed twice, each time to
         what no pass had, while others stayed; of a pass with a name, its name says that it is the same.
         """
-        if slot.kind is not call.kind or self._clock.told:
-            return False  # calls of another kind share no caches anyway
+        if self._clock.told or not slot.is_alike(call):  # calls of other kinds share no caches anyway
+            return False
         changed = slot.changes(call, reads=step == 1) - self._varying
         if slot.former and (call.name is not None or len(changed) < len(call.inputs)):
             self._varying |= changed.intersection(*[former.changes(call, reads=step == 1) for former in slot.former])
@@ -384,8 +388,9 @@ class Request:
         if slot.has(call.latent):
             if not slot.is_for(call):
                 return self._further(call), None
-            start = len(self._slots.all) - slot.place  # where a request must have started that has come to this pass
-            if not 0 < slot.place < start:
+            names = [each.name for each in self._slots.all]
+            start = len(names) - slot.place  # where a request must have started that has come to this pass
+            if not 0 < slot.place < start or names[start:] != names[: slot.place]:
                 return Move.START, None
             self._drop_before(start)
             return Move.AGAIN, None
@@ -411,7 +416,8 @@ class Request:
 
     def _further(self, call: Named) -> Move:
         """Another pass of this step, unless there are too many that nothing tells apart."""
-        if len(self._slots.of(call.name)) < (MAX_TILES if self._slots.tiled else MAX_PASSES):
+        most = MAX_TILES if self._slots.tiled else MAX_PASSES
+        if len(self._slots.of(call.name)) < most and len(self._slots.all) < MAX_TILES:
             return Move.AGAIN
         if self._clock.step > 0 or self._run is not None:
             return Move.START
@@ -453,7 +459,8 @@ class Request:
         """The pass of a call, where it was taken out by mistake: with it, all are there again."""
         aside = self._aside
         assert aside is not None
-        slot = next((slot for slot in aside.slots if slot.name == call.name and slot.is_for(call)), None)
+        named = call.name is not None and not self._slots.of(call.name)  # then that says it
+        slot = next((slot for slot in aside.slots if slot.name == call.name and (named or slot.is_for(call))), None)
         if slot is not None:
             self._aside = None
             self.history[:] = [*aside.history, *_renumbered(self.history, aside.slots, 1)]

@@ -142,6 +142,33 @@ def test_one_step_requests_and_then_a_loop_on_the_same_noise(
     assert runs.reused - taken >= alone.reused, "nothing that it left was lost"
 
 
+def test_a_trial_call_without_a_name_and_then_a_loop_with_names() -> None:
+    for passes in (NAMED, NAMED[::-1]):
+        alone, runs = Runs(), Runs()
+        loop(runs, as_prompt(ONE, "A"), steps=1, seed=3)
+        assert loop(runs, passes) == loop(alone, passes)
+        assert runs.states == alone.states
+
+
+REQUESTS = st.tuples(
+    st.sampled_from([ONE, TWO, NAMED]),
+    st.sampled_from("AB"),  # prompts
+    st.sampled_from("NL"),  # negative ones
+    st.sampled_from([1, 2]),  # seeds
+    st.sampled_from([1, 1, 2, 4]),  # steps
+    st.booleans(),
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(requests=st.lists(REQUESTS, min_size=2, max_size=6), total=st.sampled_from([None, 4]))
+def test_requests_in_a_row_share_nothing(requests: list[Any], total: int | None) -> None:
+    """Of any number of steps and passes, with the noise and the prompts of those before or with others."""
+    runs = Runs(total)
+    for passes, prompt, negative, seed, steps, fresh in requests:
+        loop(runs, as_prompt(passes, prompt, negative), steps=steps, seed=seed, fresh=fresh)
+
+
 @pytest.mark.parametrize("other", [{"seed": 2}, {"first": 900.0}], ids=["noise", "timestep"])
 def test_a_one_step_request_and_then_a_loop_of_another_kind(other: dict[str, Any]) -> None:
     alone, runs = Runs(), Runs()
@@ -291,17 +318,25 @@ def test_passes_that_differ_in_options_alone() -> None:
     assert len(seen) == 6
 
 
-def test_guidance_that_is_switched_off_in_mid_loop() -> None:
+class Half(Names):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Half, Names], ids=["model", "artifact"])
+def test_guidance_that_is_switched_off_in_mid_loop(kind: type[Names]) -> None:
     """Half of the batch is another kind of call, of the same pass."""
-
-    class Half(Names):
-        pass
-
     request = Request(FORA(3), None)
     for step in range(6):
-        rows = 1 if step > 2 else 2
+        rows, names = (1, kind) if step > 2 else (2, Names)
         call = {"x": noise(step, rows, 4), "t": torch.tensor([900.0 - step]), "text": PROMPTS["B"].expand(rows, 7, 8)}
-        assert request.tick(Half if step > 2 else Names, call)[:3] == (step, 0, step == 0)
+        assert request.tick(names, call)[:3] == (step, 0, step == 0)
+
+
+def test_a_name_for_each_request_does_not_fill_the_memory() -> None:
+    runs = Runs()
+    for i in range(600):
+        runs.call(i, noise(i), 1000.0, f"request {i}", text=PROMPTS["B"])
+        assert runs.states <= 256
 
 
 def test_a_prompt_that_changes_at_each_step(caplog: pytest.LogCaptureFixture) -> None:
