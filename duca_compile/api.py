@@ -88,11 +88,11 @@ def analyze_call(
     devices = [tensor.device for tensor in call.tensors if tensor.device.type == "cuda"]
     # the caller's random numbers are not drawn here, and what forward changes at each call is put back
     with COMPILING, torch.no_grad(), torch.random.fork_rng(devices), followed(model, call) as own:
-        captured = prepare(capture(model, call, {**known, **own.operators}, own.results))
+        captured = prepare(capture(model, call, {**known, **own.operators}, own))
         facts = _facts(captured, timestep)
         if readers := changing_reads(model, captured, facts):
             operators = {**known, **own.operators, **{site.path: site.reason for site in captured.opaque}}
-            captured = prepare(capture(model, call, operators | readers, own.results))
+            captured = prepare(capture(model, call, operators | readers, own))
             facts = _facts(captured, timestep)
             changing_reads(model, captured, facts)
         own.check(model, captured)

@@ -10,6 +10,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Collection, Hashable, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from numbers import Integral, Real
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tree_leaves, tree_map_only
 
 from duca_compile import away, casts, concrete
 from duca_compile.activations import Activations
@@ -29,7 +30,7 @@ from duca_compile.concrete import Untraceable, failing_node, failing_path
 from duca_compile.errors import CaptureError, UsageError, first_line
 from duca_compile.graph import RESERVED, CapturedGraph, OutputLayout, module_path, source_line
 from duca_compile.opaque import alike
-from duca_compile.reproduce import cuda_devices, differs, has_foreign_operators
+from duca_compile.reproduce import Ran, copied, cuda_devices, differs, has_foreign_operators
 
 log = logging.getLogger("duca_compile")
 
@@ -209,20 +210,17 @@ def tensor_names(call: Call) -> tuple[str, ...]:
     return tuple(keystr(path[:1])[2:-2] + keystr(path[1:]) for path, leaf in found if isinstance(leaf, Tensor))
 
 
-def capture(
-    model: nn.Module, call: Call, opaque: Mapping[str, str] = _NONE, results: list[Any] | None = None
-) -> CapturedGraph:
+def capture(model: nn.Module, call: Call, opaque: Mapping[str, str] = _NONE, ran: Ran | None = None) -> CapturedGraph:
     """Traces one call of ``model`` into a graph of ATen operators.
 
     The graph's get_attr nodes are the model's own parameters and buffers; what hooks bring for each call is the result
     of an operator. The submodules at ``opaque``, which gives the reasons, are one operator each. So are those that no
-    trace can hold, with all of their kind. ``results`` are the leaves of what the model returned for this call, if it
-    was run.
+    trace can hold, with all of their kind. ``ran`` is this call of the model, if it was run.
 
     Raises:
         CaptureError: the forward cannot be traced, and what cannot is in no submodule; names the line.
     """
-    own = warm(model, call) if results is None else results
+    ran = _Once(warm(model, call)) if ran is None else ran
     brought = away.brought(model)
     operators = {**brought.operators, **opaque}
     arguments = _without_aliases(copied(call.arguments))
@@ -230,7 +228,7 @@ def capture(
     for _ in range(ROUNDS):
         try:
             captured = _traced(model, arguments, call, brought, operators)
-            path = differs(model, arguments, captured, own, operators) if _needs_a_look(captured) else None
+            path = differs(model, arguments, captured, ran, operators) if _needs_a_look(captured) else None
             if path is None:
                 return captured
             reason = "does what its trace does not show"
@@ -242,6 +240,16 @@ def capture(
         log.info("%s %s: it runs as it is, as one operator, and so does all of its kind", path, reason)
         operators |= dict.fromkeys(alike(model, path), reason)
     raise _refusal(model, failed) from failed
+
+
+@dataclass
+class _Once:
+    """A call that has changed nothing, as far as is known."""
+
+    results: list[Any]
+
+    def again(self) -> None:
+        pass
 
 
 ROUNDS = 8  # kinds of submodules that may turn out to be in the way of a trace
@@ -403,12 +411,6 @@ def warm(model: nn.Module, call: Call, noted: Activations | None = None) -> list
             "so that it returns tensors, numbers, and lists, tuples or dictionaries of these"
         )
     return own
-
-
-def copied(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same values in lists and dictionaries of their own: forward may take things out of these."""
-    found: dict[str, Any] = tree_map(lambda leaf: leaf, arguments)
-    return found
 
 
 def _without_aliases(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -10,11 +10,11 @@ import hashlib
 import logging
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from duca_compile import casts
 from duca_compile.graph import CapturedGraph
@@ -35,14 +35,25 @@ def has_foreign_operators(graph: fx.Graph) -> bool:
     return any(each.namespace not in ("aten", "prims") for each in operators)
 
 
+def copied(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same values in lists and dictionaries of their own: forward may take things out of these."""
+    found: dict[str, Any] = tree_map(lambda leaf: leaf, arguments)
+    return found
+
+
+class Ran(Protocol):
+    """A call of the model that was run: the leaves of its results."""
+
+    results: list[Any]
+
+    def again(self) -> None:
+        """Puts back what it changed on the model, so that the next call is like it."""
+
+
 def differs(
-    model: nn.Module,
-    arguments: dict[str, Any],
-    captured: CapturedGraph,
-    own: Sequence[Any],
-    operators: Collection[str] = (),
+    model: nn.Module, arguments: dict[str, Any], captured: CapturedGraph, ran: Ran, operators: Collection[str] = ()
 ) -> str | None:
-    """None where the graph gives the model's own results ``own``, bit for bit.
+    """None where the graph gives the model's own results, those that it ``ran`` to, bit for bit.
 
     Else the path of the smallest submodule, none of ``operators``, whose results it does not give; "" where that is the
     model itself.
@@ -50,10 +61,12 @@ def differs(
     tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
     if any(tensor.is_meta for tensor in tensors):
         return None
-    if _same(_Runner(captured).results(tensors), own):
+    ran.again()
+    if _same(_Runner(captured).results(tensors), ran.results):
         return None
+    ran.again()
     again, calls = _called(model, arguments)
-    if not _same(again, own):
+    if not _same(again, ran.results):
         log.warning(
             "%s gives other results each time it is called, so its trace could not be compared with it: what makes the "
             "difference is not followed, unless it is a random operator of PyTorch",
@@ -61,6 +74,7 @@ def differs(
         )
         return None
     seen: set[bytes] = set()
+    ran.again()
     _Runner(captured, seen).results(tensors)
     traced = {str(path) for n in captured.graph.nodes for path, _ in (n.meta.get("nn_module_stack") or {}).values()}
     wrong = [each for each in calls if not each.results <= seen and each.path not in operators]
@@ -117,7 +131,7 @@ def _called(model: nn.Module, arguments: dict[str, Any]) -> tuple[list[Any], lis
                 calls.append(_Called(path, _marks((args, kwargs)), _marks(output)))
 
             hooks.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
-        return tree_leaves(model(**arguments)), calls
+        return tree_leaves(model(**copied(arguments))), calls
 
 
 def _marks(value: Any) -> set[bytes]:
@@ -125,7 +139,9 @@ def _marks(value: Any) -> set[bytes]:
     found = set()
     for tensor in tree_leaves(value):
         if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
-            data = tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()
+            data = (
+                tensor.detach().cpu().flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy()
+            )
             found.add(hashlib.sha1(data.tobytes() + repr((tensor.dtype, *tensor.shape)).encode()).digest())
     return found
 

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from duca_compile.activations import Activations, is_library, line_of, source_of, storage_key
 from duca_compile.arguments import Containers, check_kinds, check_results, noting, with_other_tensors
-from duca_compile.capture import Call, copied, live_tensors, warm
+from duca_compile.capture import Call, live_tensors, warm
 from duca_compile.errors import CaptureError
 from duca_compile.graph import CapturedGraph
+from duca_compile.reproduce import copied
 from duca_compile.snapshot import (
     MISSING,
     PLAIN_IDS,
@@ -190,6 +191,12 @@ class Own:
     activations: Activations | None = None
     attributed: dict[int, Name] = field(default_factory=dict)  # storages of activations, and what keeps them
     running: frozenset[Name] = frozenset()  # attributes that change with each call
+    held: Held | None = None  # what the model held before the call
+
+    def again(self) -> None:
+        """Puts back what changes with each call, so that the next one is like the first."""
+        if self.held is not None and self.running:
+            self.held.put_back(self.running)
 
     def depends(self, key: int) -> bool:
         """Whether what is stored there was computed of the call's tensors, as far as that is known."""
@@ -237,7 +244,7 @@ def _observed(model: nn.Module, call: Call, before: Held) -> tuple[Own, Held]:
         before.put_back()
         activations = None
         results = _run(model, call, None)
-    own = Own(results, activations=activations)
+    own = Own(results, activations=activations, held=before)
     kept = activations.kept(results) if activations else {}
     if not before.changes():
         _warn_of_kept(model, kept, {})
