@@ -419,7 +419,14 @@ class Request:
         most = MAX_TILES if self._slots.tiled else MAX_PASSES
         if len(self._slots.of(call.name)) < most and len(self._slots.all) < MAX_TILES:
             return Move.AGAIN
-        if self._clock.step > 0 or self._run is not None:
+        if self._clock.step > 0 or self._run is not None or len(self._slots.all) >= MAX_TILES:
+            self._warn(
+                "there are more calls at one timestep than are kept apart (%d of one name, %d in all): a request "
+                "starts, and all caches are dropped. Name passes and tiles, each by its own name: "
+                "with model.cache_context(name)",
+                most,
+                MAX_TILES,
+            )
             return Move.START
         self._drop_before(1)
         return Move.AGAIN
