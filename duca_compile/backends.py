@@ -109,7 +109,7 @@ class CompilingBackend(ABC):
             return
         self._told.add(reason)
         which = "all are" if self.hopeless else f"that of {kind} is"
-        advice = self.advice if self.hopeless else "The others are compiled; strict=True makes it an error."
+        advice = self.advice if self.hopeless else "Others are tried on their own; strict=True makes it an error."
         warnings.warn(
             f"{self.label} could not compile a variant ({reason}); {which} running under eager instead, at that speed. "
             f"{advice}",

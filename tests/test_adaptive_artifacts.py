@@ -28,6 +28,7 @@ from duca_compile import (
     train_predictor,
 )
 from duca_compile.export.trace import Traced
+from duca_compile.policies import Step, StepKind
 from duca_compile.runtime.artifact import Artifact
 from duca_compile.runtime.manifest import Manifest, Rule, read_manifest
 from tests.artifacts import distance, example, export, loop, optimized, tiny_dit, without_torch
@@ -76,6 +77,19 @@ def test_what_is_measured_decides_as_in_torch(small: OptimizedModel, folder: Pat
     assert artifact.policy == GATE
     agree(small, artifact, 2)
     assert set(kinds(artifact)) == {"F", "S"}
+
+
+def test_a_step_without_a_graph_is_full_and_said(
+    small: OptimizedModel, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    artifact = duca_compile.load(folder, threads=1)
+    planner = artifact._dispatcher(2).planner
+    assert planner.plan(Step(StepKind.FULL)).step.kind is StepKind.FULL
+    assert not caplog.records
+    for _ in range(2):
+        assert planner.plan(Step(StepKind.PARTIAL)).step.kind is StepKind.FULL
+    (record,) = caplog.records
+    assert "no graph of partial steps" in record.getMessage()
 
 
 def rewritten(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], str]:

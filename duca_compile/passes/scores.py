@@ -91,8 +91,11 @@ def _mean_map(draft: VariantDraft, attention: fx.Node) -> fx.Node:
     assert isinstance(query, fx.Node)
     mask = argument(attention, "attn_mask")
     scale = argument(attention, "scale") or (value_shape(query) or (1,))[-1] ** -0.5
-    logits = _call(draft, aten.matmul.default, query, _call(draft, aten.transpose.int, key, -2, -1))
-    logits = _call(draft, aten.mul.Tensor, logits, scale)
+    transposed = _call(draft, aten.transpose.int, key, -2, -1)
+    if _wide(query):  # the largest products may be more than float16 holds
+        logits = _call(draft, aten.matmul.default, _call(draft, aten.mul.Tensor, query, scale), transposed)
+    else:
+        logits = _call(draft, aten.mul.Tensor, _call(draft, aten.matmul.default, query, transposed), scale)
     if mask is not None and mask.meta["val"].dtype is torch.bool:
         logits = _call(draft, aten.where.ScalarOther, mask, logits, float("-inf"))
     elif mask is not None:

@@ -136,6 +136,18 @@ def test_scores_of_tokens_are_added_up_in_float32(dtype: torch.dtype, kind: str)
 
 
 @torch.no_grad()
+def test_scores_of_large_products_in_float16_are_numbers() -> None:
+    model = build(depth=1).half()
+    attention = model.transformer_blocks[0].attn1
+    for layer in (attention.to_q, attention.to_k):
+        layer.weight.mul_(70 / layer.weight.norm(dim=1, keepdim=True))
+    runner = Runner(model, **example(torch.float16))
+    found = runner.run(runner.variant(COMPUTE, scores="attention"), example(torch.float16))["score_0"]
+    assert found.isfinite().all()
+    assert bool(((found.sum(1) - found.shape[1]).abs() < 1e-3).all()), "each query's weights add up to one"
+
+
+@torch.no_grad()
 def test_a_far_forecast_in_float16_is_a_number() -> None:
     """A factor of order 4 from 60 steps behind is more than float16 holds, and that difference is zero."""
     model = build(depth=1).half()
