@@ -211,15 +211,17 @@ class Own:
 
 
 @contextmanager
-def followed(model: nn.Module, call: Call) -> Iterator[Own]:
+def followed(model: nn.Module, call: Call, known: Mapping[str, str]) -> Iterator[Own]:
     """While open, ``model`` may be captured. Behind it, the model holds what it held, and what it made at first use.
+
+    ``known`` are submodules that run as one operator in other calls.
 
     Raises:
         CaptureError: the model itself changes at each call what it reads, or writes into its arguments.
     """
     before = after = Held(model)
     try:
-        own, after = _observed(model, call, before)
+        own, after = _observed(model, call, before, known)
         yield own
     except BaseException:
         before.put_back()
@@ -228,7 +230,7 @@ def followed(model: nn.Module, call: Call) -> Iterator[Own]:
     before.put_back(own.running)
 
 
-def _observed(model: nn.Module, call: Call, before: Held) -> tuple[Own, Held]:
+def _observed(model: nn.Module, call: Call, before: Held, known: Mapping[str, str]) -> tuple[Own, Held]:
     check_kinds(model, call.arguments)
     activations: Activations | None = Activations(call.tensors)
     try:
@@ -253,6 +255,8 @@ def _observed(model: nn.Module, call: Call, before: Held) -> tuple[Own, Held]:
     own.running = frozenset(map(after.name, changes))
     own.attributed = {key: name for key, name in own.attributed.items() if name not in own.running}
     own.operators = blame.operators(changes)
+    made = [(before.name(change), before.word(change), before.label(change)) for change in before.changes()]
+    blame.check_set([each for each in made if each[0] not in own.running], {**known, **own.operators})
     _warn_of_operators(model, own.operators)
     after.put_back()
     return own, after
@@ -424,6 +428,17 @@ class _Blame:
                 found.setdefault(path, f"{'changes' if path in writers else 'reads'} {what}")
         return found
 
+    def check_set(self, made: Collection[tuple[Name, str, str]], operators: Collection[str]) -> None:
+        """Raises CaptureError where code outside of what runs as it is sets something in there: no step would."""
+        outside = [path for path in self._codes if not _is_in(path, operators)]
+        for (path, _), word, label in made if operators else ():
+            line = next(filter(None, (self._line(each, word) for each in outside)), None)
+            if line is not None and _is_in(path, operators):
+                raise CaptureError(
+                    f"{type(self._model).__name__}.forward sets {label}, at {line}, for a submodule that runs as it is, as "
+                    "one operator, since it keeps what changes with each call. Pass it as an argument of that submodule."
+                )
+
     def _line(self, path: str, word: str) -> str | None:
         """Where the code that runs in a module writes to what is called so."""
         lines = [each for code in self._own_codes(path) for each in _uses(code, word) if each.writes]
@@ -437,6 +452,10 @@ class _Blame:
 
     def _own_codes(self, path: str) -> list[CodeType]:
         return [code for code in self._codes.get(path, {}).values() if not is_library(code.co_filename)]
+
+
+def _is_in(path: str, operators: Collection[str]) -> bool:
+    return any(path == each or path.startswith(f"{each}.") for each in operators)
 
 
 class _Use(NamedTuple):

@@ -158,7 +158,7 @@ def run_sd3(model: nn.Module, x: Tensor, t: Tensor, words: Tensor) -> Tensor:
 
 
 def run_dit(model: nn.Module, x: Tensor, t: Tensor, words: Tensor) -> Tensor:
-    labels = (words[:, 0, 0] > 0).long()
+    labels = (1000 * words[:, 0, 0]).long() % 1000
     return model(hidden_states=x, timestep=t.long(), class_labels=labels, return_dict=False)[0][:, :4]  # type: ignore[no-any-return]
 
 
@@ -191,7 +191,6 @@ def dit() -> nn.Module:
 SCORES = diffusers.LayerSkipConfig(
     indices=[1], fqn="transformer_blocks", skip_attention=False, skip_ff=False, skip_attention_scores=True
 )
-BLUR = diffusers.SmoothedEnergyGuidanceConfig(indices=[1], fqn="transformer_blocks")
 GUIDERS: dict[str, Callable[[], Any]] = {
     "ClassifierFreeGuidance": lambda: diffusers.ClassifierFreeGuidance(4.0),
     "SkipLayerGuidance": lambda: diffusers.SkipLayerGuidance(
@@ -207,16 +206,15 @@ GUIDERS: dict[str, Callable[[], Any]] = {
     "PerturbedAttentionGuidance": lambda: diffusers.PerturbedAttentionGuidance(
         4.0, perturbed_guidance_scale=3.0, perturbed_guidance_stop=0.8, perturbed_guidance_config=[SCORES]
     ),
-    "SmoothedEnergyGuidance": lambda: diffusers.SmoothedEnergyGuidance(
-        4.0, seg_guidance_scale=3.0, seg_guidance_stop=0.8, seg_guidance_config=[BLUR]
-    ),
     "AdaptiveProjectedGuidance": lambda: diffusers.AdaptiveProjectedGuidance(4.0),
 }
 
 
 def add_guider(name: str, make: Callable[[], Any]) -> None:
     def guide() -> Results:
-        build, run = (dit, run_dit) if name.startswith("Perturbed") else (functools.partial(sd3, 4), run_sd3)
+        build, run = (
+            (dit, run_dit) if name.startswith("Perturbed") else (functools.partial(sd3, 4), run_sd3)
+        )
         return guided(duca_compile.optimize(build(), "none", "eager"), make(), run), guided(build(), make(), run)
 
     guide.__name__ = name
