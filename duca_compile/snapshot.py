@@ -54,8 +54,8 @@ _ROLES |= {"_parameters": "weights", "_buffers": "weights", "_modules": "modules
 _GLOBAL_HOOKS = [name for name in ("_global_forward_pre_hooks", "_global_forward_hooks") if hasattr(torch_module, name)]
 _MACHINERY = {"logging", "threading", "concurrent", "asyncio", "multiprocessing", "queue", "weakref"}  # not state
 _LIBRARY = {  # whose classes and functions keep nothing that forward reads
-    "abc", "accelerate", "builtins", "collections", "diffusers", "enum", "functools", "huggingface_hub", "numpy", "peft",
-    "torch", "transformers", "types", "typing",
+    "abc", "accelerate", "builtins", "collections", "diffusers", "enum", "functools", "huggingface_hub", "numpy",
+    "peft", "torch", "transformers", "types", "typing",
 }  # fmt: skip
 PLAIN_IDS = frozenset(map(id, _PLAIN))  # a class may have a metaclass with a hash of its own
 _GLOBAL_IDS = PLAIN_IDS | frozenset(map(id, (dict, list, set, deque)))

@@ -435,8 +435,8 @@ class _Blame:
             line = next(filter(None, (self._line(each, word) for each in outside)), None)
             if line is not None and _is_in(path, operators):
                 raise CaptureError(
-                    f"{type(self._model).__name__}.forward sets {label}, at {line}, for a submodule that runs as it is, as "
-                    "one operator, since it keeps what changes with each call. Pass it as an argument of that submodule."
+                    f"{type(self._model).__name__}.forward sets {label}, at {line}, for a submodule that runs as it "
+                    "is, as one operator, since it keeps what changes with each call. Pass it to that as an argument."
                 )
 
     def _line(self, path: str, word: str) -> str | None:

@@ -214,9 +214,7 @@ def test_explain_refuses_caches_of_diffusers_too() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["SkipLayerGuidance", "PerturbedAttentionGuidance"])
 def test_passes_of_guiders_keep_caches_of_their_own(name: str) -> None:
-    build, run = (
-        (cases.dit, cases.run_dit) if name.startswith("Perturbed") else (lambda: sd3(4), cases.run_sd3)
-    )
+    build, run = (cases.dit, cases.run_dit) if name.startswith("Perturbed") else (lambda: sd3(4), cases.run_sd3)
     optimized = duca_compile.optimize(build(), "fora", "eager")
     for _ in range(2):
         guided(optimized, cases.GUIDERS[name](), run)

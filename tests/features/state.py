@@ -212,9 +212,7 @@ GUIDERS: dict[str, Callable[[], Any]] = {
 
 def add_guider(name: str, make: Callable[[], Any]) -> None:
     def guide() -> Results:
-        build, run = (
-            (dit, run_dit) if name.startswith("Perturbed") else (functools.partial(sd3, 4), run_sd3)
-        )
+        build, run = (dit, run_dit) if name.startswith("Perturbed") else (functools.partial(sd3, 4), run_sd3)
         return guided(duca_compile.optimize(build(), "none", "eager"), make(), run), guided(build(), make(), run)
 
     guide.__name__ = name
