@@ -81,7 +81,8 @@ def hostile() -> nn.Module:
     things: list[Any] = [
         Raises(), Lazy("lazy"), Meta("WithMeta", (), {}), Meta("WithMeta", (), {})(), BadDict(a=1), threading.Lock(),
         loop, np.zeros(3), np.array([None]), np.zeros(10_000), sys, torch, iter([]), (each for each in ()),
-        memoryview(b""), property(), functools.lru_cache(len), logging.getLogger(), object(), type, float("nan"), nested(5000),
+        memoryview(b""), property(), functools.lru_cache(len), logging.getLogger(), object(), type, float("nan"),
+        nested(5000),
     ]  # fmt: skip
     made = model(everything=things, **{f"thing{i}": each for i, each in enumerate(things)})
     made[0].__dict__.update(up=[made], pipe=types.SimpleNamespace(transformer=made), me=weakref.proxy(made))
