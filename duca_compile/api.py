@@ -89,7 +89,7 @@ def analyze_call(
             facts = analyzed(captured, timestep, operators | readers)
             changing_reads(model, captured, facts)
         own.check(model, captured)
-        captured = replace(captured, unread=own.running)
+        captured = replace(captured, unread=own.unread)
         prologue = _prologue(captured, facts)
         values = dict(zip(captured.inputs, call.tensors, strict=True))
         return captured, verified(captured, facts, step_values(captured, facts, prologue, values)), prologue

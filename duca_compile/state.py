@@ -9,7 +9,7 @@ from __future__ import annotations
 import dis
 import logging
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -44,19 +44,9 @@ log = logging.getLogger("duca_compile")
 
 _LOADS = {"LOAD_ATTR", "LOAD_METHOD", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_CLOSURE"}
 _STORES = {"STORE_ATTR", "STORE_DEREF", "STORE_GLOBAL", "DELETE_ATTR"}
-_WRITERS = {
-    "append",
-    "extend",
-    "insert",
-    "add",
-    "update",
-    "setdefault",
-    "appendleft",
-    "pop",
-    "popleft",
-    "clear",
-    "remove",
-}
+_WRITERS = {  # methods that change a container
+    "append", "appendleft", "add", "clear", "extend", "insert", "pop", "popleft", "remove", "setdefault", "update",
+}  # fmt: skip
 
 
 class Change(NamedTuple):
@@ -102,6 +92,10 @@ class Held:
         """The attribute of a module that the change is in."""
         path, attribute = self.holders[change.holder].name
         return path, attribute or str(change.key)
+
+    def is_plain(self, change: Change) -> bool:
+        """Whether it is of a number or the like that is a module's own attribute."""
+        return not self.holders[change.holder].name[1] and id(type(change.before)) in PLAIN_IDS
 
     def label(self, change: Change) -> str:
         """Such as ``blocks.0.attn.processor.calls``."""
@@ -163,8 +157,10 @@ def _put(holder: Holder, values: Mapping[Any, Any]) -> None:
         for key in values.keys() - kept.keys():
             thing.pop(key, None)
     elif issubclass(cls, dict):
-        dict.clear(thing)
-        dict.update(thing, kept)
+        own: Any = OrderedDict if issubclass(cls, OrderedDict) else dict  # which keeps an order of its own
+        own.clear(thing)
+        for key, value in kept.items():
+            own.__setitem__(thing, key, value)
     elif issubclass(cls, CellType):
         (thing.cell_contents,) = values.values()
     elif issubclass(cls, list):
@@ -190,6 +186,11 @@ class Own:
     activations: Activations | None = None
     attributed: dict[int, Name] = field(default_factory=dict)  # storages of activations, and what keeps them
     running: frozenset[Name] = frozenset()  # attributes that change with each call
+    unread: frozenset[Name] = frozenset()  # those that are plain values of modules that do not run as they are
+
+    def holds(self, held: Held, change: Change) -> bool:
+        """Whether a change is in what runs as one operator."""
+        return _is_in(held.name(change)[0], self.operators)
 
     def depends(self, key: int) -> bool:
         """Whether what is stored there was computed of the call's tensors, as far as that is known."""
@@ -255,6 +256,7 @@ def _observed(model: nn.Module, call: Call, before: Held, known: Mapping[str, st
     own.running = frozenset(map(after.name, changes))
     own.attributed = {key: name for key, name in own.attributed.items() if name not in own.running}
     own.operators = blame.operators(changes)
+    own.unread = frozenset(after.name(each) for each in changes if after.is_plain(each) and not own.holds(after, each))
     made = [(before.name(change), before.word(change), before.label(change)) for change in before.changes()]
     blame.check_set([each for each in made if each[0] not in own.running], {**known, **own.operators})
     _warn_of_operators(model, own.operators)

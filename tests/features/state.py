@@ -530,6 +530,24 @@ def hook_collects() -> Results:
     return hooked(add)
 
 
+@feature("hooks", "a forward hook that collects, in the loop replaced by one that changes outputs")
+def hook_replaced() -> Results:
+    handles: list[Any] = []
+
+    def collect(part: nn.Module) -> None:
+        seen: list[Any] = []
+        handles.append(part.register_forward_hook(lambda module, args, output: seen.append(output)))
+
+    def scale(part: nn.Module) -> None:
+        handles.pop().remove()
+        handles.append(part.register_forward_hook(lambda module, args, output: output * 1.5))
+
+    def remove(part: nn.Module) -> None:
+        handles.pop().remove()
+
+    return held(block, small, 0, collect, lambda part: None, scale, remove)
+
+
 @feature("hooks", "a pre-hook that collects", note="the block runs as it is")
 def pre_hook_collects() -> Results:
     def add(model: nn.Module, seen: list[Any]) -> None:

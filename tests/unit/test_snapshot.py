@@ -44,6 +44,17 @@ class Raises:
     __eq__ = __hash__ = __bool__ = __len__ = __iter__ = __getattribute__  # type: ignore[assignment]
 
 
+class Key:
+    """Can be a key once, and is never to be asked again."""
+
+    asked = False
+
+    def __hash__(self) -> int:
+        if Key.asked:
+            raise RuntimeError
+        return 1
+
+
 class Lazy(types.ModuleType):
     def __getattr__(self, name: str) -> NoReturn:
         raise ValueError(f"cannot import {name}")
@@ -86,12 +97,14 @@ def hostile() -> nn.Module:
     ]  # fmt: skip
     made = model(everything=things, **{f"thing{i}": each for i, each in enumerate(things)})
     made[0].__dict__.update(up=[made], pipe=types.SimpleNamespace(transformer=made), me=weakref.proxy(made))
+    made[0].__dict__.update(keyed={Key(): 1})
     made[0].__dict__.update(words={str(i): i for i in range(100_000)}, data=[*range(100_000)], ids={*range(100_000)})
     return made
 
 
 def test_foreign_objects_are_looked_at_without_asking_them_and_in_no_time() -> None:
     made = hostile()
+    Key.asked = True
     started = perf_counter()
     first, second = take(made), take(made)
     assert perf_counter() - started < 0.4  # two looks
@@ -158,6 +171,7 @@ def test_what_forward_can_read_is_seen_and_watched_and_put_back(what: str) -> No
     held.put_back()
     assert not held.changes()
     assert structure(made) == before.structure
+    assert not isinstance(thing, OrderedDict) or list(thing) == ["a", "b"]
 
 
 def test_what_tells_iterators_tensors_and_random_numbers_apart() -> None:
