@@ -36,7 +36,7 @@ from duca_compile.policies.checks import check_whole
 from duca_compile.runtime.dispatcher import Hoister, Plan, Prologue
 from duca_compile.runtime.planning import not_recomputed
 from duca_compile.runtime.session import HasSessions, Requests, current_pass, named_pass
-from duca_compile.state import followed
+from duca_compile.state import Held, followed
 from duca_compile.verify import verified
 
 log = logging.getLogger("duca_compile")
@@ -87,7 +87,7 @@ def analyze_call(
     check_caching(model)
     devices = [tensor.device for tensor in call.tensors if tensor.device.type == "cuda"]
     # the caller's random numbers are not drawn here, and what forward changes at each call is put back
-    with COMPILING, torch.no_grad(), torch.random.fork_rng(devices), followed(model, call) as own:
+    with COMPILING, torch.no_grad(), torch.random.fork_rng(devices), followed(model, call, known) as own:
         captured = prepare(capture(model, call, {**known, **own.operators}, own))
         facts = _facts(captured, timestep)
         if readers := changing_reads(model, captured, facts):
@@ -96,7 +96,7 @@ def analyze_call(
             facts = _facts(captured, timestep)
             changing_reads(model, captured, facts)
         own.check(model, captured)
-        captured = replace(captured, unread=own.running)
+        captured = replace(captured, unread=own.unread)
         prologue = _prologue(captured, facts)
         values = dict(zip(captured.inputs, call.tensors, strict=True))
         with casts.none_for(captured):
@@ -318,7 +318,10 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
 
         with torch.no_grad(), casts.none_for(compiled.captured):
             call_by_name = compiled.named(call.tensors)
+            held = Held(self.source) if compiled.captured.opaque else None
             compiled.dispatcher.warm_up(requests.new(), call_by_name, islice(steps, LOOKED_AHEAD), watch)
+            if held is not None:
+                held.put_back()
 
     def _capture(self, call: Call, known: Mapping[str, str]) -> Compiled:
         with self._source_context():

@@ -30,7 +30,8 @@ from duca_compile.snapshot import Name, Snapshot, Structure, Watch, kind, take
 
 log = logging.getLogger("duca_compile")
 
-MAX_CAPTURES = 8  # shapes, and states of the model, kept compiled at a time; the least recently used one goes first
+MAX_CAPTURES = 4  # shapes kept compiled at a time for one state of the model; the least recently used one goes first
+MAX_IN_ALL = 8  # for all its states: passes of one step may each have one, as guiders' do
 RESTLESS = 3  # requests in a row that find the model changed, after which a warning says so
 REMEMBERED = 16  # kinds of call whose last capture is remembered, so that the log can say what has changed
 
@@ -189,7 +190,7 @@ class _Recent(NamedTuple):
 
 
 class Captures:
-    """Keeps up to ``MAX_CAPTURES`` captures, each for one kind of call and one state of the model.
+    """Keeps captures, each for one kind of call and one state of the model, ``MAX_CAPTURES`` for each state at most.
 
     ``capture`` makes one, given the submodules that run as they are in others, and why. What capturing itself changes
     on the model, such as tables made at first use, is no change: the captures of before still hold. Where a change
@@ -365,18 +366,26 @@ class Captures:
         if alike:
             self._kept[alike[0]].holds_too(compiled.captured.readings)
             return self._keep(alike[0], before, now)
-        while len(self._kept) >= MAX_CAPTURES:
-            (key, _), structure = oldest = min(self._kept, key=lambda each: self._kept[each].used)
-            del self._kept[oldest]
-            self._dropped[key, structure] = None
-            if len(self._dropped) > REMEMBERED:
-                del self._dropped[next(iter(self._dropped))]
-            log.info("dropping the least recently used of %d captured shapes", MAX_CAPTURES)
+        self._make_room(now.structure)
         numbers = {kind[1] for kind, structure in self._kept if kind[0] == call.key and structure == now.structure}
         self._kept[(call.key, min({*range(MAX_CAPTURES)} - numbers)), now.structure] = compiled
         if compiled.captured.opaque:  # what these submodules hold is looked at no longer: that is no change
             self._replace(now.structure, self._look().structure)
         return compiled
+
+    def _make_room(self, structure: Structure) -> None:
+        """Drops what was used least recently, of this state of the model or of all, where there are too many."""
+        for most, keys in (
+            (MAX_CAPTURES, [key for key in self._kept if key[1] == structure]),
+            (MAX_IN_ALL, [*self._kept]),
+        ):
+            by_use = sorted((key for key in keys if key in self._kept), key=lambda each: self._kept[each].used)
+            for key in by_use[: max(0, len(by_use) + 1 - most)]:
+                del self._kept[key]
+                self._dropped[key[0][0], key[1]] = None
+                log.info("dropping the least recently used of %d captured shapes", most)
+        while len(self._dropped) > REMEMBERED:
+            del self._dropped[next(iter(self._dropped))]
 
     def _operators(self, structure: Structure) -> dict[str, str]:
         """The submodules that run as they are in the captures of this state of the model, and why."""

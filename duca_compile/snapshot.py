@@ -54,7 +54,10 @@ _ROLES["_diffusers_hook"] = ""  # the list of hooks that diffusers keeps; forwar
 _ROLES |= {"_parameters": "weights", "_buffers": "weights", "_modules": "modules"}
 _GLOBAL_HOOKS = [name for name in ("_global_forward_pre_hooks", "_global_forward_hooks") if hasattr(torch_module, name)]
 _MACHINERY = {"logging", "threading", "concurrent", "asyncio", "multiprocessing", "queue", "weakref"}  # not state
-_LIBRARY = {"torch", "builtins", "typing", "abc", "collections", "functools", "enum", "types", "numpy"}
+_LIBRARY = {  # whose classes and functions keep nothing that forward reads
+    "abc", "accelerate", "builtins", "collections", "diffusers", "enum", "functools", "huggingface_hub", "numpy",
+    "peft", "torch", "transformers", "types", "typing",
+}  # fmt: skip
 PLAIN_IDS = frozenset(map(id, _PLAIN))  # a class may have a metaclass with a hash of its own
 _GLOBAL_IDS = PLAIN_IDS | frozenset(map(id, (dict, list, set, deque)))
 _VERSION: Callable[[Any], Any] | None = getattr(torch._C._dynamo.guards, "dict_version", None)
@@ -231,7 +234,12 @@ def content(thing: Any, names: tuple[str, ...] | None = None) -> dict[Any, Any]:
     if issubclass(cls, type):
         return {name: type.__getattribute__(thing, "__dict__").get(name, MISSING) for name in names or ()}
     if issubclass(cls, dict):
-        return dict(dict.items(thing)) if names is None else {name: thing.get(name, MISSING) for name in names}
+        if names is not None:
+            return {name: dict.get(thing, name, MISSING) for name in names}
+        try:
+            return dict.copy(thing) if cls is dict else dict(dict.items(thing))
+        except Exception:  # a key that cannot be asked
+            return {}
     if issubclass(cls, CellType):
         return {names[0] if names else 0: cell_value(thing)}
     if issubclass(cls, list):
@@ -292,9 +300,14 @@ def cell_value(cell: CellType) -> Any:
         return MISSING
 
 
+def _same_key(one: Any, other: Any) -> bool:
+    """Without asking a foreign key."""
+    return one is other or (type(one) is type(other) is int and bool(one == other))
+
+
 def same_content(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
     if len(one) == len(other) and all(map(is_, one.values(), other.values())):
-        return one.keys() == other.keys()
+        return all(map(_same_key, one, other))
     return VALUE in one and one == other
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dis
 import logging
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -45,19 +45,9 @@ log = logging.getLogger("duca_compile")
 
 _LOADS = {"LOAD_ATTR", "LOAD_METHOD", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_CLOSURE"}
 _STORES = {"STORE_ATTR", "STORE_DEREF", "STORE_GLOBAL", "DELETE_ATTR"}
-_WRITERS = {
-    "append",
-    "extend",
-    "insert",
-    "add",
-    "update",
-    "setdefault",
-    "appendleft",
-    "pop",
-    "popleft",
-    "clear",
-    "remove",
-}
+_WRITERS = {  # methods that change a container
+    "append", "appendleft", "add", "clear", "extend", "insert", "pop", "popleft", "remove", "setdefault", "update",
+}  # fmt: skip
 
 
 class Change(NamedTuple):
@@ -103,6 +93,10 @@ class Held:
         """The attribute of a module that the change is in."""
         path, attribute = self.holders[change.holder].name
         return path, attribute or str(change.key)
+
+    def is_plain(self, change: Change) -> bool:
+        """Whether it is of a number or the like that is a module's own attribute."""
+        return not self.holders[change.holder].name[1] and id(type(change.before)) in PLAIN_IDS
 
     def label(self, change: Change) -> str:
         """Such as ``blocks.0.attn.processor.calls``."""
@@ -164,8 +158,10 @@ def _put(holder: Holder, values: Mapping[Any, Any]) -> None:
         for key in values.keys() - kept.keys():
             thing.pop(key, None)
     elif issubclass(cls, dict):
-        dict.clear(thing)
-        dict.update(thing, kept)
+        own: Any = OrderedDict if issubclass(cls, OrderedDict) else dict  # which keeps an order of its own
+        own.clear(thing)
+        for key, value in kept.items():
+            own.__setitem__(thing, key, value)
     elif issubclass(cls, CellType):
         (thing.cell_contents,) = values.values()
     elif issubclass(cls, list):
@@ -191,12 +187,17 @@ class Own:
     activations: Activations | None = None
     attributed: dict[int, Name] = field(default_factory=dict)  # storages of activations, and what keeps them
     running: frozenset[Name] = frozenset()  # attributes that change with each call
+    unread: frozenset[Name] = frozenset()  # those that are plain values of modules that do not run as they are
     held: Held | None = None  # what the model held before the call
 
     def again(self) -> None:
         """Puts back what changes with each call, so that the next one is like the first."""
         if self.held is not None and self.running:
             self.held.put_back(self.running)
+
+    def holds(self, held: Held, change: Change) -> bool:
+        """Whether a change is in what runs as one operator."""
+        return _is_in(held.name(change)[0], self.operators)
 
     def depends(self, key: int) -> bool:
         """Whether what is stored there was computed of the call's tensors, as far as that is known."""
@@ -218,15 +219,17 @@ class Own:
 
 
 @contextmanager
-def followed(model: nn.Module, call: Call) -> Iterator[Own]:
+def followed(model: nn.Module, call: Call, known: Mapping[str, str]) -> Iterator[Own]:
     """While open, ``model`` may be captured. Behind it, the model holds what it held, and what it made at first use.
+
+    ``known`` are submodules that run as one operator in other calls.
 
     Raises:
         CaptureError: the model itself changes at each call what it reads, or writes into its arguments.
     """
     before = after = Held(model)
     try:
-        own, after = _observed(model, call, before)
+        own, after = _observed(model, call, before, known)
         yield own
     except BaseException:
         before.put_back()
@@ -235,7 +238,7 @@ def followed(model: nn.Module, call: Call) -> Iterator[Own]:
     before.put_back(own.running)
 
 
-def _observed(model: nn.Module, call: Call, before: Held) -> tuple[Own, Held]:
+def _observed(model: nn.Module, call: Call, before: Held, known: Mapping[str, str]) -> tuple[Own, Held]:
     check_kinds(model, call.arguments)
     activations: Activations | None = Activations(call.tensors)
     try:
@@ -260,6 +263,9 @@ def _observed(model: nn.Module, call: Call, before: Held) -> tuple[Own, Held]:
     own.running = frozenset(map(after.name, changes))
     own.attributed = {key: name for key, name in own.attributed.items() if name not in own.running}
     own.operators = blame.operators(changes)
+    own.unread = frozenset(after.name(each) for each in changes if after.is_plain(each) and not own.holds(after, each))
+    made = [(before.name(change), before.word(change), before.label(change)) for change in before.changes()]
+    blame.check_set([each for each in made if each[0] not in own.running], {**known, **own.operators})
     _warn_of_operators(model, own.operators)
     after.put_back()
     return own, after
@@ -431,6 +437,17 @@ class _Blame:
                 found.setdefault(path, f"{'changes' if path in writers else 'reads'} {what}")
         return found
 
+    def check_set(self, made: Collection[tuple[Name, str, str]], operators: Collection[str]) -> None:
+        """Raises CaptureError where code outside of what runs as it is sets something in there: no step would."""
+        outside = [path for path in self._codes if not _is_in(path, operators)]
+        for (path, _), word, label in made if operators else ():
+            line = next(filter(None, (self._line(each, word) for each in outside)), None)
+            if line is not None and _is_in(path, operators):
+                raise CaptureError(
+                    f"{type(self._model).__name__}.forward sets {label}, at {line}, for a submodule that runs as it "
+                    "is, as one operator, since it keeps what changes with each call. Pass it to that as an argument."
+                )
+
     def _line(self, path: str, word: str) -> str | None:
         """Where the code that runs in a module writes to what is called so."""
         lines = [each for code in self._own_codes(path) for each in _uses(code, word) if each.writes]
@@ -444,6 +461,10 @@ class _Blame:
 
     def _own_codes(self, path: str) -> list[CodeType]:
         return [code for code in self._codes.get(path, {}).values() if not is_library(code.co_filename)]
+
+
+def _is_in(path: str, operators: Collection[str]) -> bool:
+    return any(path == each or path.startswith(f"{each}.") for each in operators)
 
 
 class _Use(NamedTuple):

@@ -316,7 +316,7 @@ def test_what_forward_itself_changes_is_no_change(log: Log) -> None:
 def test_a_model_that_changes_at_every_request_is_captured_each_time_with_one_warning(
     log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(captures, "MAX_CAPTURES", 4)
+    monkeypatch.setattr(captures, "MAX_IN_ALL", 4)
     model = tiny()
     optimized = duca_compile.optimize(model, Uncached(), "eager")
     for number in range(7):

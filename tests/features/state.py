@@ -158,7 +158,7 @@ def run_sd3(model: nn.Module, x: Tensor, t: Tensor, words: Tensor) -> Tensor:
 
 
 def run_dit(model: nn.Module, x: Tensor, t: Tensor, words: Tensor) -> Tensor:
-    labels = (words[:, 0, 0] > 0).long()
+    labels = (1000 * words[:, 0, 0]).long() % 1000
     return model(hidden_states=x, timestep=t.long(), class_labels=labels, return_dict=False)[0][:, :4]  # type: ignore[no-any-return]
 
 
@@ -191,7 +191,6 @@ def dit() -> nn.Module:
 SCORES = diffusers.LayerSkipConfig(
     indices=[1], fqn="transformer_blocks", skip_attention=False, skip_ff=False, skip_attention_scores=True
 )
-BLUR = diffusers.SmoothedEnergyGuidanceConfig(indices=[1], fqn="transformer_blocks")
 GUIDERS: dict[str, Callable[[], Any]] = {
     "ClassifierFreeGuidance": lambda: diffusers.ClassifierFreeGuidance(4.0),
     "SkipLayerGuidance": lambda: diffusers.SkipLayerGuidance(
@@ -206,9 +205,6 @@ GUIDERS: dict[str, Callable[[], Any]] = {
     "AutoGuidance": lambda: diffusers.AutoGuidance(guidance_scale=4.0, auto_guidance_config=SKIP),
     "PerturbedAttentionGuidance": lambda: diffusers.PerturbedAttentionGuidance(
         4.0, perturbed_guidance_scale=3.0, perturbed_guidance_stop=0.8, perturbed_guidance_config=[SCORES]
-    ),
-    "SmoothedEnergyGuidance": lambda: diffusers.SmoothedEnergyGuidance(
-        4.0, seg_guidance_scale=3.0, seg_guidance_stop=0.8, seg_guidance_config=[BLUR]
     ),
     "AdaptiveProjectedGuidance": lambda: diffusers.AdaptiveProjectedGuidance(4.0),
 }
@@ -532,6 +528,24 @@ def hook_collects() -> Results:
         block(model).register_forward_hook(lambda module, args, output: seen.append(output))
 
     return hooked(add)
+
+
+@feature("hooks", "a forward hook that collects, in the loop replaced by one that changes outputs")
+def hook_replaced() -> Results:
+    handles: list[Any] = []
+
+    def collect(part: nn.Module) -> None:
+        seen: list[Any] = []
+        handles.append(part.register_forward_hook(lambda module, args, output: seen.append(output)))
+
+    def scale(part: nn.Module) -> None:
+        handles.pop().remove()
+        handles.append(part.register_forward_hook(lambda module, args, output: output * 1.5))
+
+    def remove(part: nn.Module) -> None:
+        handles.pop().remove()
+
+    return held(block, small, 0, collect, lambda part: None, scale, remove)
 
 
 @feature("hooks", "a pre-hook that collects", note="the block runs as it is")
