@@ -297,9 +297,7 @@ def entered(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 def left(model: nn.Module, output: Any) -> Any:
     """What a call returns, after what hooks of the model itself do behind one: bring it to where the arguments were."""
-    placing = [
-        hook for hook in hooks_of(model) if _kind(hook) in _PLACING and not getattr(hook, "offload", False)
-    ]
+    placing = [hook for hook in hooks_of(model) if _kind(hook) in _PLACING and not getattr(hook, "offload", False)]
     for hook in placing:
         output = hook.post_forward(model, output)
     return output
