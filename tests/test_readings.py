@@ -206,7 +206,7 @@ class Region(nn.Module):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("around", [None, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("around", [None, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_an_autocast_region_is_exact(around: torch.dtype | None) -> None:
     """Whatever is set around it: the region's own setting holds, and none is lost behind it."""
     torch.manual_seed(0)

@@ -108,6 +108,10 @@ class KernelBlock(models.Block):
         self.mlp = KernelMLP(kernel)
 
 
+def quick_if(quick: bool, value: object) -> Any:
+    return pytest.param(value, marks=() if quick else pytest.mark.slow)
+
+
 def build(kernel: str) -> nn.Module:
     return models.build(lambda: KernelBlock(kernel))
 
@@ -117,7 +121,7 @@ def kinds(optimized: nn.Module) -> str:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", [quick_if(name == "address", name) for name in KERNELS])
 def test_a_kernel_is_followed_or_runs_as_it_is(kernel: str) -> None:
     model = build(kernel)
     optimized = duca_compile.optimize(model, POLICY, "eager")
@@ -134,6 +138,7 @@ class OwnForward(models.DiT):
         return super().forward(torch.ops.duca_tests.doubled(x), timestep, text)
 
 
+@pytest.mark.slow
 def test_a_kernel_in_the_own_forward_is_refused_with_line_and_reason() -> None:
     with pytest.raises(
         CaptureError, match=r"test_untraced.py.*duca_tests.doubled.*Move that line to a submodule"
@@ -174,6 +179,7 @@ class Shifted(KernelMLP):
         return by_address(self.down(self.up(x.roll(1, dims=1))))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_operator_whose_tokens_mix_is_found_out_by_values() -> None:
     def block() -> nn.Module:
@@ -269,7 +275,7 @@ def tensors_of(model: nn.Module) -> list[Tensor]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("way", ["casting", "group", "sequential"])
+@pytest.mark.parametrize("way", [quick_if(name == "casting", name) for name in ("casting", "group", "sequential")])
 def test_a_step_holds_one_layer_of_weights_that_hooks_bring(way: str) -> None:
     """And nothing of them is left behind it, whatever the kind of the step."""
     model = sized()
@@ -372,6 +378,7 @@ def with_another_class(module: nn.Module) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [with_hooks, with_another_forward, with_another_class])
 def test_weights_that_code_of_ones_own_brings(way: Callable[[nn.Module], None]) -> None:
     """As hand-written offloading does: no copy of them is in the graph, and what is done to them takes effect."""
@@ -395,6 +402,7 @@ def test_weights_that_code_of_ones_own_brings(way: Callable[[nn.Module], None]) 
     assert torch.equal(optimized(**arguments), model(**arguments))
 
 
+@pytest.mark.slow
 def test_blocks_that_are_hidden_are_named() -> None:
     model = models.build()
     for block in model.blocks:

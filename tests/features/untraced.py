@@ -363,3 +363,59 @@ def modular() -> Results:
     own = pipe(**given, num_inference_steps=STEPS, output="latents")
     duca_compile.optimize(pipe, "none", "eager")
     return [pipe(**given, num_inference_steps=STEPS, output="latents")], [own]
+
+
+def offloaded_pipeline(offload: Change, before: bool) -> Results:
+    """Two requests of a pipeline."""
+    pipe = pipelines.make("SD3")
+    own = pipelines.run(pipe, "SD3", STEPS)
+    for change in (offload, lambda each: duca_compile.optimize(each, "none", "eager"))[:: 1 if before else -1]:
+        change(pipe)
+    return [pipelines.run(pipe, "SD3", STEPS) for _ in range(2)], [own, own]
+
+
+def model_offload(pipe: Any) -> None:
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+def group_offload(pipe: Any) -> None:
+    pipe.enable_group_offload(onload_device=CPU, offload_device=CPU, offload_type="leaf_level")
+
+
+@feature("diffusers", "`pipe.enable_model_cpu_offload()` before `optimize`")
+def model_offload_before() -> Results:
+    return offloaded_pipeline(model_offload, before=True)
+
+
+@feature("diffusers", "`pipe.enable_model_cpu_offload()` after `optimize`")
+def model_offload_after() -> Results:
+    return offloaded_pipeline(model_offload, before=False)
+
+
+@feature("diffusers", "`pipe.enable_group_offload()` before `optimize`")
+def group_offload_before() -> Results:
+    return offloaded_pipeline(group_offload, before=True)
+
+
+@feature("diffusers", "`pipe.enable_group_offload()` after `optimize`")
+def group_offload_after() -> Results:
+    return offloaded_pipeline(group_offload, before=False)
+
+
+def hooked(change: Change) -> Callable[[Any], None]:
+    def all_linear(model: nn.Module) -> None:
+        for path, part in model.named_modules():
+            if type(part) is nn.Linear and path.startswith("transformer_blocks"):
+                part.to(torch.float8_e4m3fn)
+                change(part)
+
+    return all_linear
+
+
+@feature("torch", "hooks of one's own that move weights", note="each such module runs as it is, as one operator")
+def own_hooks() -> Results:
+    def change(part: nn.Module) -> None:
+        part.register_forward_pre_hook(lambda module, _: module.to(torch.float32) and None)
+        part.register_forward_hook(lambda module, _, output: module.to(torch.float8_e4m3fn) and None)
+
+    return run("SD3", hooked(change))
