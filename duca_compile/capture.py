@@ -36,6 +36,7 @@ _LEAVES = {Tensor, nn.Parameter, bool, int, float, str, type(None), torch.dtype,
 _TENSOR_GUARDS: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # without it each call is bound anew
 _LIST_PLACE = re.compile(r"\[\d+\]$")
 _METADATA_CHECK = torch.ops.aten._assert_tensor_metadata.default
+ROUNDS = 8  # kinds of submodules that may turn out to be in the way of a trace
 _NONE: Mapping[str, str] = {}
 _TORCH_ROOT = str(Path(torch.__file__).parent)
 
@@ -227,18 +228,15 @@ def capture(model: nn.Module, call: Call, opaque: Mapping[str, str] = _NONE) -> 
             path = differs(model, arguments, captured, own, operators) if _needs_a_look(captured) else None
             if path is None:
                 return captured
-            reason = "does what its trace does not show"
+            reason, failed = "does what its trace does not show", None
         except Untraceable as failure:
-            path, reason, failed = failure.path, f"cannot be traced ({first_line(failure.error)})", failure.error
+            path, reason, failed = failure.path, f"cannot be traced ({_gist(failure.error)})", failure.error
         path = _outside(path, operators)
         if not path:
             break
         log.info("%s %s: it runs as it is, as one operator, and so does all of its kind", path, reason)
         operators |= dict.fromkeys(alike(model, path), reason)
     raise _refusal(model, failed) from failed
-
-
-ROUNDS = 8  # kinds of submodules that may turn out to be in the way of a trace
 
 
 def _traced(
