@@ -40,6 +40,7 @@ _TENSOR_GUARDS: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # 
 _LIST_PLACE = re.compile(r"\[\d+\]$")
 _METADATA_CHECK = torch.ops.aten._assert_tensor_metadata.default
 _TORCH_PRINTS = "torch.export._trace"  # the module that prints a graph
+ROUNDS = 8  # kinds of submodules that may turn out to be in the way of a trace
 _NONE: Mapping[str, str] = {}
 _TORCH_ROOT = str(Path(torch.__file__).parent)
 
@@ -231,9 +232,9 @@ def capture(model: nn.Module, call: Call, opaque: Mapping[str, str] = _NONE, ran
             path = differs(model, arguments, captured, ran, operators) if _needs_a_look(captured) else None
             if path is None:
                 return captured
-            reason = "does what its trace does not show"
+            reason, failed = "does what its trace does not show", None
         except Untraceable as failure:
-            path, reason, failed = failure.path, f"cannot be traced ({first_line(failure.error)})", failure.error
+            path, reason, failed = failure.path, f"cannot be traced ({_gist(failure.error)})", failure.error
         path = _outside(path, operators)
         if not path:
             break
@@ -250,9 +251,6 @@ class _Once:
 
     def again(self) -> None:
         pass
-
-
-ROUNDS = 8  # kinds of submodules that may turn out to be in the way of a trace
 
 
 def _traced(

@@ -26,6 +26,7 @@ from duca_compile.runtime.clock import version
 
 READS = "reads values that change from step to step"  # of all reasons, the one that makes tokens depend on others
 Given = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a call
+_BY_MORE = ("reads ", "changes ")  # how reasons begin where a module goes by values of all tokens, or by its own state
 _sites: WeakValueDictionary[int, CallSite] = WeakValueDictionary()
 _numbers = itertools.count()
 _AROUND = {
@@ -122,8 +123,8 @@ class CallSite:
 
     @property
     def may_be_pointwise(self) -> bool:
-        """Whether what it does to each token may be found out from values: not where it goes by those of all."""
-        return self.reason != READS
+        """Whether values of one call may tell what it does to each token: not where more than these counts."""
+        return not self.reason.startswith(_BY_MORE)
 
     @property
     def _says(self) -> str:
