@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule as CompiledModule
+from torch.autograd import forward_ad
 
 from duca_compile import away, casts
 from duca_compile.analysis import analyze
@@ -281,6 +282,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         call = self._bind(args, kwargs)
         if torch.is_grad_enabled():
             check_no_gradients(call.tensors)
+        check_no_transform()
         compiled = self._compiled.find(call)
         request, called = self._requests.current(), current_pass(self)
         name, step = (None, None) if called is None else (called.name, called.step_index)
@@ -398,6 +400,15 @@ def check_no_gradients(tensors: Iterable[Tensor]) -> None:
             "an argument requires a gradient, and an optimized model is for inference only: call "
             "duca_compile.restore(model) for the gradient pass, or else call it under torch.no_grad() or detach() the "
             "argument"
+        )
+
+
+def check_no_transform() -> None:
+    """Raises UsageError within a transform of torch.func or forward-mode differentiation, which no cache can follow."""
+    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        raise UsageError(
+            "an optimized model cannot be differentiated or batched by torch.func (grad, jvp, vmap) or "
+            "torch.autograd.forward_ad: call duca_compile.restore(model) for that, or call it outside of them"
         )
 
 

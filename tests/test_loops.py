@@ -69,7 +69,7 @@ MIXED = [
 
 @pytest.fixture(scope="module")
 def source() -> nn.Module:
-    return models.build().requires_grad_(False)
+    return models.build(models.CrossBlock).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +147,37 @@ def test_a_gradient_that_is_asked_for_is_refused(source: nn.Module, optimized_by
             optimized(**asking)
         with torch.no_grad():
             assert torch.equal(optimized(**asking), source(**given))
-    trained = models.build().requires_grad_(True)
+    trained = models.build(models.CrossBlock).requires_grad_(True)
     assert not duca_compile.optimize(trained, Uncached(), "eager")(**given).requires_grad
+
+
+def test_what_transforms_the_model_is_refused(optimized_by: Callable[[Policy], Session]) -> None:
+    optimized, given = optimized_by(Uncached()), models.example()
+
+    def run(x: Tensor) -> Tensor:
+        return optimized(**given | {"x": x})  # type: ignore[no-any-return]
+
+    def dual(x: Tensor) -> None:
+        with torch.autograd.forward_ad.dual_level():
+            run(torch.autograd.forward_ad.make_dual(x, x))
+
+    with torch.no_grad():
+        for transformed in (
+            torch.func.vmap(run),
+            lambda x: torch.func.jvp(run, (x[0],), (x[0],)),
+            lambda x: dual(x[0]),
+        ):
+            with pytest.raises(UsageError, match=r"duca_compile.restore\(model\)"):
+                transformed(given["x"][None])
+        run(given["x"])
+
+
+def test_a_name_holds_within_that_of_another_model(source: nn.Module) -> None:
+    one, other = (duca_compile.optimize(source, FORA(3), "eager") for _ in range(2))
+    with torch.no_grad(), one.cache_context("cond", step_index=2), other.cache_context("control"):
+        one(**models.example())
+        other(**models.example())
+    assert [(each.pass_name, each.step) for each in (*one.history, *other.history)] == [("cond", 2), ("control", 0)]
 
 
 def test_bad_steps_are_refused(source: nn.Module) -> None:

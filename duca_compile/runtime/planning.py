@@ -127,8 +127,8 @@ def not_recomputed(facts: Facts, policy: Policy) -> str | None:
         )
     if not any(branch.pointwise for branch in facts.branches):
         return (
-            "partial steps find no branch whose tokens can be computed apart, so they reuse everything; FORA and "
-            "TaylorSeer say so by name"
+            "partial steps find no branch whose tokens can be computed apart, so they reuse every branch, as FORA's "
+            "steps do; where that is too coarse, use TaylorSeer or a shorter interval"
         )
     return None
 

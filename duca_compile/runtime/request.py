@@ -467,7 +467,8 @@ class Request:
         aside = self._aside
         assert aside is not None
         named = call.name is not None and not self._slots.of(call.name)  # then that says it
-        slot = next((slot for slot in aside.slots if slot.name == call.name and (named or slot.is_for(call))), None)
+        known = [slot for slot in aside.slots if slot.name == call.name]
+        slot = next((slot for slot in reversed(known) if slot.is_for(call)), known[-1] if named and known else None)
         if slot is not None:
             self._aside = None
             self.history[:] = [*aside.history, *_renumbered(self.history, aside.slots, 1)]

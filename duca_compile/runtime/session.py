@@ -130,6 +130,7 @@ class NamedPass:
     name: str
     options: Mapping[str, Any]
     step_index: int | None = None  # the step, where the caller says it
+    outer: NamedPass | None = None  # what was said before, and holds for other models
 
 
 _PASS: ContextVar[NamedPass | None] = ContextVar("duca_compile_pass", default=None)
@@ -142,7 +143,7 @@ def named_pass(model: object, name: str, options: Mapping[str, Any]) -> Iterator
     Raises:
         UsageError: ``step_index`` is neither None nor a whole number from 0 on.
     """
-    token = _PASS.set(NamedPass(model, name, options, _step_index(options.get("step_index"))))
+    token = _PASS.set(NamedPass(model, name, options, _step_index(options.get("step_index")), _PASS.get()))
     try:
         yield
     finally:
@@ -150,9 +151,11 @@ def named_pass(model: object, name: str, options: Mapping[str, Any]) -> Iterator
 
 
 def current_pass(model: object) -> NamedPass | None:
-    """The innermost named pass, if it is one of ``model``."""
+    """The innermost named pass of ``model``."""
     now = _PASS.get()
-    return now if now is not None and now.model is model else None
+    while now is not None and now.model is not model:
+        now = now.outer
+    return now
 
 
 def _step_index(given: Any) -> int | None:

@@ -25,7 +25,7 @@ Pair = tuple[Any, Any]
 
 @cache
 def source() -> nn.Module:
-    return models.build().requires_grad_(False)
+    return models.build(models.CrossBlock).requires_grad_(False)
 
 
 def fast(policy: Policy | str = "none", total: int | None = None) -> Session:
