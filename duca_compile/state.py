@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dis
 import logging
+import math
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -21,6 +22,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from duca_compile.activations import Activations, is_library, line_of, source_of, storage_key
 from duca_compile.arguments import Containers, check_kinds, check_results, noting, with_other_tensors
@@ -48,6 +50,9 @@ _STORES = {"STORE_ATTR", "STORE_DEREF", "STORE_GLOBAL", "DELETE_ATTR"}
 _WRITERS = {  # methods that change a container
     "append", "appendleft", "add", "clear", "extend", "insert", "pop", "popleft", "remove", "setdefault", "update",
 }  # fmt: skip
+
+
+ROUNDING = 16.0  # units in the last place by which results may differ where an operator is not deterministic
 
 
 class Change(NamedTuple):
@@ -251,6 +256,7 @@ def _observed(model: nn.Module, call: Call, before: Held, known: Mapping[str, st
     kept = activations.kept(results) if activations else {}
     if not before.changes():
         _warn_of_kept(model, kept, {})
+        _check_repeats(model, call, results)
         return own, before
     after = Held(model)
     own.attributed = {key: label for tensor, label in after.tensors() if own.depends(key := storage_key(tensor))}
@@ -268,6 +274,9 @@ def _observed(model: nn.Module, call: Call, before: Held, known: Mapping[str, st
     blame.check_set([each for each in made if each[0] not in own.running], {**known, **own.operators})
     _warn_of_operators(model, own.operators)
     after.put_back()
+    own.again()
+    _check_repeats(model, call, results)
+    after.put_back()
     return own, after
 
 
@@ -280,6 +289,67 @@ def _run(model: nn.Module, call: Call, activations: Activations | None) -> list[
         raise _refusal(model, call, place)
     check_results(model, results)
     return results
+
+
+def _check_repeats(model: nn.Module, call: Call, results: list[Any]) -> None:
+    """Raises CaptureError where the same call gives other results, though all that was found is as it was."""
+    found = warm(model, call._replace(arguments=copied(call.arguments)))
+    apart = max((_apart(one, other) for one, other in zip(results, found, strict=True)), default=0.0)
+    if apart == 0.0:
+        return
+    where = _first_that_differs(model, call)
+    what = f"{where} gives" if where else f"{type(model).__name__}.forward gives"
+    if apart <= ROUNDING:
+        _warn(model, f"{what} results that differ in rounding from call to call, so steps can differ from the model's")
+        return
+    raise CaptureError(
+        f"{what} other results when {type(model).__name__} is called again with the same arguments. It goes by "
+        "something that is neither an argument nor found among what the model can reach, such as the time, the "
+        "environment, a generator of random numbers or state of its thread. A graph cannot follow that: keep it in an "
+        "attribute of the module, or pass it as an argument."
+    )
+
+
+def _apart(one: Any, other: Any) -> float:
+    """How far two results are apart, in units in the last place of the largest; 0.0 where they are equal."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return 0.0 if type(one) is type(other) and (one is other or one == other or one != one) else math.inf
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return math.inf
+    if one.is_meta or bool(((one == other) | ((one != one) & (other != other))).all()):
+        return 0.0
+    if not one.is_floating_point():
+        return math.inf
+    apart = (one.double() - other.double()).norm() / one.double().norm()
+    return float(apart) / torch.finfo(one.dtype).eps if bool(apart.isfinite()) else math.inf
+
+
+def _first_that_differs(model: nn.Module, call: Call) -> str:
+    """The path of the innermost submodule that returns other results of the same arguments in a second call."""
+
+    def recorded() -> list[tuple[str, Any, Any]]:
+        found: list[tuple[str, Any, Any]] = []
+
+        def note(path: str) -> Callable[..., None]:
+            def leave(_: nn.Module, args: Any, kwargs: Any, results: Any) -> None:
+                found.append((path, _digest((args, kwargs)), _digest(results)))
+
+            return leave
+
+        with ExitStack() as stack:
+            for path, module in model.named_modules():
+                stack.callback(module.register_forward_hook(note(path), with_kwargs=True).remove)
+            warm(model, call._replace(arguments=copied(call.arguments)))
+        return found
+
+    pairs = zip(recorded(), recorded(), strict=False)
+    return next((one[0] for one, other in pairs if one[:2] == other[:2] and one[2] != other[2]), "")
+
+
+def _digest(values: Any) -> list[Any]:
+    """What tells tensors from others, without keeping them."""
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and not leaf.is_meta]
+    return [hash(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes()) for tensor in tensors]
 
 
 def _refusal(model: nn.Module, call: Call, place: str) -> CaptureError:
