@@ -25,6 +25,7 @@ from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tr
 
 from duca_compile import away, casts, concrete
 from duca_compile.activations import Activations
+from duca_compile.analysis.operators import is_random
 from duca_compile.away import Brought
 from duca_compile.concrete import Untraceable, failing_node, failing_path
 from duca_compile.errors import CaptureError, UsageError, first_line
@@ -257,7 +258,8 @@ def _traced(
     model: nn.Module, arguments: dict[str, Any], call: Call, brought: Brought, operators: Mapping[str, str]
 ) -> CapturedGraph:
     """Raises Untraceable."""
-    with torch.no_grad(), away.reading(model, brought, operators):
+    random = torch.random.fork_rng(cuda_devices(call.tensors))  # each trace, and each run of it, draws the same
+    with torch.no_grad(), random, away.reading(model, brought, operators):
         exported = None if operators else _exported(model, arguments)
         if exported is not None:
             return _lower(model, exported, call)
@@ -279,7 +281,8 @@ def _gist(error: Exception) -> str:
 
 def _needs_a_look(captured: CapturedGraph) -> bool:
     """Whether its values are to be compared with the model's: where more than torch.export vouches for it."""
-    return captured.readings is not None or captured.casts or has_foreign_operators(captured.graph)
+    more = captured.readings is not None or captured.casts or has_foreign_operators(captured.graph)
+    return more or any(is_random(node) for node in captured.graph.nodes)  # forward may set a seed
 
 
 def _outside(path: str, operators: Collection[str]) -> str:
@@ -479,6 +482,10 @@ def _lower(
             continue
         target = str(spec.target)
         value = live[target] if target in live else program.constants[target]
+        if not isinstance(value, Tensor):
+            kind, user = type(value).__name__, next(iter(node.users))
+            error = RuntimeError(f"it uses a {kind} that it makes anew at each call, at {source_line(user)}")
+            raise Untraceable(module_path(user), error)
         attributes[target] = value
         mapping[node] = graph.get_attr(target)
         mapping[node].meta = dict(node.meta)

@@ -75,6 +75,7 @@ class CallSite:
         self.tensor_places: list[int] = []
         self.out_like: list[Like] = []
         self.flops = 0
+        self._draws = False
         _sites[self.number] = self
 
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -90,9 +91,10 @@ class CallSite:
         if self.out_spec is not None:
             own = self._owned(tree_flatten(self._forward(*args, **kwargs))[0], tensors)
             return [like.strided(each) for each, like in zip(own, self.likes(tensors), strict=True)]
-        versions = list(map(version, tensors))
+        versions, random = list(map(version, tensors)), torch.get_rng_state()
         with FlopCounterMode(display=False) as counter:
             outputs, self.out_spec = tree_flatten(self._forward(*args, **kwargs))
+        self._draws = not torch.equal(random, torch.get_rng_state())
         if versions != list(map(version, tensors)):
             raise CaptureError(f"{self._says} It writes to its arguments; clone them there first.")
         if not all(isinstance(output, Tensor | None) for output in outputs):
@@ -125,6 +127,11 @@ class CallSite:
     def may_be_pointwise(self) -> bool:
         """Whether values of one call may tell what it does to each token: not where more than these counts."""
         return not self.reason.startswith(_BY_MORE)
+
+    @property
+    def runs_each_step(self) -> bool:
+        """Whether equal operands need not give equal results: it draws random numbers, or has a state of its own."""
+        return self._draws or (not self.may_be_pointwise and self.reason != READS)
 
     @property
     def _says(self) -> str:

@@ -19,9 +19,11 @@ import sys
 import sysconfig
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
 from operator import is_
+from threading import local
 from time import perf_counter
 from types import (
     BuiltinFunctionType,
@@ -267,6 +269,8 @@ def content(thing: Any, names: tuple[str, ...] | None = None) -> dict[Any, Any]:
         return {VALUE: str(version(thing)).encode()}
     if cls in _STATE:
         return {VALUE: _STATE[cls](thing)}
+    if cls is ContextVar:
+        return {0: thing.get(MISSING)}
     if issubclass(cls, set):
         return {id(each): each for each in set.__iter__(thing)}
     return {name: _slot(thing, name) for name in _slots(type(thing))}
@@ -291,6 +295,10 @@ RANDOM = (
 )
 _STATE: dict[type, Callable[[Any], bytes]] = {
     np.ndarray: lambda array: array.tobytes(),
+    torch.Generator: lambda generator: generator.get_state().numpy().tobytes(),
+    random.Random: lambda source: pickle.dumps(source.getstate()),
+    np.random.RandomState: lambda source: pickle.dumps(source.get_state()),
+    np.random.Generator: lambda source: pickle.dumps(source.bit_generator.state),
     itertools.count: lambda counter: repr(counter).encode(),
     GeneratorType: lambda generator: _progress(generator),
     RandomNumbers: RandomNumbers.read,
@@ -499,12 +507,16 @@ class _Walk:
             return self._array
         if cls in _STATE:
             return self._iterator
+        if cls is ContextVar:
+            return self._context_variable
         if issubclass(cls, type):
             return None if cls.__hash__ is not type.__hash__ or cls.__eq__ is not type.__eq__ else self._held_class
         if issubclass(cls, ModuleType | Enum | CodeType):
             return None
         if issubclass(cls, nn.Module):
             return self._inner_module
+        if cls is local:
+            return self._object
         home = type.__getattribute__(cls, "__module__")
         root = home.partition(".")[0] if isinstance(home, str) else ""
         return None if root in _MACHINERY else self._object
@@ -545,6 +557,10 @@ class _Walk:
     def _iterator(self, value: Any) -> Entry:
         self.holders.append(Holder(value, self._name, self._within, self._key))
         return _Same(value)
+
+    def _context_variable(self, value: ContextVar[Any]) -> Entry:
+        self.holders.append(Holder(value, self._name, self._within, self._key))
+        return ContextVar, self._entry(value.get(MISSING))
 
     def _array(self, value: Any) -> Entry:
         if value.dtype.hasobject or value.nbytes > ARRAY_BYTES:
@@ -826,7 +842,9 @@ def _may_change(value: Any, own: bool) -> bool:
         return True
     if not own or value is MISSING or issubclass(cls, ModuleType | BuiltinFunctionType | nn.Module):
         return False
-    if issubclass(cls, FunctionType | Tensor | dict | list | set | deque) or cls is np.ndarray or cls in _STATE:
+    if issubclass(cls, FunctionType | Tensor | dict | list | set | deque | local | ContextVar):
+        return True
+    if cls is np.ndarray or cls in _STATE:
         return True
     home = type.__getattribute__(value if issubclass(cls, type) else cls, "__module__")
     root = home.partition(".")[0] if isinstance(home, str) else ""

@@ -9,10 +9,13 @@ from __future__ import annotations
 import dis
 import logging
 import math
+import pickle
+import random
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import islice
 from types import CellType, CodeType, FrameType
@@ -132,6 +135,8 @@ class Held:
     def tensors(self) -> Iterator[tuple[Tensor, Name]]:
         """All tensors in what can change, and the attributes that they are in."""
         for number, values in enumerate(self._contents):
+            if issubclass(type(thing := self.holders[number].thing), Tensor):
+                yield thing, self.name(Change(number, VALUE, None, None))
             for key, value in values.items():
                 for each in value if type(value) is tuple else (value,):
                     if issubclass(type(each), Tensor):
@@ -153,6 +158,11 @@ def _put(holder: Holder, values: Mapping[Any, Any]) -> None:
         thing.write(values[VALUE])
     elif issubclass(cls, np.ndarray):
         thing[...] = np.frombuffer(values[VALUE], thing.dtype).reshape(thing.shape)
+    elif cls is ContextVar:
+        if values[0] is not MISSING:
+            thing.set(values[0])
+    elif cls in _DRAWN:
+        _DRAWN[cls](thing, values[VALUE])
     elif VALUE in values:
         pass  # an iterator, which cannot be put back
     elif issubclass(cls, type):
@@ -176,7 +186,16 @@ def _put(holder: Holder, values: Mapping[Any, Any]) -> None:
         (thing.extend if issubclass(cls, deque) else thing.update)(values.values())
     else:
         for key, value in kept.items():
-            object.__setattr__(thing, key, value)
+            with suppress(AttributeError, TypeError):  # what cannot be set was not set by Python code
+                object.__setattr__(thing, key, value)
+
+
+_DRAWN: dict[type, Callable[[Any, bytes], object]] = {
+    torch.Generator: lambda each, state: each.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8)),
+    random.Random: lambda each, state: each.setstate(pickle.loads(state)),
+    np.random.RandomState: lambda each, state: each.set_state(pickle.loads(state)),
+    np.random.Generator: lambda each, state: setattr(each.bit_generator, "state", pickle.loads(state)),
+}
 
 
 @dataclass
@@ -256,7 +275,7 @@ def _observed(model: nn.Module, call: Call, before: Held, known: Mapping[str, st
     kept = activations.kept(results) if activations else {}
     if not before.changes():
         _warn_of_kept(model, kept, {})
-        _check_repeats(model, call, results)
+        _check_repeats(model, call, own, [])
         return own, before
     after = Held(model)
     own.attributed = {key: label for tensor, label in after.tensors() if own.depends(key := storage_key(tensor))}
@@ -275,7 +294,7 @@ def _observed(model: nn.Module, call: Call, before: Held, known: Mapping[str, st
     _warn_of_operators(model, own.operators)
     after.put_back()
     own.again()
-    _check_repeats(model, call, results)
+    _check_repeats(model, call, own, [label for name, _, label in made if name not in own.running])
     after.put_back()
     return own, after
 
@@ -291,27 +310,46 @@ def _run(model: nn.Module, call: Call, activations: Activations | None) -> list[
     return results
 
 
-def _check_repeats(model: nn.Module, call: Call, results: list[Any]) -> None:
-    """Raises CaptureError where the same call gives other results, though all that was found is as it was."""
-    found = warm(model, call._replace(arguments=copied(call.arguments)))
-    apart = max((_apart(one, other) for one, other in zip(results, found, strict=True)), default=0.0)
-    if apart == 0.0:
+def _check_repeats(model: nn.Module, call: Call, own: Own, made: Sequence[str]) -> None:
+    """Raises CaptureError where the same call gives other results, though all that was found is as it was.
+
+    ``made`` are the attributes that were set at first use.
+    """
+
+    def again() -> list[Any]:
+        own.again()
+        return warm(model, call._replace(arguments=copied(call.arguments)))
+
+    found = again()
+    if _apart(own.results, found) == 0.0:
         return
-    where = _first_that_differs(model, call)
-    what = f"{where} gives" if where else f"{type(model).__name__}.forward gives"
-    if apart <= ROUNDING:
+    name = type(model).__name__
+    if made and _apart(found, again()) == 0.0:
+        own.results = found
+        _warn(
+            model,
+            f"forward gives other results at its first call, which sets {made[0]}. Steps give those of its later calls",
+        )
+        return
+    where = _first_that_differs(model, call, own)
+    what = f"{where or f'{name}.forward'} gives"
+    if _apart(own.results, found) <= ROUNDING:
         _warn(model, f"{what} results that differ in rounding from call to call, so steps can differ from the model's")
         return
     raise CaptureError(
-        f"{what} other results when {type(model).__name__} is called again with the same arguments. It goes by "
-        "something that is neither an argument nor found among what the model can reach, such as the time, the "
-        "environment, a generator of random numbers or state of its thread. A graph cannot follow that: keep it in an "
-        "attribute of the module, or pass it as an argument."
+        f"{what} other results when {name} is called again with the same arguments. It goes by something that is no "
+        "argument, and that was not found where the model can reach it: the time, say, the environment, or state in "
+        "an object that cannot be looked into. A graph cannot follow that: keep it in an attribute of the module, as a "
+        "number or a small tensor, or pass it as an argument."
     )
 
 
-def _apart(one: Any, other: Any) -> float:
-    """How far two results are apart, in units in the last place of the largest; 0.0 where they are equal."""
+def _apart(some: Sequence[Any], others: Sequence[Any]) -> float:
+    """How far results are apart, in units in the last place of the largest; 0.0 where they are equal."""
+    return max((_distance(one, other) for one, other in zip(some, others, strict=True)), default=0.0)
+
+
+def _distance(one: Any, other: Any) -> float:
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return 0.0 if type(one) is type(other) and (one is other or one == other or one != one) else math.inf
     if one.shape != other.shape or one.dtype != other.dtype:
@@ -324,7 +362,7 @@ def _apart(one: Any, other: Any) -> float:
     return float(apart) / torch.finfo(one.dtype).eps if bool(apart.isfinite()) else math.inf
 
 
-def _first_that_differs(model: nn.Module, call: Call) -> str:
+def _first_that_differs(model: nn.Module, call: Call, own: Own) -> str:
     """The path of the innermost submodule that returns other results of the same arguments in a second call."""
 
     def recorded() -> list[tuple[str, Any, Any]]:
@@ -339,6 +377,7 @@ def _first_that_differs(model: nn.Module, call: Call) -> str:
         with ExitStack() as stack:
             for path, module in model.named_modules():
                 stack.callback(module.register_forward_hook(note(path), with_kwargs=True).remove)
+            own.again()
             warm(model, call._replace(arguments=copied(call.arguments)))
         return found
 
@@ -488,7 +527,7 @@ class _Blame:
             what = f"{label} at each call{f', at {line}' if line else ''}"
             readers = [path for path in self._codes if self._reads(path, word)]
             thing = self._held.holders[change.holder].thing
-            if change.key is VALUE and not issubclass(type(thing), Tensor | np.ndarray | RandomNumbers):
+            if change.key is VALUE and not issubclass(type(thing), (Tensor, np.ndarray, RandomNumbers, *_DRAWN)):
                 raise CaptureError(
                     f"{type(self._model).__name__} advances an iterator, {what}, which cannot be put back. Count by a "
                     "number."

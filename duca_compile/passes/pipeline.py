@@ -122,7 +122,7 @@ def build_variant(captured: CapturedGraph, facts: Facts, spec: VariantSpec) -> V
 def build_prologue(captured: CapturedGraph, facts: Facts) -> fx.GraphModule:
     """The module that computes the hoisted values once per request."""
     draft = Draft(invariant_graph(captured.graph, facts))
-    return to_module(captured, run_passes(draft, (RemoveDeadCode(),)).graph)
+    return to_module(captured, run_passes(draft, (RemoveDeadCode(draws=False),)).graph)
 
 
 def make_rows(captured: CapturedGraph, facts: Facts, needed: frozenset[str] | None = None) -> Rows:
