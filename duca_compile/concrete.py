@@ -141,6 +141,8 @@ def _module_paths(model: nn.Module) -> Iterator[list[str]]:
     stacks: list[dict[str, tuple[str, str]]] = [{}]
     with ExitStack() as hooks:
         for path, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                continue
             entry = {path: (path, type(module).__qualname__)}
 
             def enter(_module: nn.Module, _args: Any, entry: dict[str, tuple[str, str]] = entry) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple, Protocol
 
@@ -39,6 +39,11 @@ def copied(arguments: dict[str, Any]) -> dict[str, Any]:
     """The same values in lists and dictionaries of their own: forward may take things out of these."""
     found: dict[str, Any] = tree_map(lambda leaf: leaf, arguments)
     return found
+
+
+def hookable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules by path, but for those that take no hooks."""
+    return ((path, module) for path, module in model.named_modules() if not isinstance(module, torch.jit.ScriptModule))
 
 
 class Ran(Protocol):
@@ -123,7 +128,7 @@ def _called(model: nn.Module, arguments: dict[str, Any]) -> tuple[list[Any], lis
     calls: list[_Called] = []
     tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
     with ExitStack() as hooks, torch.no_grad(), torch.random.fork_rng(cuda_devices(tensors)):
-        for path, module in model.named_modules():
+        for path, module in hookable(model):
             if not path or (type(module).__module__.startswith("torch.nn.") and "forward" not in vars(module)):
                 continue
 

@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
+from torch.nn.parameter import UninitializedTensorMixin
 from torch.utils.hooks import RemovableHandle
 
 from duca_compile.away import settings
@@ -373,6 +374,7 @@ class _Walk:
         self._module_numbers: dict[int, int] = {}
         self._open: set[int] = set()  # containers that are being looked into: one may hold itself
         self._classes: set[type] = set()
+        self._forwards: set[type] = set()  # classes of modules whose forward is known
         self._looks: dict[int, Callable[[Any], Entry] | None] = {}
         self._name: Name = ("", "")
         self._within, self._key = -1, object()
@@ -416,8 +418,18 @@ class _Walk:
                     self._hook_table((path, name), value)
                 elif value:
                     entries[path, name] = tuple(map(_Same, value.values()))
+        if type(module) not in self._forwards:
+            self._forward_of(path, type(module))
         if not live and type(module) not in self._classes:
             self._attribute((path, type(module).__name__), type(module), within, None, self._class)
+
+    def _forward_of(self, path: str, cls: type) -> None:
+        """A patch may replace the forward of a class."""
+        self._forwards.add(cls)
+        owner = next((each for each in cls.__mro__ if "forward" in vars(each)), None)
+        if owner is not None:
+            self.holders.append(Holder(owner, (path, cls.__name__), -1, None, True, ("forward",)))
+            self.entries[path, f"{cls.__name__}.forward"] = _Same(vars(owner)["forward"])
 
     def _hook_table(self, name: Name, table: Any) -> None:
         if table:
@@ -451,6 +463,8 @@ class _Walk:
         if tensor is None:
             return None
         number = self._weight_numbers.setdefault(id(tensor), len(self._weight_numbers))
+        if isinstance(tensor, UninitializedTensorMixin):  # of a lazy module that has not run
+            return number, type(tensor)
         if type(tensor) in (nn.Parameter, Tensor):
             return number, type(tensor), kind(tensor)
         inner = inner_tensors(tensor)
@@ -739,7 +753,7 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _attributes(value: Any) -> dict[str, Any] | None:
     """The dictionary of an object's attributes, without asking the object."""
     try:
-        found = object.__getattribute__(value, "__dict__")
+        found = (local if type(value) is local else object).__getattribute__(value, "__dict__")
     except Exception:
         return None
     return found if type(found) is dict else None

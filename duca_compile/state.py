@@ -32,7 +32,7 @@ from duca_compile.arguments import Containers, check_kinds, check_results, notin
 from duca_compile.capture import Call, live_tensors, warm
 from duca_compile.errors import CaptureError
 from duca_compile.graph import CapturedGraph
-from duca_compile.reproduce import copied
+from duca_compile.reproduce import copied, hookable
 from duca_compile.snapshot import (
     MISSING,
     PLAIN_IDS,
@@ -283,11 +283,11 @@ def _observed(model: nn.Module, call: Call, before: Held, known: Mapping[str, st
     blame = _Blame(model, after, {before.name(change) for change in before.changes()})
     other = call._replace(arguments=with_other_tensors(copied(call.arguments)))
     with blame:
-        warm(model, other)
+        later = warm(model, other)
     changes = [change for change in after.changes() if not _alike(change.before, change.after, own.depends)]
     own.running = frozenset(map(after.name, changes))
     own.attributed = {key: name for key, name in own.attributed.items() if name not in own.running}
-    own.operators = blame.operators(changes)
+    own.operators = blame.operators(changes, _apart(results, later) > ROUNDING)
     own.unread = frozenset(after.name(each) for each in changes if after.is_plain(each) and not own.holds(after, each))
     made = [(before.name(change), before.word(change), before.label(change)) for change in before.changes()]
     blame.check_set([each for each in made if each[0] not in own.running], {**known, **own.operators})
@@ -375,7 +375,7 @@ def _first_that_differs(model: nn.Module, call: Call, own: Own) -> str:
             return leave
 
         with ExitStack() as stack:
-            for path, module in model.named_modules():
+            for path, module in hookable(model):
                 stack.callback(module.register_forward_hook(note(path), with_kwargs=True).remove)
             own.again()
             warm(model, call._replace(arguments=copied(call.arguments)))
@@ -473,7 +473,7 @@ class _Blame:
         return holder.name in names or (not attribute and any(path == other for other, _ in names))
 
     def __enter__(self) -> None:
-        for path, module in self._model.named_modules():
+        for path, module in hookable(self._model):
             enter = module.register_forward_pre_hook(self._enter(path), prepend=True)
             leave = module.register_forward_hook(self._leave)
             self._stack.callback(enter.remove)
@@ -513,8 +513,10 @@ class _Blame:
             code = frame.f_code
             self._codes.setdefault(self._running[-1], {})[id(code)] = code
 
-    def operators(self, changes: Collection[Change]) -> dict[str, str]:
+    def operators(self, changes: Collection[Change], moved: bool) -> dict[str, str]:
         """The modules that change or read what changes, and why each must run as it is.
+
+        ``moved`` is whether the results of the next call were others.
 
         Raises:
             CaptureError: the model itself reads it.
@@ -532,7 +534,8 @@ class _Blame:
                     f"{type(self._model).__name__} advances an iterator, {what}, which cannot be put back. Count by a "
                     "number."
                 )
-            if "" in readers or ("" in writers and issubclass(type(thing), RandomNumbers)):
+            alone = moved and not any([*writers, *readers])  # then nothing else can be the reason
+            if "" in readers or ("" in writers and (alone or issubclass(type(thing), RandomNumbers))):
                 raise CaptureError(
                     f"{type(self._model).__name__}.forward changes {what}, and reads it, so no graph can hold what "
                     "follows. Keep it outside of the model and pass it as an argument, or move what reads and "

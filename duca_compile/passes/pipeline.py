@@ -130,7 +130,7 @@ def make_rows(captured: CapturedGraph, facts: Facts, needed: frozenset[str] | No
     layout = row_layout(captured.graph, facts)
     if needed is None:
         needed = frozenset(piece.name for row in layout.values() for piece in row)
-    draft = run_passes(Draft(timestep_graph(captured.graph, facts, needed)), (RemoveDeadCode(),))
+    draft = run_passes(Draft(timestep_graph(captured.graph, facts, needed)), (RemoveDeadCode(draws=False),))
     inputs = tuple(n.name for n in draft.graph.nodes if n.op == "placeholder")
     return Rows(facts.timestep, to_module(captured, draft.graph), inputs, tuple(map(row_input, layout)))
 
