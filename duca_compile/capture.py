@@ -31,7 +31,7 @@ from duca_compile.concrete import Untraceable, failing_node, failing_path
 from duca_compile.errors import CaptureError, UsageError, first_line
 from duca_compile.graph import RESERVED, CapturedGraph, OutputLayout, module_path, source_line
 from duca_compile.opaque import alike
-from duca_compile.reproduce import Ran, copied, cuda_devices, differs, has_foreign_operators
+from duca_compile.reproduce import ROUNDING, Ran, copied, cuda_devices, differs, has_foreign_operators
 
 log = logging.getLogger("duca_compile")
 
@@ -41,6 +41,7 @@ _TENSOR_GUARDS: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # 
 _LIST_PLACE = re.compile(r"\[\d+\]$")
 _METADATA_CHECK = torch.ops.aten._assert_tensor_metadata.default
 _TORCH_PRINTS = "torch.export._trace"  # the module that prints a graph
+_TRANSFORMS = "torch._functorch.predispatch"  # what leaves traces of vmap and the like, which hold within it alone
 ROUNDS = 8  # kinds of submodules that may turn out to be in the way of a trace
 _NONE: Mapping[str, str] = {}
 _TORCH_ROOT = str(Path(torch.__file__).parent)
@@ -230,7 +231,8 @@ def capture(model: nn.Module, call: Call, opaque: Mapping[str, str] = _NONE, ran
     for _ in range(ROUNDS):
         try:
             captured = _traced(model, arguments, call, brought, operators)
-            path = differs(model, arguments, captured, ran, operators) if _needs_a_look(captured) else None
+            rounding = 0.0 if _needs_a_look(captured) else ROUNDING
+            path = differs(model, arguments, captured, ran, operators, rounding)
             if path is None:
                 return captured
             reason, failed = "does what its trace does not show", None
@@ -280,7 +282,7 @@ def _gist(error: Exception) -> str:
 
 
 def _needs_a_look(captured: CapturedGraph) -> bool:
-    """Whether its values are to be compared with the model's: where more than torch.export vouches for it."""
+    """Whether its values are to be the model's bit for bit: where more than torch.export vouches for it."""
     more = captured.readings is not None or captured.casts or has_foreign_operators(captured.graph)
     return more or any(is_random(node) for node in captured.graph.nodes)  # forward may set a seed
 
@@ -464,6 +466,10 @@ def _lower(
     attributes: dict[str, Tensor] = {}
     inputs: list[str] = []
     for node in program.graph.nodes:
+        if getattr(node.target, "__module__", None) == _TRANSFORMS:
+            raise Untraceable(
+                module_path(node), RuntimeError(f"it transforms a function (vmap), at {source_line(node)}")
+            )
         if node.op != "placeholder":
             if node.op != "output":
                 mapping[node] = graph.node_copy(node, lambda n: mapping[n])

@@ -150,7 +150,14 @@ class CallSite:
         """The tensors; an operator must not return its operands."""
         taken = {tensor.untyped_storage().data_ptr() for tensor in tensors}
         results = [output for output in outputs if output is not None]
-        return [result.clone() if result.untyped_storage().data_ptr() in taken else result for result in results]
+        return [_cloned(result) if result.untyped_storage().data_ptr() in taken else result for result in results]
+
+
+def _cloned(tensor: Tensor) -> Tensor:
+    """With the same strides, by which the operators behind it go, where these do not overlap."""
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        return tensor.clone()
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 @torch.library.custom_op("duca_compile::opaque", mutates_args=())

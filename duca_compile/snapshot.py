@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from duca_compile.away import settings
@@ -463,7 +463,7 @@ class _Walk:
         if tensor is None:
             return None
         number = self._weight_numbers.setdefault(id(tensor), len(self._weight_numbers))
-        if isinstance(tensor, UninitializedTensorMixin):  # of a lazy module that has not run
+        if is_lazy(tensor):  # of a lazy module that has not run
             return number, type(tensor)
         if type(tensor) in (nn.Parameter, Tensor):
             return number, type(tensor), kind(tensor)

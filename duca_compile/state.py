@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dis
 import logging
-import math
 import pickle
 import random
 import sys
@@ -32,7 +31,7 @@ from duca_compile.arguments import Containers, check_kinds, check_results, notin
 from duca_compile.capture import Call, live_tensors, warm
 from duca_compile.errors import CaptureError
 from duca_compile.graph import CapturedGraph
-from duca_compile.reproduce import copied, hookable
+from duca_compile.reproduce import ROUNDING, apart, copied, hookable
 from duca_compile.snapshot import (
     MISSING,
     PLAIN_IDS,
@@ -53,9 +52,6 @@ _STORES = {"STORE_ATTR", "STORE_DEREF", "STORE_GLOBAL", "DELETE_ATTR"}
 _WRITERS = {  # methods that change a container
     "append", "appendleft", "add", "clear", "extend", "insert", "pop", "popleft", "remove", "setdefault", "update",
 }  # fmt: skip
-
-
-ROUNDING = 16.0  # units in the last place by which results may differ where an operator is not deterministic
 
 
 class Change(NamedTuple):
@@ -287,7 +283,7 @@ def _observed(model: nn.Module, call: Call, before: Held, known: Mapping[str, st
     changes = [change for change in after.changes() if not _alike(change.before, change.after, own.depends)]
     own.running = frozenset(map(after.name, changes))
     own.attributed = {key: name for key, name in own.attributed.items() if name not in own.running}
-    own.operators = blame.operators(changes, _apart(results, later) > ROUNDING)
+    own.operators = blame.operators(changes, apart(results, later) > ROUNDING)
     own.unread = frozenset(after.name(each) for each in changes if after.is_plain(each) and not own.holds(after, each))
     made = [(before.name(change), before.word(change), before.label(change)) for change in before.changes()]
     blame.check_set([each for each in made if each[0] not in own.running], {**known, **own.operators})
@@ -321,10 +317,10 @@ def _check_repeats(model: nn.Module, call: Call, own: Own, made: Sequence[str]) 
         return warm(model, call._replace(arguments=copied(call.arguments)))
 
     found = again()
-    if _apart(own.results, found) == 0.0:
+    if apart(own.results, found) == 0.0:
         return
     name = type(model).__name__
-    if made and _apart(found, again()) == 0.0:
+    if made and apart(found, again()) == 0.0:
         own.results = found
         _warn(
             model,
@@ -333,7 +329,7 @@ def _check_repeats(model: nn.Module, call: Call, own: Own, made: Sequence[str]) 
         return
     where = _first_that_differs(model, call, own)
     what = f"{where or f'{name}.forward'} gives"
-    if _apart(own.results, found) <= ROUNDING:
+    if apart(own.results, found) <= ROUNDING:
         _warn(model, f"{what} results that differ in rounding from call to call, so steps can differ from the model's")
         return
     raise CaptureError(
@@ -342,24 +338,6 @@ def _check_repeats(model: nn.Module, call: Call, own: Own, made: Sequence[str]) 
         "an object that cannot be looked into. A graph cannot follow that: keep it in an attribute of the module, as a "
         "number or a small tensor, or pass it as an argument."
     )
-
-
-def _apart(some: Sequence[Any], others: Sequence[Any]) -> float:
-    """How far results are apart, in units in the last place of the largest; 0.0 where they are equal."""
-    return max((_distance(one, other) for one, other in zip(some, others, strict=True)), default=0.0)
-
-
-def _distance(one: Any, other: Any) -> float:
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return 0.0 if type(one) is type(other) and (one is other or one == other or one != one) else math.inf
-    if one.shape != other.shape or one.dtype != other.dtype:
-        return math.inf
-    if one.is_meta or bool(((one == other) | ((one != one) & (other != other))).all()):
-        return 0.0
-    if not one.is_floating_point():
-        return math.inf
-    apart = (one.double() - other.double()).norm() / one.double().norm()
-    return float(apart) / torch.finfo(one.dtype).eps if bool(apart.isfinite()) else math.inf
 
 
 def _first_that_differs(model: nn.Module, call: Call, own: Own) -> str:
