@@ -402,7 +402,7 @@ def warm(model: nn.Module, call: Call, noted: Activations | None = None) -> list
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        shapes = {n: tuple(t.shape) for n, t in zip(tensor_names(call), call.tensors, strict=True)}
+        shapes = {n: tuple(t.shape) for n, t in zip(tensor_names(call), call.tensors, strict=False)}
         raise CaptureError(
             f"{type(model).__name__} itself fails on this call{_where(error)}: {first_line(error).rstrip('.')}. "
             f"Its tensors: {shapes}."

@@ -376,7 +376,8 @@ def _refusal(model: nn.Module, call: Call, place: str) -> CaptureError:
     def note() -> None:
         lines.append(source_of(sys._getframe(2)))
 
-    warm(model, call._replace(arguments={name: noting(value, note) for name, value in call.arguments.items()}))
+    with suppress(CaptureError):  # it may want containers of the very kind that it was given
+        warm(model, call._replace(arguments={name: noting(value, note) for name, value in call.arguments.items()}))
     where = f" at {lines[0]}" if lines else ""
     return CaptureError(
         f"{type(model).__name__}.forward writes into its argument, {place}{where}. Steps would not do so: return the "
