@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 
-from duca_compile.errors import CaptureError
-from duca_compile.snapshot import MISSING, content
+from duca_compile.errors import CaptureError, first_line
+from duca_compile.snapshot import MISSING, PLAIN_IDS, content
 
 _FINE = (Tensor, bool, int, float, str, type(None), Enum)  # what torch.export takes, but for containers
 
@@ -44,9 +45,18 @@ class Containers:
 def _put_into(place: str, thing: Any, before: dict[Any, Any]) -> str | None:
     now = content(thing)
     if isinstance(thing, dict):
-        return next((f"{place}[{key!r}]" for key, value in now.items() if before.get(key, MISSING) is not value), None)
+        put = [key for key, value in now.items() if before.get(key, MISSING) is not value]
+        return next((f"{place}[{key!r}]" for key in put if not _is_default(thing, key, before)), None)
     rest = iter(before.values())
     return next((f"{place}[{i}]" for i, each in now.items() if not any(each is other for other in rest)), None)
+
+
+def _is_default(thing: dict[Any, Any], key: Any, before: dict[Any, Any]) -> bool:
+    """Whether reading alone put it there."""
+    if type(thing) is not defaultdict or thing.default_factory is None or key in before:
+        return False
+    value = thing[key]
+    return id(type(value)) in PLAIN_IDS or (type(value) in (list, dict, set) and not value)
 
 
 def noting(value: Any, note: Callable[[], None]) -> Any:
@@ -72,6 +82,14 @@ def _kind_of(base: type, note: Callable[[], None]) -> type:
 
 def check_kinds(model: nn.Module, arguments: dict[str, Any]) -> None:
     """Raises CaptureError for an argument that no graph can take."""
+    for name, value in arguments.items():
+        try:
+            tree_flatten_with_path(value)
+        except ValueError as error:  # of a kind that torch can take apart, but not name the parts of
+            raise CaptureError(
+                f"the argument {name} of {type(model).__name__}.forward is or holds what torch.export cannot take: "
+                f"{first_line(error)} A plain dictionary does."
+            ) from error
     for path, leaf in tree_flatten_with_path(arguments)[0]:
         if not isinstance(leaf, _FINE):
             name = keystr(path[:1])[2:-2] + keystr(path[1:])

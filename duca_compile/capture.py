@@ -25,12 +25,13 @@ from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path, tr
 
 from duca_compile import away, casts, concrete
 from duca_compile.activations import Activations
+from duca_compile.analysis.operators import is_random
 from duca_compile.away import Brought
 from duca_compile.concrete import Untraceable, failing_node, failing_path
 from duca_compile.errors import CaptureError, UsageError, first_line
 from duca_compile.graph import RESERVED, CapturedGraph, OutputLayout, module_path, source_line
 from duca_compile.opaque import alike
-from duca_compile.reproduce import Ran, copied, cuda_devices, differs, has_foreign_operators
+from duca_compile.reproduce import ROUNDING, Ran, copied, cuda_devices, differs, has_foreign_operators
 
 log = logging.getLogger("duca_compile")
 
@@ -40,6 +41,7 @@ _TENSOR_GUARDS: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # 
 _LIST_PLACE = re.compile(r"\[\d+\]$")
 _METADATA_CHECK = torch.ops.aten._assert_tensor_metadata.default
 _TORCH_PRINTS = "torch.export._trace"  # the module that prints a graph
+_TRANSFORMS = "torch._functorch.predispatch"  # what leaves traces of vmap and the like, which hold within it alone
 ROUNDS = 8  # kinds of submodules that may turn out to be in the way of a trace
 _NONE: Mapping[str, str] = {}
 _TORCH_ROOT = str(Path(torch.__file__).parent)
@@ -229,7 +231,8 @@ def capture(model: nn.Module, call: Call, opaque: Mapping[str, str] = _NONE, ran
     for _ in range(ROUNDS):
         try:
             captured = _traced(model, arguments, call, brought, operators)
-            path = differs(model, arguments, captured, ran, operators) if _needs_a_look(captured) else None
+            rounding = 0.0 if _needs_a_look(captured) else ROUNDING
+            path = differs(model, arguments, captured, ran, operators, rounding)
             if path is None:
                 return captured
             reason, failed = "does what its trace does not show", None
@@ -257,7 +260,8 @@ def _traced(
     model: nn.Module, arguments: dict[str, Any], call: Call, brought: Brought, operators: Mapping[str, str]
 ) -> CapturedGraph:
     """Raises Untraceable."""
-    with torch.no_grad(), away.reading(model, brought, operators):
+    random = torch.random.fork_rng(cuda_devices(call.tensors))  # each trace, and each run of it, draws the same
+    with torch.no_grad(), random, away.reading(model, brought, operators):
         exported = None if operators else _exported(model, arguments)
         if exported is not None:
             return _lower(model, exported, call)
@@ -278,8 +282,9 @@ def _gist(error: Exception) -> str:
 
 
 def _needs_a_look(captured: CapturedGraph) -> bool:
-    """Whether its values are to be compared with the model's: where more than torch.export vouches for it."""
-    return captured.readings is not None or captured.casts or has_foreign_operators(captured.graph)
+    """Whether its values are to be the model's bit for bit: where more than torch.export vouches for it."""
+    more = captured.readings is not None or captured.casts or has_foreign_operators(captured.graph)
+    return more or any(is_random(node) for node in captured.graph.nodes)  # forward may set a seed
 
 
 def _outside(path: str, operators: Collection[str]) -> str:
@@ -397,7 +402,7 @@ def warm(model: nn.Module, call: Call, noted: Activations | None = None) -> list
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        shapes = {n: tuple(t.shape) for n, t in zip(tensor_names(call), call.tensors, strict=True)}
+        shapes = {n: tuple(t.shape) for n, t in zip(tensor_names(call), call.tensors, strict=False)}
         raise CaptureError(
             f"{type(model).__name__} itself fails on this call{_where(error)}: {first_line(error).rstrip('.')}. "
             f"Its tensors: {shapes}."
@@ -461,6 +466,10 @@ def _lower(
     attributes: dict[str, Tensor] = {}
     inputs: list[str] = []
     for node in program.graph.nodes:
+        if getattr(node.target, "__module__", None) == _TRANSFORMS:
+            raise Untraceable(
+                module_path(node), RuntimeError(f"it transforms a function (vmap), at {source_line(node)}")
+            )
         if node.op != "placeholder":
             if node.op != "output":
                 mapping[node] = graph.node_copy(node, lambda n: mapping[n])
@@ -479,6 +488,10 @@ def _lower(
             continue
         target = str(spec.target)
         value = live[target] if target in live else program.constants[target]
+        if not isinstance(value, Tensor):
+            kind, user = type(value).__name__, next(iter(node.users))
+            error = RuntimeError(f"it uses a {kind} that it makes anew at each call, at {source_line(user)}")
+            raise Untraceable(module_path(user), error)
         attributes[target] = value
         mapping[node] = graph.get_attr(target)
         mapping[node].meta = dict(node.meta)

@@ -20,6 +20,7 @@ from torch.fx.traceback import preserve_node_meta
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from duca_compile.analysis.operators import is_random
 from duca_compile.away import Brought
 from duca_compile.graph import Read, Readings, module_path, source_line
 from duca_compile.opaque import CallSite, as_operators
@@ -98,10 +99,11 @@ def trace(model: nn.Module, arguments: dict[str, Any], opaque: Mapping[str, str]
         except Exception as error:
             raise Untraceable(paths[-1], error) from error
     try:
+        _check_random(graph)
         _index_by_number(graph)
         reads, readings = _reads(graph), _readings(graph, tensors)
         _fold(graph, tensors)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, Untraceable):
         raise
     except Exception as error:  # it does not do what it did
         raise Untraceable(failing_path(error), error) from error
@@ -139,6 +141,8 @@ def _module_paths(model: nn.Module) -> Iterator[list[str]]:
     stacks: list[dict[str, tuple[str, str]]] = [{}]
     with ExitStack() as hooks:
         for path, module in model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                continue
             entry = {path: (path, type(module).__qualname__)}
 
             def enter(_module: nn.Module, _args: Any, entry: dict[str, tuple[str, str]] = entry) -> None:
@@ -193,6 +197,16 @@ def _readings(graph: fx.GraphModule, tensors: list[Tensor]) -> Readings:
     module = fx.GraphModule({name: getattr(graph, name.removeprefix(f"{_TRACE}.")) for name in names}, part)
     values = tuple(value.clone() for value in module(*[tensors[i] for i in used]))  # a buffer may be written to later
     return Readings(module, tuple(used), values)
+
+
+def _check_random(graph: fx.GraphModule) -> None:
+    """Raises Untraceable where Python reads a value that was drawn: no look at the arguments tells the next one."""
+    drawn = set[fx.Node]()
+    for node in graph.graph.nodes:
+        if is_random(node) or not drawn.isdisjoint(node.all_input_nodes):
+            if _is_reader(node):
+                raise Untraceable(module_path(node), RuntimeError(f"it reads a random number at {source_line(node)}"))
+            drawn.add(node)
 
 
 def _is_reader(node: fx.Node) -> bool:

@@ -75,6 +75,7 @@ class CallSite:
         self.tensor_places: list[int] = []
         self.out_like: list[Like] = []
         self.flops = 0
+        self._draws = False
         _sites[self.number] = self
 
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
@@ -90,9 +91,10 @@ class CallSite:
         if self.out_spec is not None:
             own = self._owned(tree_flatten(self._forward(*args, **kwargs))[0], tensors)
             return [like.strided(each) for each, like in zip(own, self.likes(tensors), strict=True)]
-        versions = list(map(version, tensors))
+        versions, random = list(map(version, tensors)), torch.get_rng_state()
         with FlopCounterMode(display=False) as counter:
             outputs, self.out_spec = tree_flatten(self._forward(*args, **kwargs))
+        self._draws = not torch.equal(random, torch.get_rng_state())
         if versions != list(map(version, tensors)):
             raise CaptureError(f"{self._says} It writes to its arguments; clone them there first.")
         if not all(isinstance(output, Tensor | None) for output in outputs):
@@ -127,6 +129,11 @@ class CallSite:
         return not self.reason.startswith(_BY_MORE)
 
     @property
+    def runs_each_step(self) -> bool:
+        """Whether equal operands need not give equal results: it draws random numbers, or has a state of its own."""
+        return self._draws or (not self.may_be_pointwise and self.reason != READS)
+
+    @property
     def _says(self) -> str:
         return f"{self.path} {self.reason}, so it must stand for itself as one operator."
 
@@ -143,7 +150,14 @@ class CallSite:
         """The tensors; an operator must not return its operands."""
         taken = {tensor.untyped_storage().data_ptr() for tensor in tensors}
         results = [output for output in outputs if output is not None]
-        return [result.clone() if result.untyped_storage().data_ptr() in taken else result for result in results]
+        return [_cloned(result) if result.untyped_storage().data_ptr() in taken else result for result in results]
+
+
+def _cloned(tensor: Tensor) -> Tensor:
+    """With the same strides, by which the operators behind it go, where these do not overlap."""
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        return tensor.clone()
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 
 
 @torch.library.custom_op("duca_compile::opaque", mutates_args=())

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection, Sequence
+import math
+import traceback
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple, Protocol
 
@@ -17,11 +19,13 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from duca_compile import casts
-from duca_compile.graph import CapturedGraph
+from duca_compile.graph import CapturedGraph, module_path
 from duca_compile.passes.pipeline import to_module
 
 log = logging.getLogger("duca_compile")
 aten = torch.ops.aten
+
+ROUNDING = 16.0  # units in the last place by which results differ where an operator is not deterministic
 
 _UNINITIALIZED = {
     aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.new_empty.default,
@@ -41,6 +45,11 @@ def copied(arguments: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def hookable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules by path, but for those that take no hooks."""
+    return ((path, module) for path, module in model.named_modules() if not isinstance(module, torch.jit.ScriptModule))
+
+
 class Ran(Protocol):
     """A call of the model that was run: the leaves of its results."""
 
@@ -51,9 +60,16 @@ class Ran(Protocol):
 
 
 def differs(
-    model: nn.Module, arguments: dict[str, Any], captured: CapturedGraph, ran: Ran, operators: Collection[str] = ()
+    model: nn.Module,
+    arguments: dict[str, Any],
+    captured: CapturedGraph,
+    ran: Ran,
+    operators: Collection[str] = (),
+    rounding: float = 0.0,
 ) -> str | None:
     """None where the graph gives the model's own results, those that it ``ran`` to, bit for bit.
+
+    With ``rounding``, results may be so many units in the last place apart.
 
     Else the path of the smallest submodule, none of ``operators``, whose results it does not give; "" where that is the
     model itself.
@@ -62,11 +78,18 @@ def differs(
     if any(tensor.is_meta for tensor in tensors):
         return None
     ran.again()
-    if _same(_Runner(captured).results(tensors), ran.results):
-        return None
+    try:
+        if apart(_Runner(captured).results(tensors), ran.results) <= rounding:
+            return None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # what was traced holds nowhere else, such as the inside of a function that vmap runs
+        if (node := _failing(error)) is None:
+            raise
+        return module_path(node)
     ran.again()
     again, calls = _called(model, arguments)
-    if not _same(again, ran.results):
+    if apart(again, ran.results) > rounding:
         log.warning(
             "%s gives other results each time it is called, so its trace could not be compared with it: what makes the "
             "difference is not followed, unless it is a random operator of PyTorch",
@@ -85,9 +108,28 @@ def differs(
     return path
 
 
-def _same(some: Sequence[Any], others: Sequence[Any]) -> bool:
-    pairs = [(a, b) for a, b in zip(some, others, strict=True) if isinstance(a, Tensor) or isinstance(b, Tensor)]
-    return all(a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True) for a, b in pairs)
+def apart(some: Sequence[Any], others: Sequence[Any]) -> float:
+    """How far results are apart, in units in the last place of the largest; 0.0 where they are equal."""
+    return max((_distance(one, other) for one, other in zip(some, others, strict=True)), default=0.0)
+
+
+def _distance(one: Any, other: Any) -> float:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return 0.0 if type(one) is type(other) and (one is other or one == other or one != one) else math.inf
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return math.inf
+    if one.is_meta or torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all()):
+        return 0.0
+    if not one.is_floating_point():
+        return math.inf
+    distance = (one.double() - other.double()).norm() / one.double().norm()
+    return float(distance) / torch.finfo(one.dtype).eps if bool(distance.isfinite()) else math.inf
+
+
+def _failing(error: BaseException) -> fx.Node | None:
+    """The node whose running raised."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "run_node"]
+    return next((node for frame in frames if isinstance(node := frame.f_locals.get("n"), fx.Node)), None)
 
 
 class _Runner(fx.Interpreter):
@@ -123,7 +165,7 @@ def _called(model: nn.Module, arguments: dict[str, Any]) -> tuple[list[Any], lis
     calls: list[_Called] = []
     tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
     with ExitStack() as hooks, torch.no_grad(), torch.random.fork_rng(cuda_devices(tensors)):
-        for path, module in model.named_modules():
+        for path, module in hookable(model):
             if not path or (type(module).__module__.startswith("torch.nn.") and "forward" not in vars(module)):
                 continue
 

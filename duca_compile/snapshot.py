@@ -10,17 +10,31 @@ holds too much are known by their identity.
 
 from __future__ import annotations
 
+import dis
 import functools
 import itertools
 import pickle
 import random
+import sys
+import sysconfig
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import Enum
 from operator import is_
+from threading import local
 from time import perf_counter
-from types import CellType, CodeType, FunctionType, GeneratorType, MemberDescriptorType, MethodType, ModuleType
+from types import (
+    BuiltinFunctionType,
+    CellType,
+    CodeType,
+    FunctionType,
+    GeneratorType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+)
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -30,6 +44,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.nn.modules import module as torch_module
+from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from duca_compile.away import settings
@@ -41,6 +56,7 @@ Entry = Any  # hashable; to mypy a class is not
 
 ATTRIBUTE_BUDGET = 2000  # values that one attribute may hold to be looked into; beyond that its identity counts
 TOTAL_BUDGET = 100_000  # the same for all of a model
+VARIABLE_BUDGET = 500  # the same for one variable of a Python module that functions name
 SMALL = 2**16  # elements of tensors that forward may count in
 ARRAY_BYTES = 4096  # numpy arrays up to this size are known by their values
 PATIENCE = 50  # the quick look waits this many times as long as it takes, so that it takes 2 % of the time at most
@@ -184,6 +200,8 @@ class Watch:
     """
 
     def __init__(self, seen: Snapshot) -> None:
+        spaces = [each for each in seen.holders if each.names is not None and type(each.thing) is not CellType]
+        self._spaces = [(each.thing, each.names, content(each.thing, each.names)) for each in spaces]
         things = [each.thing for each in seen.holders if each.names is None or type(each.thing) is CellType]
         things = [thing for thing in things if not issubclass(type(thing), Tensor)]  # those are followed anyway
         self._tables = [thing for thing in things if issubclass(type(thing), dict)]
@@ -225,7 +243,9 @@ class Watch:
                 return True
         if any(len(thing) != len(known) or not all(map(is_, thing, known)) for thing, known in self._lists):
             return True
-        return any(not same_content(content(thing), known) for thing, known in self._rest)
+        if any(not same_content(content(thing), known) for thing, known in self._rest):
+            return True
+        return any(not same_content(content(thing, names), known) for thing, names, known in self._spaces)
 
 
 def content(thing: Any, names: tuple[str, ...] | None = None) -> dict[Any, Any]:
@@ -250,6 +270,8 @@ def content(thing: Any, names: tuple[str, ...] | None = None) -> dict[Any, Any]:
         return {VALUE: str(version(thing)).encode()}
     if cls in _STATE:
         return {VALUE: _STATE[cls](thing)}
+    if cls is ContextVar:
+        return {0: thing.get(MISSING)}
     if issubclass(cls, set):
         return {id(each): each for each in set.__iter__(thing)}
     return {name: _slot(thing, name) for name in _slots(type(thing))}
@@ -274,6 +296,10 @@ RANDOM = (
 )
 _STATE: dict[type, Callable[[Any], bytes]] = {
     np.ndarray: lambda array: array.tobytes(),
+    torch.Generator: lambda generator: generator.get_state().numpy().tobytes(),
+    random.Random: lambda source: pickle.dumps(source.getstate()),
+    np.random.RandomState: lambda source: pickle.dumps(source.get_state()),
+    np.random.Generator: lambda source: pickle.dumps(source.bit_generator.state),
     itertools.count: lambda counter: repr(counter).encode(),
     GeneratorType: lambda generator: _progress(generator),
     RandomNumbers: RandomNumbers.read,
@@ -348,6 +374,7 @@ class _Walk:
         self._module_numbers: dict[int, int] = {}
         self._open: set[int] = set()  # containers that are being looked into: one may hold itself
         self._classes: set[type] = set()
+        self._forwards: set[type] = set()  # classes of modules whose forward is known
         self._looks: dict[int, Callable[[Any], Entry] | None] = {}
         self._name: Name = ("", "")
         self._within, self._key = -1, object()
@@ -391,8 +418,18 @@ class _Walk:
                     self._hook_table((path, name), value)
                 elif value:
                     entries[path, name] = tuple(map(_Same, value.values()))
+        if type(module) not in self._forwards:
+            self._forward_of(path, type(module))
         if not live and type(module) not in self._classes:
             self._attribute((path, type(module).__name__), type(module), within, None, self._class)
+
+    def _forward_of(self, path: str, cls: type) -> None:
+        """A patch may replace the forward of a class."""
+        self._forwards.add(cls)
+        owner = next((each for each in cls.__mro__ if "forward" in vars(each)), None)
+        if owner is not None:
+            self.holders.append(Holder(owner, (path, cls.__name__), -1, None, True, ("forward",)))
+            self.entries[path, f"{cls.__name__}.forward"] = _Same(vars(owner)["forward"])
 
     def _hook_table(self, name: Name, table: Any) -> None:
         if table:
@@ -426,6 +463,8 @@ class _Walk:
         if tensor is None:
             return None
         number = self._weight_numbers.setdefault(id(tensor), len(self._weight_numbers))
+        if is_lazy(tensor):  # of a lazy module that has not run
+            return number, type(tensor)
         if type(tensor) in (nn.Parameter, Tensor):
             return number, type(tensor), kind(tensor)
         inner = inner_tensors(tensor)
@@ -445,9 +484,7 @@ class _Walk:
         try:
             self.entries[name] = (look or self._entry)(value)
         except Exception as error:  # too deep, a dictionary that another thread changes, a hostile object
-            del self.holders[had:]
-            for each in [*self._met][numbers:]:
-                del self._met[each]
+            self._forget(had, numbers)
             self._open.clear()
             self.entries[name] = _Same(value)
             if isinstance(error, _TooMuch):
@@ -484,10 +521,16 @@ class _Walk:
             return self._array
         if cls in _STATE:
             return self._iterator
-        if issubclass(cls, ModuleType | type | Enum | CodeType):
+        if cls is ContextVar:
+            return self._context_variable
+        if issubclass(cls, type):
+            return None if cls.__hash__ is not type.__hash__ or cls.__eq__ is not type.__eq__ else self._held_class
+        if issubclass(cls, ModuleType | Enum | CodeType):
             return None
         if issubclass(cls, nn.Module):
             return self._inner_module
+        if cls is local:
+            return self._object
         home = type.__getattribute__(cls, "__module__")
         root = home.partition(".")[0] if isinstance(home, str) else ""
         return None if root in _MACHINERY else self._object
@@ -528,6 +571,10 @@ class _Walk:
     def _iterator(self, value: Any) -> Entry:
         self.holders.append(Holder(value, self._name, self._within, self._key))
         return _Same(value)
+
+    def _context_variable(self, value: ContextVar[Any]) -> Entry:
+        self.holders.append(Holder(value, self._name, self._within, self._key))
+        return ContextVar, self._entry(value.get(MISSING))
 
     def _array(self, value: Any) -> Entry:
         if value.dtype.hasobject or value.nbytes > ARRAY_BYTES:
@@ -592,11 +639,49 @@ class _Walk:
 
     def _globals(self, function: FunctionType) -> Entry:
         named = _plain_globals(function)
-        if not named:
+        if not named and not _module_globals(function):
             return ()
         space = function.__globals__
         self._key = None
-        return self._inside(space, [(name, space.get(name, MISSING)) for name in named], True, named)
+        found = self._some_inside(space, named)
+        return found, tuple([self._variables(space[name], own) for name, own in _module_globals(function)])
+
+    def _variables(self, module: Any, names: tuple[str, ...]) -> Entry:
+        """What a function reads of a Python module that it names."""
+        space = object.__getattribute__(module, "__dict__")
+        self._key = None
+        return self._some_inside(space, names)
+
+    def _some_inside(self, space: dict[str, Any], names: tuple[str, ...]) -> Entry:
+        """Of variables of a Python module each that holds too much is known by its identity, and no other one."""
+        self.holders.append(Holder(space, self._name, self._within, self._key, True, names))
+        before = self._within, self._key
+        self._within = len(self.holders) - 1
+        found: list[Entry] = []
+        for name in names:
+            value = space.get(name, MISSING)
+            left, had, met = self._left, len(self.holders), len(self._met)
+            self._key, self._left = name, min(left, VARIABLE_BUDGET)
+            given = self._left
+            try:
+                found.append((name, self._entry(value)))
+            except _TooMuch:
+                if left < VARIABLE_BUDGET:
+                    raise
+                self._forget(had, met)
+                found.append((name, _Same(value)))
+            self._left = left - (given - max(self._left, 0))
+        self._within, self._key = before
+        return tuple(found)
+
+    def _forget(self, holders: int, met: int) -> None:
+        """What was found behind so many."""
+        del self.holders[holders:]
+        for each in [*self._met][met:]:
+            del self._met[each]
+
+    def _held_class(self, value: type) -> Entry:
+        return _Same(value) if value in self._classes else self._class(value)
 
     def _inner_module(self, value: nn.Module) -> Entry:
         """A module that is held by something else than the tree of modules, unless it is in that too."""
@@ -668,7 +753,7 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _attributes(value: Any) -> dict[str, Any] | None:
     """The dictionary of an object's attributes, without asking the object."""
     try:
-        found = object.__getattribute__(value, "__dict__")
+        found = (local if type(value) is local else object).__getattribute__(value, "__dict__")
     except Exception:
         return None
     return found if type(found) is dict else None
@@ -717,29 +802,86 @@ def _own_state(cls: type) -> tuple[tuple[str, ...], tuple[FunctionType, ...]]:
 
 
 _NAMED = WeakKeyDictionary[FunctionType, tuple[str, ...]]()
+_MODULES = WeakKeyDictionary[FunctionType, tuple[tuple[str, tuple[str, ...]], ...]]()
 
 
 def _plain_globals(function: FunctionType) -> tuple[str, ...]:
-    """The names of containers and plain values among the globals that a function names."""
+    """The names of what may change among the globals that a function names: of plain values and containers, and, in
+    code of the user's own, of functions, objects and classes of such code, too."""
     known = _NAMED.get(function)
     if known is None:
-        space, library = function.__globals__, str(function.__globals__.get("__name__")).partition(".")[0] in _LIBRARY
-        named = () if library else sorted(_names(function.__code__))
-        own = "site-packages" not in function.__code__.co_filename  # then functions that it calls are looked at, too
-        kinds = _GLOBAL_IDS | {id(FunctionType)} if own else _GLOBAL_IDS
-        known = tuple([n for n in named if n[:2] != "__" and id(type(space.get(n, MISSING))) in kinds])
+        space = function.__globals__
+        own = _is_own(function.__code__.co_filename)
+        names = [] if _is_library(space) else sorted((_globals_of if own else _names)(function.__code__))
+        known = tuple([n for n in names if n[:2] != "__" and _may_change(space.get(n, MISSING), own)])
         _NAMED[function] = known
     return known
 
 
+def _module_globals(function: FunctionType) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """The Python modules of the user's own that a function names, and what it may read of each."""
+    known = _MODULES.get(function)
+    if known is None:
+        space = function.__globals__
+        own = _is_own(function.__code__.co_filename) and not _is_library(space)
+        names = sorted(_names(function.__code__)) if own else []
+        found = []
+        for name in sorted(_globals_of(function.__code__)) if names else []:
+            module = space.get(name)
+            if type(module) is not ModuleType or not _is_own(vars(module).get("__file__")) or _is_library(vars(module)):
+                continue
+            read = [n for n in names if n[:2] != "__" and _may_change(vars(module).get(n, MISSING), True)]
+            if read:
+                found.append((name, tuple(read)))
+        known = _MODULES[function] = tuple(found)
+    return known
+
+
+_STDLIB = sysconfig.get_path("stdlib")
+
+
+def _is_own(filename: object) -> bool:
+    """Whether code is neither of an installed package nor of Python."""
+    return not isinstance(filename, str) or not ("site-packages" in filename or filename.startswith(_STDLIB))
+
+
+def _is_library(space: Mapping[str, Any]) -> bool:
+    return str(space.get("__name__")).partition(".")[0] in _LIBRARY
+
+
+def _may_change(value: Any, own: bool) -> bool:
+    """Whether a global can hold something else later; ``own`` is whether the code is the user's."""
+    cls = type(value)
+    if id(cls) in _GLOBAL_IDS:
+        return True
+    if not own or value is MISSING or issubclass(cls, ModuleType | BuiltinFunctionType | nn.Module):
+        return False
+    if issubclass(cls, FunctionType | Tensor | dict | list | set | deque | local | ContextVar):
+        return True
+    if cls is np.ndarray or cls in _STATE:
+        return True
+    home = type.__getattribute__(value if issubclass(cls, type) else cls, "__module__")
+    root = home.partition(".")[0] if isinstance(home, str) else ""
+    return root == "types" or root not in _LIBRARY | _MACHINERY | sys.stdlib_module_names
+
+
 def _reads_more(function: FunctionType) -> bool:
     """Whether it can read more than its arguments, and what its class has."""
-    return bool(_plain_globals(function) or set(function.__code__.co_freevars) - {"__class__"})
+    return bool(
+        _plain_globals(function) or _module_globals(function) or set(function.__code__.co_freevars) - {"__class__"}
+    )
 
 
 def _names(code: CodeType) -> set[str]:
-    """The global names of a function's code, and of the functions within it."""
+    """The names in a function's code, and in the functions within it: of globals, and of attributes."""
     return set(code.co_names).union(*(_names(each) for each in code.co_consts if isinstance(each, CodeType)))
+
+
+def _globals_of(code: CodeType) -> set[str]:
+    """The names of globals alone."""
+    inner = [_globals_of(each) for each in code.co_consts if isinstance(each, CodeType)]
+    own = {str(each.argval) for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "STORE_GLOBAL")}
+    return own.union(*inner)
 
 
 def kind(tensor: Tensor) -> Entry:

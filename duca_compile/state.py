@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dis
 import logging
+import pickle
+import random
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import islice
 from types import CellType, CodeType, FrameType
@@ -21,13 +24,15 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from duca_compile.activations import Activations, is_library, line_of, source_of, storage_key
 from duca_compile.arguments import Containers, check_kinds, check_results, noting, with_other_tensors
 from duca_compile.capture import Call, live_tensors, warm
 from duca_compile.errors import CaptureError
 from duca_compile.graph import CapturedGraph
-from duca_compile.reproduce import copied
+from duca_compile.reproduce import ROUNDING, apart, copied, hookable
+from duca_compile.runtime.clock import version
 from duca_compile.snapshot import (
     MISSING,
     PLAIN_IDS,
@@ -127,6 +132,8 @@ class Held:
     def tensors(self) -> Iterator[tuple[Tensor, Name]]:
         """All tensors in what can change, and the attributes that they are in."""
         for number, values in enumerate(self._contents):
+            if issubclass(type(thing := self.holders[number].thing), Tensor):
+                yield thing, self.name(Change(number, VALUE, None, None))
             for key, value in values.items():
                 for each in value if type(value) is tuple else (value,):
                     if issubclass(type(each), Tensor):
@@ -148,6 +155,11 @@ def _put(holder: Holder, values: Mapping[Any, Any]) -> None:
         thing.write(values[VALUE])
     elif issubclass(cls, np.ndarray):
         thing[...] = np.frombuffer(values[VALUE], thing.dtype).reshape(thing.shape)
+    elif cls is ContextVar:
+        if values[0] is not MISSING:
+            thing.set(values[0])
+    elif cls in _DRAWN:
+        _DRAWN[cls](thing, values[VALUE])
     elif VALUE in values:
         pass  # an iterator, which cannot be put back
     elif issubclass(cls, type):
@@ -171,7 +183,16 @@ def _put(holder: Holder, values: Mapping[Any, Any]) -> None:
         (thing.extend if issubclass(cls, deque) else thing.update)(values.values())
     else:
         for key, value in kept.items():
-            object.__setattr__(thing, key, value)
+            with suppress(AttributeError, TypeError):  # what cannot be set was not set by Python code
+                object.__setattr__(thing, key, value)
+
+
+_DRAWN: dict[type, Callable[[Any, bytes], object]] = {
+    torch.Generator: lambda each, state: each.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8)),
+    random.Random: lambda each, state: each.setstate(pickle.loads(state)),
+    np.random.RandomState: lambda each, state: each.set_state(pickle.loads(state)),
+    np.random.Generator: lambda each, state: setattr(each.bit_generator, "state", pickle.loads(state)),
+}
 
 
 @dataclass
@@ -251,6 +272,7 @@ def _observed(model: nn.Module, call: Call, before: Held, known: Mapping[str, st
     kept = activations.kept(results) if activations else {}
     if not before.changes():
         _warn_of_kept(model, kept, {})
+        _check_repeats(model, call, own, [])
         return own, before
     after = Held(model)
     own.attributed = {key: label for tensor, label in after.tensors() if own.depends(key := storage_key(tensor))}
@@ -258,15 +280,18 @@ def _observed(model: nn.Module, call: Call, before: Held, known: Mapping[str, st
     blame = _Blame(model, after, {before.name(change) for change in before.changes()})
     other = call._replace(arguments=with_other_tensors(copied(call.arguments)))
     with blame:
-        warm(model, other)
+        later = warm(model, other)
     changes = [change for change in after.changes() if not _alike(change.before, change.after, own.depends)]
     own.running = frozenset(map(after.name, changes))
     own.attributed = {key: name for key, name in own.attributed.items() if name not in own.running}
-    own.operators = blame.operators(changes)
+    own.operators = blame.operators(changes, apart(results, later) > ROUNDING)
     own.unread = frozenset(after.name(each) for each in changes if after.is_plain(each) and not own.holds(after, each))
     made = [(before.name(change), before.word(change), before.label(change)) for change in before.changes()]
     blame.check_set([each for each in made if each[0] not in own.running], {**known, **own.operators})
     _warn_of_operators(model, own.operators)
+    after.put_back()
+    own.again()
+    _check_repeats(model, call, own, [label for name, _, label in made if name not in own.running])
     after.put_back()
     return own, after
 
@@ -282,6 +307,70 @@ def _run(model: nn.Module, call: Call, activations: Activations | None) -> list[
     return results
 
 
+def _check_repeats(model: nn.Module, call: Call, own: Own, made: Sequence[str]) -> None:
+    """Raises CaptureError where the same call gives other results, though all that was found is as it was.
+
+    ``made`` are the attributes that were set at first use.
+    """
+
+    def again() -> list[Any]:
+        own.again()
+        return warm(model, call._replace(arguments=copied(call.arguments)))
+
+    versions = list(map(version, call.tensors))
+    found = again()
+    if apart(own.results, found) == 0.0 or versions != list(map(version, call.tensors)):
+        return  # what writes to its arguments is refused for that
+    name = type(model).__name__
+    if made and apart(found, again()) == 0.0:
+        own.results = found
+        _warn(
+            model,
+            f"forward gives other results at its first call, which sets {made[0]}. Steps give those of its later calls",
+        )
+        return
+    where = _first_that_differs(model, call, own)
+    what = f"{where or f'{name}.forward'} gives"
+    if apart(own.results, found) <= ROUNDING:
+        _warn(model, f"{what} results that differ in rounding from call to call, so steps can differ from the model's")
+        return
+    raise CaptureError(
+        f"{what} other results when {name} is called again with the same arguments. It goes by something that is no "
+        "argument, and that was not found where the model can reach it: the time, say, the environment, or state in "
+        "an object that cannot be looked into. A graph cannot follow that: keep it in an attribute of the module, as a "
+        "number or a small tensor, or pass it as an argument."
+    )
+
+
+def _first_that_differs(model: nn.Module, call: Call, own: Own) -> str:
+    """The path of the innermost submodule that returns other results of the same arguments in a second call."""
+
+    def recorded() -> list[tuple[str, Any, Any]]:
+        found: list[tuple[str, Any, Any]] = []
+
+        def note(path: str) -> Callable[..., None]:
+            def leave(_: nn.Module, args: Any, kwargs: Any, results: Any) -> None:
+                found.append((path, _digest((args, kwargs)), _digest(results)))
+
+            return leave
+
+        with ExitStack() as stack:
+            for path, module in hookable(model):
+                stack.callback(module.register_forward_hook(note(path), with_kwargs=True).remove)
+            own.again()
+            warm(model, call._replace(arguments=copied(call.arguments)))
+        return found
+
+    pairs = zip(recorded(), recorded(), strict=False)
+    return next((one[0] for one, other in pairs if one[:2] == other[:2] and one[2] != other[2]), "")
+
+
+def _digest(values: Any) -> list[Any]:
+    """What tells tensors from others, without keeping them."""
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and not leaf.is_meta]
+    return [hash(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes()) for tensor in tensors]
+
+
 def _refusal(model: nn.Module, call: Call, place: str) -> CaptureError:
     """Runs once more to find who puts something into an argument."""
     lines: list[str] = []
@@ -289,7 +378,8 @@ def _refusal(model: nn.Module, call: Call, place: str) -> CaptureError:
     def note() -> None:
         lines.append(source_of(sys._getframe(2)))
 
-    warm(model, call._replace(arguments={name: noting(value, note) for name, value in call.arguments.items()}))
+    with suppress(CaptureError):  # it may want containers of the very kind that it was given
+        warm(model, call._replace(arguments={name: noting(value, note) for name, value in call.arguments.items()}))
     where = f" at {lines[0]}" if lines else ""
     return CaptureError(
         f"{type(model).__name__}.forward writes into its argument, {place}{where}. Steps would not do so: return the "
@@ -364,7 +454,7 @@ class _Blame:
         return holder.name in names or (not attribute and any(path == other for other, _ in names))
 
     def __enter__(self) -> None:
-        for path, module in self._model.named_modules():
+        for path, module in hookable(self._model):
             enter = module.register_forward_pre_hook(self._enter(path), prepend=True)
             leave = module.register_forward_hook(self._leave)
             self._stack.callback(enter.remove)
@@ -404,8 +494,10 @@ class _Blame:
             code = frame.f_code
             self._codes.setdefault(self._running[-1], {})[id(code)] = code
 
-    def operators(self, changes: Collection[Change]) -> dict[str, str]:
+    def operators(self, changes: Collection[Change], moved: bool) -> dict[str, str]:
         """The modules that change or read what changes, and why each must run as it is.
+
+        ``moved`` is whether the results of the next call were others.
 
         Raises:
             CaptureError: the model itself reads it.
@@ -418,12 +510,13 @@ class _Blame:
             what = f"{label} at each call{f', at {line}' if line else ''}"
             readers = [path for path in self._codes if self._reads(path, word)]
             thing = self._held.holders[change.holder].thing
-            if change.key is VALUE and not issubclass(type(thing), Tensor | np.ndarray | RandomNumbers):
+            if change.key is VALUE and not issubclass(type(thing), (Tensor, np.ndarray, RandomNumbers, *_DRAWN)):
                 raise CaptureError(
                     f"{type(self._model).__name__} advances an iterator, {what}, which cannot be put back. Count by a "
                     "number."
                 )
-            if "" in readers or ("" in writers and issubclass(type(thing), RandomNumbers)):
+            alone = moved and not any([*writers, *readers])  # then nothing else can be the reason
+            if "" in readers or ("" in writers and (alone or issubclass(type(thing), RandomNumbers))):
                 raise CaptureError(
                     f"{type(self._model).__name__}.forward changes {what}, and reads it, so no graph can hold what "
                     "follows. Keep it outside of the model and pass it as an argument, or move what reads and "

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import logging
 import types
+from collections import defaultdict
+from collections.abc import Callable
+from contextvars import ContextVar
+from threading import local
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -225,3 +230,146 @@ def test_passes_of_guiders_keep_caches_of_their_own(name: str) -> None:
         assert passes[2][0] == "f"
         assert "r" in passes[2]
     assert len(optimized._compiled) == 2
+
+
+COUNTER, CALLS, DEFAULTS, LOCAL = types.SimpleNamespace(calls=0), np.zeros(1), defaultdict[str, int](int), local()
+SCALE = ContextVar("scale", default=1.0)
+OUTSIDE = types.ModuleType("outside")
+SOURCE = torch.Generator()
+
+
+class Shared:
+    calls = 0
+
+
+def count(kind: str) -> float:
+    """Counts where only code can see it, not the module."""
+    match kind:
+        case "object":
+            COUNTER.calls += 1
+            return COUNTER.calls
+        case "array":
+            CALLS[0] += 1
+            return float(CALLS[0])
+        case "defaultdict":
+            DEFAULTS["calls"] += 1
+            return DEFAULTS["calls"]
+        case "class":
+            Shared.calls += 1
+            return Shared.calls
+        case "module":
+            OUTSIDE.calls += 1
+            return float(OUTSIDE.calls)
+        case "thread":
+            LOCAL.calls += 1
+            return float(LOCAL.calls)
+        case "generator":
+            return float(torch.rand(1, generator=SOURCE))
+    raise ValueError(kind)
+
+
+class Louder(models.Attention):
+    kind = ""
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return super().forward(x, context) * (1 + 0.01 * count(self.kind))
+
+
+def louder(kind: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        COUNTER.calls, CALLS[0], Shared.calls, LOCAL.calls = 0, 0, 0, 0
+        DEFAULTS.clear()
+        vars(OUTSIDE)["calls"] = 0
+        SOURCE.manual_seed(0)
+        model = attending(Louder)()
+        for each in model.blocks:
+            each.attention.kind = kind
+        return model
+
+    return build
+
+
+@pytest.mark.parametrize("kind", ["object", "array", "defaultdict", "class", "module", "thread", "generator"])
+def test_what_counts_in_globals_runs_as_it_is(kind: str) -> None:
+    expected = loop(louder(kind)())
+    optimized = duca_compile.optimize(louder(kind)(), "none", "eager", cases.STEPS)
+    assert all(map(torch.equal, loop(optimized), expected))
+
+
+def scale(kind: str, value: float) -> None:
+    if kind == "context":
+        SCALE.set(value)
+    elif kind == "thread":
+        LOCAL.scale = value
+    elif kind == "module":
+        vars(OUTSIDE)["scale"] = value
+    else:
+        COUNTER.scale = value
+
+
+class Scaled(models.Attention):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return super().forward(x, context) * SCALE.get() * LOCAL.scale * OUTSIDE.scale * COUNTER.scale
+
+
+@pytest.mark.parametrize("kind", ["context", "thread", "module", "object"])
+def test_globals_that_are_set_within_a_request_are_followed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("duca_compile.snapshot.PATIENCE", 0)
+
+    def during(_: nn.Module, step: int) -> None:
+        for each in ("context", "thread", "module", "object"):
+            scale(each, 1.0)
+        scale(kind, 1.0 if step < 3 else 0.5)
+
+    found, expected = cases.both(attending(Scaled), during)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_the_forward_of_a_class_may_be_replaced_within_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("duca_compile.snapshot.PATIENCE", 0)
+    own = models.Attention.forward
+
+    def during(_: nn.Module, step: int) -> None:
+        monkeypatch.setattr(models.Attention, "forward", own if step < 3 else lambda *args: own(*args) * 0.5)
+
+    found, expected = cases.both(small, during)
+    assert all(map(torch.equal, found, expected))
+
+
+HIDDEN = bytearray(1)
+
+
+class Hides(models.Attention):
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        HIDDEN[0] += 1
+        return super().forward(x, context) * HIDDEN[0]
+
+
+def test_calls_that_cannot_be_repeated_are_refused() -> None:
+    with pytest.raises(CaptureError, match=r"^blocks.0.attention gives other results when DiT is called again"):
+        loop(duca_compile.optimize(attending(Hides)(), "none", "eager", cases.STEPS))
+
+
+def test_a_hook_on_the_model_that_counts_and_goes_by_it_is_refused() -> None:
+    model, calls = small(), [0]
+
+    def louder_each_time(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        calls[0] += 1
+        return output * calls[0]
+
+    model.register_forward_hook(louder_each_time)
+    with pytest.raises(CaptureError, match="and reads it"):
+        loop(duca_compile.optimize(model, "none", "eager", cases.STEPS))
+
+
+class Once(models.Attention):
+    first = True
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        again, self.first = not self.first, False
+        return super().forward(x, context) * (1.0 if again else 2.0)
+
+
+def test_another_first_call_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    loop(duca_compile.optimize(attending(Once)(), "none", "eager", cases.STEPS))
+    assert "other results at its first call, which sets blocks.0.attention.first" in caplog.text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import subprocess
 import sys
@@ -426,3 +427,74 @@ WAYS: dict[str, Callable[[Any], object]] = {
     "sequential": lambda model: accelerate.cpu_offload(model, CPU),
     "disk": lambda model: accelerate.disk_offload(model, tempfile.mkdtemp(), CPU),
 }
+
+
+class Draws(nn.Module):
+    """Draws random numbers in a way that a trace alone does not show."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        match self.way:
+            case "seeded":
+                with torch.random.fork_rng():
+                    torch.manual_seed(3)
+                    return x + torch.randn(x.shape)
+            case "generator":
+                return x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+            case "branch":
+                return x if torch.rand(1) > 0.5 else 2 * x
+            case "unused":
+                torch.rand(3)
+                return x + torch.randn(x.shape)
+        return torch.func.vmap(lambda row: row * row.sum())(x)
+
+
+class Tells(nn.Module):
+    """Goes by whether it is traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (2 if torch.compiler.is_compiling() else 3)
+
+
+class Sliced(nn.Module):
+    """Returns a view with gaps, by whose strides sums go."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, :, ::2] if np.isfinite(x.numpy()).all() else x
+
+
+class Summed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sliced = Sliced()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.sliced(x).sum()
+
+
+WHOLES: dict[str, Callable[[], nn.Module]] = {
+    **{way: functools.partial(Draws, way) for way in ("seeded", "generator", "branch", "unused", "vmap")},
+    "tells": Tells,
+    "sliced": Summed,
+    "script": lambda: torch.jit.script(nn.Linear(models.WIDTH, models.WIDTH)),  # type: ignore[no-untyped-call]
+    "lazy": lambda: nn.LazyLinear(models.WIDTH),
+}
+
+
+@pytest.mark.parametrize("name", WHOLES)
+@torch.no_grad()
+def test_what_a_trace_does_not_show_is_the_models_own(name: str) -> None:
+    def run(optimize: Callable[[nn.Module], nn.Module]) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = models.build()
+        for block in model.blocks:
+            block.mlp.append(WHOLES[name]())  # type: ignore[union-attr,operator]
+        called = optimize(model)
+        torch.manual_seed(5)
+        return [called(**models.example(step, 9.0 - step)) for step in range(5)]
+
+    expected = run(lambda model: model)
+    assert all(map(torch.equal, run(lambda model: duca_compile.optimize(model, "none", "eager", 5)), expected))

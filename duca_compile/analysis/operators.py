@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from duca_compile.graph import op_name
+from duca_compile.opaque import opaque, site_of
 
 _CASTS = {"to", "_to_copy", "type_as"}
 
@@ -23,7 +24,12 @@ def argument(node: fx.Node, name: str) -> Any:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether the operator draws random numbers; attention without dropout and eval-mode dropout do not."""
+    """Whether the operator draws random numbers; attention without dropout and eval-mode dropout do not.
+
+    A submodule that runs as it is and has a state of its own counts, for it too must run each time.
+    """
+    if node.target is opaque:
+        return site_of(node).runs_each_step
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
     return argument(node, "dropout_p") != 0 and argument(node, "train") is not False

@@ -122,7 +122,7 @@ def build_variant(captured: CapturedGraph, facts: Facts, spec: VariantSpec) -> V
 def build_prologue(captured: CapturedGraph, facts: Facts) -> fx.GraphModule:
     """The module that computes the hoisted values once per request."""
     draft = Draft(invariant_graph(captured.graph, facts))
-    return to_module(captured, run_passes(draft, (RemoveDeadCode(),)).graph)
+    return to_module(captured, run_passes(draft, (RemoveDeadCode(draws=False),)).graph)
 
 
 def make_rows(captured: CapturedGraph, facts: Facts, needed: frozenset[str] | None = None) -> Rows:
@@ -130,7 +130,7 @@ def make_rows(captured: CapturedGraph, facts: Facts, needed: frozenset[str] | No
     layout = row_layout(captured.graph, facts)
     if needed is None:
         needed = frozenset(piece.name for row in layout.values() for piece in row)
-    draft = run_passes(Draft(timestep_graph(captured.graph, facts, needed)), (RemoveDeadCode(),))
+    draft = run_passes(Draft(timestep_graph(captured.graph, facts, needed)), (RemoveDeadCode(draws=False),))
     inputs = tuple(n.name for n in draft.graph.nodes if n.op == "placeholder")
     return Rows(facts.timestep, to_module(captured, draft.graph), inputs, tuple(map(row_input, layout)))
 
