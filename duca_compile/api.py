@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
-from typing import Any, NoReturn, cast
+from operator import is_
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from rich.console import Console
@@ -18,6 +19,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule as CompiledModule
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 from duca_compile import away, casts
 from duca_compile.analysis import analyze
@@ -33,9 +35,12 @@ from duca_compile.passes.hoist import frontier, hoisted_input
 from duca_compile.passes.pipeline import build_prologue, make_rows, prepare
 from duca_compile.pipelines import PipelineSchedule, is_pipeline, set_component, transformers
 from duca_compile.policies import FORA, RFC, DuCa, Policy, ResidualGate, SpeCa, TaylorSeer, ToCa, Uncached
+from duca_compile.policies.base import StepKind
 from duca_compile.policies.checks import check_whole
+from duca_compile.reproduce import COMPILED, ROUNDING, apart, relative
 from duca_compile.runtime.dispatcher import Hoister, Plan, Prologue
 from duca_compile.runtime.planning import not_recomputed
+from duca_compile.runtime.request import Request
 from duca_compile.runtime.session import HasSessions, Requests, current_pass, named_pass
 from duca_compile.state import Held, followed
 from duca_compile.verify import verified
@@ -79,25 +84,26 @@ def _prologue(captured: CapturedGraph, facts: Facts) -> Prologue:
 
 
 def analyze_call(
-    model: nn.Module, call: Call, timestep: str | None, known: Mapping[str, str] = _NONE
+    model: nn.Module, call: Call, timestep: str | None, known: Mapping[str, str] = _NONE, careful: bool = False
 ) -> tuple[CapturedGraph, Facts, Prologue]:
     """Captures one call of ``model`` and finds its structure; the token analysis is checked on the call's values.
 
-    ``known`` are submodules that run as one operator in other calls, with the reasons: what they keep may change.
+    ``known`` are submodules that run as one operator in other calls, with the reasons: what they keep may change. To be
+    ``careful`` takes two more runs: the model's own results must repeat, and any graph must give them.
     """
     check_caching(model)
     devices = [tensor.device for tensor in call.tensors if tensor.device.type == "cuda"]
     # the caller's random numbers are not drawn here, and what forward changes at each call is put back
-    with COMPILING, torch.no_grad(), torch.random.fork_rng(devices), followed(model, call, known) as own:
-        captured = prepare(capture(model, call, {**known, **own.operators}, own))
+    with COMPILING, torch.no_grad(), torch.random.fork_rng(devices), followed(model, call, known, careful) as own:
+        captured = prepare(capture(model, call, {**known, **own.operators}, own, careful))
         facts = _facts(captured, timestep)
         if readers := changing_reads(model, captured, facts):
             operators = {**known, **own.operators, **{site.path: site.reason for site in captured.opaque}}
-            captured = prepare(capture(model, call, operators | readers, own))
+            captured = prepare(capture(model, call, operators | readers, own, careful))
             facts = _facts(captured, timestep)
             changing_reads(model, captured, facts)
         own.check(model, captured)
-        captured = replace(captured, unread=own.unread)
+        captured = replace(captured, unread=own.unread, results=tuple(own.results))
         prologue = _prologue(captured, facts)
         values = dict(zip(captured.inputs, call.tensors, strict=True))
         with casts.none_for(captured):
@@ -114,18 +120,6 @@ def _facts(captured: CapturedGraph, timestep: str | None) -> Facts:
         site = max(captured.opaque, key=lambda each: each.flops)
         hidden = f"What is in {site.path} is not seen: it {site.reason}, so it runs as it is, as one operator."
         raise StructureError(f"{error} {hidden}") from error
-
-
-def analyzed(captured: CapturedGraph, timestep: str | None, operators: Mapping[str, str]) -> Facts:
-    """Raises StructureError, which says what runs as one operator, for that may hide all that there is."""
-    try:
-        return analyze(captured, timestep)
-    except StructureError as error:
-        if not operators:
-            raise
-        path, reason = next(iter(operators.items()))
-        more = f", as do {len(operators) - 1} more submodules" if len(operators) > 1 else ""
-        raise StructureError(f"{error} {path} runs as one operator{more}, for it {reason}.") from error
 
 
 def step_values(
@@ -165,6 +159,20 @@ class _Guise(type):
     __hash__ = type.__hash__
 
 
+class _First(NamedTuple):
+    """The tensors of the call that a capture was made of, and the leaves of what the model itself gave for it."""
+
+    tensors: tuple[Tensor, ...]
+    results: tuple[Any, ...]
+
+    def is_given_by(self, call: Call, output: Any, exact: bool) -> bool:
+        """Whether a full step of that very call has given it, but for rounding; of other calls nothing is known."""
+        if len(call.tensors) != len(self.tensors) or not all(map(is_, call.tensors, self.tensors)):
+            return True
+        leaves = tree_leaves(output)
+        return apart(self.results, leaves) <= ROUNDING or (not exact and relative(self.results, leaves) <= COMPILED)
+
+
 class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
     """A drop-in for the model it was made from; see ``optimize``.
 
@@ -182,6 +190,8 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
     _bind: Binder
     _compiled: Captures
     _told: bool  # whether it was said what partial steps cannot do
+    _careful: bool  # whether a step was once not what the model gives, so that captures are made with all checks
+    _first: _First | None  # of the last capture, until a step was compared with it
 
     def __new__(cls, model: nn.Module, *_: Any) -> OptimizedModel:
         source = type(model)
@@ -203,7 +213,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         self.__dict__.update(own, cache_options=cache_options)
         self.__dict__["_bind"] = Binder(model, timestep)
         self.__dict__["_compiled"] = Captures(model, self._capture)
-        self.__dict__["_told"] = False
+        self.__dict__.update(_told=False, _careful=False, _first=None)
         self.training = model.training
         self._set_forward()
 
@@ -299,7 +309,24 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
             except BaseException:
                 request.reset()
                 raise
-            return compiled.captured.output.rebuild(outputs)
+            output = compiled.captured.output.rebuild(outputs)
+        first = self._first
+        if first is None:
+            return output
+        self.__dict__["_first"] = None
+        if request.history[-1].kind is not StepKind.FULL or first.is_given_by(call, output, self._backend.exact):
+            return output
+        return self._again_with_care(compiled, request, args, kwargs)
+
+    def _again_with_care(
+        self, compiled: Compiled, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The call, whose first step was not what the model itself gives: captured anew, now with all checks."""
+        log.info("%s: a step does not give its results; capturing it with all checks", type(self.source).__name__)
+        self.__dict__["_careful"] = True
+        request.reset()
+        self._compiled.forget(compiled)
+        return self._run(*args, **kwargs)
 
     def warm_up(self, *args: Any, **kwargs: Any) -> None:
         """Captures this kind of call and compiles every variant that the policy needs, so that no request waits for it.
@@ -327,7 +354,9 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
 
     def _capture(self, call: Call, known: Mapping[str, str]) -> Compiled:
         with self._source_context():
-            captured, facts, prologue = analyze_call(self.source, call, self.timestep_name, known)
+            captured, facts, prologue = analyze_call(self.source, call, self.timestep_name, known, self._careful)
+        self.__dict__["_first"] = None if self._careful else _First(call.tensors, captured.results)
+        captured = replace(captured, results=())
         limit = not_recomputed(facts, self.policy)
         if limit is not None and not self._told:
             self.__dict__["_told"] = True

@@ -213,12 +213,19 @@ def tensor_names(call: Call) -> tuple[str, ...]:
     return tuple(keystr(path[:1])[2:-2] + keystr(path[1:]) for path, leaf in found if isinstance(leaf, Tensor))
 
 
-def capture(model: nn.Module, call: Call, opaque: Mapping[str, str] = _NONE, ran: Ran | None = None) -> CapturedGraph:
+def capture(
+    model: nn.Module,
+    call: Call,
+    opaque: Mapping[str, str] = _NONE,
+    ran: Ran | None = None,
+    careful: bool = False,
+) -> CapturedGraph:
     """Traces one call of ``model`` into a graph of ATen operators.
 
     The graph's get_attr nodes are the model's own parameters and buffers; what hooks bring for each call is the result
     of an operator. The submodules at ``opaque``, which gives the reasons, are one operator each. So are those that no
-    trace can hold, with all of their kind. ``ran`` is this call of the model, if it was run.
+    trace can hold, with all of their kind. ``ran`` is this call of the model, if it was run. Where more than
+    torch.export vouches for the graph, or ``careful``, it is run once and has to give the model's results.
 
     Raises:
         CaptureError: the forward cannot be traced, and what cannot is in no submodule; names the line.
@@ -231,8 +238,9 @@ def capture(model: nn.Module, call: Call, opaque: Mapping[str, str] = _NONE, ran
     for _ in range(ROUNDS):
         try:
             captured = _traced(model, arguments, call, brought, operators)
-            rounding = 0.0 if _needs_a_look(captured) else ROUNDING
-            path = differs(model, arguments, captured, ran, operators, rounding)
+            look = _needs_a_look(captured)
+            rounding = 0.0 if look else ROUNDING
+            path = differs(model, arguments, captured, ran, operators, rounding) if look or careful else None
             if path is None:
                 return captured
             reason, failed = "does what its trace does not show", None

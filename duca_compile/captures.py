@@ -329,6 +329,12 @@ class Captures:
         """Paths of the submodules that run as they are: what they hold is not built into any capture."""
         return frozenset(site.path for compiled in self._kept.values() for site in compiled.captured.opaque)
 
+    def forget(self, compiled: Compiled) -> None:
+        """Drops a capture."""
+        with self._lock:
+            self._kept = {key: each for key, each in self._kept.items() if each is not compiled}
+            self._recent = _Recent()
+
     def _settle(self, now: Snapshot) -> None:
         """Captures of other states are kept for a return to these, but not where they alone keep weights alive."""
         live = live_tensors(self._model)

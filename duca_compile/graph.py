@@ -139,6 +139,7 @@ class CapturedGraph:
     opaque: tuple[CallSite, ...]  # submodules that run as one operator
     away: tuple[Away, ...]  # weights that hooks bring for each call
     casts: bool  # whether it does what autocast would do, so that it is to run with autocast turned off
+    results: tuple[Any, ...] = ()  # the leaves of what the model itself gave, until a step is compared with it
     unread: frozenset[tuple[str, str]] = frozenset()  # attributes that forward changes at each call, and never reads
 
 

@@ -25,6 +25,7 @@ from duca_compile.passes.pipeline import to_module
 log = logging.getLogger("duca_compile")
 aten = torch.ops.aten
 
+COMPILED = 0.05  # relative distance of results by which compiled code is another computation, in any type
 ROUNDING = 16.0  # units in the last place by which results differ where an operator is not deterministic
 
 _UNINITIALIZED = {
@@ -113,7 +114,17 @@ def apart(some: Sequence[Any], others: Sequence[Any]) -> float:
     return max((_distance(one, other) for one, other in zip(some, others, strict=True)), default=0.0)
 
 
+def relative(some: Sequence[Any], others: Sequence[Any]) -> float:
+    """The same by the norm of the difference over the norm; 0.0 where they are equal."""
+    return max((_relative(one, other) for one, other in zip(some, others, strict=True)), default=0.0)
+
+
 def _distance(one: Any, other: Any) -> float:
+    distance = _relative(one, other)
+    return distance / torch.finfo(one.dtype).eps if 0 < distance < math.inf else distance
+
+
+def _relative(one: Any, other: Any) -> float:
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return 0.0 if type(one) is type(other) and (one is other or one == other or one != one) else math.inf
     if one.shape != other.shape or one.dtype != other.dtype:
@@ -123,7 +134,7 @@ def _distance(one: Any, other: Any) -> float:
     if not one.is_floating_point():
         return math.inf
     distance = (one.double() - other.double()).norm() / one.double().norm()
-    return float(distance) / torch.finfo(one.dtype).eps if bool(distance.isfinite()) else math.inf
+    return float(distance) if bool(distance.isfinite()) else math.inf
 
 
 def _failing(error: BaseException) -> fx.Node | None:

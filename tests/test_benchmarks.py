@@ -71,6 +71,7 @@ def test_the_faster_mode_counts_and_what_failed_does_not(compare: ModuleType) ->
     assert compare.peers_of(compare.split([eager, compiled, failed, exact], 50)) == [compiled]
 
 
+@pytest.mark.slow
 def test_the_methods_run_are_kept_and_compared_with_fewer_steps(
     tmp_path: Path, methods: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

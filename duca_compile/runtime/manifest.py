@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from enum import Enum
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -250,6 +251,11 @@ class Argument:
     path: tuple[str | int, ...]
     input: str
 
+    @property
+    def home(self) -> tuple[str | int, ...]:
+        """The path, of what is in a list that of the list."""
+        return self.path[:-1] if isinstance(self.path[-1], int) else self.path
+
 
 @dataclass(frozen=True)
 class Signature:
@@ -269,6 +275,12 @@ class Signature:
     latent: str
     timestep: str
     result: Any
+
+    @cached_property
+    def changing(self) -> frozenset[str]:
+        """The inputs that change from step to step: the timestep and the latent, all of it where it is a list."""
+        own = next((each.home for each in self.arguments if each.input == self.latent), None)
+        return frozenset({self.latent, self.timestep, *(each.input for each in self.arguments if each.home == own)})
 
 
 @dataclass(frozen=True)

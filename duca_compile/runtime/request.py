@@ -157,6 +157,10 @@ class Names(Protocol):
     @property
     def timestep(self) -> str: ...
 
+    @property
+    def changing(self) -> Collection[str]:
+        """Those two, and what else the latent is made of where it is a list of tensors."""
+
 
 class Schedule(Protocol):
     """Knows the timesteps of each run of the loop before it starts: a pipeline's scheduler."""
@@ -256,7 +260,7 @@ class Request:
             self._run = run
             clock.reset()
         if names is not self._names:
-            self._names, self._inputs = names, tuple(n for n in call if n not in (names.latent, names.timestep))
+            self._names, self._inputs = names, tuple(n for n in call if n not in names.changing)
         given = Named(name, names, call[names.latent], self._inputs, [call[each] for each in self._inputs])
         said = schedule is not None or step_index is not None
         move, slot = clock.look(timestep, self._place(step_index) if said else None), None

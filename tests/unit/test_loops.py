@@ -30,6 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 class Names:
     latent, timestep = "hidden_states", "timestep"
+    changing = (latent, timestep)
 
 
 @dataclass(frozen=True)

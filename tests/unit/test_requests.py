@@ -29,6 +29,7 @@ LINEAGES = dict[int, tuple[object, int]]
 
 class Names:
     latent, timestep = "x", "t"
+    changing = (latent, timestep)
 
 
 class Owner:
