@@ -223,7 +223,7 @@ class WholeBlock(models.FusedBlock):
     ("block", "policy", "text"),
     [
         (convolved, DuCa(interval=3), "partial steps compute 2 of 4 branches in full"),
-        (WholeBlock, DuCa(interval=3), "they reuse everything"),
+        (WholeBlock, DuCa(interval=3), "they reuse every branch"),
         (convolved, FORA(3), ""),
         (models.Block, DuCa(interval=3), ""),
     ],
