@@ -40,7 +40,8 @@ TOLERANCE = 1e-4  # relative, of each step; what is seen is below 1e-5
 def agree(model: OptimizedModel, artifact: Artifact, rows: int) -> None:
     """The artifact's outputs, steps, measures and FLOPs are the model's, over a whole loop.
 
-    The released SpeCa divides element by element, and what divides may be near zero: of its errors less is the same.
+    The released SpeCa divides element by element, and what divides may be near zero. One such element carries most of an
+    error, so runtimes whose values agree to 1e-5 differ in it by some percent, how many depends on the processor.
     """
     released = isinstance(model.policy, SpeCa) and model.policy.compat == "released"
     expected = loop(model, rows, steps=STEPS)
@@ -48,7 +49,7 @@ def agree(model: OptimizedModel, artifact: Artifact, rows: int) -> None:
     assert len(artifact.history) == len(model.history) == STEPS
     for mine, theirs in zip(artifact.history, model.history, strict=True):
         assert (mine.step, mine.kind, mine.rows) == (theirs.step, theirs.kind, theirs.rows)
-        assert mine.measured == pytest.approx(theirs.measured, rel=1e-2 if released else 1e-4)
+        assert mine.measured == pytest.approx(theirs.measured, rel=5e-2 if released else 1e-4)
         assert mine.flops == pytest.approx(theirs.flops, rel=1e-12)
     assert artifact.cache_bytes == model.cache_bytes > 0
 
