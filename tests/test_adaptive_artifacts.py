@@ -40,8 +40,8 @@ TOLERANCE = 1e-4  # relative, of each step; what is seen is below 1e-5
 def agree(model: OptimizedModel, artifact: Artifact, rows: int) -> None:
     """The artifact's outputs, steps, measures and FLOPs are the model's, over a whole loop.
 
-    The released SpeCa divides element by element, and what divides may be near zero. One such element carries most of an
-    error, so runtimes whose values agree to 1e-5 differ in it by some percent, how many depends on the processor.
+    The released SpeCa divides element by element, and what divides may be near zero. One such element carries most of
+    an error, so runtimes whose values agree to 1e-5 differ in it by some percent, how many depends on the processor.
     """
     released = isinstance(model.policy, SpeCa) and model.policy.compat == "released"
     expected = loop(model, rows, steps=STEPS)
