@@ -24,6 +24,7 @@ from duca_compile.analysis.operators import is_random
 from duca_compile.away import Brought
 from duca_compile.graph import Read, Readings, module_path, source_line
 from duca_compile.opaque import CallSite, as_operators
+from duca_compile.reproduce import hookable
 
 _GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 aten = torch.ops.aten
@@ -140,9 +141,7 @@ def _module_paths(model: nn.Module) -> Iterator[list[str]]:
     running = [""]
     stacks: list[dict[str, tuple[str, str]]] = [{}]
     with ExitStack() as hooks:
-        for path, module in model.named_modules():
-            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
-                continue
+        for path, module in hookable(model):
             entry = {path: (path, type(module).__qualname__)}
 
             def enter(_module: nn.Module, _args: Any, entry: dict[str, tuple[str, str]] = entry) -> None:
