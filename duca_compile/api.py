@@ -70,6 +70,7 @@ _SHARED = (  # tables that an optimized model has in common with its source
     "_load_state_dict_post_hooks",
 )
 _NOTHING = nullcontext()
+_transform = torch._C._functorch.peek_interpreter_stack
 _NONE: Mapping[str, str] = {}
 _READ_ONLY = {bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Tensor, nn.Parameter}
 _ACCELERATE = frozenset({"forward", "_old_forward", "_hf_hook"})  # what its hooks set, and put back
@@ -218,7 +219,9 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         self._set_forward()
 
     def _set_forward(self) -> None:
-        forward = torch.compiler.disable(functools.partial(self._call))  # type: ignore[no-untyped-call]
+        call = functools.partial(self._call)
+        call.__name__ = "forward"  # type: ignore[attr-defined]  # asked for at every call
+        forward = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
         functools.update_wrapper(forward, self.source.forward)
         forward.__signature__ = self._bind.signature
         self.__dict__["forward"] = forward
@@ -282,51 +285,50 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         return self
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        if not away.has_hooks(self.source):
-            return self._run(*args, **kwargs)
-        args, kwargs = away.entered(self.source, args, kwargs)
-        return away.left(self.source, self._run(*args, **kwargs))
+        source = self.source
+        check_model(source)
+        if away.has_hooks(source):
+            args, kwargs = away.entered(source, args, kwargs)
+            return away.left(source, self._run(self._bind(args, kwargs)))
+        return self._run(self._bind(args, kwargs))
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
-        check_model(self.source)
-        call = self._bind(args, kwargs)
-        if torch.is_grad_enabled():
+    def _run(self, call: Call) -> Any:
+        if records := torch.is_grad_enabled():
             check_no_gradients(call.tensors)
         check_no_transform()
         compiled = self._compiled.find(call)
         request, called = self._requests.current(), current_pass(self)
         name, step = (None, None) if called is None else (called.name, called.step_index)
-        with _recording_nothing():
-            try:
+        try:
+            named = compiled.named(call.tensors)
+            tick = request.tick(compiled.facts, named, name, step)
+            if tick.new_request:
+                compiled = self._compiled.find_anew(call)
                 named = compiled.named(call.tensors)
-                tick = request.tick(compiled.facts, named, name, step)
-                if tick.new_request:
-                    compiled = self._compiled.find_anew(call)
-                    named = compiled.named(call.tensors)
-                    request.captured(compiled.facts)
-                with casts.none_for(compiled.captured):
-                    outputs = compiled.dispatcher(request, tick, named, name)
-            except BaseException:
-                request.reset()
-                raise
-            output = compiled.captured.output.rebuild(outputs)
+                request.captured(compiled.facts)
+            captured = compiled.captured
+            special = captured.casts or torch.is_inference_mode_enabled()
+            with _outside_of_modes(captured) if special else torch.no_grad() if records else _NOTHING:
+                outputs = compiled.dispatcher(request, tick, named, name)
+                output = captured.output.rebuild(outputs)
+        except BaseException:
+            request.reset()
+            raise
         first = self._first
         if first is None:
             return output
         self.__dict__["_first"] = None
         if request.history[-1].kind is not StepKind.FULL or first.is_given_by(call, output, self._backend.exact):
             return output
-        return self._again_with_care(compiled, request, args, kwargs)
+        return self._again_with_care(compiled, request, call)
 
-    def _again_with_care(
-        self, compiled: Compiled, request: Request, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _again_with_care(self, compiled: Compiled, request: Request, call: Call) -> Any:
         """The call, whose first step was not what the model itself gives: captured anew, now with all checks."""
         log.info("%s: a step does not give its results; capturing it with all checks", type(self.source).__name__)
         self.__dict__["_careful"] = True
         request.reset()
         self._compiled.forget(compiled)
-        return self._run(*args, **kwargs)
+        return self._run(call)
 
     def warm_up(self, *args: Any, **kwargs: Any) -> None:
         """Captures this kind of call and compiles every variant that the policy needs, so that no request waits for it.
@@ -403,16 +405,10 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         )
 
 
-def _recording_nothing() -> AbstractContextManager[None]:
-    """Neither gradients nor inference tensors, which nobody could write to in a step outside of inference mode."""
-    if torch.is_inference_mode_enabled():
-        return _outside_of_inference_mode()
-    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
-
-
 @contextmanager
-def _outside_of_inference_mode() -> Iterator[None]:
-    with torch.inference_mode(False), torch.no_grad():
+def _outside_of_modes(captured: CapturedGraph) -> Iterator[None]:
+    """Recording neither gradients nor inference tensors, which nobody could write to outside of inference mode."""
+    with torch.inference_mode(False), torch.no_grad(), casts.none_for(captured):
         yield
 
 
@@ -434,7 +430,7 @@ def check_no_gradients(tensors: Iterable[Tensor]) -> None:
 
 def check_no_transform() -> None:
     """Raises UsageError within a transform of torch.func or forward-mode differentiation, which no cache can follow."""
-    if torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+    if _transform() is not None or forward_ad._current_level >= 0:
         raise UsageError(
             "an optimized model cannot be differentiated or batched by torch.func (grad, jvp, vmap) or "
             "torch.autograd.forward_ad: call duca_compile.restore(model) for that, or call it outside of them"

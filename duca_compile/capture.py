@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Hashable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from numbers import Integral, Real
+from operator import itemgetter
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, NamedTuple, NoReturn, TextIO
@@ -65,16 +66,24 @@ class Key:
 class Call(NamedTuple):
     """The arguments of one call by name, its tensors, and its kind."""
 
-    arguments: dict[str, Any]
+    defaults: Mapping[str, Any]  # of all arguments that have one
+    given: Mapping[str, Any]
     tensors: tuple[Tensor, ...]
     key: Key
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {**self.defaults, **self.given}
+
+    def with_arguments(self, arguments: Mapping[str, Any]) -> Call:
+        return self._replace(defaults={}, given=arguments)
 
 
 class _Known(NamedTuple):
     """The last call, as far as the next is likely to be like it: plain values, and tensors within none of them."""
 
     names: tuple[str, ...]
-    tensors: tuple[str, ...]  # names, in the order of the signature
+    tensors: Callable[[Mapping[str, Any]], tuple[Tensor, ...]]  # those among the arguments, in the signature's order
     fit: Callable[..., bool]  # whether others are of the same kinds
     values: tuple[tuple[str, type, Any], ...]
     device: str
@@ -106,7 +115,7 @@ class Binder:
         Raises UsageError where the arguments do not fit the signature, with Python's own reason.
         """
         given = kwargs if not args else dict(zip(self._by_place, args, strict=False)) | kwargs
-        whole = len(given) == len(args) + len(kwargs)
+        whole = not args or len(given) == len(args) + len(kwargs)
         if whole and (call := self._again(given)) is not None:
             return call
         known = self._defaults.keys()
@@ -127,7 +136,7 @@ class Binder:
                 for leaf in leaves:
                     _add(leaf, tensors, key)
         autocast = _autocast(tensors[0].device.type) if tensors else None
-        call = Call(arguments, tuple(tensors), Key((*key, autocast)))
+        call = Call({}, arguments, tuple(tensors), Key((*key, autocast)))
         self._known = None if converted else _known(given, call, autocast)
         return call
 
@@ -139,12 +148,12 @@ class Binder:
         for name, cls, value in known.values:
             if type(given[name]) is not cls or given[name] != value:
                 return None
-        tensors = tuple([given[name] for name in known.tensors])
+        tensors = known.tensors(given)
         if not known.fit(*tensors):
             return None
         if known.autocast != _autocast(known.device):
             return None
-        return Call({**self._defaults, **given}, tensors, known.key)
+        return Call(self._defaults, given, tensors, known.key)
 
     def _convert_timestep(self, arguments: dict[str, Any]) -> bool:
         """Makes a tensor of a timestep given as a number, Python's or numpy's, or every step would be another graph.
@@ -178,14 +187,15 @@ class Binder:
 def _known(given: Mapping[str, Any], call: Call, autocast: Hashable) -> _Known | None:
     """None where a call cannot be told to be like it by a look at each argument."""
     tensors = tuple(name for name, value in call.arguments.items() if name in given and isinstance(value, Tensor))
-    plain = all(type(value) in _LEAVES for value in given.values()) and 0 < len(tensors) == len(call.tensors)
+    plain = all(type(value) in _LEAVES for value in given.values()) and 1 < len(tensors) == len(call.tensors)
     if not plain or _TENSOR_GUARDS is None:
         return None
     values = tuple((name, type(value), value) for name, value in given.items() if name not in tensors)
     any_strides = [[None] * tensor.dim() for tensor in call.tensors]
     shapes = [[*tensor.shape] for tensor in call.tensors]
     fit = _TENSOR_GUARDS(*call.tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=any_strides)
-    return _Known(tuple(given), tensors, fit.check, values, call.tensors[0].device.type, autocast, call.key)
+    device = call.tensors[0].device.type
+    return _Known(tuple(given), itemgetter(*tensors), fit.check, values, device, autocast, call.key)
 
 
 def _add(leaf: Any, tensors: list[Tensor], key: list[Hashable]) -> None:

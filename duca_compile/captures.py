@@ -100,6 +100,7 @@ class Compiled:
         self._held: Sight | None = None  # the last tensors that they held for
         self._read_weights = () if captured.readings is None else tuple(captured.readings.attributes)
         captured = with_predictor(captured, facts, policy.predictor)
+        self._inputs = captured.inputs
         self._variants = _Variants(captured, facts, prologue, backend)
         names = {id(tensor): name for name, tensor in live.items()}
         # A trace may have names of its own for the model's weights. What is none of these is a constant of the graph.
@@ -138,7 +139,7 @@ class Compiled:
 
     def named(self, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """The tensors of a call by their names in the graph."""
-        return dict(zip(self.captured.inputs, tensors, strict=True))
+        return dict(zip(self._inputs, tensors, strict=True))
 
     def rebind(self, live: Mapping[str, Tensor]) -> None:
         """Puts the model's tensors of now in the place of those it was captured with, which are of the same kinds."""
@@ -232,25 +233,27 @@ class Captures:
         now = self._now
         if now is None or not now.weights.seem_kept():
             return self.find_anew(call)
-        if self._stirred():
-            return self._find_stirred(call, now.structure)
+        watch = self._watch
+        if self.touched or watch is None or watch.due():
+            if self._stirred():
+                return self._find_stirred(call, now.structure)
+        else:
+            self._unwatched += 1
         key, structure, compiled = self._recent
         known = compiled is not None and key is call.key and structure is now.structure
         if compiled is None or not known or not compiled.holds(call.tensors):
             compiled = self._get(call, now.structure) or self.find_anew(call)
             self._recent = _Recent(call.key, now.structure, compiled)
-        return self._used(compiled)
+        compiled.used = next(self._calls)
+        return compiled
 
     def _stirred(self) -> bool:
-        """Whether anything was done to what the model holds; asked at every call, and looked up when it is due.
+        """Whether anything was done to what the model holds.
 
         Not while it is captured, by another thread, which sets and puts back some of it.
         """
         watch = self._watch
-        if watch is None or not (self.touched or watch.due()):
-            self._unwatched += 1
-            return False
-        if self._making:
+        if watch is None or self._making:
             return False
         self.touched = False
         if watch.stirred():

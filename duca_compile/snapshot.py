@@ -124,7 +124,7 @@ class _Place:
 
     def kept(self) -> bool:
         now = self.table.get(self.name)
-        same = now is self.tensor and self.tensor.dtype == self.dtype and self.tensor.device == self.device
+        same = now is self.tensor and now.dtype is self.dtype and now.device == self.device
         return same or _traced((now,))
 
 
@@ -142,7 +142,10 @@ class Weights:
         takes longer than a skipped step. So it counts while another thread traces the model: then they are away, and
         will be back.
         """
-        return all(place.kept() for place in self.firsts)
+        for place in self.firsts:  # noqa: SIM110 - a generator takes longer, and this is asked at every call
+            if not place.kept():
+                return False
+        return True
 
     def traced(self) -> bool:
         """Whether these are the fakes that torch.export puts in the place of a model's weights while it traces."""

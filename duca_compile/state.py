@@ -280,7 +280,7 @@ def _observed(model: nn.Module, call: Call, before: Held, known: Mapping[str, st
     own.attributed = {key: label for tensor, label in after.tensors() if own.depends(key := storage_key(tensor))}
     _warn_of_kept(model, kept, own.attributed)
     blame = _Blame(model, after, {before.name(change) for change in before.changes()})
-    other = call._replace(arguments=with_other_tensors(copied(call.arguments)))
+    other = call.with_arguments(with_other_tensors(copied(call.arguments)))
     with blame:
         later = warm(model, other)
     changes = [change for change in after.changes() if not _alike(change.before, change.after, own.depends)]
@@ -303,7 +303,7 @@ def _run(model: nn.Module, call: Call, activations: Activations | None) -> list[
     """Runs the model with containers of its own; returns the leaves of its results."""
     given = copied(call.arguments)
     containers = Containers(given)
-    results = warm(model, call._replace(arguments=given), activations)
+    results = warm(model, call.with_arguments(given), activations)
     if (place := containers.written()) is not None:
         raise _refusal(model, call, place)
     check_results(model, results)
@@ -318,7 +318,7 @@ def _check_repeats(model: nn.Module, call: Call, own: Own, made: Sequence[str]) 
 
     def again() -> list[Any]:
         own.again()
-        return warm(model, call._replace(arguments=copied(call.arguments)))
+        return warm(model, call.with_arguments(copied(call.arguments)))
 
     versions = list(map(version, call.tensors))
     found = again()
@@ -361,7 +361,7 @@ def _first_that_differs(model: nn.Module, call: Call, own: Own) -> str:
             for path, module in hookable(model):
                 stack.callback(module.register_forward_hook(note(path), with_kwargs=True).remove)
             own.again()
-            warm(model, call._replace(arguments=copied(call.arguments)))
+            warm(model, call.with_arguments(copied(call.arguments)))
         return found
 
     pairs = zip(recorded(), recorded(), strict=False)
@@ -382,7 +382,7 @@ def _refusal(model: nn.Module, call: Call, place: str) -> CaptureError:
         lines.append(source_of(sys._getframe(2)))
 
     with suppress(CaptureError):  # it may want containers of the very kind that it was given
-        warm(model, call._replace(arguments={name: noting(value, note) for name, value in call.arguments.items()}))
+        warm(model, call.with_arguments({name: noting(value, note) for name, value in call.arguments.items()}))
     where = f" at {lines[0]}" if lines else ""
     return CaptureError(
         f"{type(model).__name__}.forward writes into its argument, {place}{where}. Steps would not do so: return the "

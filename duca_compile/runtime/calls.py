@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,17 +29,19 @@ class Named:
     def __init__(
         self, name: str | None, kind: object, latent: Tensor, inputs: tuple[str, ...], others: Sequence[Tensor]
     ) -> None:
-        self.name, self.kind, self.latent = (
-            name,
-            kind,
-            latent,
-        )  # of its pass; of its options and shapes; what it denoises
+        self.name, self.kind = name, kind  # of its pass; of its options and shapes
+        self.latent = latent  # what it denoises
         self.inputs, self.others = inputs, others  # what it is conditioned on
 
     def only(self, inputs: Collection[str]) -> Named:
         """With these inputs and no others."""
         pairs = [(name, each) for name, each in zip(self.inputs, self.others, strict=True) if name in inputs]
         return Named(self.name, self.kind, self.latent, tuple(name for name, _ in pairs), [each for _, each in pairs])
+
+
+def chosen(names: tuple[str, ...]) -> Callable[[Mapping[str, Tensor]], Sequence[Tensor]]:
+    """What gives the tensors of these names; asked at every call."""
+    return itemgetter(*names) if len(names) > 1 else lambda call: [call[name] for name in names]
 
 
 class Sample:
@@ -87,10 +90,15 @@ class Slot:
 
     def called(self, step: int, call: Named, samples: bool) -> None:
         """Notes its call at ``step``; with ``samples``, so that its latent can be held against others later."""
-        self.step, self._latent, self._version = step, call.latent, version(call.latent)
-        self.sample = Sample(call.latent) if samples else None
+        self.at(step, call.latent)
+        if samples:
+            self.sample = Sample(call.latent)
         if self._met is not call and not self.is_as(call):
             self._condition(call)
+
+    def at(self, step: int, latent: Tensor) -> None:
+        self.step, self._latent, self._version = step, latent, version(latent)
+        self.sample = None
 
     def is_as(self, call: Named) -> bool:
         """Whether it is conditioned on these very objects, as they were; asked at every call."""
@@ -172,7 +180,7 @@ class Slots:
         return self._named.get(name, ())
 
     def get(self, key: PassKey) -> Slot | None:
-        slots = self.of(key[0])
+        slots = self._named.get(key[0], ())
         return slots[key[1]] if key[1] < len(slots) else None
 
     def add(self, call: Named) -> Slot:

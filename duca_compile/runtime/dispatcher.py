@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from duca_compile.errors import first_line
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor, fx
 
 log = logging.getLogger("duca_compile")
+
+_PARTIAL = StepKind.PARTIAL  # looking it up takes a while in some versions of Python
 
 
 @dataclass(eq=False)
@@ -178,7 +180,7 @@ class Dispatcher:
         self, request: Request, tick: Tick, call: Mapping[str, Array], name: str | None = None
     ) -> Sequence[Array]:
         """Runs one call, with its tensors by name, where ``tick`` says, in the pass called ``name``."""
-        started = time.perf_counter()
+        started = perf_counter()
         state = request.state(self, (name, tick.pass_index))
         self._hoist(state, call, tick.condition)
         if self._adaptive is not None:
@@ -188,7 +190,7 @@ class Dispatcher:
             outputs = self._run(plan, state, self._given(plan, state, call, request, tick))
             kind, flops, measured, rows = plan.step.kind, plan.flops, (), ()
         state.last_step = tick.step
-        seconds = time.perf_counter() - started
+        seconds = perf_counter() - started
         request.history.append(Executed(tick.step, tick.pass_index, kind, flops, seconds, name, measured, rows))
         return outputs
 
@@ -302,7 +304,7 @@ class Dispatcher:
     ) -> dict[str, Array]:
         """The inputs that this step alone determines; a full step may be for some ``rows`` of the batch."""
         program = plan.program
-        given = {**call, **state.measured}
+        given = {**call, **state.measured} if state.measured else {**call}
         if program.pieces:
             given.update(self._timestep_values(program.pieces, state, call, request, tick))
         if program.forecast.needed:
@@ -357,7 +359,7 @@ class Dispatcher:
         program = plan.program
         if program.replaces:  # free before they are computed anew, so that there are never two of them
             state.drop(program.replaces)
-        if plan.step.kind is StepKind.PARTIAL:
+        if plan.step.kind is _PARTIAL:
             given.update(self._tokens(plan, state))
         results = program.run(*state.inputs(program, given))
         if program.writes:

@@ -15,8 +15,8 @@ from duca_compile.graph import dead_caches
 from duca_compile.policies.base import Kept, Policy, Step, StepKind
 from duca_compile.runtime.adaptive import Decisions
 from duca_compile.runtime.arrays import Array, size
-from duca_compile.runtime.calls import APART, Named, PassKey, Sample, Slot, Slots
-from duca_compile.runtime.clock import Move, Place, Sight, StepClock, Tick
+from duca_compile.runtime.calls import APART, Named, PassKey, Sample, Slot, Slots, chosen
+from duca_compile.runtime.clock import AGAIN, NEXT, START, Move, Place, Sight, StepClock, Tick
 from duca_compile.runtime.forecasting import Past
 from duca_compile.runtime.selection import TokenSelector
 
@@ -116,7 +116,7 @@ class CacheState:
 
     def inputs(self, reader: Reader, given: Mapping[str, Array]) -> list[Array]:
         """What a program reads."""
-        gathered = self.gather(reader)
+        gathered = self.gathered.get(reader) or self.gather(reader)
         values = gathered.values.copy()
         for place, name in gathered.rest:
             values[place] = given[name]
@@ -211,6 +211,7 @@ class Request:
         self._steps: PlannedSteps | None = None
         self._names: Names | None = None  # of the last call, and the inputs that passes are conditioned on
         self._inputs: tuple[str, ...] = ()
+        self._chosen = chosen(())
         self._slots = Slots()
         self._aside: _Aside | None = None
         self._openings: list[Sample] = []  # latents of the requests before, of one step each, at this timestep
@@ -241,8 +242,7 @@ class Request:
         states = self._states.get(owner)
         if states is None:
             states = self._states[owner] = {}
-        slot = self._slots.get(key)
-        state = states.get(slot)
+        state = states.get(slot := self._slots.get(key))
         if state is None:
             state = states[slot] = CacheState()
         return state
@@ -259,20 +259,23 @@ class Request:
         if schedule is not None and (run := schedule.run()) is not self._run:
             self._run = run
             clock.reset()
-        if names is not self._names:
-            self._names, self._inputs = names, tuple(n for n in call if n not in names.changing)
-        given = Named(name, names, call[names.latent], self._inputs, [call[each] for each in self._inputs])
         said = schedule is not None or step_index is not None
         move, slot = clock.look(timestep, self._place(step_index) if said else None), None
-        if move is Move.NEXT:
+        if move is NEXT and (only := self._only_pass(names, call, name)) is not None:
+            return self._go_on(only, call[names.latent])
+        if names is not self._names:
+            self._names, self._inputs = names, tuple(n for n in call if n not in names.changing)
+            self._chosen = chosen(self._inputs)
+        given = Named(name, names, call[names.latent], self._inputs, self._chosen(call))
+        if move is NEXT:
             move, slot = self._first_of_step(given)
-        elif move is Move.AGAIN:
+        elif move is AGAIN:
             move, slot = self._again(given)
         else:
             self._turn_back(given)
         time = clock.go(move)
         step = clock.step
-        if move is Move.START:
+        if move is START:
             self._start(timestep, time)
         if step == len(self._times):
             self._times.append(time)
@@ -280,7 +283,28 @@ class Request:
             slot = self._slots.add(given)
             slot.former, self._former = self._former, []
         slot.called(step, given, samples=step == 0 or self._slots.tiled)
-        return Tick(step, slot.index, move is Move.START, time, slot.sight)
+        return Tick(step, slot.index, move is START, time, slot.sight)
+
+    def _only_pass(self, names: Names, call: Mapping[str, Tensor], name: str | None) -> Slot | None:
+        """The pass of a call at another timestep, where the loop has no other and it is conditioned as it was.
+
+        That is so most often, and then no more has to be asked.
+        """
+        slots = self._slots
+        if len(slots.all) != 1 or slots.tiled or self._openings or self._aside is not None:
+            return None
+        slot = slots.all[0]
+        known = names is self._names and slot.kind is names and slot.name == name
+        return slot if known and slot.sight.holds_of(self._chosen(call)) else None
+
+    def _go_on(self, slot: Slot, latent: Tensor) -> Tick:
+        """The next step, of the only pass."""
+        time = self._clock.go(NEXT)
+        step = self._clock.step
+        if step == len(self._times):
+            self._times.append(time)
+        slot.at(step, latent)
+        return Tick(step, 0, False, time, slot.sight)
 
     def captured(self, names: Names) -> None:
         """Notes that the call that started the request is of this kind, as a closer look at the model showed."""
@@ -334,12 +358,12 @@ class Request:
             self._openings.clear()
         slot = self._slots.find(call, step, reads=step == 1)
         if slot is None or self._run is not None or self._slots.tiled:
-            return Move.NEXT, slot
+            return NEXT, slot
         if step == 1 and slot.place > 0:  # those before it were another request's, it seems
             self._aside = self._drop_before(slot.place)
         if not slot.is_as(call) and self._is_another(slot, call, step):
-            return (Move.START if step == 1 and self._total in (None, 1) else Move.NEXT), None
-        return Move.NEXT, slot
+            return (START if step == 1 and self._total in (None, 1) else NEXT), None
+        return NEXT, slot
 
     def _is_another(self, slot: Slot, call: Named, step: int) -> bool:
         """Whether a call is of another pass, or of another request, than seems: it is conditioned on something else.
@@ -378,12 +402,12 @@ class Request:
         if slot.step != step:
             other = not (self._run is not None or self._slots.tiled or slot.is_as(call))
             other = other and self._is_another(slot, call, step)
-            return (self._further(call), None) if other else (Move.AGAIN, slot)
+            return (self._further(call), None) if other else (AGAIN, slot)
         if first:
             return self._first_again(slot, call)
         if not slot.has(call.latent):
             if self._clock.rounded and (self._clock.advances or slot.goes_on_with(call.latent)):
-                return Move.NEXT, slot
+                return NEXT, slot
             self._slots.tiled |= slot.is_apart_from(call.latent) and slot.is_for(call)
         return self._further(call), None
 
@@ -395,15 +419,15 @@ class Request:
             names = [each.name for each in self._slots.all]
             start = len(names) - slot.place  # where a request must have started that has come to this pass
             if not 0 < slot.place < start or names[start:] != names[: slot.place]:
-                return Move.START, None
+                return START, None
             self._drop_before(start)
-            return Move.AGAIN, None
+            return AGAIN, None
         if self._clock.rounded is None:
             if self._clock.advances:
-                return Move.NEXT, slot
+                return NEXT, slot
             if slot.is_for(call) and slot.goes_on_with(call.latent):
                 if self._total is not None and self._total > 1:
-                    return Move.NEXT, slot
+                    return NEXT, slot
                 self._warn(
                     "the first timestep, which is rounded, came again with a latent much like the last: taken for the "
                     "start of another request. If it is the next step of a loop, say optimize(..., "
@@ -416,13 +440,13 @@ class Request:
         opening = self._slots.all[0].sample
         if opening is not None:
             self._openings = [*self._openings[1 - MAX_TILES :], opening]
-        return Move.START
+        return START
 
     def _further(self, call: Named) -> Move:
         """Another pass of this step, unless there are too many that nothing tells apart."""
         most = MAX_TILES if self._slots.tiled else MAX_PASSES
         if len(self._slots.of(call.name)) < most and len(self._slots.all) < MAX_TILES:
-            return Move.AGAIN
+            return AGAIN
         if self._clock.step > 0 or self._run is not None or len(self._slots.all) >= MAX_TILES:
             self._warn(
                 "there are more calls at one timestep than are kept apart (%d of one name, %d in all): a request "
@@ -431,9 +455,9 @@ class Request:
                 most,
                 MAX_TILES,
             )
-            return Move.START
+            return START
         self._drop_before(1)
-        return Move.AGAIN
+        return AGAIN
 
     def _is_of_an_earlier_one(self, call: Named) -> bool:
         """Whether the latent is nearer to that of an earlier request than to that of this one."""
