@@ -69,7 +69,6 @@ _SHARED = (  # tables that an optimized model has in common with its source
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-_NOTHING = nullcontext()
 _transform = torch._C._functorch.peek_interpreter_stack
 _NONE: Mapping[str, str] = {}
 _READ_ONLY = {bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Tensor, nn.Parameter}
@@ -306,11 +305,14 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
                 compiled = self._compiled.find_anew(call)
                 named = compiled.named(call.tensors)
                 request.captured(compiled.facts)
-            captured = compiled.captured
-            special = captured.casts or torch.is_inference_mode_enabled()
-            with _outside_of_modes(captured) if special else torch.no_grad() if records else _NOTHING:
-                outputs = compiled.dispatcher(request, tick, named, name)
-                output = captured.output.rebuild(outputs)
+            if (captured := compiled.captured).casts or torch.is_inference_mode_enabled():
+                with _outside_of_modes(captured):
+                    output = compiled.run(request, tick, named, name)
+            elif records:
+                with torch.no_grad():
+                    output = compiled.run(request, tick, named, name)
+            else:
+                output = compiled.run(request, tick, named, name)
         except BaseException:
             request.reset()
             raise

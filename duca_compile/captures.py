@@ -22,9 +22,10 @@ from duca_compile.opaque import opaque
 from duca_compile.passes.pipeline import build_variant, make_rows
 from duca_compile.passes.predict import with_predictor
 from duca_compile.policies.base import Policy
-from duca_compile.runtime.clock import Sight
+from duca_compile.runtime.clock import Sight, Tick
 from duca_compile.runtime.dispatcher import Dispatcher, Prologue
 from duca_compile.runtime.programs import Programs
+from duca_compile.runtime.request import Request
 from duca_compile.runtime.rows import Rows
 from duca_compile.snapshot import Name, Snapshot, Structure, Watch, kind, take
 
@@ -140,6 +141,10 @@ class Compiled:
     def named(self, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """The tensors of a call by their names in the graph."""
         return dict(zip(self._inputs, tensors, strict=True))
+
+    def run(self, request: Request, tick: Tick, call: Mapping[str, Tensor], name: str | None) -> Any:
+        """What the model returns for a call, with its tensors by name, where ``tick`` says, in the pass ``name``."""
+        return self.captured.output.rebuild(self.dispatcher(request, tick, call, name))
 
     def rebind(self, live: Mapping[str, Tensor]) -> None:
         """Puts the model's tensors of now in the place of those it was captured with, which are of the same kinds."""
