@@ -115,6 +115,39 @@ def explain(
         _fail(error)
 
 
+@app.command()
+def passes(
+    target: Target = None,
+    steps: Steps = 50,
+    policy: PolicyOption = "duca",
+    interval: Interval = None,
+    step: Annotated[
+        str | None,
+        typer.Option(help="Its kind (full, partial, ...), its number, or probe; else the first that is not full."),
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option("--pass", help="Show only this pass; may be repeated.")] = None,
+    stat: Annotated[bool, typer.Option("--stat", help="A table of nodes and FLOPs instead of the diffs.")] = False,
+    context: Annotated[int, typer.Option(min=0, help="Unchanged lines around each change.")] = 3,
+    device: Device = "cpu",
+) -> None:
+    """Show what each pass does to the graph of a step: a diff with a line for each node."""
+    from duca_compile.demo import make_policy
+    from duca_compile.explanation import explain as explain_model
+    from duca_compile.pass_diff import pass_report
+
+    try:
+        chosen = make_policy(policy, interval)
+        model, arguments = _embedded(device) if target is None else _load_target(target)
+        report = pass_report(explain_model(model, **arguments), chosen, steps, step, context)
+        report = report.only(only) if only else report
+    except DucaError as error:
+        _fail(error)
+    if stat:
+        console.print(report.stat())
+    else:
+        console.print(report, soft_wrap=True)
+
+
 @app.command("train-predictor")
 def train(
     target: LoopTarget = None,
