@@ -22,7 +22,7 @@ def differences(now: Key, before: Key) -> list[str]:
 
 def _by_argument(key: Key) -> dict[str, list[Hashable]]:
     *parts, autocast = key.parts
-    found: dict[str, list[Hashable]] = {"autocast": [autocast]}
+    found: dict[str, list[Hashable]] = {"torch.autocast": [autocast]}
     name = ""
     for part in parts:
         if isinstance(part, str):
@@ -41,7 +41,7 @@ def _kinds(kinds: list[Hashable] | None) -> str:
 
 def _kind(kind: Hashable) -> str:
     """One leaf of an argument: of a tensor its type and shape, else the value; or the structure of several."""
-    if isinstance(kind, tuple) and len(kind) == 3:
+    if isinstance(kind, tuple) and isinstance(kind[0], torch.Size):
         shape, dtype, device = kind
         return f"{str(dtype).removeprefix('torch.')}{[*shape]} on {device}"
     if isinstance(kind, tuple):

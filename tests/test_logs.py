@@ -157,4 +157,4 @@ def test_autocast_is_a_difference() -> None:
     before = bind((x,), {}).key
     with torch.autocast("cpu", torch.bfloat16):
         now = bind((x,), {}).key
-    assert differences(now, before) == ["autocast: None before, torch.bfloat16 now"]
+    assert differences(now, before) == ["torch.autocast: None before, torch.bfloat16 now"]
