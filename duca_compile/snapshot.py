@@ -390,7 +390,11 @@ class _Walk:
         modules = [*_named_modules(model)]
         self._module_numbers = {id(module): number for number, (_, module) in enumerate(modules)}
         for name in _GLOBAL_HOOKS:
-            self._hook_table(("", name), getattr(torch_module, name))
+            table = getattr(torch_module, name)
+            if all(map(_is_of_torch, table.values())):
+                self.hooks.append(table)
+            else:
+                self._hook_table(("", name), table)
         for path, module in modules:
             live = any(path == each or path.startswith(f"{each}.") for each in self._live) if self._live else False
             self._module(path, module, live)
@@ -848,6 +852,12 @@ _STDLIB = sysconfig.get_path("stdlib")
 def _is_own(filename: object) -> bool:
     """Whether code is neither of an installed package nor of Python."""
     return not isinstance(filename, str) or not ("site-packages" in filename or filename.startswith(_STDLIB))
+
+
+def _is_of_torch(hook: Any) -> bool:
+    """Whether torch itself has set it, as its FLOP counter does: such hooks observe, and each use has new ones."""
+    home = getattr(hook, "__module__", None)
+    return isinstance(home, str) and home.partition(".")[0] == "torch"
 
 
 def _is_library(space: Mapping[str, Any]) -> bool:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import duca_compile
 from duca_compile import CaptureError, StructureError, UsageError
@@ -334,6 +335,22 @@ def test_the_forward_of_a_class_may_be_replaced_within_a_request(monkeypatch: py
 
     found, expected = cases.both(small, during)
     assert all(map(torch.equal, found, expected))
+
+
+@torch.no_grad()
+def test_counting_flops_captures_nothing_anew(caplog: pytest.LogCaptureFixture) -> None:
+    """Torch's own tools set hooks on all modules, of which each use has new ones."""
+    model = small()
+    with FlopCounterMode(display=False) as plain:
+        loop(model)
+    optimized = duca_compile.optimize(model, "none", "eager", cases.STEPS)
+    loop(optimized)
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            with FlopCounterMode(display=False) as counted:
+                loop(optimized)
+            assert 0 < counted.get_total_flops() <= plain.get_total_flops()
+    assert not [record for record in caplog.records if record.name.startswith("duca_compile")]
 
 
 HIDDEN = bytearray(1)
