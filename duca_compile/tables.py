@@ -17,7 +17,8 @@ class FigureTable:
     """A table whose cells are shown whole: where its rows are too long for the terminal, each becomes a list.
 
     Args:
-        columns: the headers, no two alike; they may wrap at spaces. The first cell of a row is its title where it becomes a list.
+        columns: the headers, no two alike; they may wrap at spaces. The first cell of a row is its title where it
+            becomes a list.
         wrapped: headers of the columns whose cells may wrap at spaces, too; all other cells stay on one line.
     """
 
