@@ -5,6 +5,7 @@ are in ``__init__.pyi``.
 """
 
 from importlib import import_module
+from os import environ
 from typing import Any
 
 __version__ = "0.1.0"
@@ -51,6 +52,9 @@ _NAMES = {
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = sorted(_MODULES)
+
+if environ.get("DUCA_LOG"):
+    import_module(f"{__name__}.logs").configure(environ["DUCA_LOG"])
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Column, Table
+from rich.table import Column
 from rich.text import Text
 
 from duca_compile.errors import DucaError, UsageError, first_line, missing_package
@@ -26,6 +26,7 @@ from duca_compile.runtime.artifact import BACKENDS as ARTIFACT_BACKENDS
 from duca_compile.runtime.artifact import Artifact, load
 from duca_compile.runtime.inspection import describe
 from duca_compile.runtime.manifest import read_manifest
+from duca_compile.tables import FigureTable
 
 if TYPE_CHECKING:
     from torch import nn
@@ -89,7 +90,7 @@ def demo(
     except DucaError as error:
         _fail(error)
     _print_runs(runs, model, backend, seed)
-    console.print(f"picture: {out}")
+    console.print(f"picture: {out}", soft_wrap=True)
 
 
 @app.command()
@@ -112,6 +113,39 @@ def explain(
         console.print(found.schedule(chosen, steps))
     except DucaError as error:
         _fail(error)
+
+
+@app.command()
+def passes(
+    target: Target = None,
+    steps: Steps = 50,
+    policy: PolicyOption = "duca",
+    interval: Interval = None,
+    step: Annotated[
+        str | None,
+        typer.Option(help="Its kind (full, partial, ...), its number, or probe; else the first that is not full."),
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option("--pass", help="Show only this pass; may be repeated.")] = None,
+    stat: Annotated[bool, typer.Option("--stat", help="A table of nodes and FLOPs instead of the diffs.")] = False,
+    context: Annotated[int, typer.Option(min=0, help="Unchanged lines around each change.")] = 3,
+    device: Device = "cpu",
+) -> None:
+    """Show what each pass does to the graph of a step: a diff with a line for each node."""
+    from duca_compile.demo import make_policy
+    from duca_compile.explanation import explain as explain_model
+    from duca_compile.pass_diff import pass_report
+
+    try:
+        chosen = make_policy(policy, interval)
+        model, arguments = _embedded(device) if target is None else _load_target(target)
+        report = pass_report(explain_model(model, **arguments), chosen, steps, step, context)
+        report = report.only(only) if only else report
+    except DucaError as error:
+        _fail(error)
+    if stat:
+        console.print(report.stat())
+    else:
+        console.print(report, soft_wrap=True)
 
 
 @app.command("train-predictor")
@@ -139,7 +173,7 @@ def train(
         _fail(error)
     errors = [f"{loss**0.5:.4f}" for loss in predictor.config.losses]
     console.print(f"relative error of the model's output: {errors[0]} in the first loop, {errors[-1]} in the last")
-    console.print(f"predictor: {out}")
+    console.print(f"predictor: {out}", soft_wrap=True)
 
 
 @app.command()
@@ -164,7 +198,7 @@ def calibrate(
         _fail(error)
     console.print(f"full steps: {', '.join(map(str, policy.full_steps))} of {len(policy.measured)}")
     console.print(f"relative error of the forecasts: {policy.error:.4f}")
-    console.print(f"policy: {out}")
+    console.print(f"policy: {out}", soft_wrap=True)
 
 
 def _embedded_loops(device: str, steps: int) -> tuple[nn.Module, Callable[[nn.Module, int], Any]]:
@@ -199,7 +233,8 @@ def flops(
         rows = [loop_flops(found, policy, steps) for policy in policies]
     except DucaError as error:
         _fail(error)
-    table = Table(Column("policy", no_wrap=True), "papers' TFLOPs", "speed-up", "counted TFLOPs", "speed-up")
+    names = ("policy", "papers' TFLOPs", "papers' speed-up", "counted TFLOPs", "counted speed-up")
+    table = FigureTable(*names, wrapped={"policy"})
     for row in rows:
         papers, counted = f"{row.papers / 1e12:.2f}", f"{row.counted / 1e12:.2f}"
         table.add_row(row.policy, papers, f"{row.papers_speedup:.2f}x", counted, f"{row.counted_speedup:.2f}x")
@@ -290,7 +325,7 @@ def build(
             )
     except DucaError as error:
         _fail(error)
-    table = Table("graph", "engine", "weights from the pool", "file")
+    table = FigureTable("graph", "engine", "weights from the pool", "file", wrapped={"weights from the pool"})
     for name, engine in found.engines.items():
         weights = sum(weight.bytes for weight in engine.weights)
         table.add_row(name, _mebibytes(engine.bytes), _mebibytes(weights), engine.file)
@@ -382,7 +417,8 @@ def _fail(error: Exception) -> NoReturn:
 
 
 def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    name = TextColumn("{task.description}", table_column=Column(overflow="fold"))
+    columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console)
 
 
@@ -390,7 +426,7 @@ def _print_runs(runs: list[demonstration.Run], model: demonstration.DemoModel, b
     import torch
 
     reference = runs[0]
-    table = Table(Column(no_wrap=True), "wall time", "speed-up", "ideal", "PSNR", "caches", "compile")
+    table = FigureTable("run", "wall time", "speed-up", "ideal", "PSNR", "caches", "compile", wrapped={"run"})
     for run in runs:
         psnr = run.psnr(reference)
         table.add_row(
@@ -403,10 +439,12 @@ def _print_runs(runs: list[demonstration.Run], model: demonstration.DemoModel, b
             f"{run.compile_seconds:.1f} s",
         )
     console.print(table)
-    times = Table(Column("time of a step (median)", no_wrap=True), *(kind.value for kind in StepKind))
+    kinds = [kind for kind in StepKind if any(kind in run.step_seconds for run in runs)]
+    times = FigureTable("run", *(kind.value for kind in kinds), wrapped={"run"})
     for run in runs:
-        cells = [f"{run.step_seconds[k] * 1e3:.2f} ms" if k in run.step_seconds else "-" for k in StepKind]
+        cells = [f"{run.step_seconds[k] * 1e3:.2f} ms" if k in run.step_seconds else "-" for k in kinds]
         times.add_row(run.name, *cells)
+    console.print("median time of a step, by its kind:")
     console.print(times)
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     console.print(

@@ -5,10 +5,9 @@ from __future__ import annotations
 from math import prod
 
 from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from duca_compile.runtime.manifest import Graph, Manifest, TensorSpec
+from duca_compile.tables import Fields, FigureTable
 
 _BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}  # else 1
 _OPERATORS = 5  # the most frequent ones, which are listed
@@ -33,14 +32,12 @@ def describe(found: Manifest) -> Group:
         "graphs": f"{graphs:,} bytes",
         "caches": f"{len(found.caches)} tensors, {per_row:,} bytes for each row of a call",
     }
-    facts = Table.grid(padding=(0, 2))
-    for name, value in lines.items():
-        facts.add_row(Text(name, style="bold"), Text(value))
-    return Group(facts, _graphs(found))
+    return Group(Fields(lines), _graphs(found))
 
 
-def _graphs(found: Manifest) -> Table:
-    table = Table("graph", "bytes", "nodes", "inputs", "outputs", "FLOPs per row", "operators")
+def _graphs(found: Manifest) -> FigureTable:
+    names = ("graph", "bytes", "nodes", "inputs", "outputs", "FLOPs per row", "operators")
+    table = FigureTable(*names, wrapped={"operators"})
     for name, graph in found.graphs.items():
         flops = [run.flops for run in found.schedule.runs if found.variants[run.variant].graph == name]
         table.add_row(

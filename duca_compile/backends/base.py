@@ -14,6 +14,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import attrgetter
+from time import perf_counter
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -80,7 +81,10 @@ class CompilingBackend(ABC):
         self.replays = mode == "reduce-overhead"
 
     def compile(self, variant: Variant, cuts: frozenset[str] = frozenset()) -> VariantFunction:
-        return variant.module.forward if self.hopeless else _FirstCall(self, variant, cuts)
+        if self.hopeless:
+            log.info("the variant of %s runs under eager: %s can compile nothing", variant.spec.kind, self.label)
+            return variant.module.forward
+        return _FirstCall(self, variant, cuts)
 
     @abstractmethod
     def lower(self, lifted: Lifted, weights: list[Tensor], tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
@@ -108,6 +112,7 @@ class CompilingBackend(ABC):
             log.info("%s could not compile that of %s either, for the same reason", self.label, kind)
             return
         self._told.add(reason)
+        log.info("%s could not compile that of %s: %s", self.label, kind, reason)
         which = "all are" if self.hopeless else f"that of {kind} is"
         advice = self.advice if self.hopeless else "Others are tried on their own; strict=True makes it an error."
         warnings.warn(
@@ -254,12 +259,18 @@ class _FirstCall:
     def _compile(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
         self.refresh()
         if not self._backend.hopeless:
+            started = perf_counter()
             try:
-                return self._backend.lower(self._lifted, self._weights, tensors)
+                compiled = self._backend.lower(self._lifted, self._weights, tensors)
+                log.info(
+                    "%s compiled the variant of %s in %.1f s", self._backend.label, self._kind, perf_counter() - started
+                )
+                return compiled
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
                 self._backend.failed(error, self._kind)
+        log.info("the variant of %s runs under eager", self._kind)
         count = len(self._weights)
         return lambda *arguments: self._module.forward(*arguments[count:])
 

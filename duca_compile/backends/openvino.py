@@ -7,6 +7,7 @@ are copied, and the variant is compiled anew where they were changed.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ with missing_package("openvino"):
     import openvino
 
     from duca_compile.runtime.openvino import Requests, cpu_options
+
+log = logging.getLogger("duca_compile")
 
 aten = torch.ops.aten
 _TRACED_COUNT = 3  # tokens in the example of an index input; no code depends on it
@@ -75,6 +78,7 @@ class _Program:
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         model = self._model
         if model.seen != self._stamp(arguments):
+            log.info("weights that are constants in a variant were changed: OpenVINO compiles it again")
             with COMPILING:
                 model = self._model = self._compile(arguments)
         return model.run(arguments)

@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 
 from duca_compile.away import fetch
 from duca_compile.backends import Backend, HoldsWeights
-from duca_compile.capture import Call, live_tensors
+from duca_compile.capture import Call, Key, live_tensors
+from duca_compile.differences import differences
 from duca_compile.graph import CapturedGraph, Facts, Readings, Variant, VariantFunction, VariantSpec
 from duca_compile.lock import COMPILING
 from duca_compile.opaque import opaque
@@ -52,7 +53,10 @@ class _Variants:
             self._modules.append(captured.readings.module)
 
     def build(self, spec: VariantSpec) -> tuple[Variant, VariantFunction]:
+        started = perf_counter()
         variant = build_variant(self.captured, self._facts, spec)
+        nodes, seconds = len(variant.module.graph.nodes), perf_counter() - started
+        log.debug("made the graph of %s: %d nodes, in %.2f s", spec.kind, nodes, seconds)
         self._modules.append(variant.module)
         function = self._backend.compile(variant, self._cuts)
         if isinstance(function, HoldsWeights):
@@ -129,6 +133,16 @@ class Compiled:
             return False
         self._held = Sight.of(own)
         return True
+
+    def summary(self) -> str:
+        """What was captured, in one line."""
+        facts, captured = self.facts, self.captured
+        parts = [f"{len(captured.graph.nodes)} nodes", f"{len(facts.branches)} branches in {facts.blocks} blocks"]
+        if captured.opaque:
+            parts.append(f"{len(captured.opaque)} submodules as one operator each")
+        if captured.given:
+            parts.append(f"for what forward reads of {', '.join(captured.given)}")
+        return ", ".join(parts)
 
     def holds_too(self, readings: Readings | None) -> None:
         """Notes further values that its graph is right for."""
@@ -212,7 +226,7 @@ class Captures:
         self.touched = False  # whether somebody was given a part of the model, and may have changed it
         self._unwatched = 0  # calls since the last quick look
         self._said = False  # whether the log has what is too large to be looked at
-        self._last: dict[Hashable, Structure] = {}  # by kind of call: the model as it was last captured
+        self._last: dict[Key, Structure] = {}  # by kind of call: the model as it was last captured
         self._own: set[Name] = set()  # attributes that forward changes
         self._unread: frozenset[Name] = frozenset()  # those of them that make no difference
         self._changes = 0  # captures in a row that a change of the model asked for
@@ -358,10 +372,12 @@ class Captures:
         self._tell(call, before.structure)
         self._tell_crowded(call, before.structure)
         self._making = True
+        started = perf_counter()
         try:
             compiled = self._capture(call, self._operators(before.structure))
         finally:
             self._making = False
+        log.info("captured %s in %.1f s: %s", type(self._model).__name__, perf_counter() - started, compiled.summary())
         self._captured_now = True
         self._drop_without(compiled, before.structure)
         if unread := compiled.captured.unread:
@@ -410,8 +426,10 @@ class Captures:
         """Drops the captures that have built in what turned out to change."""
         paths = {site.path for site in compiled.captured.opaque}
         for key, other in list(self._kept.items()):
-            if key[1] == structure and paths - {site.path for site in other.captured.opaque}:
+            more = paths - {site.path for site in other.captured.opaque}
+            if key[1] == structure and more:
                 del self._kept[key]
+                log.info("dropping a capture that has built in what changes in %s", ", ".join(sorted(more)))
 
     def _keep(self, key: tuple[Kind, Structure], before: Snapshot, now: Snapshot) -> Compiled:
         """An earlier capture whose graph turned out to be that of the model as it is now."""
@@ -464,8 +482,12 @@ class Captures:
         """Says why a capture is made, and warns where the model keeps changing."""
         name, last = type(self._model).__name__, self._last.get(call.key)
         if last is None or last == now:
-            if self._last:
-                log.info("new shapes, types, options or values that it reads in the call: capturing %s anew", name)
+            if self._last and log.isEnabledFor(logging.INFO):
+                log.info(
+                    "new shapes, types, options or values that it reads in the call (%s): capturing %s anew",
+                    self._difference(call, now),
+                    name,
+                )
             return
         (path, attribute), *more = sorted(last.differences(now), key=self._own.__contains__)
         changed = f"{path}.{attribute}".strip(".") + (f" and {len(more)} more" if more else "")
@@ -479,3 +501,14 @@ class Captures:
                 RESTLESS,
                 changed,
             )
+
+    def _difference(self, call: Call, now: Structure) -> str:
+        """What is new in a call that finds no capture, though the model is what it was."""
+        if call.key not in self._last:
+            found = min((differences(call.key, known) for known in self._last), key=len)
+            return "; ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+        if (call.key, now) in self._dropped:
+            return "its capture made way for others"
+        known = [compiled for (kind, _), compiled in self._kept.items() if kind[0] == call.key]
+        read = sorted({name for compiled in known for name in compiled.captured.given})
+        return f"other values of {', '.join(read)}" if read else "its capture was dropped"

@@ -56,6 +56,11 @@ class Key:
     def __init__(self, parts: tuple[Hashable, ...]) -> None:
         self._parts, self._hash = parts, hash(parts)
 
+    @property
+    def parts(self) -> tuple[Hashable, ...]:
+        """The name of each argument, with what is built in of its leaves behind it; at the end, autocast's type."""
+        return self._parts
+
     def __hash__(self) -> int:
         return self._hash
 

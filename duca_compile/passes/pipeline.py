@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import fx
@@ -70,12 +70,13 @@ REWRITE: tuple[Pass[VariantDraft], ...] = (
 )
 
 
-def run_passes(draft: D, passes: Sequence[Pass[D]]) -> D:  # type: ignore[misc]
-    """Applies ``passes`` in order.
+def run_passes(draft: D, passes: Sequence[Pass[D]], observe: Callable[[D], None] = lambda draft: None) -> D:  # type: ignore[misc]
+    """Applies ``passes`` in order; ``observe`` is called with the draft before the first one, and after each.
 
     Raises:
         InternalError: a pass lacks what it requires, or leaves a malformed graph.
     """
+    observe(draft)
     for each in passes:
         missing = each.requires - draft.properties
         if missing:
@@ -86,6 +87,7 @@ def run_passes(draft: D, passes: Sequence[Pass[D]]) -> D:  # type: ignore[misc]
             except RuntimeError as error:
                 raise InternalError(f"{type(each).__name__} left a malformed graph: {error}") from error
         draft.properties |= each.ensures
+        observe(draft)
     return draft
 
 
@@ -96,14 +98,22 @@ def prepare(captured: CapturedGraph) -> CapturedGraph:
     return replace(captured, graph=draft.graph)
 
 
-def build_variant(captured: CapturedGraph, facts: Facts, spec: VariantSpec) -> Variant:
-    """Rewrites a copy of the prepared graph as ``spec`` says; its weights are the source model's own."""
+def build_variant(
+    captured: CapturedGraph,
+    facts: Facts,
+    spec: VariantSpec,
+    observe: Callable[[VariantDraft], None] = lambda draft: None,
+) -> Variant:
+    """Rewrites a copy of the prepared graph as ``spec`` says; its weights are the source model's own.
+
+    ``observe`` is called with the draft before the first pass, and after each.
+    """
     (own,) = captured.graph.output_node().args
     assert isinstance(own, tuple)
     results = [f"output_{i}" for i in range(len(own))]
-    draft = run_passes(VariantDraft(copy_graph(captured.graph), facts, spec, results), REWRITE)
+    draft = run_passes(VariantDraft(copy_graph(captured.graph), facts, spec, results), REWRITE, observe)
     pieces = frozenset(str(n.meta["piece"]) for n in draft.graph.nodes if "piece" in n.meta)
-    fixed, per_token = _variant_flops(draft.graph, facts)
+    fixed, per_token = variant_flops(draft.graph, facts)
     inputs = tuple(n.name for n in draft.graph.nodes if n.op == "placeholder")
     partial = {spec.tokens_input(i) for i, action in enumerate(spec.actions) if action is Action.PARTIAL}
     return Variant(
@@ -160,7 +170,8 @@ def _timestep_flops(graph: fx.Graph, facts: Facts, pieces: frozenset[str]) -> in
     return sum(facts.flops[n.name] for n in needed if facts.variance[n.name] is Variance.TIMESTEP)
 
 
-def _variant_flops(graph: fx.Graph, facts: Facts) -> tuple[int, dict[int, float]]:
+def variant_flops(graph: fx.Graph, facts: Facts) -> tuple[int, dict[int, float]]:
+    """FLOPs of a rewritten graph: of every call, and for each recomputed token of a branch, by its index."""
     fixed, per_token = 0, defaultdict[int, float](float)
     for node in graph.nodes:
         if "tokens_of" in node.meta:
