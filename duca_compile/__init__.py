@@ -10,8 +10,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 _NAMES = {
-    "api": ("OptimizedModel", "optimize", "restore"),
-    "calibration": ("Calibration", "calibrate"),
+    "api": ("optimize", "restore"),
+    "artifact.loader": ("load",),
+    "artifact.model": ("Artifact",),
+    "drop_in": ("OptimizedModel",),
     "errors": (
         "ArtifactError",
         "BackendError",
@@ -24,6 +26,7 @@ _NAMES = {
         "UsageError",
     ),
     "explanation": ("Explanation", "explain"),
+    "methods.calibration": ("Calibration", "calibrate"),
     "export.artifact": ("save",),
     "policies": (
         "FORA",
@@ -43,10 +46,9 @@ _NAMES = {
         "Uncached",
         "published",
     ),
-    "predictor": ("Predictor",),
-    "runtime.artifact": ("Artifact", "load"),
+    "policies.predictor": ("Predictor",),
     "runtime.session": ("Session",),
-    "training": ("TrainingSettings", "prediction_error", "train_predictor"),
+    "methods.training": ("TrainingSettings", "prediction_error", "train_predictor"),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from duca_compile.runtime.manifest import Graph, Manifest, TensorSpec
+from duca_compile.artifact.manifest import Graph, Manifest, TensorSpec
 
 _BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}  # else 1
 _OPERATORS = 5  # the most frequent ones, which are listed

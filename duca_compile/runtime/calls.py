@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from duca_compile.runtime.arrays import Array, same_values
-from duca_compile.runtime.clock import Sight, equal, on_host, unchanged, version
+from duca_compile.core.tensors import Sight, equal, on_host, same_values, unchanged, version
+from duca_compile.runtime.arrays import Array
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 SAMPLED = 4096  # values of a latent that are compared where two are held against each other
 NEAR = 0.25  # what one rounded timestep changes of a latent is less, relatively
 APART = 0.9  # latents of one tile are nearer to each other than to those of others: by distance, at least so much
-
 PassKey = tuple[str | None, int]  # the pass's name, and which call of that name at the step
 
 

@@ -9,20 +9,30 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
+from duca_compile.core.ports import (
+    MEASURED,
+    PROBE_CHANGE,
+    PROBE_SEEN,
+    VERIFY_ERROR,
+    cache_input,
+    dead_caches,
+    is_written,
+)
+from duca_compile.core.steps import Probe, Step, StepKind
+from duca_compile.core.tensors import Sight
 from duca_compile.errors import first_line
-from duca_compile.graph import MEASURED, PROBE_CHANGE, PROBE_SEEN, VERIFY_ERROR, cache_input, dead_caches, is_written
-from duca_compile.policies.adaptive import AdaptivePolicy, Probe
-from duca_compile.policies.base import Policy, Step, StepKind
+from duca_compile.policies.adaptive import AdaptivePolicy
+from duca_compile.policies.base import Policy
 from duca_compile.runtime.adaptive import Decisions, merged
 from duca_compile.runtime.arrays import Array, Arrays
-from duca_compile.runtime.clock import Sight, Tick
+from duca_compile.runtime.clock import Tick
 from duca_compile.runtime.forecasting import ForecastInputs
 from duca_compile.runtime.request import CacheState, Executed, Request
-from duca_compile.runtime.rows import RowsTooLargeError
 from duca_compile.runtime.selection import Tokens, TokenSelector
+from duca_compile.runtime.torch.rows import RowsTooLargeError
 
 if TYPE_CHECKING:
-    from torch import Tensor, fx
+    from torch import Tensor
 
 log = logging.getLogger("duca_compile")
 
@@ -96,20 +106,6 @@ class Plan:
     def unread(self) -> tuple[str, ...]:
         """The caches that its program fills and no later step reads."""
         return dead_caches(self.step.live, self.program.writes)
-
-
-@dataclass(frozen=True)
-class Prologue:
-    """Computes the loop-invariant values from the call's invariant inputs."""
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    module: fx.GraphModule
-
-    def compute(self, call: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """They are contiguous, as compiled code wants them."""
-        values = self.module.forward(*[call[name] for name in self.inputs])
-        return {name: value.contiguous() for name, value in zip(self.outputs, values, strict=True)}
 
 
 class TimestepRows(Protocol):

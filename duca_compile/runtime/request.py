@@ -11,13 +11,15 @@ from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
-from duca_compile.graph import dead_caches
-from duca_compile.policies.base import Kept, Policy, Step, StepKind
+from duca_compile.core.ports import dead_caches
+from duca_compile.core.steps import Kept, Step, StepKind
+from duca_compile.core.tensors import Sight
+from duca_compile.policies.base import Policy
 from duca_compile.runtime.adaptive import Decisions
 from duca_compile.runtime.arrays import Array, size
 from duca_compile.runtime.calls import APART, Named, PassKey, Sample, Slot, Slots
-from duca_compile.runtime.clock import Move, Place, Sight, StepClock, Tick
-from duca_compile.runtime.forecasting import Past
+from duca_compile.runtime.clock import Move, Place, StepClock, Tick
+from duca_compile.runtime.past import Past
 from duca_compile.runtime.selection import TokenSelector
 
 if TYPE_CHECKING:

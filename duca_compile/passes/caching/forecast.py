@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from duca_compile.core.ports import FORECAST_FACTORS, STREAM_END, difference_slot
+from duca_compile.core.variants import Action
 from duca_compile.errors import InternalError
-from duca_compile.graph import FORECAST_FACTORS, STREAM_END, Action, difference_slot
 from duca_compile.passes.base import CachingPass, VariantDraft
-from duca_compile.passes.rows import beside, limited, number_input
+from duca_compile.passes.numbers import beside, limited, number_input
 
 aten = torch.ops.aten
 

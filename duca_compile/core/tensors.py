@@ -1,0 +1,83 @@
+"""Whether tensors, or arrays, still hold what they held."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def same_values(one: Any, other: Any) -> bool:
+    """Whether both have the same shape and values."""
+    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
+        return np.array_equal(one, other)
+    import torch
+
+    return bool(one.shape == other.shape and torch.equal(one, other))
+
+
+def version(tensor: Tensor) -> int:
+    """How often the tensor was written in place; -1 for inference tensors and numpy's arrays, which do not count."""
+    return -1 if isinstance(tensor, np.ndarray) or tensor.is_inference() else tensor._version
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether reading its values waits for no device."""
+    return isinstance(tensor, np.ndarray) or bool(tensor.is_cpu)
+
+
+def held(tensor: Tensor) -> Tensor:
+    """It, or a copy where nothing would tell that it was written to and comparing does not wait for a device."""
+    if isinstance(tensor, np.ndarray):
+        return tensor.copy()
+    return tensor.clone() if tensor.is_inference() and tensor.is_cpu else tensor
+
+
+def unchanged(tensor: Tensor, known: Tensor, at_version: int) -> bool:
+    """Whether it is the object that ``held`` gave ``known`` of, and still holds what it held.
+
+    Where tensors do not count what is written to them, values are compared on a CPU; on an accelerator, the object
+    counts.
+    """
+    if at_version >= 0:
+        return tensor is known and tensor._version == at_version
+    if on_host(tensor):
+        return same_values(tensor, known)
+    return tensor is known
+
+
+def equal(tensor: Tensor, known: Tensor, at_version: int) -> bool:
+    """Whether it holds what ``known`` held; reads both where they are different objects."""
+    if unchanged(tensor, known, at_version):
+        return True
+    return version(known) == at_version and tensor is not known and same_values(tensor, known)
+
+
+@dataclass(frozen=True)
+class Sight:
+    """Tensors as they were at one time: the same objects, not written to since, still hold the same."""
+
+    tensors: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor]) -> Sight:
+        """It is safe from what is written to arrays later."""
+        return Sight(tuple(map(held, tensors)), tuple(map(version, tensors)))
+
+    def holds_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are they, and hold what they held; asked at every call."""
+        if len(tensors) != len(self.tensors):
+            return False
+        for now, then, at_version in zip(tensors, self.tensors, self.versions, strict=True):
+            if at_version < 0:
+                if not unchanged(now, then, at_version):
+                    return False
+            elif now is not then or now._version != at_version:
+                return False
+        return True
