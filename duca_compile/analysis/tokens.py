@@ -89,7 +89,7 @@ def _place_of(node: fx.Node, places: Places, tokens: int) -> TokenPlace:
 
 
 def _operator(node: fx.Node, places: Places) -> TokenPlace:
-    """A module that runs as it is is taken to be pointwise where its shapes allow it; values tell (compiler/verification.py)."""
+    """A module that runs as it is is taken to be pointwise where its shapes allow it; values tell (verification.py)."""
     operands, values = node.all_input_nodes, node.meta["val"]
     own = {places[n.name] for n in operands if n.name in places}
     if not site_of(node).may_be_pointwise or len(own) != 1:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from duca_compile.artifact.manifest import Manifest, Size, TensorSpec
+from duca_compile.core.tensors import Array
 from duca_compile.errors import UsageError
-from duca_compile.runtime.arrays import Array
 
 
 class Binder:

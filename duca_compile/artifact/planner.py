@@ -14,9 +14,10 @@ from duca_compile.artifact.engines.base import Engine, GraphFunction
 from duca_compile.artifact.manifest import Manifest, Size, TensorSpec
 from duca_compile.core.ports import FORECAST_GAP, FULL_ROWS, PROBE_CHANGE, cache_input
 from duca_compile.core.steps import Step, StepKind
+from duca_compile.core.tensors import Array
 from duca_compile.policies.base import Forecast as ForecastOptions
 from duca_compile.policies.base import Policy, Selection
-from duca_compile.runtime.arrays import Array, NumpyArrays
+from duca_compile.runtime.arrays import NumpyArrays
 from duca_compile.runtime.dispatcher import Plan, Program
 from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
 from duca_compile.runtime.selection import Tokens

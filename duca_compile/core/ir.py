@@ -1,16 +1,16 @@
-"""The few types that capture, analyses, passes and the runtime speak in.
+"""A captured graph, and what the analyses know of it.
 
-Nodes are referred to by name: every graph is a copy of the captured one, and copies keep the names. The names of inputs
-and the kinds of actions serve exported artifacts too, so torch is imported where it is used.
+Nodes are referred to by name: every graph is a copy of the captured one, and copies keep the names. Planning an
+artifact's steps needs these types too, so torch is not imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from duca_compile.core.guards import Read, Readings
 from duca_compile.core.outputs import OutputLayout
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, fx
 
-    from duca_compile.frontend.away import Away
-    from duca_compile.frontend.opaque import CallSite
-
 
 class Variance(IntEnum):
     """How often a value changes in a denoising loop; a node is as variable as its most variable input."""
@@ -30,6 +27,30 @@ class Variance(IntEnum):
     INVARIANT = 0
     TIMESTEP = 1
     LATENT = 2
+
+
+class OpaqueCall(Protocol):
+    """A submodule that runs as one operator, as far as the graph shows it."""
+
+    number: int  # the operator's last operand
+    path: str
+    reason: str
+    flops: int
+
+
+class BroughtHook(Protocol):
+    """One of the hooks that bring a weight."""
+
+    name: str
+
+
+class BroughtWeight(Protocol):
+    """A weight that hooks bring for each call; as text it says which."""
+
+    number: int  # the operand of the operator that makes it
+
+    @property
+    def hooks(self) -> Sequence[BroughtHook]: ...
 
 
 @dataclass(frozen=True)
@@ -43,8 +64,8 @@ class CapturedGraph:
     lists: tuple[str, ...]  # for each input, its argument's path, without the place in a list
     given: Mapping[str, Read]  # inputs that the readings depend on
     readings: Readings | None  # what the graph takes for given
-    opaque: tuple[CallSite, ...]  # submodules that run as one operator
-    away: tuple[Away, ...]  # weights that hooks bring for each call
+    opaque: tuple[OpaqueCall, ...]  # submodules that run as one operator
+    away: tuple[BroughtWeight, ...]  # weights that hooks bring for each call
     casts: bool  # whether it does what autocast would do, so that it is to run with autocast turned off
     results: tuple[Any, ...] = ()  # the leaves of what the model itself gave, until a step is compared with it
     unread: frozenset[tuple[str, str]] = frozenset()  # attributes that forward changes at each call, and never reads

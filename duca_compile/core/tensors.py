@@ -4,41 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from torch import Tensor
+# A torch.Tensor or a numpy array; of one runtime all are of one kind.
+Array = Any
 
 
-def same_values(one: Any, other: Any) -> bool:
+def same_values(one: Array, other: Array) -> bool:
     """Whether both have the same shape and values."""
     if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
         return np.array_equal(one, other)
-    import torch
-
-    return bool(one.shape == other.shape and torch.equal(one, other))
+    return bool(one.shape == other.shape and one.equal(other))
 
 
-def version(tensor: Tensor) -> int:
+def version(tensor: Array) -> int:
     """How often the tensor was written in place; -1 for inference tensors and numpy's arrays, which do not count."""
     return -1 if isinstance(tensor, np.ndarray) or tensor.is_inference() else tensor._version
 
 
-def on_host(tensor: Tensor) -> bool:
+def on_host(tensor: Array) -> bool:
     """Whether reading its values waits for no device."""
     return isinstance(tensor, np.ndarray) or bool(tensor.is_cpu)
 
 
-def held(tensor: Tensor) -> Tensor:
+def held(tensor: Array) -> Array:
     """It, or a copy where nothing would tell that it was written to and comparing does not wait for a device."""
     if isinstance(tensor, np.ndarray):
         return tensor.copy()
     return tensor.clone() if tensor.is_inference() and tensor.is_cpu else tensor
 
 
-def unchanged(tensor: Tensor, known: Tensor, at_version: int) -> bool:
+def unchanged(tensor: Array, known: Array, at_version: int) -> bool:
     """Whether it is the object that ``held`` gave ``known`` of, and still holds what it held.
 
     Where tensors do not count what is written to them, values are compared on a CPU; on an accelerator, the object
@@ -51,7 +49,7 @@ def unchanged(tensor: Tensor, known: Tensor, at_version: int) -> bool:
     return tensor is known
 
 
-def equal(tensor: Tensor, known: Tensor, at_version: int) -> bool:
+def equal(tensor: Array, known: Array, at_version: int) -> bool:
     """Whether it holds what ``known`` held; reads both where they are different objects."""
     if unchanged(tensor, known, at_version):
         return True
@@ -62,15 +60,15 @@ def equal(tensor: Tensor, known: Tensor, at_version: int) -> bool:
 class Sight:
     """Tensors as they were at one time: the same objects, not written to since, still hold the same."""
 
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[Array, ...]
     versions: tuple[int, ...]
 
     @staticmethod
-    def of(tensors: Sequence[Tensor]) -> Sight:
+    def of(tensors: Sequence[Array]) -> Sight:
         """It is safe from what is written to arrays later."""
         return Sight(tuple(map(held, tensors)), tuple(map(version, tensors)))
 
-    def holds_of(self, tensors: Sequence[Tensor]) -> bool:
+    def holds_of(self, tensors: Sequence[Array]) -> bool:
         """Whether these are they, and hold what they held; asked at every call."""
         if len(tensors) != len(self.tensors):
             return False

@@ -5,14 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 from duca_compile.core.steps import Step
 from duca_compile.errors import PolicyError
 from duca_compile.policies.checks import check_number, check_whole
-
-if TYPE_CHECKING:
-    from duca_compile.policies.predictor import Predictor
+from duca_compile.policies.liveness import until_the_last, with_liveness
+from duca_compile.policies.predictor import Predictor
 
 SelectionKind = Literal["v_norm", "attention", "entropy", "random"]
 
@@ -149,8 +148,6 @@ class Policy(ABC):
 
     def planned(self, total: int | None) -> Iterator[Step]:
         """The same steps, with what later ones read of each. Where features are forecast, all is until the last one."""
-        from duca_compile.policies.liveness import until_the_last, with_liveness
-
         return (with_liveness if self.forecast is None else until_the_last)(self.steps(total))
 
     def fresh_tokens(self, step: Step, query: TokenQuery) -> int:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from duca_compile.core.tensors import Array
+
 if TYPE_CHECKING:
     pass
-
-# A torch.Tensor or a numpy array; of one runtime all are of one kind.
-Array = Any
 
 
 class Arrays(Protocol):

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from duca_compile.core.tensors import Sight, equal, on_host, same_values, unchanged, version
-from duca_compile.runtime.arrays import Array
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from duca_compile.core.tensors import Array, Sight, equal, on_host, same_values, unchanged, version
 
 SAMPLED = 4096  # values of a latent that are compared where two are held against each other
 NEAR = 0.25  # what one rounded timestep changes of a latent is less, relatively
@@ -25,7 +20,7 @@ class Named:
     __slots__ = ("inputs", "kind", "latent", "name", "others")
 
     def __init__(
-        self, name: str | None, kind: object, latent: Tensor, inputs: tuple[str, ...], others: Sequence[Tensor]
+        self, name: str | None, kind: object, latent: Array, inputs: tuple[str, ...], others: Sequence[Array]
     ) -> None:
         self.name, self.kind, self.latent = (
             name,
@@ -43,7 +38,7 @@ class Named:
 class Sample:
     """Some values of a latent as it was; read when they are first compared."""
 
-    def __init__(self, latent: Tensor) -> None:
+    def __init__(self, latent: Array) -> None:
         flat = latent.reshape(-1)[:: max(1, latent.nbytes // latent.itemsize // SAMPLED)]
         self._kept: Array = flat.copy() if isinstance(flat, np.ndarray) else flat.detach().clone()
         self._values: np.ndarray | None = None
@@ -115,7 +110,7 @@ class Slot:
         """The inputs that hold something else. What is on an accelerator is read only where ``reads`` says so."""
         return {name for name, now, known in self._common(call) if _differs(now, *known, reads)}
 
-    def _common(self, call: Named) -> Iterator[tuple[str, Tensor, tuple[Tensor, int]]]:
+    def _common(self, call: Named) -> Iterator[tuple[str, Array, tuple[Array, int]]]:
         """The inputs that both have: now, and as they were with their versions."""
         known = dict(zip(self._inputs, zip(self.sight.tensors, self.sight.versions, strict=True), strict=True))
         return ((name, now, known[name]) for name, now in zip(call.inputs, call.others, strict=True) if name in known)
@@ -127,7 +122,7 @@ class Slot:
             name for name, mine in zip(self._inputs, self.sight.tensors, strict=True) if theirs.get(name) is not mine
         }
 
-    def has(self, latent: Tensor) -> bool:
+    def has(self, latent: Array) -> bool:
         """Whether its last call had this latent, by value."""
         known, at_version = self._latent, self._version
         if latent is known and version(latent) == at_version >= 0:
@@ -144,12 +139,12 @@ class Slot:
             self.sample = Sample(self._latent)
         return self.sample
 
-    def goes_on_with(self, latent: Tensor) -> bool:
+    def goes_on_with(self, latent: Array) -> bool:
         """Whether this is its latent one small step on: near it, or written over it."""
         mine = self.sampled()
         return latent is self._latent if mine is None else Sample(latent).is_near(mine)
 
-    def is_apart_from(self, latent: Tensor) -> bool:
+    def is_apart_from(self, latent: Array) -> bool:
         mine = self.sampled()
         return mine is not None and Sample(latent).is_apart(mine)
 
@@ -210,7 +205,7 @@ class Slots:
             alike = _best(alike, [-len(slot.changes(call.only(telling), reads)) for slot in alike])
         return self._nearest(alike, call.latent, step) if self.tiled else _coming(alike, step)
 
-    def _nearest(self, slots: Sequence[Slot], latent: Tensor, step: int) -> Slot | None:
+    def _nearest(self, slots: Sequence[Slot], latent: Array, step: int) -> Slot | None:
         """By latent, if any is like it; one that was called at the step already only if it is much nearer."""
         now = Sample(latent)
 
@@ -223,7 +218,7 @@ class Slots:
         return None if found.step != step and found.is_apart_from(latent) else found
 
 
-def _differs(tensor: Tensor, known: Tensor, at_version: int, reads: bool) -> bool:
+def _differs(tensor: Array, known: Array, at_version: int, reads: bool) -> bool:
     if unchanged(tensor, known, at_version):
         return False
     if not reads and not on_host(tensor) and tensor is not known:

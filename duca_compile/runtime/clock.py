@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from enum import Enum
 from math import floor, frexp, log2
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from duca_compile.core.tensors import Sight, version
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from duca_compile.core.tensors import Array, Sight, version
 
 SAME_TIME = 4e-6  # timesteps that differ by less, relatively, are one: samplers come back to one by exp and log
 NO_TIME = 2e-6  # so are those that differ by less of the loop's first one: near 0 nothing is relative
@@ -77,13 +74,13 @@ class StepClock:
         self._place: Place | None = None
         self._said: Place | None = None  # of the call that is looked at
 
-    def tick(self, timestep: Tensor, place: Place | None = None) -> Tick:
+    def tick(self, timestep: Array, place: Place | None = None) -> Tick:
         """By timesteps and what is said alone."""
         move = self.look(timestep, place)
         time = self.go(move)
         return Tick(self.step, self._pass, move is Move.START, time)
 
-    def look(self, timestep: Tensor, place: Place | None = None) -> Move:
+    def look(self, timestep: Array, place: Place | None = None) -> Move:
         """What the call is, by its timestep and by what is said; ``go`` has to follow."""
         now = self._now = _Seen(timestep)
         self._said = place
@@ -204,7 +201,7 @@ class _Seen:
 
     __slots__ = ("_tensor", "_value", "_version", "single")
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Array) -> None:
         self._tensor, self._version = tensor, version(tensor)
         self._value: tuple[float, ...] | None = None
         self.single: float | None = None  # the value, where it is one for all rows and has been read
@@ -226,7 +223,8 @@ class _Seen:
 
     @property
     def place(self) -> int:
-        return self._tensor.data_ptr()
+        address: int = self._tensor.data_ptr()
+        return address
 
     def shares_schedule(self, other: _Seen) -> bool:
         """Whether both are unread views of the same memory, so that their places can stand for their values."""
@@ -236,7 +234,7 @@ class _Seen:
         one, two = self._tensor, other._tensor
         if isinstance(one, np.ndarray) or isinstance(two, np.ndarray):
             return False
-        return one.untyped_storage().data_ptr() == two.untyped_storage().data_ptr()
+        return bool(one.untyped_storage().data_ptr() == two.untyped_storage().data_ptr())
 
     def is_at(self, other: _Seen) -> bool:
         """Whether this is the other's memory, not written to since."""

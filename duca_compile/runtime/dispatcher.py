@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from duca_compile.core.ports import (
     MEASURED,
@@ -19,20 +19,16 @@ from duca_compile.core.ports import (
     is_written,
 )
 from duca_compile.core.steps import Probe, Step, StepKind
-from duca_compile.core.tensors import Sight
+from duca_compile.core.tensors import Array, Sight
 from duca_compile.errors import first_line
 from duca_compile.policies.adaptive import AdaptivePolicy
 from duca_compile.policies.base import Policy
 from duca_compile.runtime.adaptive import Decisions, merged
-from duca_compile.runtime.arrays import Array, Arrays
+from duca_compile.runtime.arrays import Arrays
 from duca_compile.runtime.clock import Tick
 from duca_compile.runtime.forecasting import ForecastInputs
 from duca_compile.runtime.request import CacheState, Executed, Request
 from duca_compile.runtime.selection import Tokens, TokenSelector
-from duca_compile.runtime.torch.rows import RowsTooLargeError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 log = logging.getLogger("duca_compile")
 
@@ -106,6 +102,10 @@ class Plan:
     def unread(self) -> tuple[str, ...]:
         """The caches that its program fills and no later step reads."""
         return dead_caches(self.step.live, self.program.writes)
+
+
+class RowsTooLargeError(Exception):
+    """The values of all timesteps would take more memory than they are worth."""
 
 
 class TimestepRows(Protocol):
@@ -407,10 +407,11 @@ class Dispatcher:
         state.selector.refresh({row: None if slot is None else results[slot] for row, slot in computed.items()})
 
 
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _memory(tensor: Array) -> int:
+    address: int = tensor.untyped_storage().data_ptr()
+    return address
 
 
-def _is_loose(value: Tensor) -> bool:
+def _is_loose(value: Array) -> bool:
     """Whether a larger tensor would be kept with it, or its memory is in another order."""
     return value.untyped_storage().nbytes() > value.numel() * value.element_size() or not value.is_contiguous()

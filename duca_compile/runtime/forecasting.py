@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from duca_compile.core.ports import FORECAST_FACTORS, FORECAST_GAP, FORECAST_ORDERS, FULL_ROWS
+from duca_compile.core.tensors import Array
 from duca_compile.policies.base import Forecast
-from duca_compile.runtime.arrays import Array
 from duca_compile.runtime.past import Past
-
-if TYPE_CHECKING:
-    from duca_compile.runtime.request import CacheState
+from duca_compile.runtime.request import CacheState
 
 REMEMBERED = 256  # steps, of each program, whose numbers are remembered
 NUMBERS = (FORECAST_GAP, FORECAST_ORDERS, *FORECAST_FACTORS, FULL_ROWS)

@@ -8,8 +8,8 @@ from typing import Protocol
 
 from duca_compile.artifact import manifest
 from duca_compile.core.ports import PROBE_CHANGE, VERIFY_ERROR
+from duca_compile.core.tensors import Array
 from duca_compile.errors import UsageError
-from duca_compile.runtime.arrays import Array
 
 SCORE = "score_"
 # Outputs that leave the engine; all others only go into later steps.

@@ -9,8 +9,8 @@ import torch
 from duca_compile.core.ports import cache_input
 from duca_compile.core.variants import Action
 from duca_compile.passes.base import CachingPass, VariantDraft
-from duca_compile.passes.caching.forecast import Series
 from duca_compile.passes.numbers import distance, limited, ratio, row_norm, row_numbers
+from duca_compile.passes.series import Series
 
 aten = torch.ops.aten
 

@@ -14,8 +14,8 @@ from duca_compile.core.steps import Probe
 from duca_compile.errors import PolicyError
 from duca_compile.frontend.operators import as_carried
 from duca_compile.passes.base import ExactPass, VariantDraft
-from duca_compile.passes.caching.forecast import Series
 from duca_compile.passes.numbers import ratio, row_norm, row_numbers
+from duca_compile.passes.series import Series
 
 aten = torch.ops.aten
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from duca_compile.artifact.engines.base import SCORE, GraphFunction, Options
 from duca_compile.artifact.manifest import Graph, Manifest, inside
+from duca_compile.core.tensors import Array
 from duca_compile.errors import ArtifactError, BackendError, first_line, missing_package
-from duca_compile.runtime.arrays import Array
 
 with missing_package("export"):
     import torch

@@ -9,8 +9,8 @@ import numpy as np
 
 from duca_compile.artifact.engines.base import HOST, GraphFunction, Options
 from duca_compile.artifact.manifest import File, Graph, Manifest, inside
+from duca_compile.core.tensors import Array
 from duca_compile.errors import BackendError, first_line, missing_package
-from duca_compile.runtime.arrays import Array
 from duca_compile.runtime.openvino import Requests, cpu_options
 
 with missing_package("openvino"):
