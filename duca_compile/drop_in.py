@@ -47,7 +47,6 @@ from duca_compile.runtime.session import HasSessions, Requests, current_pass, na
 
 log = logging.getLogger("duca_compile")
 
-
 LOOKED_AHEAD = 1000  # steps that a warm-up looks at for variants that they need
 _SHARED = (  # tables that an optimized model has in common with its source
     "_parameters",

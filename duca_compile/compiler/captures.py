@@ -20,7 +20,6 @@ from duca_compile.frontend.snapshot import Name, Snapshot, Structure, Watch, tak
 
 log = logging.getLogger("duca_compile")
 
-
 MAX_CAPTURES = 4  # shapes kept compiled at a time for one state of the model; the least recently used one goes first
 MAX_IN_ALL = 8  # for all its states: passes of one step may each have one, as guiders' do
 RESTLESS = 3  # requests in a row that find the model changed, after which a warning says so

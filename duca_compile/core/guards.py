@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import TYPE_CHECKING
+
+from torch import Tensor, fx
 
 from duca_compile.core.tensors import same_values
-
-if TYPE_CHECKING:
-    from torch import Tensor, fx
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ from enum import Enum, IntEnum
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from duca_compile.core.guards import Read, Readings
-from duca_compile.core.outputs import OutputLayout
 from duca_compile.core.ports import BRANCH, SCALE
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, fx
+
+    from duca_compile.core.guards import Read, Readings
+    from duca_compile.core.outputs import OutputLayout
 
 
 class Variance(IntEnum):

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.utils._pytree import TreeSpec
+from torch import Tensor
+from torch.utils._pytree import SUPPORTED_NODES, TreeSpec, tree_unflatten
 
 
 @dataclass(frozen=True)
@@ -22,8 +21,6 @@ class OutputLayout:
     @cached_property
     def _flat(self) -> Callable[[Sequence[Tensor]], Any] | None:
         """Makes the output where it is one container of tensors, as most are: a walk of the tree takes longer."""
-        from torch.utils._pytree import SUPPORTED_NODES
-
         if self.constants or self.spec.num_nodes != self.spec.num_leaves + 1:
             return None
         unflatten, context = SUPPORTED_NODES[self.spec.type].unflatten_fn, self.spec.context
@@ -32,8 +29,6 @@ class OutputLayout:
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         if self._flat is not None:
             return self._flat(tensors)
-        from torch.utils._pytree import tree_unflatten
-
         if not self.constants:
             return tree_unflatten(tensors, self.spec)
         rest = iter(tensors)

@@ -4,24 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
-from typing import TYPE_CHECKING
 
 from duca_compile.core.steps import Kept
-
-if TYPE_CHECKING:
-    pass
 
 STREAM_END = "stream_end"
 BRANCH = "branch_"
 SCALE = "scale_"  # how far a branch moves for each unit that its input does: a number for each row
-
-
 # 0-dimensional float32 inputs of the variants of policies that forecast (TaylorSeer).
 FORECAST_GAP = "forecast_gap"  # steps from the last full step to this one
 FORECAST_ORDERS = "forecast_orders"  # how many differences the full steps so far allow; the others stay zero
 FORECAST_FACTORS = tuple(f"forecast_factor_{i}" for i in range(1, 5))  # what differences of each order count
-
-
 # Of adaptive policies. What decisions are made from is float32 and has one value for each row.
 FULL_ROWS = "full_rows"  # input, bool (batch,): the rows that the full step is for; the caches of others stay
 VERIFY_ERROR = "verify_error"  # result: how far a forecast is from what the last block computes of it

@@ -37,7 +37,6 @@ from duca_compile.frontend.reproduce import ROUNDING, Ran, copied, cuda_devices,
 
 log = logging.getLogger("duca_compile")
 
-
 _LIST_PLACE = re.compile(r"\[\d+\]$")
 _METADATA_CHECK = torch.ops.aten._assert_tensor_metadata.default
 _TORCH_PRINTS = "torch.export._trace"  # the module that prints a graph

@@ -11,7 +11,6 @@ from duca_compile.passes.base import VariantDraft
 
 aten = torch.ops.aten
 
-
 EPSILON = 1e-6  # the least length that is divided by
 
 

@@ -39,8 +39,6 @@ from duca_compile.passes.exact.verification import VerifyForecast
 from duca_compile.passes.exact.write_last import WriteLast
 
 PREPARE: tuple[Pass[Draft], ...] = (Clean(), Deduplicate(), RemoveDeadCode())
-
-
 # Results are emitted before values are replaced, so that a replacement also reaches what is returned. Partial
 # branches come first of the replacements: their bodies are copied from the nodes that reuse leaves dead.
 REWRITE: tuple[Pass[VariantDraft], ...] = (

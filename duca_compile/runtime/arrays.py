@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from duca_compile.core.tensors import Array
-
-if TYPE_CHECKING:
-    pass
 
 
 class Arrays(Protocol):

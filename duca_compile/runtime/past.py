@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from math import factorial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from duca_compile.policies.base import Forecast
-
-if TYPE_CHECKING:
-    pass
 
 
 class Past(NamedTuple):

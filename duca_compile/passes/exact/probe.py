@@ -19,7 +19,6 @@ from duca_compile.passes.series import Series
 
 aten = torch.ops.aten
 
-
 _PRODUCTS = {
     "addmm",
     "bmm",
