@@ -26,8 +26,9 @@ _NAMES = {
         "UsageError",
     ),
     "explanation": ("Explanation", "explain"),
-    "methods.calibration": ("Calibration", "calibrate"),
     "export.artifact": ("save",),
+    "methods.calibration": ("Calibration", "calibrate"),
+    "methods.training": ("TrainingSettings", "prediction_error", "train_predictor"),
     "policies": (
         "FORA",
         "RFC",
@@ -48,7 +49,6 @@ _NAMES = {
     ),
     "policies.predictor": ("Predictor",),
     "runtime.session": ("Session",),
-    "methods.training": ("TrainingSettings", "prediction_error", "train_predictor"),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
