@@ -11,8 +11,10 @@ from typing import Any
 __version__ = "0.1.0"
 
 _NAMES = {
-    "api": ("OptimizedModel", "optimize", "restore"),
-    "calibration": ("Calibration", "calibrate"),
+    "api": ("optimize", "restore"),
+    "artifact.loader": ("load",),
+    "artifact.model": ("Artifact",),
+    "drop_in": ("OptimizedModel",),
     "errors": (
         "ArtifactError",
         "BackendError",
@@ -26,6 +28,8 @@ _NAMES = {
     ),
     "explanation": ("Explanation", "explain"),
     "export.artifact": ("save",),
+    "methods.calibration": ("Calibration", "calibrate"),
+    "methods.training": ("TrainingSettings", "prediction_error", "train_predictor"),
     "policies": (
         "FORA",
         "RFC",
@@ -44,10 +48,8 @@ _NAMES = {
         "Uncached",
         "published",
     ),
-    "predictor": ("Predictor",),
-    "runtime.artifact": ("Artifact", "load"),
+    "policies.predictor": ("Predictor",),
     "runtime.session": ("Session",),
-    "training": ("TrainingSettings", "prediction_error", "train_predictor"),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -1,4 +1,4 @@
-"""``optimize`` and ``restore``: the stages wired together."""
+"""``OptimizedModel``: a module that takes the place of the model it was made from."""
 
 from __future__ import annotations
 
@@ -18,46 +18,36 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule as CompiledModule
-from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
-from duca_compile import away, casts
-from duca_compile.analysis import analyze
-from duca_compile.backends import Backend, make_backend
-from duca_compile.budget import CacheOptions, fitted
-from duca_compile.capture import Binder, Call, capture, live_tensors
-from duca_compile.captures import Captures, Compiled
-from duca_compile.errors import CaptureError, PolicyError, StructureError, UsageError
-from duca_compile.graph import CapturedGraph, Facts
-from duca_compile.lock import COMPILING
-from duca_compile.opaque import READS
-from duca_compile.passes.hoist import frontier, hoisted_input
-from duca_compile.passes.pipeline import build_prologue, make_rows, prepare
-from duca_compile.pipelines import PipelineSchedule, is_pipeline, set_component, transformers
-from duca_compile.policies import FORA, RFC, DuCa, Policy, ResidualGate, SpeCa, TaylorSeer, ToCa, Uncached
-from duca_compile.policies.base import StepKind
-from duca_compile.policies.checks import check_whole
-from duca_compile.reproduce import COMPILED, ROUNDING, apart, relative
-from duca_compile.runtime.dispatcher import Hoister, Plan, Prologue
+from duca_compile.backends.base import Backend
+from duca_compile.compiler.analyze import analyze_call
+from duca_compile.compiler.budget import CacheOptions, fitted
+from duca_compile.compiler.captures import Captures
+from duca_compile.compiler.checks import (
+    DIFFUSERS_HOOKS,
+    check_caching,
+    check_model,
+    check_no_gradients,
+    check_no_transform,
+)
+from duca_compile.compiler.compiled import Compiled
+from duca_compile.core.ir import CapturedGraph
+from duca_compile.core.steps import StepKind
+from duca_compile.errors import UsageError
+from duca_compile.frontend import away, casts
+from duca_compile.frontend.binder import Binder, Call
+from duca_compile.frontend.capture import live_tensors
+from duca_compile.frontend.reproduce import COMPILED, ROUNDING, apart, relative
+from duca_compile.frontend.state import Held
+from duca_compile.policies import Policy
+from duca_compile.runtime.dispatcher import Plan
 from duca_compile.runtime.planning import not_recomputed
 from duca_compile.runtime.request import Request
 from duca_compile.runtime.session import HasSessions, Requests, current_pass, named_pass
-from duca_compile.state import Held, followed
-from duca_compile.verify import verified
 
 log = logging.getLogger("duca_compile")
 
-POLICIES: dict[str, type[Policy]] = {
-    "duca": DuCa,
-    "fora": FORA,
-    "gate": ResidualGate,
-    "none": Uncached,
-    "rfc": RFC,
-    "speca": SpeCa,
-    "taylorseer": TaylorSeer,
-    "toca": ToCa,
-    "uncached": Uncached,
-}
 LOOKED_AHEAD = 1000  # steps that a warm-up looks at for variants that they need
 _SHARED = (  # tables that an optimized model has in common with its source
     "_parameters",
@@ -69,83 +59,8 @@ _SHARED = (  # tables that an optimized model has in common with its source
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-_transform = torch._C._functorch.peek_interpreter_stack
-_NONE: Mapping[str, str] = {}
 _READ_ONLY = {bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Tensor, nn.Parameter}
 _ACCELERATE = frozenset({"forward", "_old_forward", "_hf_hook"})  # what its hooks set, and put back
-_DIFFUSERS = "_diffusers_hook"  # the registry of its hooks
-
-
-def _prologue(captured: CapturedGraph, facts: Facts) -> Prologue:
-    module = build_prologue(captured, facts)
-    inputs = tuple(n.name for n in module.graph.nodes if n.op == "placeholder")
-    outputs = tuple(hoisted_input(n.name) for n in frontier(captured.graph, facts))
-    return Prologue(inputs, outputs, module)
-
-
-def analyze_call(
-    model: nn.Module, call: Call, timestep: str | None, known: Mapping[str, str] = _NONE, careful: bool = False
-) -> tuple[CapturedGraph, Facts, Prologue]:
-    """Captures one call of ``model`` and finds its structure; the token analysis is checked on the call's values.
-
-    ``known`` are submodules that run as one operator in other calls, with the reasons: what they keep may change. To be
-    ``careful`` takes two more runs: the model's own results must repeat, and any graph must give them.
-    """
-    check_caching(model)
-    devices = [tensor.device for tensor in call.tensors if tensor.device.type == "cuda"]
-    # the caller's random numbers are not drawn here, and what forward changes at each call is put back
-    with COMPILING, torch.no_grad(), torch.random.fork_rng(devices), followed(model, call, known, careful) as own:
-        captured = prepare(capture(model, call, {**known, **own.operators}, own, careful))
-        facts = _facts(captured, timestep)
-        if readers := changing_reads(model, captured, facts):
-            operators = {**known, **own.operators, **{site.path: site.reason for site in captured.opaque}}
-            captured = prepare(capture(model, call, operators | readers, own, careful))
-            facts = _facts(captured, timestep)
-            changing_reads(model, captured, facts)
-        own.check(model, captured)
-        captured = replace(captured, unread=own.unread, results=tuple(own.results))
-        prologue = _prologue(captured, facts)
-        values = dict(zip(captured.inputs, call.tensors, strict=True))
-        with casts.none_for(captured):
-            return captured, verified(captured, facts, step_values(captured, facts, prologue, values)), prologue
-
-
-def _facts(captured: CapturedGraph, timestep: str | None) -> Facts:
-    """Says of a model without structure what has hidden it."""
-    try:
-        return analyze(captured, timestep)
-    except StructureError as error:
-        if not captured.opaque:
-            raise
-        site = max(captured.opaque, key=lambda each: each.flops)
-        hidden = f"What is in {site.path} is not seen: it {site.reason}, so it runs as it is, as one operator."
-        raise StructureError(f"{error} {hidden}") from error
-
-
-def step_values(
-    captured: CapturedGraph, facts: Facts, prologue: Hoister, call: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """What a variant may read but caches: the tensors of a call, and what is computed of them outside of the step."""
-    values = {**call, **prologue.compute(call)}
-    rows = make_rows(captured, facts)
-    return values | dict(zip(rows.outputs, rows.compute(values, values), strict=True))
-
-
-def changing_reads(model: nn.Module, captured: CapturedGraph, facts: Facts) -> dict[str, str]:
-    """The submodules whose Python reads values that change from step to step, which no trace can hold; and why.
-
-    Raises:
-        CaptureError: the model's own forward does; names the line.
-    """
-    reads = {name: captured.given[name] for name in facts.changing if name in captured.given}
-    for name, read in reads.items():
-        if "" in read.paths:
-            raise CaptureError(
-                f"{type(model).__name__}.forward reads a value that depends on {name!r} at {read.source}. It changes "
-                "from step to step, so no graph can hold what follows from it. Compute it before the loop and pass it "
-                "as an argument, or move that line to a submodule, which then runs as it is, as one operator."
-            )
-    return {path: READS for read in reads.values() for path in read.paths}
 
 
 class _Guise(type):
@@ -258,7 +173,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
             return True
         if name in _ACCELERATE:  # whose hook it is, the source's or that of this model, is told by the saved forward
             return "_old_forward" in mine or "_old_forward" not in vars(source)
-        if name == _DIFFUSERS:
+        if name == DIFFUSERS_HOOKS:
             return name in mine or name not in vars(source)
         return name in mine or (hasattr(OptimizedModel, name) and name != "__class__")
 
@@ -420,138 +335,12 @@ def _takes(function: Callable[..., Any], name: str) -> bool:
     return any(each.name == name or each.kind is each.VAR_KEYWORD for each in parameters)
 
 
-def check_no_gradients(tensors: Iterable[Tensor]) -> None:
-    """Raises UsageError where one of a call's tensors requires a gradient."""
-    if any(tensor.requires_grad for tensor in tensors):
-        raise UsageError(
-            "an argument requires a gradient, and an optimized model is for inference only: call "
-            "duca_compile.restore(model) for the gradient pass, or else call it under torch.no_grad() or detach() the "
-            "argument"
-        )
-
-
-def check_no_transform() -> None:
-    """Raises UsageError within a transform of torch.func or forward-mode differentiation, which no cache can follow."""
-    if _transform() is not None or forward_ad._current_level >= 0:
-        raise UsageError(
-            "an optimized model cannot be differentiated or batched by torch.func (grad, jvp, vmap) or "
-            "torch.autograd.forward_ad: call duca_compile.restore(model) for that, or call it outside of them"
-        )
-
-
-def check_model(model: Any, expected: str = "an nn.Module") -> None:
-    """Raises UsageError for anything but an nn.Module in eval mode."""
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"expected {expected}, not {type(model).__name__}")
-    if model.training:
-        raise UsageError(f"{type(model).__name__} is in training mode, where dropout is on; call .eval() first")
-
-
-def resolve_policy(policy: str | Policy) -> Policy:
-    """Raises PolicyError for an unknown name or something that is no policy."""
-    if isinstance(policy, Policy):
-        return policy
-    if not isinstance(policy, str) or policy.lower() not in POLICIES:
-        raise PolicyError(f"policy={policy!r} is unknown; pass a Policy object or one of {sorted(POLICIES)}")
-    return POLICIES[policy.lower()]()
-
-
-def optimize(
-    model: Any,
-    policy: str | Policy = "duca",
-    backend: str = "inductor",
-    num_inference_steps: int | None = None,
-    *,
-    timestep: str | None = None,
-    strict: bool = False,
-    mode: str = "default",
-    cache_dtype: torch.dtype | None = None,
-    cache_budget_bytes: int | None = None,
-) -> Any:
-    """A drop-in for ``model`` that reuses features from step to step of a denoising loop.
-
-    The model is captured at the first call, from its real arguments, and never modified. Of a model, steps are told
-    apart by the timestep argument; a timestep that jumps back starts a new request, and so does ``reset()``. Of a
-    pipeline, the scheduler tells where a request starts and how many steps it has.
-
-    Args:
-        model: a Diffusion Transformer in eval mode, that is any nn.Module that takes a latent and a timestep; or a
-            diffusers pipeline, whose components named ``transformer...`` are replaced.
-        policy: "duca", "toca", "fora", "taylorseer", "rfc", "speca", "gate", "none", or a Policy object such as
-            ``DuCa(interval=5, fresh_ratio=0.1)``.
-        backend: "inductor" (the compiler of torch.compile), "openvino" (on a CPU) or "eager".
-        num_inference_steps: steps of a request; needed by schedules that depend on it. Not for a pipeline.
-        timestep: name of the timestep argument, where it cannot be told from the graph.
-        strict: raise BackendError where the backend cannot compile, instead of falling back to eager with a warning.
-        mode: "reduce-overhead" replays each step of the Inductor backend as a CUDA graph, from static buffers; on a CPU
-            it is the same as "default".
-        cache_dtype: keep caches in this type, such as ``torch.bfloat16``, where the features are wider; rounds them.
-        cache_budget_bytes: the most that the caches of one pass of one request may hold. Where the policy needs more,
-            they are kept in bfloat16; where that is too much, steps that read the branches' caches skip the blocks
-            instead, for which one tensor is kept. A warning says so, at the first call of each shape.
-
-    Returns:
-        An ``OptimizedModel``: an nn.Module with the same call signature, outputs, config, dtype, device and
-        state_dict keys. For a pipeline, that same pipeline.
-
-    Raises:
-        UsageError: ``model`` is neither an nn.Module nor a pipeline with a transformer, is in training mode or
-            optimized already, or the backend is unknown.
-        BackendError: the backend's package is not installed.
-        PolicyError: an unknown policy, or one that cannot plan without ``num_inference_steps``. At the first call:
-            the policy does not fit the model, or the budget is too small; the message says what the least would be.
-    """
-    chosen, engine = resolve_policy(policy), make_backend(backend, strict, mode)
-    options = CacheOptions(cache_dtype, cache_budget_bytes)
-    if is_pipeline(model):
-        return _optimize_pipeline(model, chosen, engine, num_inference_steps, timestep, options)
-    check_plain(model)
-    if num_inference_steps is not None:
-        check_whole("num_inference_steps", num_inference_steps, least=1)
-    next(chosen.steps(num_inference_steps))  # a policy that cannot plan says so now, not at the first call
-    return OptimizedModel(model, chosen, engine, Requests(chosen, num_inference_steps), timestep, options)
-
-
-def _optimize_pipeline(
-    pipe: Any,
-    policy: Policy,
-    backend: Backend,
-    num_inference_steps: int | None,
-    timestep: str | None,
-    options: CacheOptions,
-) -> Any:
-    """Replaces the transformers of ``pipe``; they share their requests, since one loop calls them all."""
-    if num_inference_steps is not None:
-        raise UsageError("a pipeline's scheduler says how many steps a request has; leave num_inference_steps out")
-    found = transformers(pipe)
-    for model in found.values():
-        check_plain(model)
-    requests = Requests(policy, None, PipelineSchedule(pipe))
-    for name, model in found.items():
-        set_component(pipe, name, OptimizedModel(model, policy, backend, requests, timestep, options))
-    return pipe
-
-
 def check_plain(model: Any) -> None:
     check_model(model, "an nn.Module or a diffusers pipeline")
     if isinstance(model, OptimizedModel):
         raise UsageError("this model is optimized already; duca_compile.restore it first")
     check_parts(model)
     check_caching(model)
-
-
-def check_caching(model: nn.Module) -> None:
-    """Raises UsageError where a hook of diffusers reuses features by itself: its state no graph can hold."""
-    for path, part in model.named_modules():
-        hooks = getattr(vars(part).get(_DIFFUSERS), "hooks", {})
-        for name, hook in hooks.items():
-            if getattr(hook, "_is_stateful", False):
-                at = f" on {path}" if path else ""
-                raise UsageError(
-                    f"{type(model).__name__} reuses features by itself: {type(hook).__name__}{at}. Two caches cannot "
-                    "be stacked: call disable_cache() first, or, where it was applied by itself, diffusers' "
-                    f"HookRegistry.check_if_exists_or_initialize(model).remove_hook({name!r}, recurse=True)"
-                )
 
 
 def check_parts(model: nn.Module) -> None:
@@ -567,20 +356,3 @@ def check_parts(model: nn.Module) -> None:
             f"{type(model).__name__}.{inner} is an optimized model; "
             "put duca_compile.restore of it there to optimize the whole, or leave the whole as it is"
         )
-
-
-def restore(target: Any) -> Any:
-    """Undoes ``optimize``: puts a pipeline's original transformers back; of an optimized model, returns its source.
-
-    Raises:
-        UsageError: there is nothing optimized.
-    """
-    if isinstance(target, OptimizedModel):
-        return target.source
-    found = transformers(target) if is_pipeline(target) else {}
-    optimized = {name: model for name, model in found.items() if isinstance(model, OptimizedModel)}
-    if not optimized:
-        raise UsageError(f"this {type(target).__name__} is not optimized, so there is nothing to restore")
-    for name, model in optimized.items():
-        set_component(target, name, model.source)
-    return target

@@ -13,18 +13,22 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 from torch import nn
 
-from duca_compile.api import OptimizedModel, analyze_call, check_model, check_parts, resolve_policy
-from duca_compile.budget import cache_bytes, peak_of_request
-from duca_compile.capture import Binder
+from duca_compile.compiler.analyze import analyze_call
+from duca_compile.compiler.budget import cache_bytes, peak_of_request
+from duca_compile.compiler.checks import check_model
+from duca_compile.core.ir import Branch, CapturedGraph, Facts, Role, Variance
+from duca_compile.core.tables import FigureTable, Items
+from duca_compile.core.variants import Variant, VariantSpec
+from duca_compile.drop_in import OptimizedModel, check_parts
 from duca_compile.errors import UsageError
-from duca_compile.graph import Branch, CapturedGraph, Facts, Role, Variance, Variant, VariantSpec
-from duca_compile.passes.hoist import frontier
+from duca_compile.frontend.binder import Binder
+from duca_compile.integrations.diffusers import is_pipeline
+from duca_compile.passes.caching.predict import predictor_bytes, with_predictor
+from duca_compile.passes.exact.hoist import frontier
 from duca_compile.passes.pipeline import build_variant
-from duca_compile.passes.predict import predictor_bytes, with_predictor
-from duca_compile.pipelines import is_pipeline
 from duca_compile.policies import AdaptivePolicy, Policy, Step, StepKind
+from duca_compile.policies.named import resolve_policy
 from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec
-from duca_compile.tables import FigureTable, Items
 
 _UNCACHED = {
     Role.TEXT: "only attention reads it, and that is",

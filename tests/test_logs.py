@@ -17,9 +17,10 @@ from torch import Tensor, fx, nn
 
 import duca_compile
 from duca_compile import DuCa
-from duca_compile.backends import InductorBackend, Lifted
-from duca_compile.capture import Binder
-from duca_compile.differences import differences
+from duca_compile.backends.base import Lifted
+from duca_compile.backends.inductor.backend import InductorBackend
+from duca_compile.compiler.differences import differences
+from duca_compile.frontend.binder import Binder
 from tests.test_optimize import build, latent
 
 ROOT = str(Path(__file__).parents[1])

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import duca_compile
 from duca_compile import CaptureError, StructureError, UsageError
-from duca_compile.snapshot import Watch
-from duca_compile.state import Held
+from duca_compile.frontend.snapshot import Watch
+from duca_compile.frontend.state import Held
 from tests import models
 from tests.features import state as cases
 from tests.features.state import attending, block, call, guided, loop, sd3, small
@@ -82,7 +82,9 @@ def test_a_capture_that_fails_leaves_the_model_as_it_was(fails: str, monkeypatch
     seen: list[Any] = []
     block(model).register_forward_hook(lambda module, args, output: seen.append(output))
     if fails == "in the trace":
-        monkeypatch.setattr("duca_compile.api.analyze", lambda *_: (_ for _ in ()).throw(StructureError("none")))
+        monkeypatch.setattr(
+            "duca_compile.compiler.analyze.analyze", lambda *_: (_ for _ in ()).throw(StructureError("none"))
+        )
     held = Held(model)
     with pytest.raises((CaptureError, StructureError)):
         duca_compile.optimize(model, "none", "eager")(**models.example())
@@ -315,7 +317,7 @@ class Scaled(models.Attention):
 
 @pytest.mark.parametrize("kind", ["context", "thread", "module", "object"])
 def test_globals_that_are_set_within_a_request_are_followed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("duca_compile.snapshot.PATIENCE", 0)
+    monkeypatch.setattr("duca_compile.frontend.snapshot.PATIENCE", 0)
 
     def during(_: nn.Module, step: int) -> None:
         for each in ("context", "thread", "module", "object"):
@@ -327,7 +329,7 @@ def test_globals_that_are_set_within_a_request_are_followed(kind: str, monkeypat
 
 
 def test_the_forward_of_a_class_may_be_replaced_within_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("duca_compile.snapshot.PATIENCE", 0)
+    monkeypatch.setattr("duca_compile.frontend.snapshot.PATIENCE", 0)
     own = models.Attention.forward
 
     def during(_: nn.Module, step: int) -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import duca_compile.export.tensorrt
 from duca_compile import Explanation, Uncached, cli, demo, explanation
-from duca_compile.paper_flops import loop_flops, published_policies
+from duca_compile.app.paper_flops import loop_flops, published_policies
 from duca_compile.policies import StepKind
 from tests.test_explain import example
 

@@ -20,25 +20,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column
 from rich.text import Text
 
+from duca_compile.artifact.engines import BACKENDS as ARTIFACT_BACKENDS
+from duca_compile.artifact.inspection import describe
+from duca_compile.artifact.loader import load
+from duca_compile.artifact.manifest import read_manifest
+from duca_compile.artifact.model import Artifact
+from duca_compile.core.tables import FigureTable
 from duca_compile.errors import DucaError, UsageError, first_line, missing_package
 from duca_compile.policies import StepKind
-from duca_compile.runtime.artifact import BACKENDS as ARTIFACT_BACKENDS
-from duca_compile.runtime.artifact import Artifact, load
-from duca_compile.runtime.inspection import describe
-from duca_compile.runtime.manifest import read_manifest
-from duca_compile.tables import FigureTable
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from duca_compile import demo as demonstration
+    from duca_compile.app import demo as demonstration
     from duca_compile.explanation import Explanation
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
-
 LOOP_SEED = 1_000_000  # of the noise that is learnt from: none that the demo is likely to start from
-
 Steps = Annotated[int, typer.Option(min=1, help="Denoising steps of the loop.")]
 POLICY_NAMES = "duca, toca, fora, taylorseer, rfc, speca, gate or calibrated; or the file of a calibrated one."
 PolicyOption = Annotated[str, typer.Option(help=POLICY_NAMES)]
@@ -74,7 +73,7 @@ def demo(
     device: Device = "cpu",
 ) -> None:
     """Generate every class of the embedded model with and without caching; write a picture, print the numbers."""
-    from duca_compile import demo as demonstration
+    from duca_compile.app import demo as demonstration
 
     try:
         chosen = demonstration.make_policies(policy, interval, steps)
@@ -102,7 +101,7 @@ def explain(
     device: Device = "cpu",
 ) -> None:
     """Show what the compiler finds in a model, and the schedule that a policy would run."""
-    from duca_compile.demo import make_policy
+    from duca_compile.app.demo import make_policy
     from duca_compile.explanation import explain as explain_model
 
     try:
@@ -131,9 +130,9 @@ def passes(
     device: Device = "cpu",
 ) -> None:
     """Show what each pass does to the graph of a step: a diff with a line for each node."""
-    from duca_compile.demo import make_policy
+    from duca_compile.app.demo import make_policy
+    from duca_compile.app.pass_diff import pass_report
     from duca_compile.explanation import explain as explain_model
-    from duca_compile.pass_diff import pass_report
 
     try:
         chosen = make_policy(policy, interval)
@@ -163,7 +162,7 @@ def train(
     device: Device = "cpu",
 ) -> None:
     """Train the predictor that DisCa needs, on the model's own denoising loops; sample(drop_in, number) runs one."""
-    from duca_compile.training import TrainingSettings, train_predictor
+    from duca_compile.methods.training import TrainingSettings, train_predictor
 
     try:
         settings = TrainingSettings(loops, updates, learning_rate=learning_rate, seed=seed)
@@ -187,7 +186,7 @@ def calibrate(
     device: Device = "cpu",
 ) -> None:
     """Measure a model's own denoising loop: which steps to compute in full, and how to forecast the others."""
-    from duca_compile.calibration import calibrate as calibrated
+    from duca_compile.methods.calibration import calibrate as calibrated
 
     try:
         model, sample = _embedded_loops(device, steps) if target is None else _load_target(target)
@@ -202,7 +201,7 @@ def calibrate(
 
 
 def _embedded_loops(device: str, steps: int) -> tuple[nn.Module, Callable[[nn.Module, int], Any]]:
-    from duca_compile import demo as demonstration
+    from duca_compile.app import demo as demonstration
 
     model = demonstration.DemoModel.load(_device(device))
 
@@ -224,7 +223,7 @@ def flops(
     ] = None,
 ) -> None:
     """Count the loops of the papers' settings on a DiT: as the papers count, and every product of the graph."""
-    from duca_compile.paper_flops import explain_dit_xl, loop_flops, published_policies
+    from duca_compile.app.paper_flops import explain_dit_xl, loop_flops, published_policies
     from duca_compile.policies import Uncached
 
     try:
@@ -255,7 +254,7 @@ def export(
 ) -> None:
     """Write a model and a policy as an artifact, which runs without the model; of format onnx, without torch."""
     from duca_compile.api import optimize
-    from duca_compile.demo import make_policy
+    from duca_compile.app.demo import make_policy
     from duca_compile.export.artifact import save
 
     try:
@@ -373,7 +372,7 @@ def _outputs(result: Any) -> dict[str, np.ndarray]:
 def _embedded(device: str) -> tuple[nn.Module, dict[str, Any]]:
     import torch
 
-    from duca_compile import demo as demonstration
+    from duca_compile.app import demo as demonstration
 
     model = demonstration.DemoModel.load(_device(device))
     latent = model.noise(seed=0)

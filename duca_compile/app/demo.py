@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from duca_compile.api import OptimizedModel, optimize
+from duca_compile.api import optimize
+from duca_compile.core.files import replacing
+from duca_compile.drop_in import OptimizedModel
 from duca_compile.errors import UsageError
 from duca_compile.policies import (
     FORA,
@@ -32,7 +34,6 @@ from duca_compile.policies import (
     ToCa,
     Uncached,
 )
-from duca_compile.whole import replacing
 
 COLORS = {
     StepKind.FULL: "#c0392b",
@@ -42,8 +43,6 @@ COLORS = {
     StepKind.FORECAST: "#9b59b6",
     StepKind.PREDICT: "#2c3e50",
 }
-
-
 CALIBRATED, CALIBRATED_STEPS = "calibrated", 50
 PASSES = 3  # of each loop: one that compiles, and two for the clock
 
@@ -66,7 +65,7 @@ class DemoModel:
         from diffusers import DiTTransformer2DModel
         from safetensors.torch import load_file
 
-        with resources.as_file(resources.files("duca_compile") / "data" / "demo") as folder:
+        with resources.as_file(resources.files("duca_compile") / "app" / "data" / "demo") as folder:
             info = json.loads((folder / "demo.json").read_text())
             transformer = DiTTransformer2DModel.from_config(json.loads((folder / "config.json").read_text()))
             transformer.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
@@ -136,7 +135,7 @@ def make_policy(name: str, interval: int | None) -> Policy:
     if name == CALIBRATED or name.endswith(".json"):
         if interval is not None:
             raise UsageError(f"policy={name!r} has no interval: its full steps are listed; leave --interval out")
-        with resources.as_file(resources.files("duca_compile") / "data" / "demo" / "calibrated.json") as own:
+        with resources.as_file(resources.files("duca_compile") / "app" / "data" / "demo" / "calibrated.json") as own:
             return Calibrated.load(own if name == CALIBRATED else name)
     fixed: dict[str, Callable[..., Policy]] = {"duca": DuCa, "fora": FORA, "taylorseer": TaylorSeer, "toca": ToCa}
     adaptive: dict[str, Callable[..., Policy]] = {"gate": ResidualGate, "rfc": RFC, "speca": SpeCa}

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+from duca_compile.core.fx_utils import op_name, value_shape
+from duca_compile.core.ir import CapturedGraph, Facts
 from duca_compile.errors import PolicyError, StructureError
 from duca_compile.explanation import Explanation, explain
-from duca_compile.graph import CapturedGraph, Facts, op_name, value_shape
 from duca_compile.policies import AdaptivePolicy, Policy, Step, StepKind, TokenQuery, Uncached, published
 
 _UNLATCHED = {"latched": False}  # the published figures are those of the code as it was released

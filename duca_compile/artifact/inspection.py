@@ -6,8 +6,8 @@ from math import prod
 
 from rich.console import Group
 
-from duca_compile.runtime.manifest import Graph, Manifest, TensorSpec
-from duca_compile.tables import Fields, FigureTable
+from duca_compile.artifact.manifest import Graph, Manifest, TensorSpec
+from duca_compile.core.tables import Fields, FigureTable
 
 _BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}  # else 1
 _OPERATORS = 5  # the most frequent ones, which are listed

@@ -18,11 +18,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from duca_compile.core.ports import FULL_ROWS, PROBE_CHANGE, VERIFY_ERROR
+from duca_compile.core.steps import Probe, Step
 from duca_compile.errors import ArtifactError, ExportError, PolicyError
-from duca_compile.graph import FULL_ROWS, PROBE_CHANGE, VERIFY_ERROR
 from duca_compile.policies import RFC, ResidualGate, SpeCa
-from duca_compile.policies.adaptive import AdaptivePolicy, Probe
-from duca_compile.policies.base import Forecast, Selection, Step
+from duca_compile.policies.adaptive import AdaptivePolicy
+from duca_compile.policies.base import Forecast, Selection
 
 SCHEMA = 1
 FILE = "manifest.json"

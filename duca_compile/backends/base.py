@@ -1,46 +1,27 @@
-"""Turns a variant into a callable: as it is, through torch.compile with Inductor, or through OpenVINO.
-
-Everything of torch that is not public API and that compiling needs is in this module.
-"""
+"""What a backend is: it turns a variant into a callable. What those that compile have in common."""
 
 from __future__ import annotations
 
 import logging
-import os
-import subprocess
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 from time import perf_counter
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, fx
-from torch._higher_order_ops.utils import registered_hop_fake_fns
-from torch._inductor import config as inductor_config
-from torch._inductor.compile_fx import compile_fx
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
-from torch._subclasses import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext, SymbolicContext
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.utils._sympy.numbers import int_oo
 
-from duca_compile.cuda_graphs import Replayed
-from duca_compile.errors import BackendError, UsageError, first_line
-from duca_compile.graph import PROBE_SEEN, Variant, VariantFunction, cache_input
-from duca_compile.lock import COMPILING
-from duca_compile.passes.hoist import hoisted_input
-from duca_compile.passes.outline import form_of, kind_of, outline
+from duca_compile.backends.cuda_graphs import Replayed
+from duca_compile.core.lock import COMPILING
+from duca_compile.core.ports import PROBE_SEEN, cache_input
+from duca_compile.core.variants import Variant, VariantFunction
+from duca_compile.errors import BackendError, first_line
+from duca_compile.passes.exact.hoist import hoisted_input
 
 log = logging.getLogger("duca_compile")
-
-BACKENDS = ("inductor", "openvino", "eager")
-MODES = ("default", "reduce-overhead")
-_REGION: Any = torch.ops.higher_order.invoke_subgraph
 
 
 class Backend(Protocol):
@@ -49,17 +30,6 @@ class Backend(Protocol):
 
     def compile(self, variant: Variant, cuts: frozenset[str] = frozenset()) -> VariantFunction:
         """A callable of the variant's flat tensors; ``cuts`` are the nodes that end a residual branch."""
-
-
-class EagerBackend:
-    """Runs the graph operator by operator: the reference that other backends are held to."""
-
-    name = "eager"
-    exact = True
-
-    def compile(self, variant: Variant, cuts: frozenset[str] = frozenset()) -> VariantFunction:
-        del cuts
-        return variant.module.forward
 
 
 class CompilingBackend(ABC):
@@ -121,96 +91,6 @@ class CompilingBackend(ABC):
             RuntimeWarning,
             stacklevel=2,
         )
-
-
-class InductorBackend(CompilingBackend):
-    """torch.compile, one graph per variant, no recompilation for other token counts."""
-
-    name = "inductor"
-    label = "Inductor"
-    advice = "Install a C++ compiler (Debian: apt-get install g++) or set CXX, or ask for backend='eager'."
-
-    def is_hopeless(self, error: Exception) -> bool:
-        """Whether it is for want of a C++ compiler that works."""
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, InvalidCxxCompiler | CppCompileError):
-            cause = cause.__cause__ or cause.__context__
-        return cause is not None and not _compiles_anything()
-
-    def lower(self, lifted: Lifted, weights: list[Tensor], tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
-        """Inductor's code for the graph.
-
-        Dynamo is left out: the graph is one already, and the dispatcher calls it with nothing but tensors of the
-        captured kinds, so there is nothing to guard. Token counts are unbacked: no code may depend on their values.
-        """
-        shapes = ShapeEnv()
-        mode = FakeTensorMode(shape_env=shapes)
-        with shapes.ignore_fresh_unbacked_symbols():  # inputs have them: no operator is to account for them
-            fakes = [_fake(mode, tensor, position in lifted.dynamic) for position, tensor in enumerate(tensors)]
-        inputs = [*(_fake(mode, weight, False) for weight in weights), *fakes]
-        module = fx.GraphModule({}, lifted.graph)
-        _FakeValues(module, mode).propagate_dont_convert_inputs(*inputs)
-        outline(module, lifted.cuts)
-        context = torch._guards.tracing(torch._guards.TracingContext(mode))
-        # The dispatcher gives only what it was compiled for, so each call need not check the sizes of every tensor.
-        unchecked = inductor_config.patch(size_asserts=False, alignment_asserts=False)
-        with context, unchecked, _without_hints(), _regions_evaluated_once(mode):
-            return cast(Callable[..., Any], compile_fx(module, inputs))
-
-
-def _compiles_anything() -> bool:
-    try:
-        command = [get_cpp_compiler(), "-x", "c++", "-c", "-o", os.devnull, "-"]
-        done = subprocess.run(command, input=b"int one() { return 1; }", capture_output=True, check=False)
-    except (InvalidCxxCompiler, OSError):
-        return False
-    return done.returncode == 0
-
-
-@contextmanager
-def _regions_evaluated_once(mode: FakeTensorMode) -> Iterator[None]:
-    """torch evaluates a region whose sizes are symbols again at each call of it, for each time that it looks at all."""
-    evaluate = registered_hop_fake_fns[_REGION]
-    known: dict[Hashable, list[tuple[Any, ...]]] = {}
-    held: list[Any] = []  # so that no other region has the identity of one of these
-
-    def evaluated(region: Any, name: str, *operands: Any) -> Any:
-        tensors = [operand for operand in operands if isinstance(operand, Tensor)]
-        if not all(isinstance(tensor, FakeTensor) and tensor.fake_mode is mode for tensor in tensors):
-            return evaluate(region, name, *operands)  # of another thread
-        body = getattr(region, "subgraph", region)
-        key = id(body), *(kind_of(each) if isinstance(each, Tensor) else str(each) for each in operands)
-        if key in known:
-            return tuple(torch.empty_strided(size, stride, dtype=t, device=d) for size, stride, t, d in known[key])
-        results = evaluate(region, name, *operands)
-        memory = {tensor.untyped_storage()._cdata for tensor in tensors}
-        if all(isinstance(each, FakeTensor) and each.untyped_storage()._cdata not in memory for each in results):
-            known[key] = [(each.shape, each.stride(), each.dtype, each.device) for each in results]
-            held.append(body)
-        return results
-
-    registered_hop_fake_fns[_REGION] = evaluated
-    try:
-        yield
-    finally:
-        registered_hop_fake_fns[_REGION] = evaluate
-
-
-class _FakeValues(FakeTensorProp):
-    """Notes each node's fake value; what was computed of operands of the same kinds is not computed again."""
-
-    def __init__(self, module: fx.GraphModule, mode: FakeTensorMode) -> None:
-        super().__init__(module, mode)
-        self._known: dict[Hashable, tuple[Any, Any]] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op != "call_function":
-            return super().run_node(n)
-        text = form_of([n]).text
-        if text not in self._known:
-            self._known[text] = super().run_node(n), n.meta["val"]
-        result, n.meta["val"] = self._known[text]
-        return result
 
 
 @runtime_checkable
@@ -310,46 +190,6 @@ def _lift(variant: Variant, cuts: frozenset[str]) -> Lifted:
             if own[node].name != node.name:
                 own[node].name = node.name
     return Lifted(graph, tuple(str(node.target) for node in weights), dynamic_positions(variant), cuts)
-
-
-@contextmanager
-def _without_hints() -> Iterator[None]:
-    """torch logs where a lowering asks for the value of a token count, and then does without it."""
-    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic: bool) -> Tensor:
-    if not dynamic:
-        return mode.from_tensor(tensor, static_shapes=True)
-    sizes = [DimDynamic.STATIC] * tensor.dim()
-    sizes[1] = DimDynamic.UNBACKED
-    context: SymbolicContext = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=[None] * tensor.dim())
-    fake = mode.from_tensor(tensor, static_shapes=False, symbolic_context=context)
-    count: Any = fake.shape[1]
-    # Else strides are those of max(1, count), and regions copy their operands from one form of that to the other.
-    count.node.shape_env.constrain_symbol_range(count.node.expr, compiler_min=1, compiler_max=int_oo)
-    return fake
-
-
-def make_backend(name: str, strict: bool, mode: str = "default") -> Backend:
-    """Raises UsageError for an unknown name or mode, and BackendError for a backend whose package is not installed."""
-    if mode not in MODES or (mode != "default" and name != "inductor"):
-        raise UsageError(f"mode={mode!r} is unknown to backend={name!r}; inductor has {MODES}")
-    if name == "eager":
-        return EagerBackend()
-    if name == "inductor":
-        return InductorBackend(strict, mode)
-    if name == "openvino":
-        from duca_compile.openvino_backend import OpenVINOBackend
-
-        return OpenVINOBackend(strict)
-    raise UsageError(f"backend={name!r} is unknown; choose one of {BACKENDS}")
 
 
 def dynamic_positions(variant: Variant) -> tuple[int, ...]:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 WARM_UP = 3  # runs before recording, in which libraries allocate what they keep
-
 Results = tuple[Tensor, ...]
 # Records what a function launches, once; gives what launches it again, and the tensors that it then fills.
 Record = Callable[[Callable[[], Results]], tuple[Callable[[], None], Results]]

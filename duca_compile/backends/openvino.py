@@ -18,16 +18,15 @@ from torch import Tensor, fx
 from torch.export import Dim, export
 
 from duca_compile.analysis.closure import ancestors
-from duca_compile.backends import CompilingBackend, Lifted
+from duca_compile.backends.base import CompilingBackend, Lifted
+from duca_compile.core.fx_utils import copy_graph
+from duca_compile.core.lock import COMPILING
+from duca_compile.core.tensors import version
 from duca_compile.errors import BackendError, first_line, missing_package
-from duca_compile.graph import copy_graph
-from duca_compile.lock import COMPILING
-from duca_compile.runtime.clock import version
+from duca_compile.runtime.openvino import Requests, cpu_options
 
 with missing_package("openvino"):
     import openvino
-
-    from duca_compile.runtime.openvino import Requests, cpu_options
 
 log = logging.getLogger("duca_compile")
 

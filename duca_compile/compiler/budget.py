@@ -10,11 +10,13 @@ from itertools import islice
 import torch
 
 from duca_compile.analysis.memory import peak_bytes
+from duca_compile.core.ir import CapturedGraph, Facts
+from duca_compile.core.ports import cache_input, dead_slots
+from duca_compile.core.variants import Variant, VariantSpec
 from duca_compile.errors import PolicyError, UsageError
-from duca_compile.graph import CapturedGraph, Facts, Variant, VariantSpec, cache_input, dead_slots
-from duca_compile.passes.hoist import frontier, row_layout
+from duca_compile.passes.caching.predict import with_predictor
+from duca_compile.passes.exact.hoist import frontier, row_layout
 from duca_compile.passes.pipeline import build_variant
-from duca_compile.passes.predict import with_predictor
 from duca_compile.policies.adaptive import AdaptivePolicy
 from duca_compile.policies.base import Policy
 from duca_compile.policies.checks import check_whole

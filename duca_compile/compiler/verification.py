@@ -9,9 +9,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
+from duca_compile.core.ir import Branch, CapturedGraph, Facts
+from duca_compile.core.ports import cache_input
+from duca_compile.core.variants import Action, Variant, VariantSpec
 from duca_compile.errors import InternalError, first_line
-from duca_compile.graph import Action, Branch, CapturedGraph, Facts, Variant, VariantSpec, cache_input
-from duca_compile.passes.outline import form_of
+from duca_compile.passes.exact.outline import form_of
 from duca_compile.passes.pipeline import build_variant
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}

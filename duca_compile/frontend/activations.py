@@ -16,7 +16,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_ROOTS = (str(Path(torch.__file__).parent), str(Path(__file__).parent), "<")
+from duca_compile.core.fx_utils import PACKAGE
+
+_ROOTS = (str(Path(torch.__file__).parent), PACKAGE, "<")
 _LIBRARY: dict[str, bool] = {}  # by the name of a file
 
 

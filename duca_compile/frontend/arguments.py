@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 
 from duca_compile.errors import CaptureError, first_line
-from duca_compile.snapshot import MISSING, PLAIN_IDS, content
+from duca_compile.frontend.snapshot import MISSING, PLAIN_IDS, content
 
 _FINE = (Tensor, bool, int, float, str, type(None), Enum)  # what torch.export takes, but for containers
 

@@ -22,7 +22,7 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._pytree import tree_map_only
 
-from duca_compile.lock import COMPILING
+from duca_compile.core.lock import COMPILING
 
 _weights: WeakValueDictionary[int, Away] = WeakValueDictionary()
 _numbers = itertools.count()

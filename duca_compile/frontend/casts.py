@@ -19,8 +19,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from duca_compile.analysis.operators import argument
-from duca_compile.graph import CapturedGraph
+from duca_compile.core.ir import CapturedGraph
+from duca_compile.frontend.operators import argument
 
 aten = torch.ops.aten
 

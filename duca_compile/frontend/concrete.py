@@ -20,11 +20,12 @@ from torch.fx.traceback import preserve_node_meta
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from duca_compile.analysis.operators import is_random
-from duca_compile.away import Brought
-from duca_compile.graph import Read, Readings, module_path, source_line
-from duca_compile.opaque import CallSite, as_operators
-from duca_compile.reproduce import hookable
+from duca_compile.core.fx_utils import module_path, source_line
+from duca_compile.core.guards import Read, Readings
+from duca_compile.frontend.away import Brought
+from duca_compile.frontend.opaque import CallSite, as_operators
+from duca_compile.frontend.operators import is_random
+from duca_compile.frontend.reproduce import hookable
 
 _GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 aten = torch.ops.aten

@@ -19,10 +19,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
-from duca_compile.away import Brought
+from duca_compile.core.lock import COMPILING
+from duca_compile.core.tensors import version
 from duca_compile.errors import CaptureError
-from duca_compile.lock import COMPILING
-from duca_compile.runtime.clock import version
+from duca_compile.frontend.away import Brought
 
 READS = "reads values that change from step to step"  # of all reasons, the one that makes tokens depend on others
 Given = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a call

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from duca_compile.graph import op_name
-from duca_compile.opaque import opaque, site_of
+from duca_compile.core.fx_utils import op_name
+from duca_compile.frontend.opaque import opaque, site_of
 
 _CASTS = {"to", "_to_copy", "type_as"}
 

@@ -18,16 +18,15 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from duca_compile import casts
-from duca_compile.graph import CapturedGraph, module_path
-from duca_compile.passes.pipeline import to_module
+from duca_compile.core.fx_utils import module_path, to_module
+from duca_compile.core.ir import CapturedGraph
+from duca_compile.frontend import casts
 
 log = logging.getLogger("duca_compile")
 aten = torch.ops.aten
 
 COMPILED = 0.05  # relative distance of results by which compiled code is another computation, in any type
 ROUNDING = 16.0  # units in the last place by which results differ where an operator is not deterministic
-
 _UNINITIALIZED = {
     aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.new_empty.default,
     aten.new_empty_strided.default,

@@ -47,20 +47,18 @@ from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from duca_compile.away import settings
-from duca_compile.capture import inner_tensors
-from duca_compile.runtime.clock import version
+from duca_compile.core.tensors import version
+from duca_compile.frontend.away import settings
+from duca_compile.frontend.capture import inner_tensors
 
 Name = tuple[str, str]  # a module's path, and an attribute of it
 Entry = Any  # hashable; to mypy a class is not
-
 ATTRIBUTE_BUDGET = 2000  # values that one attribute may hold to be looked into; beyond that its identity counts
 TOTAL_BUDGET = 100_000  # the same for all of a model
 VARIABLE_BUDGET = 500  # the same for one variable of a Python module that functions name
 SMALL = 2**16  # elements of tensors that forward may count in
 ARRAY_BYTES = 4096  # numpy arrays up to this size are known by their values
 PATIENCE = 50  # the quick look waits this many times as long as it takes, so that it takes 2 % of the time at most
-
 _PLAIN = {str, bytes, bool, int, float, complex, type(None), torch.dtype, torch.device}
 _HOOKS = {name for name in vars(nn.Module()) if name.startswith(("_forward_hooks", "_forward_pre_hooks"))}
 _TABLES = {"_parameters", "_buffers", "_modules"}

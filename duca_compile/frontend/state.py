@@ -26,14 +26,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from duca_compile.activations import Activations, is_library, line_of, source_of, storage_key
-from duca_compile.arguments import Containers, check_kinds, check_results, noting, with_other_tensors
-from duca_compile.capture import Call, live_tensors, warm
+from duca_compile.core.ir import CapturedGraph
+from duca_compile.core.tensors import version
 from duca_compile.errors import CaptureError
-from duca_compile.graph import CapturedGraph
-from duca_compile.reproduce import ROUNDING, apart, copied, hookable
-from duca_compile.runtime.clock import version
-from duca_compile.snapshot import (
+from duca_compile.frontend.activations import Activations, is_library, line_of, source_of, storage_key
+from duca_compile.frontend.arguments import Containers, check_kinds, check_results, noting, with_other_tensors
+from duca_compile.frontend.binder import Call
+from duca_compile.frontend.capture import live_tensors, warm
+from duca_compile.frontend.reproduce import ROUNDING, apart, copied, hookable
+from duca_compile.frontend.snapshot import (
     MISSING,
     PLAIN_IDS,
     RANDOM,

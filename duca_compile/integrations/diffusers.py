@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from duca_compile.errors import UsageError
@@ -84,6 +86,15 @@ class PipelineSchedule:
                 times.append(values[i])
             self._steps.append(len(times) - 1)
         return times
+
+    def as_called(self, times: Sequence[float], timestep: Tensor, first: float) -> tuple[float, ...]:
+        """The schedule's timesteps as the model is given them: as they are, or as a part of the training's thousand."""
+        values = torch.tensor(times, dtype=torch.float64).to(timestep.dtype)
+        for each in (values, values / 1000, torch.tensor(times) / 1000):
+            listed = tuple(map(float, each.tolist()))
+            if listed[0] == first:
+                return tuple(dict.fromkeys(listed))
+        return ()
 
     def _levels(self, values: list[float]) -> list[tuple[float, ...]]:
         sigmas = getattr(self._scheduler, "sigmas", None)

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from duca_compile.errors import UsageError
+from duca_compile.methods.recording import Recorder, Sample
 from duca_compile.policies.base import Measured
 from duca_compile.policies.calibrated import Calibrated
 from duca_compile.policies.checks import check_full_steps, check_whole
-from duca_compile.recording import Recorder, Sample
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-
 _BEAM = 12  # schedules kept for each number of full steps and each last one
 _RIDGE = 1e-9  # of the mean square of the differences: keeps factors finite where differences depend on each other
 _TINY = 1e-300  # divides in the place of zero

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from duca_compile.api import OptimizedModel, check_plain
-from duca_compile.backends import EagerBackend
-from duca_compile.budget import CacheOptions
-from duca_compile.captures import Compiled
+from duca_compile.backends.eager import EagerBackend
+from duca_compile.compiler.budget import CacheOptions
+from duca_compile.compiler.compiled import Compiled
+from duca_compile.core.ports import STREAM_END
+from duca_compile.core.variants import Variant, VariantFunction
+from duca_compile.drop_in import OptimizedModel, check_plain
 from duca_compile.errors import UsageError
-from duca_compile.graph import STREAM_END, Variant, VariantFunction
 from duca_compile.policies import TaylorSeer
 from duca_compile.runtime.session import Requests
 

@@ -15,14 +15,15 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, fx, nn
 
-from duca_compile.captures import Compiled
+from duca_compile.compiler.compiled import Compiled
+from duca_compile.core.ports import STREAM_END, cache_input
+from duca_compile.core.variants import Action, Variant, VariantSpec
 from duca_compile.errors import UsageError
-from duca_compile.graph import STREAM_END, Action, Variant, VariantSpec, cache_input
+from duca_compile.methods.recording import Call, Pass, Recorder, Sample
+from duca_compile.passes.caching.predict import last_products, named, trained_weights, with_predictor
 from duca_compile.passes.pipeline import build_variant
-from duca_compile.passes.predict import last_products, named, trained_weights, with_predictor
 from duca_compile.policies.checks import check_number, check_whole
-from duca_compile.predictor import FUSE, Predictor, PredictorConfig, read, write
-from duca_compile.recording import Call, Pass, Recorder, Sample
+from duca_compile.policies.predictor import FUSE, Predictor, PredictorConfig, read, write
 
 aten = torch.ops.aten
 

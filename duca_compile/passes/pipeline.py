@@ -9,39 +9,34 @@ from dataclasses import replace
 from torch import fx
 
 from duca_compile.analysis.closure import ancestors
+from duca_compile.core.fx_utils import copy_graph, to_module
+from duca_compile.core.ir import CapturedGraph, Facts, Variance
+from duca_compile.core.ports import is_cache
+from duca_compile.core.variants import Action, Variant, VariantSpec
 from duca_compile.errors import InternalError
-from duca_compile.graph import (
-    Action,
-    CapturedGraph,
-    Facts,
-    Variance,
-    Variant,
-    VariantSpec,
-    copy_graph,
-    is_cache,
-)
 from duca_compile.passes.base import D, Draft, Pass, VariantDraft
-from duca_compile.passes.cast import CastCaches
-from duca_compile.passes.changes import EmitChanges
-from duca_compile.passes.clean import Clean
-from duca_compile.passes.dead_code import RemoveDeadCode
-from duca_compile.passes.deduplicate import Deduplicate
-from duca_compile.passes.differences import EmitDifferences
-from duca_compile.passes.emit import EmitCaches
-from duca_compile.passes.forecast import Forecast
-from duca_compile.passes.hoist import Hoist, invariant_graph, row_input, row_layout, timestep_graph
-from duca_compile.passes.partial import RecomputeTokens
-from duca_compile.passes.predict import PredictStream
-from duca_compile.passes.probe import GoOn, LookAhead
-from duca_compile.passes.relate import EmitRelations, ForecastFromInputs
-from duca_compile.passes.residual import AddChanges
-from duca_compile.passes.reuse import ReuseBranches
-from duca_compile.passes.rows import KeepRows
-from duca_compile.passes.scores import EmitScores
-from duca_compile.passes.skip import SkipBlocks
-from duca_compile.passes.verification import VerifyForecast
-from duca_compile.passes.write_last import WriteLast
-from duca_compile.runtime.rows import Rows
+from duca_compile.passes.caching.cast import CastCaches
+from duca_compile.passes.caching.forecast import Forecast
+from duca_compile.passes.caching.partial import RecomputeTokens
+from duca_compile.passes.caching.predict import PredictStream
+from duca_compile.passes.caching.probe import GoOn
+from duca_compile.passes.caching.relate import ForecastFromInputs
+from duca_compile.passes.caching.residual import AddChanges
+from duca_compile.passes.caching.reuse import ReuseBranches
+from duca_compile.passes.caching.rows import KeepRows
+from duca_compile.passes.caching.skip import SkipBlocks
+from duca_compile.passes.exact.changes import EmitChanges
+from duca_compile.passes.exact.clean import Clean
+from duca_compile.passes.exact.dead_code import RemoveDeadCode
+from duca_compile.passes.exact.deduplicate import Deduplicate
+from duca_compile.passes.exact.differences import EmitDifferences
+from duca_compile.passes.exact.emit import EmitCaches
+from duca_compile.passes.exact.hoist import Hoist, invariant_graph
+from duca_compile.passes.exact.probe import LookAhead
+from duca_compile.passes.exact.relate import EmitRelations
+from duca_compile.passes.exact.scores import EmitScores
+from duca_compile.passes.exact.verification import VerifyForecast
+from duca_compile.passes.exact.write_last import WriteLast
 
 PREPARE: tuple[Pass[Draft], ...] = (Clean(), Deduplicate(), RemoveDeadCode())
 # Results are emitted before values are replaced, so that a replacement also reaches what is returned. Partial
@@ -133,22 +128,6 @@ def build_prologue(captured: CapturedGraph, facts: Facts) -> fx.GraphModule:
     """The module that computes the hoisted values once per request."""
     draft = Draft(invariant_graph(captured.graph, facts))
     return to_module(captured, run_passes(draft, (RemoveDeadCode(draws=False),)).graph)
-
-
-def make_rows(captured: CapturedGraph, facts: Facts, needed: frozenset[str] | None = None) -> Rows:
-    """What computes the timestep-only values, as one row for each type; all of them, or those called ``needed``."""
-    layout = row_layout(captured.graph, facts)
-    if needed is None:
-        needed = frozenset(piece.name for row in layout.values() for piece in row)
-    draft = run_passes(Draft(timestep_graph(captured.graph, facts, needed)), (RemoveDeadCode(draws=False),))
-    inputs = tuple(n.name for n in draft.graph.nodes if n.op == "placeholder")
-    return Rows(facts.timestep, to_module(captured, draft.graph), inputs, tuple(map(row_input, layout)))
-
-
-def to_module(captured: CapturedGraph, graph: fx.Graph) -> fx.GraphModule:
-    """A module over ``graph`` that shares every weight with the source model."""
-    used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
-    return fx.GraphModule({name: captured.attributes[name] for name in used}, graph)
 
 
 def _kept(draft: VariantDraft) -> dict[str, int]:

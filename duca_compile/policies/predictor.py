@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from duca_compile.core.files import replacing
 from duca_compile.errors import UsageError
-from duca_compile.whole import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 from math import floor, frexp, log2
-from operator import is_
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from numpy import ndarray
 
-from duca_compile.runtime.arrays import same_values
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from duca_compile.core.tensors import Array, Sight, version
 
 SAME_TIME = 4e-6  # timesteps that differ by less, relatively, are one: samplers come back to one by exp and log
 NO_TIME = 2e-6  # so are those that differ by less of the loop's first one: near 0 nothing is relative
@@ -83,13 +77,13 @@ class StepClock:
         self._place: Place | None = None
         self._said: Place | None = None  # of the call that is looked at
 
-    def tick(self, timestep: Tensor, place: Place | None = None) -> Tick:
+    def tick(self, timestep: Array, place: Place | None = None) -> Tick:
         """By timesteps and what is said alone."""
         move = self.look(timestep, place)
         time = self.go(move)
         return Tick(self.step, self._pass, move is START, time)
 
-    def look(self, timestep: Tensor, place: Place | None = None) -> Move:
+    def look(self, timestep: Array, place: Place | None = None) -> Move:
         """What the call is, by its timestep and by what is said; ``go`` has to follow."""
         now = self._now = _Seen(timestep)
         self._said = place
@@ -211,7 +205,7 @@ class _Seen:
 
     __slots__ = ("_tensor", "_value", "_version", "single")
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Array) -> None:
         self._tensor, self._version = tensor, version(tensor)
         self._value: tuple[float, ...] | None = None
         self.single: float | None = None  # the value, where it is one for all rows and has been read
@@ -234,7 +228,8 @@ class _Seen:
 
     @property
     def place(self) -> int:
-        return self._tensor.data_ptr()
+        address: int = self._tensor.data_ptr()
+        return address
 
     def shares_schedule(self, other: _Seen) -> bool:
         """Whether both are unread views of the same memory, so that their places can stand for their values."""
@@ -244,7 +239,7 @@ class _Seen:
         one, two = self._tensor, other._tensor
         if isinstance(one, ndarray) or isinstance(two, ndarray):
             return False
-        return one.untyped_storage().data_ptr() == two.untyped_storage().data_ptr()
+        return bool(one.untyped_storage().data_ptr() == two.untyped_storage().data_ptr())
 
     def is_at(self, other: _Seen) -> bool:
         """Whether this is the other's memory, not written to since."""
@@ -301,64 +296,3 @@ def _order(before: _Seen, after: _Seen, by_memory: bool | None = None, scale: fl
 def same_time(one: float, other: float, scale: float) -> bool:
     """Whether two timesteps of a loop that starts with ``scale`` are the same but for the last bits."""
     return abs(one - other) <= SAME_TIME * abs(one) + NO_TIME * abs(scale)
-
-
-def version(tensor: Tensor) -> int:
-    """How often the tensor was written in place; -1 for inference tensors and numpy's arrays, which do not count."""
-    return -1 if isinstance(tensor, ndarray) or tensor.is_inference() else tensor._version
-
-
-def on_host(tensor: Tensor) -> bool:
-    """Whether reading its values waits for no device."""
-    return isinstance(tensor, ndarray) or bool(tensor.is_cpu)
-
-
-def held(tensor: Tensor) -> Tensor:
-    """It, or a copy where nothing would tell that it was written to and comparing does not wait for a device."""
-    if isinstance(tensor, ndarray):
-        return tensor.copy()
-    return tensor.clone() if tensor.is_inference() and tensor.is_cpu else tensor
-
-
-def unchanged(tensor: Tensor, known: Tensor, at_version: int) -> bool:
-    """Whether it is the object that ``held`` gave ``known`` of, and still holds what it held.
-
-    Where tensors do not count what is written to them, values are compared on a CPU; on an accelerator, the object
-    counts.
-    """
-    if at_version >= 0:
-        return tensor is known and tensor._version == at_version
-    if on_host(tensor):
-        return same_values(tensor, known)
-    return tensor is known
-
-
-def equal(tensor: Tensor, known: Tensor, at_version: int) -> bool:
-    """Whether it holds what ``known`` held; reads both where they are different objects."""
-    if unchanged(tensor, known, at_version):
-        return True
-    return version(known) == at_version and tensor is not known and same_values(tensor, known)
-
-
-@dataclass(frozen=True)
-class Sight:
-    """Tensors as they were at one time: the same objects, not written to since, still hold the same."""
-
-    tensors: tuple[Tensor, ...]
-    versions: tuple[int, ...]
-    counted: bool  # whether all of them count what is written to them
-
-    @staticmethod
-    def of(tensors: Sequence[Tensor]) -> Sight:
-        """It is safe from what is written to arrays later."""
-        versions = tuple(map(version, tensors))
-        return Sight(tuple(map(held, tensors)), versions, -1 not in versions)
-
-    def holds_of(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are they, and hold what they held; asked at every call."""
-        if len(tensors) != len(self.tensors):
-            return False
-        if self.counted:
-            same = all(map(is_, tensors, self.tensors))
-            return same and tuple([tensor._version for tensor in tensors]) == self.versions
-        return all(map(unchanged, tensors, self.tensors, self.versions))

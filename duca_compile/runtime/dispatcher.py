@@ -7,22 +7,28 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from duca_compile.core.ports import (
+    MEASURED,
+    PROBE_CHANGE,
+    PROBE_SEEN,
+    VERIFY_ERROR,
+    cache_input,
+    dead_caches,
+    is_written,
+)
+from duca_compile.core.steps import Probe, Step, StepKind
+from duca_compile.core.tensors import Array, Sight
 from duca_compile.errors import first_line
-from duca_compile.graph import MEASURED, PROBE_CHANGE, PROBE_SEEN, VERIFY_ERROR, cache_input, dead_caches, is_written
-from duca_compile.policies.adaptive import AdaptivePolicy, Probe
-from duca_compile.policies.base import Policy, Step, StepKind
+from duca_compile.policies.adaptive import AdaptivePolicy
+from duca_compile.policies.base import Policy
 from duca_compile.runtime.adaptive import Decisions, merged
-from duca_compile.runtime.arrays import Array, Arrays
-from duca_compile.runtime.clock import Sight, Tick
+from duca_compile.runtime.arrays import Arrays
+from duca_compile.runtime.clock import Tick
 from duca_compile.runtime.forecasting import ForecastInputs
 from duca_compile.runtime.request import CacheState, Executed, Request
-from duca_compile.runtime.rows import RowsTooLargeError
 from duca_compile.runtime.selection import Tokens, TokenSelector
-
-if TYPE_CHECKING:
-    from torch import Tensor, fx
 
 log = logging.getLogger("duca_compile")
 
@@ -100,18 +106,8 @@ class Plan:
         return dead_caches(self.step.live, self.program.writes)
 
 
-@dataclass(frozen=True)
-class Prologue:
-    """Computes the loop-invariant values from the call's invariant inputs."""
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    module: fx.GraphModule
-
-    def compute(self, call: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """They are contiguous, as compiled code wants them."""
-        values = self.module.forward(*[call[name] for name in self.inputs])
-        return {name: value.contiguous() for name, value in zip(self.outputs, values, strict=True)}
+class RowsTooLargeError(Exception):
+    """The values of all timesteps would take more memory than they are worth."""
 
 
 class TimestepRows(Protocol):
@@ -413,10 +409,11 @@ class Dispatcher:
         state.selector.refresh({row: None if slot is None else results[slot] for row, slot in computed.items()})
 
 
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _memory(tensor: Array) -> int:
+    address: int = tensor.untyped_storage().data_ptr()
+    return address
 
 
-def _is_loose(value: Tensor) -> bool:
+def _is_loose(value: Array) -> bool:
     """Whether a larger tensor would be kept with it, or its memory is in another order."""
     return value.untyped_storage().nbytes() > value.numel() * value.element_size() or not value.is_contiguous()

@@ -8,20 +8,19 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
-from duca_compile.graph import dead_caches
-from duca_compile.policies.base import Kept, Policy, Step, StepKind
+from duca_compile.core.ports import dead_caches
+from duca_compile.core.steps import Kept, Step, StepKind
+from duca_compile.core.tensors import Array, Sight
+from duca_compile.policies.base import Policy
 from duca_compile.runtime.adaptive import Decisions
-from duca_compile.runtime.arrays import Array, size
+from duca_compile.runtime.arrays import size
 from duca_compile.runtime.calls import APART, Named, PassKey, Sample, Slot, Slots, chosen
-from duca_compile.runtime.clock import AGAIN, NEXT, START, Move, Place, Sight, StepClock, Tick
-from duca_compile.runtime.forecasting import Past
+from duca_compile.runtime.clock import AGAIN, NEXT, START, Move, Place, StepClock, Tick
+from duca_compile.runtime.past import Past
 from duca_compile.runtime.selection import TokenSelector
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 log = logging.getLogger("duca_compile")
 
@@ -168,8 +167,11 @@ class Schedule(Protocol):
     def run(self) -> object | None:
         """The run that is on: another object for each run, None where it is not known."""
 
-    def timesteps(self, first: Tensor) -> Sequence[float]:
+    def timesteps(self, first: Array) -> Sequence[float]:
         """That of each step of this run, from the one whose first model call is given ``first``."""
+
+    def as_called(self, times: Sequence[float], timestep: Array, first: float) -> tuple[float, ...]:
+        """These, as the model is given them, where the first call's is ``timestep``, whose value is ``first``."""
 
     def step(self) -> int | None:
         """The step that the run is at, as counted from its first one; None where that is not known."""
@@ -248,7 +250,7 @@ class Request:
         return state
 
     def tick(
-        self, names: Names, call: Mapping[str, Tensor], name: str | None = None, step_index: int | None = None
+        self, names: Names, call: Mapping[str, Array], name: str | None = None, step_index: int | None = None
     ) -> Tick:
         """Where the call falls; ``pass_index`` counts the passes called ``name``.
 
@@ -285,7 +287,7 @@ class Request:
         slot.called(step, given, samples=step == 0 or self._slots.tiled)
         return Tick(step, slot.index, move is START, time, slot.sight)
 
-    def _only_pass(self, names: Names, call: Mapping[str, Tensor], name: str | None) -> Slot | None:
+    def _only_pass(self, names: Names, call: Mapping[str, Array], name: str | None) -> Slot | None:
         """The pass of a call at another timestep, where the loop has no other and it is conditioned as it was.
 
         That is so most often, and then no more has to be asked.
@@ -297,7 +299,7 @@ class Request:
         known = names is self._names and slot.kind is names and slot.name == name
         return slot if known and slot.sight.holds_of(self._chosen(call)) else None
 
-    def _go_on(self, slot: Slot, latent: Tensor) -> Tick:
+    def _go_on(self, slot: Slot, latent: Array) -> Tick:
         """The next step, of the only pass."""
         time = self._clock.go(NEXT)
         step = self._clock.step
@@ -317,7 +319,7 @@ class Request:
         step = None if self._schedule is None or self._run is None else self._schedule.step()
         return None if step is None else Place(step, by_caller=False)
 
-    def _start(self, timestep: Tensor, first: float | None) -> None:
+    def _start(self, timestep: Array, first: float | None) -> None:
         self._loops.remember(self._times)
         self._times.clear()
         self._states.clear()
@@ -327,7 +329,7 @@ class Request:
         if self._schedule is not None and self._run is not None:
             times = list(self._schedule.timesteps(timestep))
             self._total, monotone = len(times), times in (sorted(times), sorted(times, reverse=True))
-            self.coming_times = () if first is None else _as_called(times, timestep, first)
+            self.coming_times = () if first is None else self._schedule.as_called(times, timestep, first)
         else:
             self.coming_times = () if first is None else _viewed(timestep) or self._loops.starting_at(first)
         self._clock.expect(self._total, monotone)
@@ -594,19 +596,7 @@ class Loops:
         return self._known.get(first, ())
 
 
-def _as_called(times: Sequence[float], timestep: Tensor, first: float) -> tuple[float, ...]:
-    """The schedule's timesteps as the model is given them: as they are, or as a part of the training's thousand."""
-    import torch
-
-    values = torch.tensor(times, dtype=torch.float64).to(timestep.dtype)
-    for each in (values, values / 1000, torch.tensor(times) / 1000):
-        listed = tuple(map(float, each.tolist()))
-        if listed[0] == first:
-            return tuple(dict.fromkeys(listed))
-    return ()
-
-
-def _viewed(timestep: Tensor) -> tuple[float, ...]:
+def _viewed(timestep: Array) -> tuple[float, ...]:
     """The timesteps from this one on, where it is a view of all, as ``for t in scheduler.timesteps`` gives."""
     base = getattr(timestep, "_base", None)
     if base is None or base.dim() != 1 or base.numel() < 2 or base.is_inference() or not base.is_contiguous():

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
-from duca_compile.tables import Fields, FigureTable, Items
+from duca_compile.core.tables import Fields, FigureTable, Items
 
 FIGURES = st.from_regex(re.compile(r"[0-9]{1,6}\.[0-9]{1,2} (s|ms|MiB|dB)", re.ASCII), fullmatch=True)
 SENTENCES = st.lists(st.text("abcdefgh_.:/", min_size=1, max_size=16), min_size=1, max_size=8).map(" ".join)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from duca_compile.graph import MEASURED, SCALE, cache_input, is_written
+from duca_compile.core.ports import MEASURED, SCALE, cache_input, is_written
 from duca_compile.passes.base import CachingPass, VariantDraft
 
 aten = torch.ops.aten

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import fx
 
-from duca_compile.errors import InternalError
-from duca_compile.graph import FORECAST_FACTORS, STREAM_END, Action, difference_slot
+from duca_compile.core.ports import STREAM_END
+from duca_compile.core.variants import Action
 from duca_compile.passes.base import CachingPass, VariantDraft
-from duca_compile.passes.rows import beside, limited, number_input
+from duca_compile.passes.series import Series
 
 aten = torch.ops.aten
 
@@ -42,41 +41,3 @@ class Forecast(CachingPass):
             total.meta["val"] = like
             value.replace_all_uses_with(total)
         return True
-
-
-class Series:
-    """Builds the series of caches where the graph is inserted to; each factor is one input."""
-
-    def __init__(self, draft: VariantDraft) -> None:
-        if draft.spec.order is None:
-            raise InternalError("a forecast needs to know its order")
-        self._draft, self._order = draft, draft.spec.order
-        self._factors: dict[tuple[str, torch.dtype, int], fx.Node] = {}
-
-    def behind(self, start: fx.Node, slot: str, like: torch.Tensor) -> fx.Node:
-        """``start``, which is D_0, and all that follows it."""
-        return self._added(start, self._terms(slot, like))
-
-    def change(self, slot: str, like: torch.Tensor) -> fx.Node:
-        """The same without D_0; of order 1 at least."""
-        first, *terms = self._terms(slot, like)
-        return self._added(self._draft.graph.call_function(aten.mul.Tensor, first), terms)
-
-    def _added(self, total: fx.Node, terms: list[tuple[fx.Node, fx.Node]]) -> fx.Node:
-        for difference, factor in terms:
-            total = self._draft.graph.call_function(aten.addcmul.default, (total, difference, factor))
-        return total
-
-    def _terms(self, slot: str, like: torch.Tensor) -> list[tuple[fx.Node, fx.Node]]:
-        return [
-            (self._draft.cache(difference_slot(slot, i), like), self._factor(name, like))
-            for i, name in enumerate(FORECAST_FACTORS[: self._order], 1)
-        ]
-
-    def _factor(self, name: str, like: torch.Tensor) -> fx.Node:
-        """One node for all values of the same type and dimensions."""
-        key = name, like.dtype, like.dim()
-        if key not in self._factors:
-            number = number_input(self._draft, name, like)
-            self._factors[key] = beside(self._draft, limited(self._draft, number, like.dtype), like)
-        return self._factors[key]

@@ -8,16 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from duca_compile.analysis.tokens import (
-    ELEMENTWISE,
-    EXPANDS,
-    RESHAPES,
-    cuts_tokens,
-    joins_tokens,
-    per_token_operands,
-)
+from duca_compile.analysis.tokens import ELEMENTWISE, EXPANDS, RESHAPES, cuts_tokens, joins_tokens, per_token_operands
+from duca_compile.core.fx_utils import op_name, value_shape
+from duca_compile.core.ir import Branch, TokenPlace
+from duca_compile.core.ports import cache_input
+from duca_compile.core.variants import Action
 from duca_compile.errors import InternalError
-from duca_compile.graph import Action, Branch, TokenPlace, cache_input, op_name, value_shape
 from duca_compile.passes.base import CachingPass, VariantDraft
 
 aten = torch.ops.aten

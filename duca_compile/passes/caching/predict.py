@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from duca_compile.analysis.closure import ancestors
-from duca_compile.analysis.operators import as_carried
+from duca_compile.core.fx_utils import op_name
+from duca_compile.core.ir import Branch, CapturedGraph, Facts
+from duca_compile.core.ports import STREAM_END
 from duca_compile.errors import PolicyError
-from duca_compile.graph import STREAM_END, Branch, CapturedGraph, Facts, op_name
+from duca_compile.frontend.operators import as_carried
 from duca_compile.passes.base import CachingPass, VariantDraft
-from duca_compile.passes.hoist import hoisted_input
-from duca_compile.predictor import FUSE, Predictor
+from duca_compile.passes.exact.hoist import hoisted_input
+from duca_compile.policies.predictor import FUSE, Predictor
 
 aten = torch.ops.aten
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from duca_compile.graph import cache_input, change_slot
+from duca_compile.core.ports import cache_input, change_slot
 from duca_compile.passes.base import CachingPass, VariantDraft
-from duca_compile.passes.changes import stretches
+from duca_compile.passes.exact.changes import stretches
 
 aten = torch.ops.aten
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from duca_compile.graph import Action, cache_input
+from duca_compile.core.ports import cache_input
+from duca_compile.core.variants import Action
 from duca_compile.passes.base import CachingPass, VariantDraft
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from duca_compile.graph import FULL_ROWS, cache_input
+from duca_compile.core.ports import FULL_ROWS, cache_input
 from duca_compile.passes.base import CachingPass, VariantDraft
+from duca_compile.passes.numbers import by_row
 
 aten = torch.ops.aten
 
@@ -43,37 +44,3 @@ class KeepRows(CachingPass):
             kept.append(merged)
         output.args = (tuple(kept),)
         return True
-
-
-def number_input(draft: VariantDraft, name: str, like: torch.Tensor) -> fx.Node:
-    """An input of 0 dimensions, or of one value for each row where the spec says that rows differ."""
-    shape = (draft.facts.batch,) if draft.spec.by_row else ()
-    return draft.shared_input(name, like.new_empty(shape, dtype=torch.float32))
-
-
-def beside(draft: VariantDraft, number: fx.Node, like: torch.Tensor) -> fx.Node:
-    """The number as it meets a value: of one for each row, (batch, 1, ...) in the value's dimensions.
-
-    Unlike a number of no dimensions, one for each row would widen the value, so it takes the value's own type.
-    """
-    if not draft.spec.by_row:
-        return number
-    rows = by_row(draft, number, like)
-    if like.dtype is torch.float32:
-        return rows
-    with draft.behind(rows):
-        return draft.graph.call_function(aten.to.dtype, (rows, like.dtype))
-
-
-def by_row(draft: VariantDraft, values: fx.Node, like: torch.Tensor) -> fx.Node:
-    """(batch,) as (batch, 1, ...), of the dimensions of ``like``."""
-    with draft.behind(values):
-        return draft.graph.call_function(aten.reshape.default, (values, [draft.facts.batch, *[1] * (like.dim() - 1)]))
-
-
-def limited(draft: VariantDraft, number: fx.Node, dtype: torch.dtype) -> fx.Node:
-    """``number`` as far as a narrower type holds it: infinity times a difference of zero would be no number."""
-    if torch.finfo(dtype).smallest_normal <= torch.finfo(torch.float32).smallest_normal:
-        return number  # it has float32's range
-    with draft.behind(number):
-        return draft.graph.call_function(aten.clamp.default, (number, torch.finfo(dtype).min, torch.finfo(dtype).max))

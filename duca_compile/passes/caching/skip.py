@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from duca_compile.graph import STREAM_END, cache_input
+from duca_compile.core.ports import STREAM_END, cache_input
 from duca_compile.passes.base import CachingPass, VariantDraft
 
 

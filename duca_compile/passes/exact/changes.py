@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from duca_compile.analysis.operators import as_carried
-from duca_compile.graph import Branch, change_slot
+from duca_compile.core.ir import Branch
+from duca_compile.core.ports import change_slot
+from duca_compile.frontend.operators import as_carried
 from duca_compile.passes.base import ExactPass, VariantDraft
-from duca_compile.passes.probe import probed_stream
+from duca_compile.passes.exact.probe import probed_stream
 
 aten = torch.ops.aten
 

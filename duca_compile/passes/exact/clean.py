@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from duca_compile.graph import op_name
+from duca_compile.core.fx_utils import op_name
 from duca_compile.passes.base import Draft, ExactPass
 
 aten = torch.ops.aten

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from duca_compile.analysis.operators import is_random
+from duca_compile.frontend.operators import is_random
 from duca_compile.passes.base import Draft, ExactPass
 
 

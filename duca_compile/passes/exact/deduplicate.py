@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from duca_compile.analysis.operators import is_random
+from duca_compile.frontend.operators import is_random
 from duca_compile.passes.base import Draft, ExactPass
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from duca_compile.graph import FORECAST_GAP, FORECAST_ORDERS, STREAM_END, Action, difference_slot
+from duca_compile.core.ports import FORECAST_GAP, FORECAST_ORDERS, STREAM_END, difference_slot
+from duca_compile.core.variants import Action
 from duca_compile.passes.base import ExactPass, VariantDraft
-from duca_compile.passes.rows import beside, number_input
+from duca_compile.passes.numbers import beside, number_input
 
 aten = torch.ops.aten
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from duca_compile.away import fetch
-from duca_compile.graph import op_name
-from duca_compile.passes.hoist import VIEWS
+from duca_compile.core.fx_utils import op_name
+from duca_compile.frontend.away import fetch
+from duca_compile.passes.exact.hoist import VIEWS
 
 aten = torch.ops.aten
 

@@ -7,21 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from duca_compile.analysis.operators import as_carried
+from duca_compile.core.fx_utils import op_name
+from duca_compile.core.ir import Branch, Role
+from duca_compile.core.ports import PROBE_CHANGE, PROBE_SEEN, PROBE_STREAM, cache_input
+from duca_compile.core.steps import Probe
 from duca_compile.errors import PolicyError
-from duca_compile.graph import (
-    PROBE_CHANGE,
-    PROBE_SEEN,
-    PROBE_STREAM,
-    Branch,
-    Role,
-    cache_input,
-    op_name,
-)
-from duca_compile.passes.base import CachingPass, ExactPass, VariantDraft
-from duca_compile.passes.forecast import Series
-from duca_compile.passes.relate import ratio, row_norm, row_numbers
-from duca_compile.policies.adaptive import Probe
+from duca_compile.frontend.operators import as_carried
+from duca_compile.passes.base import ExactPass, VariantDraft
+from duca_compile.passes.numbers import ratio, row_norm, row_numbers
+from duca_compile.passes.series import Series
 
 aten = torch.ops.aten
 
@@ -81,21 +75,6 @@ class LookAhead(ExactPass[VariantDraft]):
         change.meta["val"] = row_numbers(given)
         graph.output_node().args = ((change, as_carried(draft.node(branch.stream))),)
         draft.results[:] = [PROBE_CHANGE, PROBE_STREAM]
-        return True
-
-
-@dataclass(frozen=True)
-class GoOn(CachingPass):
-    """Reads the stream from the look that was taken in this step, rather than compute it again."""
-
-    def apply(self, draft: VariantDraft) -> bool:
-        probe = draft.spec.probe
-        if probe is None or draft.spec.probing:
-            return False
-        stream = as_carried(probed_stream(draft, probe)[1])
-        if not stream.users:
-            return False
-        stream.replace_all_uses_with(draft.add_input(PROBE_STREAM, stream.meta["val"]))
         return True
 
 

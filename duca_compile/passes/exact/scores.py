@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from duca_compile.analysis.operators import argument
 from duca_compile.analysis.tokens import own_keys
+from duca_compile.core.fx_utils import value_shape
+from duca_compile.core.ir import Branch
+from duca_compile.core.variants import Action
 from duca_compile.errors import InternalError
-from duca_compile.graph import Action, Branch, value_shape
+from duca_compile.frontend.operators import argument
 from duca_compile.passes.base import ExactPass, VariantDraft
-from duca_compile.passes.relate import precise
+from duca_compile.passes.numbers import precise
 
 aten = torch.ops.aten
 

@@ -8,9 +8,10 @@ import torch
 from torch import fx
 
 from duca_compile.analysis.closure import ancestors, descendants
-from duca_compile.graph import VERIFY_ERROR, Branch
+from duca_compile.core.ir import Branch
+from duca_compile.core.ports import VERIFY_ERROR
 from duca_compile.passes.base import ExactPass, VariantDraft
-from duca_compile.passes.relate import precise, row_norm
+from duca_compile.passes.numbers import precise, row_norm
 
 aten = torch.ops.aten
 

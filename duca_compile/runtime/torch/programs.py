@@ -10,25 +10,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from duca_compile.graph import (
-    FORECAST_GAP,
-    FULL_ROWS,
-    Action,
-    Facts,
-    Variant,
-    VariantFunction,
-    VariantSpec,
-    cache_input,
-)
-from duca_compile.lock import COMPILING
-from duca_compile.policies.base import Policy, Step, StepKind
+from duca_compile.core.ir import Facts
+from duca_compile.core.lock import COMPILING
+from duca_compile.core.ports import FORECAST_GAP, FULL_ROWS, cache_input
+from duca_compile.core.steps import Step, StepKind
+from duca_compile.core.variants import Action, Variant, VariantFunction, VariantSpec
+from duca_compile.policies.base import Policy
 from duca_compile.policies.end_only import EndOnly
-from duca_compile.runtime.arrays import TorchArrays
 from duca_compile.runtime.dispatcher import Plan, Program
 from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
 from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec, score_output, tokens_of
-from duca_compile.runtime.rows import Rows
 from duca_compile.runtime.selection import Tokens
+from duca_compile.runtime.torch.arrays import TorchArrays
+from duca_compile.runtime.torch.rows import Rows
 
 
 class Builder(Protocol):

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor, fx
+import torch
+from torch import Tensor, fx
+
+from duca_compile.runtime.dispatcher import RowsTooLargeError
 
 MAX_BYTES = 2**28  # of the rows of one pass; where all would be more, each is computed at its step
-
-
-class RowsTooLargeError(Exception):
-    """The values of all timesteps would take more memory than they are worth."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +36,6 @@ class Rows:
             RowsTooLargeError: they would take more than ``MAX_BYTES``.
             what ``torch.func.vmap`` raises, where an operator has no rule for it.
         """
-        import torch
-
         given = call[self.timestep]
         if not times or self.timestep not in self.inputs:
             return {}

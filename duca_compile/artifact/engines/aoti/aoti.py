@@ -7,14 +7,21 @@ from typing import Any
 
 import numpy as np
 
+from duca_compile.artifact.engines.base import SCORE, GraphFunction, Options
+from duca_compile.artifact.manifest import Graph, Manifest, inside
+from duca_compile.core.tensors import Array
 from duca_compile.errors import ArtifactError, BackendError, first_line, missing_package
-from duca_compile.runtime.arrays import Array
-from duca_compile.runtime.artifact import SCORE, GraphFunction
-from duca_compile.runtime.manifest import Graph, Manifest, inside
 
 with missing_package("export"):
     import torch
     from safetensors.torch import load_file
+
+
+def open_engine(folder: Path, found: Manifest, options: Options) -> AOTIEngine:
+    """AOTInductor's code for an artifact; it has neither providers nor threads of its own."""
+    options.check_no_providers("aoti")
+    options.check_no_threads("aoti")
+    return AOTIEngine(folder, found)
 
 
 class AOTIEngine:

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from duca_compile.artifact.engines.base import HOST, GraphFunction, Options
+from duca_compile.artifact.manifest import Graph, Manifest, inside
+from duca_compile.core.tensors import Array
 from duca_compile.errors import BackendError, UsageError, first_line, missing_package
-from duca_compile.runtime.arrays import Array
-from duca_compile.runtime.artifact import HOST, GraphFunction
-from duca_compile.runtime.manifest import Graph, inside
 
 with missing_package("export"):
     import onnxruntime as ort
@@ -19,6 +19,12 @@ with missing_package("export"):
 CPU = "CPUExecutionProvider"
 _DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"}  # where values stay between graphs
 _NUMPY = {"float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"}
+
+
+def open_engine(folder: Path, found: Manifest, options: Options) -> OnnxEngine:
+    """ONNX Runtime for an artifact."""
+    del found
+    return OnnxEngine(folder, options.providers, options.threads, options.share_weights)
 
 
 class OnnxEngine:

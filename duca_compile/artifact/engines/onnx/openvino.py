@@ -1,17 +1,17 @@
-"""Runs the graphs of an artifact with OpenVINO on a CPU, and the requests of any compiled OpenVINO model."""
+"""Runs the graphs of an artifact with OpenVINO on a CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from duca_compile.artifact.engines.base import HOST, GraphFunction, Options
+from duca_compile.artifact.manifest import File, Graph, Manifest, inside
+from duca_compile.core.tensors import Array
 from duca_compile.errors import BackendError, first_line, missing_package
-from duca_compile.runtime.arrays import Array
-from duca_compile.runtime.artifact import HOST, GraphFunction
-from duca_compile.runtime.manifest import File, Graph, inside
+from duca_compile.runtime.openvino import Requests, cpu_options
 
 with missing_package("openvino"):
     import openvino
@@ -19,43 +19,10 @@ with missing_package("openvino"):
 _BITS = np.dtype(np.int16)  # of bfloat16; nothing else here is of that type
 
 
-def cpu_options(threads: int | None) -> dict[str, Any]:
-    """How OpenVINO is to compile: for one call at a time, in float32; with as many threads as it takes for None."""
-    options = {"NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False, "INFERENCE_PRECISION_HINT": "f32"}
-    return options if threads is None else options | {"INFERENCE_NUM_THREADS": threads}
-
-
-class Requests:
-    """The requests of one compiled model; any number of threads may run it.
-
-    Each request has activations of its own. Inputs that stay where they are from call to call, the weights, are bound
-    once: ``bind`` does that where ``address`` is not what the request was bound at.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self._idle: list[tuple[Any, Any]] = []  # openvino.InferRequest, and the address
-
-    def run(
-        self,
-        inputs: Iterable[tuple[int, Any]],
-        outputs: Iterable[Any],
-        address: Any = None,
-        bind: Callable[[Any], None] = lambda request: None,
-    ) -> None:
-        """Reads the inputs, by their places, and writes all outputs; these are ``openvino.Tensor``."""
-        try:
-            request, bound = self._idle.pop()
-        except IndexError:
-            request, bound = self._model.create_infer_request(), None
-        if bound != address:
-            bind(request)
-        for place, tensor in inputs:
-            request.set_input_tensor(place, tensor)
-        for place, tensor in enumerate(outputs):
-            request.set_output_tensor(place, tensor)
-        request.infer()
-        self._idle.append((request, address))
+def open_engine(folder: Path, found: Manifest, options: Options) -> OpenVINOEngine:
+    """OpenVINO for an artifact; it has no providers."""
+    options.check_no_providers("openvino")
+    return OpenVINOEngine(folder, found.weights.file, options.threads, options.share_weights)
 
 
 class OpenVINOEngine:
@@ -88,7 +55,7 @@ class OpenVINOEngine:
         if self._pool is None:
             return self._core.read_model(path), {}
         with missing_package("export"):
-            from duca_compile.export.lowered import lower
+            from duca_compile.artifact.lowered import lower
         lowered = lower(path, "float32")
         weights = {each.name: openvino.Tensor(each.array(self._pool), shared_memory=True) for each in lowered.weights}
         return self._core.read_model(lowered.serialized()), weights

@@ -8,18 +8,25 @@ from typing import Any
 
 import numpy as np
 
+from duca_compile.artifact.engines.base import SCORE, GraphFunction, Options
+from duca_compile.artifact.manifest import Graph, Manifest, inside
+from duca_compile.core.tensors import Array
 from duca_compile.errors import ArtifactError, BackendError, UsageError, missing_package
-from duca_compile.runtime.arrays import Array
-from duca_compile.runtime.artifact import SCORE, GraphFunction
-from duca_compile.runtime.manifest import Graph, Manifest, inside
 
 with missing_package("export"):
     import torch
 
-    from duca_compile.export.lowered import Weight
-    from duca_compile.export.tensorrt import FOLDER, read_build
+    from duca_compile.artifact.lowered import Weight
+    from duca_compile.artifact.tensorrt_build import FOLDER, read_build
 
 DEVICE = "cuda"
+
+
+def open_engine(folder: Path, found: Manifest, options: Options) -> TensorRTEngine:
+    """TensorRT for an artifact; it has neither providers nor threads of its own."""
+    options.check_no_providers("tensorrt")
+    options.check_no_threads("tensorrt")
+    return TensorRTEngine(folder, found)
 
 
 class TensorRTEngine:

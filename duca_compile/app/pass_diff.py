@@ -13,16 +13,17 @@ from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.text import Text
 from torch import fx
 
+from duca_compile.core.fx_utils import module_path, op_name
+from duca_compile.core.tables import FigureTable
+from duca_compile.core.variants import VariantSpec
 from duca_compile.errors import UsageError
 from duca_compile.explanation import Explanation
-from duca_compile.graph import VariantSpec, module_path, op_name
 from duca_compile.passes.base import VariantDraft
-from duca_compile.passes.dead_code import RemoveDeadCode
+from duca_compile.passes.caching.predict import with_predictor
+from duca_compile.passes.exact.dead_code import RemoveDeadCode
 from duca_compile.passes.pipeline import REWRITE, build_variant, variant_flops
-from duca_compile.passes.predict import with_predictor
 from duca_compile.policies import Policy, StepKind
 from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec
-from duca_compile.tables import FigureTable
 
 PROBE = "probe"  # what names the variant that runs before an adaptive policy decides
 _STYLES = {"+": "green", "-": "red", "@": "cyan"}

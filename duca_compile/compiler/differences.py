@@ -8,7 +8,7 @@ from textwrap import shorten
 
 import torch
 
-from duca_compile.capture import Key
+from duca_compile.frontend.binder import Key
 
 _LONGEST = 60  # characters of a value that is shown
 

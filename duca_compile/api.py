@@ -1,0 +1,111 @@
+"""``optimize`` and ``restore``: the public entry points."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from duca_compile.backends.base import Backend
+from duca_compile.backends.make import make_backend
+from duca_compile.compiler.budget import CacheOptions
+from duca_compile.drop_in import OptimizedModel, check_plain
+from duca_compile.errors import UsageError
+from duca_compile.integrations.diffusers import PipelineSchedule, is_pipeline, set_component, transformers
+from duca_compile.policies import Policy
+from duca_compile.policies.checks import check_whole
+from duca_compile.policies.named import resolve_policy
+from duca_compile.runtime.session import Requests
+
+
+def optimize(
+    model: Any,
+    policy: str | Policy = "duca",
+    backend: str = "inductor",
+    num_inference_steps: int | None = None,
+    *,
+    timestep: str | None = None,
+    strict: bool = False,
+    mode: str = "default",
+    cache_dtype: torch.dtype | None = None,
+    cache_budget_bytes: int | None = None,
+) -> Any:
+    """A drop-in for ``model`` that reuses features from step to step of a denoising loop.
+
+    The model is captured at the first call, from its real arguments, and never modified. Of a model, steps are told
+    apart by the timestep argument; a timestep that jumps back starts a new request, and so does ``reset()``. Of a
+    pipeline, the scheduler tells where a request starts and how many steps it has.
+
+    Args:
+        model: a Diffusion Transformer in eval mode, that is any nn.Module that takes a latent and a timestep; or a
+            diffusers pipeline, whose components named ``transformer...`` are replaced.
+        policy: "duca", "toca", "fora", "taylorseer", "rfc", "speca", "gate", "none", or a Policy object such as
+            ``DuCa(interval=5, fresh_ratio=0.1)``.
+        backend: "inductor" (the compiler of torch.compile), "openvino" (on a CPU) or "eager".
+        num_inference_steps: steps of a request; needed by schedules that depend on it. Not for a pipeline.
+        timestep: name of the timestep argument, where it cannot be told from the graph.
+        strict: raise BackendError where the backend cannot compile, instead of falling back to eager with a warning.
+        mode: "reduce-overhead" replays each step of the Inductor backend as a CUDA graph, from static buffers; on a CPU
+            it is the same as "default".
+        cache_dtype: keep caches in this type, such as ``torch.bfloat16``, where the features are wider; rounds them.
+        cache_budget_bytes: the most that the caches of one pass of one request may hold. Where the policy needs more,
+            they are kept in bfloat16; where that is too much, steps that read the branches' caches skip the blocks
+            instead, for which one tensor is kept. A warning says so, at the first call of each shape.
+
+    Returns:
+        An ``OptimizedModel``: an nn.Module with the same call signature, outputs, config, dtype, device and
+        state_dict keys. For a pipeline, that same pipeline.
+
+    Raises:
+        UsageError: ``model`` is neither an nn.Module nor a pipeline with a transformer, is in training mode or
+            optimized already, or the backend is unknown.
+        BackendError: the backend's package is not installed.
+        PolicyError: an unknown policy, or one that cannot plan without ``num_inference_steps``. At the first call:
+            the policy does not fit the model, or the budget is too small; the message says what the least would be.
+    """
+    chosen, engine = resolve_policy(policy), make_backend(backend, strict, mode)
+    options = CacheOptions(cache_dtype, cache_budget_bytes)
+    if is_pipeline(model):
+        return _optimize_pipeline(model, chosen, engine, num_inference_steps, timestep, options)
+    check_plain(model)
+    if num_inference_steps is not None:
+        check_whole("num_inference_steps", num_inference_steps, least=1)
+    next(chosen.steps(num_inference_steps))  # a policy that cannot plan says so now, not at the first call
+    return OptimizedModel(model, chosen, engine, Requests(chosen, num_inference_steps), timestep, options)
+
+
+def _optimize_pipeline(
+    pipe: Any,
+    policy: Policy,
+    backend: Backend,
+    num_inference_steps: int | None,
+    timestep: str | None,
+    options: CacheOptions,
+) -> Any:
+    """Replaces the transformers of ``pipe``; they share their requests, since one loop calls them all."""
+    if num_inference_steps is not None:
+        raise UsageError("a pipeline's scheduler says how many steps a request has; leave num_inference_steps out")
+    found = transformers(pipe)
+    for model in found.values():
+        check_plain(model)
+    requests = Requests(policy, None, PipelineSchedule(pipe))
+    for name, model in found.items():
+        set_component(pipe, name, OptimizedModel(model, policy, backend, requests, timestep, options))
+    return pipe
+
+
+def restore(target: Any) -> Any:
+    """Undoes ``optimize``: puts a pipeline's original transformers back; of an optimized model, returns its source.
+
+    Raises:
+        UsageError: there is nothing optimized.
+    """
+    if isinstance(target, OptimizedModel):
+        return target.source
+    found = transformers(target) if is_pipeline(target) else {}
+    optimized = {name: model for name, model in found.items() if isinstance(model, OptimizedModel)}
+    if not optimized:
+        raise UsageError(f"this {type(target).__name__} is not optimized, so there is nothing to restore")
+    for name, model in optimized.items():
+        set_component(target, name, model.source)
+    return target
