@@ -15,7 +15,7 @@ from duca_compile.backends.base import Backend, HoldsWeights
 from duca_compile.compiler.outside import make_rows
 from duca_compile.core.guards import Readings
 from duca_compile.core.ir import CapturedGraph, Facts
-from duca_compile.core.tensors import Sight
+from duca_compile.core.tensors import TensorVersions
 from duca_compile.core.variants import Variant, VariantFunction, VariantSpec
 from duca_compile.frontend.away import fetch
 from duca_compile.frontend.opaque import opaque
@@ -96,7 +96,7 @@ class Compiled:
         self.facts = facts
         self._readings = [] if captured.readings is None else [captured.readings]
         self._places = _places(self._readings)
-        self._held: Sight | None = None  # the last tensors that they held for
+        self._held: TensorVersions | None = None  # the last tensors that they held for
         self._read_weights = () if captured.readings is None else tuple(captured.readings.attributes)
         captured = with_predictor(captured, facts, policy.predictor)
         self._inputs = captured.inputs
@@ -121,11 +121,11 @@ class Compiled:
             return True
         own = tuple([tensors[place] for place in self._places])
         own += tuple([self.captured.attributes[name] for name in self._read_weights])
-        if not anew and self._held is not None and self._held.holds_of(own):
+        if not anew and self._held is not None and self._held.matches(own):
             return True
         if not any(readings.hold(tensors) for readings in self._readings):
             return False
-        self._held = Sight.of(own)
+        self._held = TensorVersions.of(own)
         return True
 
     def summary(self) -> str:

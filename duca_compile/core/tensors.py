@@ -59,7 +59,7 @@ def equal(tensor: Array, known: Array, at_version: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Sight:
+class TensorVersions:
     """Tensors as they were at one time: the same objects, not written to since, still hold the same."""
 
     tensors: tuple[Array, ...]
@@ -67,12 +67,12 @@ class Sight:
     counted: bool  # whether all of them count what is written to them
 
     @staticmethod
-    def of(tensors: Sequence[Array]) -> Sight:
+    def of(tensors: Sequence[Array]) -> TensorVersions:
         """It is safe from what is written to arrays later."""
         versions = tuple(map(version, tensors))
-        return Sight(tuple(map(held, tensors)), versions, -1 not in versions)
+        return TensorVersions(tuple(map(held, tensors)), versions, -1 not in versions)
 
-    def holds_of(self, tensors: Sequence[Array]) -> bool:
+    def matches(self, tensors: Sequence[Array]) -> bool:
         """Whether these are they, and hold what they held; asked at every call."""
         if len(tensors) != len(self.tensors):
             return False
