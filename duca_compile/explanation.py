@@ -246,7 +246,7 @@ class Explanation:
 
     def _traced(self) -> Iterator[str]:
         """What the trace took for given, and what it left alone."""
-        for name, read in self.captured.given.items():
+        for name, read in self.captured.guarded_inputs.items():
             source = _shown(read.source)
             yield f"captured for what forward reads of {name} ({source}): for other values, it is captured anew"
         operators = {site.path: site.reason for site in self.captured.opaque}

@@ -107,7 +107,7 @@ def row(entry: Entry, found: Explanation) -> str:
     """The model's line of the table."""
     planned = {step.kind: step.flops / found.flops for step in found.schedule(POLICY, 3).steps}
     branches = ", ".join(f"{count} {role}" for role, count in sorted(streams(found).items(), key=lambda item: -item[1]))
-    given = ", ".join(f"`{name}`" for name in found.captured.given)
+    given = ", ".join(f"`{name}`" for name in found.captured.guarded_inputs)
     if found.captured.opaque:
         given = f"one operator: {len(found.captured.opaque)} submodules"
     spec, recomputed = plan_step(found.facts, POLICY, Step(StepKind.PARTIAL, ratio=POLICY.fresh_ratio))

@@ -81,7 +81,7 @@ def changing_reads(model: nn.Module, captured: CapturedGraph, facts: Facts) -> d
     Raises:
         CaptureError: the model's own forward does; names the line.
     """
-    reads = {name: captured.given[name] for name in facts.changing if name in captured.given}
+    reads = {name: captured.guarded_inputs[name] for name in facts.changing if name in captured.guarded_inputs}
     for name, read in reads.items():
         if "" in read.paths:
             raise CaptureError(

@@ -220,7 +220,7 @@ class Captures:
             del self._last[next(iter(self._last))]
         alike = [key for key, other in self._kept.items() if key[0][0] == call.key and other.same_graph(compiled)]
         if alike:
-            self._kept[alike[0]].holds_too(compiled.captured.readings)
+            self._kept[alike[0]].holds_too(compiled.captured.guards)
             return self._keep(alike[0], before, now)
         self._make_room(now.structure)
         numbers = {kind[1] for kind, structure in self._kept if kind[0] == call.key and structure == now.structure}
@@ -336,5 +336,5 @@ class Captures:
         if (call.key, now) in self._dropped:
             return "its capture made way for others"
         known = [compiled for (kind, _), compiled in self._kept.items() if kind[0] == call.key]
-        read = sorted({name for compiled in known for name in compiled.captured.given})
+        read = sorted({name for compiled in known for name in compiled.captured.guarded_inputs})
         return f"other values of {', '.join(read)}" if read else "its capture was dropped"

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from duca_compile.backends.base import Backend, HoldsWeights
 from duca_compile.compiler.outside import make_rows
-from duca_compile.core.guards import Readings
+from duca_compile.core.guards import ValueGuards
 from duca_compile.core.ir import CapturedGraph, Facts
 from duca_compile.core.tensors import TensorVersions
 from duca_compile.core.variants import Variant, VariantFunction, VariantSpec
@@ -43,8 +43,8 @@ class _Variants:
         self._modules = [prologue.module]
         self._compiled: list[HoldsWeights] = []
         self._cuts = frozenset({facts.branches[0].stream, *(branch.add for branch in facts.branches)})
-        if captured.readings is not None:
-            self._modules.append(captured.readings.module)
+        if captured.guards is not None:
+            self._modules.append(captured.guards.module)
 
     def build(self, spec: VariantSpec) -> tuple[Variant, VariantFunction]:
         started = perf_counter()
@@ -94,10 +94,10 @@ class Compiled:
         cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.facts = facts
-        self._readings = [] if captured.readings is None else [captured.readings]
-        self._places = _places(self._readings)
+        self._guards = [] if captured.guards is None else [captured.guards]
+        self._places = _places(self._guards)
         self._held: TensorVersions | None = None  # the last tensors that they held for
-        self._read_weights = () if captured.readings is None else tuple(captured.readings.attributes)
+        self._read_weights = () if captured.guards is None else tuple(captured.guards.attributes)
         captured = with_predictor(captured, facts, policy.predictor)
         self._inputs = captured.inputs
         self._variants = _Variants(captured, facts, prologue, backend)
@@ -117,13 +117,13 @@ class Compiled:
 
         Between two looks ``anew``, tensors that are the same objects and were not written to hold the same.
         """
-        if not self._readings:
+        if not self._guards:
             return True
         own = tuple([tensors[place] for place in self._places])
         own += tuple([self.captured.attributes[name] for name in self._read_weights])
         if not anew and self._held is not None and self._held.matches(own):
             return True
-        if not any(readings.hold(tensors) for readings in self._readings):
+        if not any(guards.hold(tensors) for guards in self._guards):
             return False
         self._held = TensorVersions.of(own)
         return True
@@ -134,17 +134,17 @@ class Compiled:
         parts = [f"{len(captured.graph.nodes)} nodes", f"{len(facts.branches)} branches in {facts.blocks} blocks"]
         if captured.opaque:
             parts.append(f"{len(captured.opaque)} submodules as one operator each")
-        if captured.given:
-            parts.append(f"for what forward reads of {', '.join(captured.given)}")
+        if captured.guarded_inputs:
+            parts.append(f"for what forward reads of {', '.join(captured.guarded_inputs)}")
         return ", ".join(parts)
 
-    def holds_too(self, readings: Readings | None) -> None:
+    def holds_too(self, guards: ValueGuards | None) -> None:
         """Notes further values that its graph is right for."""
-        if readings is not None:
-            known = [*self._readings[1 - REMEMBERED :], readings]
+        if guards is not None:
+            known = [*self._guards[1 - REMEMBERED :], guards]
             self._places = _places(known)  # first, since another thread may look meanwhile
-            self._readings = known
-            self._variants.follow(readings.module)
+            self._guards = known
+            self._variants.follow(guards.module)
 
     def named(self, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """The tensors of a call by their names in the graph."""
@@ -171,9 +171,9 @@ class Compiled:
         return all(kind(a) == kind(b) and (name in self._weights or _equal(a, b)) for name, a, b in pairs)
 
 
-def _places(known: Iterable[Readings]) -> tuple[int, ...]:
+def _places(known: Iterable[ValueGuards]) -> tuple[int, ...]:
     """Where the tensors are among a call's that any of them reads."""
-    return tuple(sorted({place for readings in known for place in readings.places}))
+    return tuple(sorted({place for guards in known for place in guards.places}))
 
 
 def _text(captured: CapturedGraph) -> Hashable:

@@ -6,6 +6,7 @@ artifact's steps needs these types too, so torch is not imported.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, fx
 
-    from duca_compile.core.guards import Read, Readings
+    from duca_compile.core.guards import ValueGuards, ValueRead
     from duca_compile.core.outputs import OutputLayout
 
 
@@ -63,13 +64,19 @@ class CapturedGraph:
     inputs: tuple[str, ...]  # placeholder names, one for each tensor leaf of the call
     output: OutputLayout
     lists: tuple[str, ...]  # for each input, its argument's path, without the place in a list
-    given: Mapping[str, Read]  # inputs that the readings depend on
-    readings: Readings | None  # what the graph takes for given
+    guarded_inputs: Mapping[str, ValueRead]  # inputs that the guards read
+    guards: ValueGuards | None  # the values read by forward that the graph is specialized to
     opaque: tuple[OpaqueCall, ...]  # submodules that run as one operator
     away: tuple[BroughtWeight, ...]  # weights that hooks bring for each call
     casts: bool  # whether it does what autocast would do, so that it is to run with autocast turned off
     results: tuple[Any, ...] = ()  # the leaves of what the model itself gave, until a step is compared with it
     unread: frozenset[tuple[str, str]] = frozenset()  # attributes that forward changes at each call, and never reads
+
+    @property
+    def given(self) -> Mapping[str, ValueRead]:
+        """Deprecated: the old name of ``guarded_inputs``."""
+        warnings.warn("CapturedGraph.given is now called guarded_inputs", DeprecationWarning, stacklevel=2)
+        return self.guarded_inputs
 
 
 class TokenPlace(NamedTuple):

@@ -177,8 +177,8 @@ class Traced:
                 f"{name}: {graph.away[0]} is brought for each call only; remove these hooks, or load the model without "
                 "them, to export it"
             )
-        if graph.readings is not None:
-            argument, read = next(iter(graph.given.items()))
+        if graph.guards is not None:
+            argument, read = next(iter(graph.guarded_inputs.items()))
             raise ExportError(
                 f"{name}.forward reads {argument!r} in Python at {read.source}, so its graph holds for these values "
                 "only and cannot be exported; compute what it reads before the loop"

@@ -124,7 +124,7 @@ def _gist(error: Exception) -> str:
 
 def _needs_a_look(captured: CapturedGraph) -> bool:
     """Whether its values are to be the model's bit for bit: where more than torch.export vouches for it."""
-    more = captured.readings is not None or captured.casts or has_foreign_operators(captured.graph)
+    more = captured.guards is not None or captured.casts or has_foreign_operators(captured.graph)
     return more or any(is_random(node) for node in captured.graph.nodes)  # forward may set a seed
 
 
@@ -342,15 +342,15 @@ def _lower(
     graph.output(results)
     fetched = away.read_late(graph)
     graph.lint()
-    readings = traced.readings if traced and traced.readings.values else None
+    guards = traced.guards if traced and traced.guards.values else None
     return CapturedGraph(
         graph=graph,
-        attributes=attributes if readings is None else readings.attributes | attributes,
+        attributes=attributes if guards is None else guards.attributes | attributes,
         inputs=tuple(inputs),
         output=OutputLayout(program.call_spec.out_spec, constants),
         lists=tuple(_LIST_PLACE.sub("", name) for name in tensor_names(call)),
-        given={inputs[place]: read for place, read in traced.reads.items()} if traced else {},
-        readings=readings,
+        guarded_inputs={inputs[place]: read for place, read in traced.reads.items()} if traced else {},
+        guards=guards,
         opaque=traced.opaque if traced else (),
         away=fetched,
         casts=exported.casts,

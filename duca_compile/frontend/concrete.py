@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from duca_compile.core.fx_utils import module_path, source_line
-from duca_compile.core.guards import Read, Readings
+from duca_compile.core.guards import ValueGuards, ValueRead
 from duca_compile.frontend.away import Brought
 from duca_compile.frontend.opaque import CallSite, as_operators
 from duca_compile.frontend.operators import is_random
@@ -60,8 +60,8 @@ class ConcreteTrace:
     """
 
     module: nn.Module
-    reads: dict[int, Read]
-    readings: Readings
+    reads: dict[int, ValueRead]
+    guards: ValueGuards
     opaque: tuple[CallSite, ...]
 
 
@@ -103,13 +103,13 @@ def trace(model: nn.Module, arguments: dict[str, Any], opaque: Mapping[str, str]
     try:
         _check_random(graph)
         _index_by_number(graph)
-        reads, readings = _reads(graph), _readings(graph, tensors)
+        reads, guards = _reads(graph), _guards(graph, tensors)
         _fold(graph, tensors)
     except (torch.OutOfMemoryError, Untraceable):
         raise
     except Exception as error:  # it does not do what it did
         raise Untraceable(failing_path(error), error) from error
-    return ConcreteTrace(_Replay(graph, layout[0]), reads, readings, tuple(sites))
+    return ConcreteTrace(_Replay(graph, layout[0]), reads, guards, tuple(sites))
 
 
 class DataAsDetach(TorchFunctionMode):
@@ -160,9 +160,9 @@ def _module_paths(model: nn.Module) -> Iterator[list[str]]:
         yield running
 
 
-def _reads(graph: fx.GraphModule) -> dict[int, Read]:
+def _reads(graph: fx.GraphModule) -> dict[int, ValueRead]:
     """The arguments behind every value that Python read, or that a shape depends on."""
-    found: dict[int, Read] = {}
+    found: dict[int, ValueRead] = {}
     inputs = {node: i for i, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
     behind: dict[fx.Node, set[int]] = {}
     for node in graph.graph.nodes:
@@ -170,12 +170,12 @@ def _reads(graph: fx.GraphModule) -> dict[int, Read]:
         behind[node] = own.union(*(behind[n] for n in node.all_input_nodes))
         if _is_reader(node):
             for index in behind[node]:
-                known = found.get(index, Read(source_line(node), frozenset()))
-                found[index] = Read(known.source, known.paths | {module_path(node)})
+                known = found.get(index, ValueRead(source_line(node), frozenset()))
+                found[index] = ValueRead(known.source, known.paths | {module_path(node)})
     return found
 
 
-def _readings(graph: fx.GraphModule, tensors: list[Tensor]) -> Readings:
+def _guards(graph: fx.GraphModule, tensors: list[Tensor]) -> ValueGuards:
     """The part of the graph that computes what Python read and what shapes depend on.
 
     Its weights have the names that they get in ``_Replay``, by which they are replaced.
@@ -196,7 +196,7 @@ def _readings(graph: fx.GraphModule, tensors: list[Tensor]) -> Readings:
     names = {str(node.target) for node in part.find_nodes(op="get_attr")}
     module = fx.GraphModule({name: getattr(graph, name.removeprefix(f"{_TRACE}.")) for name in names}, part)
     values = tuple(value.clone() for value in module(*[tensors[i] for i in used]))  # a buffer may be written to later
-    return Readings(module, tuple(used), values)
+    return ValueGuards(module, tuple(used), values)
 
 
 def _check_random(graph: fx.GraphModule) -> None:
