@@ -35,7 +35,7 @@ from duca_compile.compiler.compiled import Compiled
 from duca_compile.core.ir import CapturedGraph
 from duca_compile.core.steps import StepKind
 from duca_compile.errors import UsageError
-from duca_compile.frontend import away, casts
+from duca_compile.frontend import casts, offloading
 from duca_compile.frontend.binder import Binder, Call
 from duca_compile.frontend.capture import live_tensors
 from duca_compile.frontend.reproduce import COMPILED, ROUNDING, apart, relative
@@ -201,9 +201,9 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         source = self.source
         check_model(source)
-        if away.has_hooks(source):
-            args, kwargs = away.entered(source, args, kwargs)
-            return away.left(source, self._run(self._bind(args, kwargs)))
+        if offloading.has_hooks(source):
+            args, kwargs = offloading.before_call(source, args, kwargs)
+            return offloading.after_call(source, self._run(self._bind(args, kwargs)))
         return self._run(self._bind(args, kwargs))
 
     def _run(self, call: Call) -> Any:

@@ -17,7 +17,7 @@ from duca_compile.core.guards import ValueGuards
 from duca_compile.core.ir import CapturedGraph, Facts
 from duca_compile.core.tensors import TensorVersions
 from duca_compile.core.variants import Variant, VariantFunction, VariantSpec
-from duca_compile.frontend.away import fetch
+from duca_compile.frontend.offloading import fetch
 from duca_compile.frontend.opaque import opaque
 from duca_compile.frontend.snapshot import kind
 from duca_compile.passes.caching.predict import with_predictor
@@ -178,7 +178,7 @@ def _places(known: Iterable[ValueGuards]) -> tuple[int, ...]:
 
 def _text(captured: CapturedGraph) -> Hashable:
     paths = {opaque: {site.number: site.path for site in captured.opaque}}
-    paths[fetch] = {weight.number: str(weight) for weight in captured.away}
+    paths[fetch] = {weight.number: str(weight) for weight in captured.fetched}
     nodes = tuple((n.op, n.name, str(n.target), _arguments(n, paths), str(n.kwargs)) for n in captured.graph.nodes)
     return nodes, captured.inputs, repr(captured.output)
 

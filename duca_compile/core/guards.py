@@ -1,6 +1,5 @@
 """Guards on the values that forward reads in Python, and to which a graph is therefore specialized."""
 
-
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -40,19 +40,19 @@ class OpaqueCall(Protocol):
     flops: int
 
 
-class BroughtHook(Protocol):
+class OffloadingHook(Protocol):
     """One of the hooks that bring a weight."""
 
     name: str
 
 
-class BroughtWeight(Protocol):
+class OffloadedWeight(Protocol):
     """A weight that hooks bring for each call; as text it says which."""
 
     number: int  # the operand of the operator that makes it
 
     @property
-    def hooks(self) -> Sequence[BroughtHook]: ...
+    def hooks(self) -> Sequence[OffloadingHook]: ...
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class CapturedGraph:
     guarded_inputs: Mapping[str, ValueRead]  # inputs that the guards read
     guards: ValueGuards | None  # the values read by forward that the graph is specialized to
     opaque: tuple[OpaqueCall, ...]  # submodules that run as one operator
-    away: tuple[BroughtWeight, ...]  # weights that hooks bring for each call
+    fetched: tuple[OffloadedWeight, ...]  # weights that hooks bring for each call
     casts: bool  # whether it does what autocast would do, so that it is to run with autocast turned off
     results: tuple[Any, ...] = ()  # the leaves of what the model itself gave, until a step is compared with it
     unread: frozenset[tuple[str, str]] = frozenset()  # attributes that forward changes at each call, and never reads

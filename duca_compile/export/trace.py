@@ -172,9 +172,9 @@ class Traced:
                 f"{name}.{graph.opaque[0].path} {graph.opaque[0].reason}, so it runs as it is and is in no graph; a "
                 "model with such a submodule cannot be exported"
             )
-        if graph.away:
+        if graph.fetched:
             raise ExportError(
-                f"{name}: {graph.away[0]} is brought for each call only; remove these hooks, or load the model without "
+                f"{name}: {graph.fetched[0]} is brought for each call only; remove these hooks, or load the model without "
                 "them, to export it"
             )
         if graph.guards is not None:

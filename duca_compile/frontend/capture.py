@@ -26,11 +26,11 @@ from duca_compile.core.ir import CapturedGraph
 from duca_compile.core.outputs import OutputLayout
 from duca_compile.core.ports import RESERVED
 from duca_compile.errors import CaptureError, first_line
-from duca_compile.frontend import away, casts, concrete
+from duca_compile.frontend import casts, concrete, offloading
 from duca_compile.frontend.activations import Activations
-from duca_compile.frontend.away import Brought
 from duca_compile.frontend.binder import LEAVES, Call, tensor_names
 from duca_compile.frontend.concrete import Untraceable, failing_node, failing_path
+from duca_compile.frontend.offloading import Offloading
 from duca_compile.frontend.opaque import alike
 from duca_compile.frontend.operators import is_random
 from duca_compile.frontend.reproduce import ROUNDING, Ran, copied, cuda_devices, differs, has_foreign_operators
@@ -64,13 +64,13 @@ def capture(
         CaptureError: the forward cannot be traced, and what cannot is in no submodule; names the line.
     """
     ran = _Once(warm(model, call)) if ran is None else ran
-    brought = away.brought(model)
-    operators = {**brought.operators, **opaque}
+    offloaded = offloading.find_offloading(model)
+    operators = {**offloaded.operators, **opaque}
     arguments = _without_aliases(copied(call.arguments))
     failed: Exception | None = None
     for _ in range(ROUNDS):
         try:
-            captured = _traced(model, arguments, call, brought, operators)
+            captured = _traced(model, arguments, call, offloaded, operators)
             look = _needs_a_look(captured)
             rounding = 0.0 if look else ROUNDING
             path = differs(model, arguments, captured, ran, operators, rounding) if look or careful else None
@@ -98,15 +98,15 @@ class _Once:
 
 
 def _traced(
-    model: nn.Module, arguments: dict[str, Any], call: Call, brought: Brought, operators: Mapping[str, str]
+    model: nn.Module, arguments: dict[str, Any], call: Call, offloaded: Offloading, operators: Mapping[str, str]
 ) -> CapturedGraph:
     """Raises Untraceable."""
     random = torch.random.fork_rng(cuda_devices(call.tensors))  # each trace, and each run of it, draws the same
-    with torch.no_grad(), random, away.reading(model, brought, operators):
+    with torch.no_grad(), random, offloading.as_fetches(model, offloaded, operators):
         exported = None if operators else _exported(model, arguments)
         if exported is not None:
             return _lower(model, exported, call)
-        traced = concrete.trace(model, arguments, operators, brought)
+        traced = concrete.trace(model, arguments, operators, offloaded)
         try:
             exported = _export(traced.module, arguments)
         except (torch.OutOfMemoryError, CaptureError):
@@ -340,7 +340,7 @@ def _lower(
     produced = {node.name: node for node in program.graph.nodes}
     results = tuple(mapping[produced[leaf.name]] for leaf in leaves if isinstance(leaf, TensorArgument))
     graph.output(results)
-    fetched = away.read_late(graph)
+    fetched = offloading.sink_fetches(graph)
     graph.lint()
     guards = traced.guards if traced and traced.guards.values else None
     return CapturedGraph(
@@ -352,7 +352,7 @@ def _lower(
         guarded_inputs={inputs[place]: read for place, read in traced.reads.items()} if traced else {},
         guards=guards,
         opaque=traced.opaque if traced else (),
-        away=fetched,
+        fetched=fetched,
         casts=exported.casts,
     )
 

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from duca_compile.core.fx_utils import module_path, source_line
 from duca_compile.core.guards import ValueGuards, ValueRead
-from duca_compile.frontend.away import Brought
+from duca_compile.frontend.offloading import Offloading
 from duca_compile.frontend.opaque import CallSite, as_operators
 from duca_compile.frontend.operators import is_random
 from duca_compile.frontend.reproduce import hookable
@@ -73,7 +73,9 @@ class Untraceable(Exception):  # noqa: N818 - a finding: the module becomes an o
         self.path, self.error = path, error
 
 
-def trace(model: nn.Module, arguments: dict[str, Any], opaque: Mapping[str, str], brought: Brought) -> ConcreteTrace:
+def trace(
+    model: nn.Module, arguments: dict[str, Any], opaque: Mapping[str, str], offloaded: Offloading
+) -> ConcreteTrace:
     """Traces ``model(**arguments)`` by running it, with the submodules at the paths ``opaque`` as one operator each.
 
     Raises Untraceable.
@@ -91,7 +93,7 @@ def trace(model: nn.Module, arguments: dict[str, Any], opaque: Mapping[str, str]
         layout.append(out)
         return flat
 
-    operators = as_operators(model, opaque, brought)
+    operators = as_operators(model, opaque, offloaded)
     with preserve_node_meta(), operators as sites, _module_paths(model) as paths, DataAsDetach(), _NoteReads():
         make = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False, record_stack_traces=True)
         try:

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from duca_compile.core.lock import COMPILING
 from duca_compile.core.tensors import version
 from duca_compile.errors import CaptureError
-from duca_compile.frontend.away import Brought
+from duca_compile.frontend.offloading import Offloading
 
 READS = "reads values that change from step to step"  # of all reasons, the one that makes tokens depend on others
 Given = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a call
@@ -204,7 +204,7 @@ class _Whole:
 
 
 @contextmanager
-def as_operators(model: nn.Module, paths: Mapping[str, str], brought: Brought) -> Iterator[list[CallSite]]:
+def as_operators(model: nn.Module, paths: Mapping[str, str], offloaded: Offloading) -> Iterator[list[CallSite]]:
     """While open, each call of the modules at ``paths`` is one operator; yields the calls as they come.
 
     ``paths`` gives the reasons, too. A module within another one of them is a part of that.
@@ -228,7 +228,7 @@ def as_operators(model: nn.Module, paths: Mapping[str, str], brought: Brought) -
             module = model.get_submodule(path)
             whole = _Whole(module)
             undo.callback(whole.put_back)
-            whole.patch(replacement(path, module, brought.around(module, whole)))
+            whole.patch(replacement(path, module, offloaded.around(module, whole)))
         yield sites
 
 

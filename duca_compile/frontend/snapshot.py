@@ -48,8 +48,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from duca_compile.core.tensors import version
-from duca_compile.frontend.away import settings
 from duca_compile.frontend.capture import inner_tensors
+from duca_compile.frontend.offloading import hook_settings
 
 Name = tuple[str, str]  # a module's path, and an attribute of it
 Entry = Any  # hashable; to mypy a class is not
@@ -704,7 +704,7 @@ class _Walk:
         return type(value), self._inside(vars(value), items, True)
 
     def _object(self, value: Any) -> Entry:
-        if (mover := settings(value)) is not None:
+        if (mover := hook_settings(value)) is not None:
             return mover
         cls = type(value)
         number, first = self._number(value)

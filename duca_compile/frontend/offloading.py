@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from duca_compile.core.lock import COMPILING
 
-_weights: WeakValueDictionary[int, Away] = WeakValueDictionary()
+_weights: WeakValueDictionary[int, FetchedWeight] = WeakValueDictionary()
 _numbers = itertools.count()
 _LIBRARIES = ("diffusers", "accelerate")
 _PLACING = {"AlignDevicesHook", "CpuOffload"}
@@ -47,7 +47,7 @@ class Place(NamedTuple):
         return tensor
 
 
-class Away:
+class FetchedWeight:
     """One weight, and the hooks that make it of what its module keeps in its place, the outermost first."""
 
     def __init__(self, path: str, place: Place, hooks: tuple[Hook, ...]) -> None:
@@ -89,7 +89,7 @@ def _(number: int) -> Tensor:
 fetch = torch.ops.duca_compile.fetch.default
 
 
-def fetched(node: fx.Node) -> Away:
+def fetched(node: fx.Node) -> FetchedWeight:
     """The weight that a node reads."""
     number = node.args[0]
     assert isinstance(number, int)
@@ -201,7 +201,7 @@ def _kind(hook: object) -> str:
     return next(own, "")
 
 
-def bringing(module: nn.Module) -> list[Hook]:
+def offloading_hooks(module: nn.Module) -> list[Hook]:
     """Those of its hooks that bring weights and take them away."""
     found: list[Hook] = []
     for hook in hooks_of(module):
@@ -217,7 +217,7 @@ def bringing(module: nn.Module) -> list[Hook]:
     return found
 
 
-def settings(hook: object) -> tuple[Any, ...] | None:
+def hook_settings(hook: object) -> tuple[Any, ...] | None:
     """All that counts of a hook that moves weights; what it holds besides changes with each call. None of another."""
     name = _kind(hook)
     if name == "GroupOffloadingHook":
@@ -230,10 +230,10 @@ def settings(hook: object) -> tuple[Any, ...] | None:
 
 
 @dataclass(frozen=True)
-class Brought:
+class Offloading:
     """What hooks bring to a model: single weights, or whole modules where weights are of a kind of their own."""
 
-    weights: dict[int, list[Away]]  # by the identity of the module whose call brings them
+    weights: dict[int, list[FetchedWeight]]  # by the identity of the module whose call brings them
     hooks: list[Hook]
     operators: dict[str, str]  # paths and reasons
 
@@ -245,7 +245,7 @@ class Brought:
         return functools.partial(_with_weights, needed, forward) if needed else forward
 
 
-def _with_weights(weights: list[Away], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _with_weights(weights: list[FetchedWeight], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     kept = [weight.place.kept() for weight in weights]
     try:
         for weight in weights:
@@ -256,7 +256,7 @@ def _with_weights(weights: list[Away], forward: Callable[..., Any], *args: Any, 
             weight.place.table[weight.place.name] = tensor
 
 
-def brought(model: nn.Module) -> Brought:
+def find_offloading(model: nn.Module) -> Offloading:
     """Looks through the hooks of ``model`` and its submodules; reads each weight that they bring once."""
     paths = {id(module): path for path, module in model.named_modules()}
     places: dict[tuple[int, str], Place] = {}
@@ -265,7 +265,7 @@ def brought(model: nn.Module) -> Brought:
     operators: dict[str, str] = {}
     found: list[Hook] = []
     for path, module in model.named_modules():
-        hooks = bringing(module)
+        hooks = offloading_hooks(module)
         mine = {(id(place.module), place.name): place for hook in hooks for place in hook.places()}
         if any(type(place.kept()) not in (Tensor, nn.Parameter) for place in mine.values()):
             operators[path] = f"its weights are of a kind of their own, and {hooks[0].name} brings them"
@@ -277,17 +277,18 @@ def brought(model: nn.Module) -> Brought:
         found += hooks
         called[id(module)] = list(mine)
     weights = {
-        key: Away(f"{paths[key[0]]}.{key[1]}".lstrip("."), place, tuple(chains[key])) for key, place in places.items()
+        key: FetchedWeight(f"{paths[key[0]]}.{key[1]}".lstrip("."), place, tuple(chains[key]))
+        for key, place in places.items()
     }
-    return Brought({each: [weights[key] for key in keys] for each, keys in called.items()}, found, operators)
+    return Offloading({each: [weights[key] for key in keys] for each, keys in called.items()}, found, operators)
 
 
-def entered(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
+def before_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
     """The arguments of a call, after what hooks of the model itself do before one: bring it to its device, for one.
 
     Weights that are taken away behind each call are not brought: they are read where they are.
     """
-    brings = {id(hook.hook): hook for hook in bringing(model) if not isinstance(hook, Whole)}
+    brings = {id(hook.hook): hook for hook in offloading_hooks(model) if not isinstance(hook, Whole)}
     for hook in hooks_of(model):
         if id(hook) in brings:
             args, kwargs = brings[id(hook)].before(model, *args, **kwargs)
@@ -296,7 +297,7 @@ def entered(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return args, kwargs
 
 
-def left(model: nn.Module, output: Any) -> Any:
+def after_call(model: nn.Module, output: Any) -> Any:
     """What a call returns, after what hooks of the model itself do behind one: bring it to where the arguments were."""
     placing = [hook for hook in hooks_of(model) if _kind(hook) in _PLACING and not getattr(hook, "offload", False)]
     for hook in placing:
@@ -309,7 +310,7 @@ def has_hooks(model: nn.Module) -> bool:
 
 
 @contextmanager
-def reading(model: nn.Module, found: Brought, operators: Collection[str]) -> Iterator[None]:
+def as_fetches(model: nn.Module, found: Offloading, operators: Collection[str]) -> Iterator[None]:
     """While open, these hooks do nothing, and what forward reads of their weights are results of operators.
 
     Not so within the modules at ``operators``, which run as they are.
@@ -326,7 +327,7 @@ def reading(model: nn.Module, found: Brought, operators: Collection[str]) -> Ite
         yield
 
 
-def read_late(graph: fx.Graph) -> tuple[Away, ...]:
+def sink_fetches(graph: fx.Graph) -> tuple[FetchedWeight, ...]:
     """Moves the reading of each weight to right before its first use; returns those that are read."""
     found = []
     for node in graph.find_nodes(op="call_function", target=fetch):
@@ -352,7 +353,7 @@ def _silenced(hook: Hook) -> Iterator[None]:
 
 
 @contextmanager
-def _swapped(module: nn.Module, weights: list[Away]) -> Iterator[None]:
+def _swapped(module: nn.Module, weights: list[FetchedWeight]) -> Iterator[None]:
     """Puts operators' results in the places of ``weights`` while ``module`` runs."""
     kept: list[list[Any]] = []
 
