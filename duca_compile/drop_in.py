@@ -38,8 +38,8 @@ from duca_compile.errors import UsageError
 from duca_compile.frontend import casts, offloading
 from duca_compile.frontend.binder import Binder, Call
 from duca_compile.frontend.capture import live_tensors
-from duca_compile.frontend.reproduce import COMPILED, ROUNDING, apart, relative
 from duca_compile.frontend.state import Held
+from duca_compile.frontend.trace_check import COMPILED_TOLERANCE, MAX_ULPS, relative_distance, ulp_distance
 from duca_compile.policies import Policy
 from duca_compile.runtime.dispatcher import Plan
 from duca_compile.runtime.planning import not_recomputed
@@ -85,7 +85,9 @@ class _First(NamedTuple):
         if len(call.tensors) != len(self.tensors) or not all(map(is_, call.tensors, self.tensors)):
             return True
         leaves = tree_leaves(output)
-        return apart(self.results, leaves) <= ROUNDING or (not exact and relative(self.results, leaves) <= COMPILED)
+        if ulp_distance(self.results, leaves) <= MAX_ULPS:
+            return True
+        return not exact and relative_distance(self.results, leaves) <= COMPILED_TOLERANCE
 
 
 class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):

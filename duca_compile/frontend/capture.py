@@ -33,7 +33,14 @@ from duca_compile.frontend.concrete import Untraceable, failing_node, failing_pa
 from duca_compile.frontend.offloading import Offloading
 from duca_compile.frontend.opaque import alike
 from duca_compile.frontend.operators import is_random
-from duca_compile.frontend.reproduce import ROUNDING, Ran, copied, cuda_devices, differs, has_foreign_operators
+from duca_compile.frontend.trace_check import (
+    MAX_ULPS,
+    ModelRun,
+    copy_containers,
+    cuda_devices,
+    find_mismatch,
+    has_foreign_operators,
+)
 
 log = logging.getLogger("duca_compile")
 
@@ -50,30 +57,30 @@ def capture(
     model: nn.Module,
     call: Call,
     opaque: Mapping[str, str] = _NONE,
-    ran: Ran | None = None,
+    run: ModelRun | None = None,
     careful: bool = False,
 ) -> CapturedGraph:
     """Traces one call of ``model`` into a graph of ATen operators.
 
     The graph's get_attr nodes are the model's own parameters and buffers; what hooks bring for each call is the result
     of an operator. The submodules at ``opaque``, which gives the reasons, are one operator each. So are those that no
-    trace can hold, with all of their kind. ``ran`` is this call of the model, if it was run. Where more than
+    trace can hold, with all of their kind. ``run`` is this call of the model, if it was made. Where more than
     torch.export vouches for the graph, or ``careful``, it is run once and has to give the model's results.
 
     Raises:
         CaptureError: the forward cannot be traced, and what cannot is in no submodule; names the line.
     """
-    ran = _Once(warm(model, call)) if ran is None else ran
+    run = _Once(warm(model, call)) if run is None else run
     offloaded = offloading.find_offloading(model)
     operators = {**offloaded.operators, **opaque}
-    arguments = _without_aliases(copied(call.arguments))
+    arguments = _without_aliases(copy_containers(call.arguments))
     failed: Exception | None = None
     for _ in range(ROUNDS):
         try:
             captured = _traced(model, arguments, call, offloaded, operators)
             look = _needs_a_look(captured)
-            rounding = 0.0 if look else ROUNDING
-            path = differs(model, arguments, captured, ran, operators, rounding) if look or careful else None
+            rounding = 0.0 if look else MAX_ULPS
+            path = find_mismatch(model, arguments, captured, run, operators, rounding) if look or careful else None
             if path is None:
                 return captured
             reason, failed = "does what its trace does not show", None
@@ -267,8 +274,8 @@ def _without_aliases(arguments: dict[str, Any]) -> dict[str, Any]:
         seen.add(id(tensor))
         return tensor
 
-    copied: dict[str, Any] = tree_map_only(Tensor, own, arguments)
-    return copied
+    arguments = tree_map_only(Tensor, own, arguments)
+    return arguments
 
 
 def _needs_functionalizing(node: fx.Node) -> bool:

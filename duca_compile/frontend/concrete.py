@@ -25,7 +25,7 @@ from duca_compile.core.guards import ValueGuards, ValueRead
 from duca_compile.frontend.offloading import Offloading
 from duca_compile.frontend.opaque import CallSite, as_operators
 from duca_compile.frontend.operators import is_random
-from duca_compile.frontend.reproduce import hookable
+from duca_compile.frontend.trace_check import hookable_modules
 
 _GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 aten = torch.ops.aten
@@ -144,7 +144,7 @@ def _module_paths(model: nn.Module) -> Iterator[list[str]]:
     running = [""]
     stacks: list[dict[str, tuple[str, str]]] = [{}]
     with ExitStack() as hooks:
-        for path, module in hookable(model):
+        for path, module in hookable_modules(model):
             entry = {path: (path, type(module).__qualname__)}
 
             def enter(_module: nn.Module, _args: Any, entry: dict[str, tuple[str, str]] = entry) -> None:

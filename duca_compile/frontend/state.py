@@ -33,7 +33,6 @@ from duca_compile.frontend.activations import Activations, is_library, line_of, 
 from duca_compile.frontend.arguments import Containers, check_kinds, check_results, noting, with_other_tensors
 from duca_compile.frontend.binder import Call
 from duca_compile.frontend.capture import live_tensors, warm
-from duca_compile.frontend.reproduce import ROUNDING, apart, copied, hookable
 from duca_compile.frontend.snapshot import (
     MISSING,
     PLAIN_IDS,
@@ -46,6 +45,7 @@ from duca_compile.frontend.snapshot import (
     same_content,
     take,
 )
+from duca_compile.frontend.trace_check import MAX_ULPS, copy_containers, hookable_modules, ulp_distance
 
 log = logging.getLogger("duca_compile")
 
@@ -281,19 +281,19 @@ def _observed(model: nn.Module, call: Call, before: Held, known: Mapping[str, st
     own.attributed = {key: label for tensor, label in after.tensors() if own.depends(key := storage_key(tensor))}
     _warn_of_kept(model, kept, own.attributed)
     blame = _Blame(model, after, {before.name(change) for change in before.changes()})
-    other = call.with_arguments(with_other_tensors(copied(call.arguments)))
+    other = call.with_arguments(with_other_tensors(copy_containers(call.arguments)))
     with blame:
         later = warm(model, other)
     changes = [change for change in after.changes() if not _alike(change.before, change.after, own.depends)]
     own.running = frozenset(map(after.name, changes))
     own.attributed = {key: name for key, name in own.attributed.items() if name not in own.running}
-    own.operators = blame.operators(changes, apart(results, later) > ROUNDING)
+    own.operators = blame.operators(changes, ulp_distance(results, later) > MAX_ULPS)
     own.unread = frozenset(after.name(each) for each in changes if after.is_plain(each) and not own.holds(after, each))
     made = [(before.name(change), before.word(change), before.label(change)) for change in before.changes()]
     blame.check_set([each for each in made if each[0] not in own.running], {**known, **own.operators})
     _warn_of_operators(model, own.operators)
     after.put_back()
-    if own.running or careful or apart(results, later) > 0.0:  # else the second run was a repetition
+    if own.running or careful or ulp_distance(results, later) > 0.0:  # else the second run was a repetition
         own.again()
         _check_repeats(model, call, own, [label for name, _, label in made if name not in own.running])
         after.put_back()
@@ -302,7 +302,7 @@ def _observed(model: nn.Module, call: Call, before: Held, known: Mapping[str, st
 
 def _run(model: nn.Module, call: Call, activations: Activations | None) -> list[Any]:
     """Runs the model with containers of its own; returns the leaves of its results."""
-    given = copied(call.arguments)
+    given = copy_containers(call.arguments)
     containers = Containers(given)
     results = warm(model, call.with_arguments(given), activations)
     if (place := containers.written()) is not None:
@@ -319,14 +319,14 @@ def _check_repeats(model: nn.Module, call: Call, own: Own, made: Sequence[str]) 
 
     def again() -> list[Any]:
         own.again()
-        return warm(model, call.with_arguments(copied(call.arguments)))
+        return warm(model, call.with_arguments(copy_containers(call.arguments)))
 
     versions = list(map(version, call.tensors))
     found = again()
-    if apart(own.results, found) == 0.0 or versions != list(map(version, call.tensors)):
+    if ulp_distance(own.results, found) == 0.0 or versions != list(map(version, call.tensors)):
         return  # what writes to its arguments is refused for that
     name = type(model).__name__
-    if made and apart(found, again()) == 0.0:
+    if made and ulp_distance(found, again()) == 0.0:
         own.results = found
         _warn(
             model,
@@ -335,7 +335,7 @@ def _check_repeats(model: nn.Module, call: Call, own: Own, made: Sequence[str]) 
         return
     where = _first_that_differs(model, call, own)
     what = f"{where or f'{name}.forward'} gives"
-    if apart(own.results, found) <= ROUNDING:
+    if ulp_distance(own.results, found) <= MAX_ULPS:
         _warn(model, f"{what} results that differ in rounding from call to call, so steps can differ from the model's")
         return
     raise CaptureError(
@@ -359,10 +359,10 @@ def _first_that_differs(model: nn.Module, call: Call, own: Own) -> str:
             return leave
 
         with ExitStack() as stack:
-            for path, module in hookable(model):
+            for path, module in hookable_modules(model):
                 stack.callback(module.register_forward_hook(note(path), with_kwargs=True).remove)
             own.again()
-            warm(model, call.with_arguments(copied(call.arguments)))
+            warm(model, call.with_arguments(copy_containers(call.arguments)))
         return found
 
     pairs = zip(recorded(), recorded(), strict=False)
@@ -458,7 +458,7 @@ class _Blame:
         return holder.name in names or (not attribute and any(path == other for other, _ in names))
 
     def __enter__(self) -> None:
-        for path, module in hookable(self._model):
+        for path, module in hookable_modules(self._model):
             enter = module.register_forward_pre_hook(self._enter(path), prepend=True)
             leave = module.register_forward_hook(self._leave)
             self._stack.callback(enter.remove)

@@ -25,8 +25,8 @@ from duca_compile.frontend import casts
 log = logging.getLogger("duca_compile")
 aten = torch.ops.aten
 
-COMPILED = 0.05  # relative distance of results by which compiled code is another computation, in any type
-ROUNDING = 16.0  # units in the last place by which results differ where an operator is not deterministic
+COMPILED_TOLERANCE = 0.05  # relative distance of results by which compiled code is another computation, in any type
+MAX_ULPS = 16.0  # units in the last place by which results differ where an operator is not deterministic
 _UNINITIALIZED = {
     aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.new_empty.default,
     aten.new_empty_strided.default,
@@ -39,18 +39,18 @@ def has_foreign_operators(graph: fx.Graph) -> bool:
     return any(each.namespace not in ("aten", "prims") for each in operators)
 
 
-def copied(arguments: dict[str, Any]) -> dict[str, Any]:
+def copy_containers(arguments: dict[str, Any]) -> dict[str, Any]:
     """The same values in lists and dictionaries of their own: forward may take things out of these."""
     found: dict[str, Any] = tree_map(lambda leaf: leaf, arguments)
     return found
 
 
-def hookable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def hookable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules by path, but for those that take no hooks."""
     return ((path, module) for path, module in model.named_modules() if not isinstance(module, torch.jit.ScriptModule))
 
 
-class Ran(Protocol):
+class ModelRun(Protocol):
     """A call of the model that was run: the leaves of its results."""
 
     results: list[Any]
@@ -59,15 +59,15 @@ class Ran(Protocol):
         """Puts back what it changed on the model, so that the next call is like it."""
 
 
-def differs(
+def find_mismatch(
     model: nn.Module,
     arguments: dict[str, Any],
     captured: CapturedGraph,
-    ran: Ran,
+    run: ModelRun,
     operators: Collection[str] = (),
     rounding: float = 0.0,
 ) -> str | None:
-    """None where the graph gives the model's own results, those that it ``ran`` to, bit for bit.
+    """None where the graph gives the model's own results, those of ``run``, bit for bit.
 
     With ``rounding``, results may be so many units in the last place apart.
 
@@ -77,9 +77,9 @@ def differs(
     tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
     if any(tensor.is_meta for tensor in tensors):
         return None
-    ran.again()
+    run.again()
     try:
-        if apart(_Runner(captured).results(tensors), ran.results) <= rounding:
+        if ulp_distance(_Runner(captured).results(tensors), run.results) <= rounding:
             return None
     except torch.OutOfMemoryError:
         raise
@@ -87,9 +87,9 @@ def differs(
         if (node := _failing(error)) is None:
             raise
         return module_path(node)
-    ran.again()
+    run.again()
     again, calls = _called(model, arguments)
-    if apart(again, ran.results) > rounding:
+    if ulp_distance(again, run.results) > rounding:
         log.warning(
             "%s gives other results each time it is called, so its trace could not be compared with it: what makes the "
             "difference is not followed, unless it is a random operator of PyTorch",
@@ -97,7 +97,7 @@ def differs(
         )
         return None
     seen: set[bytes] = set()
-    ran.again()
+    run.again()
     _Runner(captured, seen).results(tensors)
     traced = {str(path) for n in captured.graph.nodes for path, _ in (n.meta.get("nn_module_stack") or {}).values()}
     wrong = [each for each in calls if not each.results <= seen and each.path not in operators]
@@ -108,12 +108,12 @@ def differs(
     return path
 
 
-def apart(some: Sequence[Any], others: Sequence[Any]) -> float:
-    """How far results are apart, in units in the last place of the largest; 0.0 where they are equal."""
+def ulp_distance(some: Sequence[Any], others: Sequence[Any]) -> float:
+    """How far apart results are, in units in the last place of the largest; 0.0 where they are equal."""
     return max((_distance(one, other) for one, other in zip(some, others, strict=True)), default=0.0)
 
 
-def relative(some: Sequence[Any], others: Sequence[Any]) -> float:
+def relative_distance(some: Sequence[Any], others: Sequence[Any]) -> float:
     """The same by the norm of the difference over the norm; 0.0 where they are equal."""
     return max((_relative(one, other) for one, other in zip(some, others, strict=True)), default=0.0)
 
@@ -175,7 +175,7 @@ def _called(model: nn.Module, arguments: dict[str, Any]) -> tuple[list[Any], lis
     calls: list[_Called] = []
     tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
     with ExitStack() as hooks, torch.no_grad(), torch.random.fork_rng(cuda_devices(tensors)):
-        for path, module in hookable(model):
+        for path, module in hookable_modules(model):
             if not path or (type(module).__module__.startswith("torch.nn.") and "forward" not in vars(module)):
                 continue
 
@@ -183,7 +183,7 @@ def _called(model: nn.Module, arguments: dict[str, Any]) -> tuple[list[Any], lis
                 calls.append(_Called(path, _marks((args, kwargs)), _marks(output)))
 
             hooks.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
-        return tree_leaves(model(**copied(arguments))), calls
+        return tree_leaves(model(**copy_containers(arguments))), calls
 
 
 def _marks(value: Any) -> set[bytes]:
