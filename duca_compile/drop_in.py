@@ -38,7 +38,7 @@ from duca_compile.errors import UsageError
 from duca_compile.frontend import casts, offloading
 from duca_compile.frontend.binder import Binder, Call
 from duca_compile.frontend.capture import live_tensors
-from duca_compile.frontend.state import Held
+from duca_compile.frontend.side_effects import ModelState
 from duca_compile.frontend.trace_check import COMPILED_TOLERANCE, MAX_ULPS, relative_distance, ulp_distance
 from duca_compile.policies import Policy
 from duca_compile.runtime.dispatcher import Plan
@@ -222,7 +222,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
                 compiled = self._compiled.find_anew(call)
                 named = compiled.named(call.tensors)
                 request.captured(compiled.facts)
-            if (captured := compiled.captured).casts or torch.is_inference_mode_enabled():
+            if (captured := compiled.captured).explicit_casts or torch.is_inference_mode_enabled():
                 with _outside_of_modes(captured):
                     output = compiled.run(request, tick, named, name)
             elif records:
@@ -268,7 +268,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
 
         with torch.no_grad(), casts.none_for(compiled.captured):
             call_by_name = compiled.named(call.tensors)
-            held = Held(self.source) if compiled.captured.opaque else None
+            held = ModelState(self.source) if compiled.captured.opaque else None
             compiled.dispatcher.warm_up(requests.new(), call_by_name, islice(steps, LOOKED_AHEAD), watch)
             if held is not None:
                 held.put_back()
@@ -276,8 +276,8 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
     def _capture(self, call: Call, known: Mapping[str, str]) -> Compiled:
         with self._source_context():
             captured, facts, prologue = analyze_call(self.source, call, self.timestep_name, known, self._careful)
-        self.__dict__["_first"] = None if self._careful else _First(call.tensors, captured.results)
-        captured = replace(captured, results=())
+        self.__dict__["_first"] = None if self._careful else _First(call.tensors, captured.eager_results)
+        captured = replace(captured, eager_results=())
         limit = not_recomputed(facts, self.policy)
         if limit is not None and not self._told:
             self.__dict__["_told"] = True

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import duca_compile
 from duca_compile import CaptureError, StructureError, UsageError
+from duca_compile.frontend.side_effects import ModelState
 from duca_compile.frontend.snapshot import Watch
-from duca_compile.frontend.state import Held
 from tests import models
 from tests.features import state as cases
 from tests.features.state import attending, block, call, guided, loop, sd3, small
@@ -85,7 +85,7 @@ def test_a_capture_that_fails_leaves_the_model_as_it_was(fails: str, monkeypatch
         monkeypatch.setattr(
             "duca_compile.compiler.analyze.analyze", lambda *_: (_ for _ in ()).throw(StructureError("none"))
         )
-    held = Held(model)
+    held = ModelState(model)
     with pytest.raises((CaptureError, StructureError)):
         duca_compile.optimize(model, "none", "eager")(**models.example())
     assert not held.changes()

@@ -19,8 +19,8 @@ def analyze(captured: CapturedGraph, timestep: str | None = None) -> Facts:
     graph = captured.graph
     time = timestep_input(graph, captured.inputs, timestep)
     latent = latent_input(graph, captured.inputs, time)
-    own_list = captured.lists[captured.inputs.index(latent)]
-    latents = {name for name, each in zip(captured.inputs, captured.lists, strict=True) if each == own_list}
+    own_list = captured.argument_paths[captured.inputs.index(latent)]
+    latents = {name for name, each in zip(captured.inputs, captured.argument_paths, strict=True) if each == own_list}
     variance = variances(graph, latents, time)
     flops = node_flops(graph)
     branches, stream_end, streams = find_branches(graph, variance, flops)

@@ -19,7 +19,7 @@ from duca_compile.frontend import casts
 from duca_compile.frontend.binder import Call
 from duca_compile.frontend.capture import capture
 from duca_compile.frontend.opaque import READS
-from duca_compile.frontend.state import followed
+from duca_compile.frontend.side_effects import track_side_effects
 from duca_compile.passes.pipeline import prepare
 from duca_compile.runtime.dispatcher import Hoister
 from duca_compile.runtime.torch.prologue import Prologue
@@ -38,16 +38,21 @@ def analyze_call(
     check_caching(model)
     devices = [tensor.device for tensor in call.tensors if tensor.device.type == "cuda"]
     # the caller's random numbers are not drawn here, and what forward changes at each call is put back
-    with COMPILING, torch.no_grad(), torch.random.fork_rng(devices), followed(model, call, known, careful) as own:
-        captured = prepare(capture(model, call, {**known, **own.operators}, own, careful))
+    with (
+        COMPILING,
+        torch.no_grad(),
+        torch.random.fork_rng(devices),
+        track_side_effects(model, call, known, careful) as effects,
+    ):
+        captured = prepare(capture(model, call, {**known, **effects.operators}, effects, careful))
         facts = _facts(captured, timestep)
         if readers := changing_reads(model, captured, facts):
-            operators = {**known, **own.operators, **{site.path: site.reason for site in captured.opaque}}
-            captured = prepare(capture(model, call, operators | readers, own, careful))
+            operators = {**known, **effects.operators, **{site.path: site.reason for site in captured.opaque}}
+            captured = prepare(capture(model, call, operators | readers, effects, careful))
             facts = _facts(captured, timestep)
             changing_reads(model, captured, facts)
-        own.check(model, captured)
-        captured = replace(captured, unread=own.unread, results=tuple(own.results))
+        effects.check(model, captured)
+        captured = replace(captured, write_only=effects.write_only, eager_results=tuple(effects.results))
         prologue = make_prologue(captured, facts)
         values = dict(zip(captured.inputs, call.tensors, strict=True))
         with casts.none_for(captured):

@@ -54,7 +54,7 @@ class Captures:
         self._said = False  # whether the log has what is too large to be looked at
         self._last: dict[Key, Structure] = {}  # by kind of call: the model as it was last captured
         self._own: set[Name] = set()  # attributes that forward changes
-        self._unread: frozenset[Name] = frozenset()  # those of them that make no difference
+        self._ignored: frozenset[Name] = frozenset()  # those of them that make no difference
         self._changes = 0  # captures in a row that a change of the model asked for
         self._dropped = dict[tuple[Hashable, Structure], None]()  # kinds of call whose captures made way for others
         self._crowded = False  # whether it was said that there are too many kinds
@@ -150,10 +150,10 @@ class Captures:
 
     def _look(self) -> Snapshot:
         """The model as it is now; its new tensors take the places of the old ones in the captures that still hold."""
-        seen = take(self._model, self._unread, self._live())
+        seen = take(self._model, self._ignored, self._live())
         if seen.weights.traced():
             with COMPILING:
-                seen = take(self._model, self._unread, self._live())
+                seen = take(self._model, self._ignored, self._live())
         known = (structure for _, structure in self._kept if structure == seen.structure)
         now = replace(seen, structure=next(known, seen.structure))
         before, self._now = self._now, now
@@ -206,9 +206,9 @@ class Captures:
         log.info("captured %s in %.1f s: %s", type(self._model).__name__, perf_counter() - started, compiled.summary())
         self._captured_now = True
         self._drop_without(compiled, before.structure)
-        if unread := compiled.captured.unread:
-            self._leave_out(unread)
-            before = replace(before, structure=before.structure.without(unread))
+        if write_only := compiled.captured.write_only:
+            self._leave_out(write_only)
+            before = replace(before, structure=before.structure.without(write_only))
         now = self._look()
         own = now.structure.differences(before.structure)
         if own:
@@ -264,15 +264,15 @@ class Captures:
         compiled.rebind(live_tensors(self._model))
         self._kept[key[0], now.structure] = compiled
         changed = set(key[1].differences(before.structure))
-        unread = {name for name in changed if before.structure.is_plain(name)}
-        if changed <= self._own and unread:
-            self._leave_out(unread)
+        write_only = {name for name in changed if before.structure.is_plain(name)}
+        if changed <= self._own and write_only:
+            self._leave_out(write_only)
             self._look()
         return compiled
 
     def _leave_out(self, names: Collection[Name]) -> None:
         """These attributes make no difference from now on."""
-        self._unread = self._unread.union(names)
+        self._ignored = self._ignored.union(names)
         self._restate(lambda structure: structure.without(names))
 
     def _replace(self, old: Structure, new: Structure) -> None:

@@ -63,14 +63,14 @@ class CapturedGraph:
     attributes: Mapping[str, Tensor]  # get_attr target -> the source model's own tensor, never a copy
     inputs: tuple[str, ...]  # placeholder names, one for each tensor leaf of the call
     output: OutputLayout
-    lists: tuple[str, ...]  # for each input, its argument's path, without the place in a list
+    argument_paths: tuple[str, ...]  # for each input, its argument's path, without the place in a list
     guarded_inputs: Mapping[str, ValueRead]  # inputs that the guards read
     guards: ValueGuards | None  # the values read by forward that the graph is specialized to
     opaque: tuple[OpaqueCall, ...]  # submodules that run as one operator
     fetched: tuple[OffloadedWeight, ...]  # weights that hooks bring for each call
-    casts: bool  # whether it does what autocast would do, so that it is to run with autocast turned off
-    results: tuple[Any, ...] = ()  # the leaves of what the model itself gave, until a step is compared with it
-    unread: frozenset[tuple[str, str]] = frozenset()  # attributes that forward changes at each call, and never reads
+    explicit_casts: bool  # whether it does what autocast would do, so that it is to run with autocast turned off
+    eager_results: tuple[Any, ...] = ()  # the leaves of what the model itself gave, until a step is compared with it
+    write_only: frozenset[tuple[str, str]] = frozenset()  # attributes that forward changes at each call and never reads
 
     @property
     def given(self) -> Mapping[str, ValueRead]:

@@ -174,8 +174,8 @@ class Traced:
             )
         if graph.fetched:
             raise ExportError(
-                f"{name}: {graph.fetched[0]} is brought for each call only; remove these hooks, or load the model without "
-                "them, to export it"
+                f"{name}: {graph.fetched[0]} is brought for each call only; remove these hooks, or load the model "
+                "without them, to export it"
             )
         if graph.guards is not None:
             argument, read = next(iter(graph.guarded_inputs.items()))

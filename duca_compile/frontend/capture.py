@@ -100,7 +100,7 @@ class _Once:
 
     results: list[Any]
 
-    def again(self) -> None:
+    def rewind(self) -> None:
         pass
 
 
@@ -131,7 +131,7 @@ def _gist(error: Exception) -> str:
 
 def _needs_a_look(captured: CapturedGraph) -> bool:
     """Whether its values are to be the model's bit for bit: where more than torch.export vouches for it."""
-    more = captured.guards is not None or captured.casts or has_foreign_operators(captured.graph)
+    more = captured.guards is not None or captured.explicit_casts or has_foreign_operators(captured.graph)
     return more or any(is_random(node) for node in captured.graph.nodes)  # forward may set a seed
 
 
@@ -265,17 +265,17 @@ def warm(model: nn.Module, call: Call, noted: Activations | None = None) -> list
 
 
 def _without_aliases(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Copies a tensor that is passed twice: the trace would take the two arguments for one."""
+    """The arguments with a copy of each tensor that is passed twice, which the trace would take for one argument."""
     seen: set[int] = set()
 
-    def own(tensor: Tensor) -> Tensor:
+    def distinct(tensor: Tensor) -> Tensor:
         if id(tensor) in seen:
             return tensor.clone()
         seen.add(id(tensor))
         return tensor
 
-    arguments = tree_map_only(Tensor, own, arguments)
-    return arguments
+    without: dict[str, Any] = tree_map_only(Tensor, distinct, arguments)
+    return without
 
 
 def _needs_functionalizing(node: fx.Node) -> bool:
@@ -355,12 +355,12 @@ def _lower(
         attributes=attributes if guards is None else guards.attributes | attributes,
         inputs=tuple(inputs),
         output=OutputLayout(program.call_spec.out_spec, constants),
-        lists=tuple(_LIST_PLACE.sub("", name) for name in tensor_names(call)),
+        argument_paths=tuple(_LIST_PLACE.sub("", name) for name in tensor_names(call)),
         guarded_inputs={inputs[place]: read for place, read in traced.reads.items()} if traced else {},
         guards=guards,
         opaque=traced.opaque if traced else (),
         fetched=fetched,
-        casts=exported.casts,
+        explicit_casts=exported.casts,
     )
 
 

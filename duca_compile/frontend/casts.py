@@ -61,7 +61,7 @@ def _set(settings: Settings) -> None:
 
 def none_for(captured: CapturedGraph) -> AbstractContextManager[None]:
     """What a graph runs under: autocast is turned off where the graph does what that would."""
-    return autocast(off()) if captured.casts else _NOTHING
+    return autocast(off()) if captured.explicit_casts else _NOTHING
 
 
 def has_regions(module: fx.GraphModule) -> bool:

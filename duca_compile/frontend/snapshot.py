@@ -205,7 +205,7 @@ class Watch:
         spaces = [each for each in seen.holders if each.names is not None and type(each.thing) is not CellType]
         self._spaces = [(each.thing, each.names, content(each.thing, each.names)) for each in spaces]
         things = [each.thing for each in seen.holders if each.names is None or type(each.thing) is CellType]
-        things = [thing for thing in things if not issubclass(type(thing), Tensor)]  # those are followed anyway
+        things = [thing for thing in things if not issubclass(type(thing), Tensor)]  # those are compared by version
         self._tables = [thing for thing in things if issubclass(type(thing), dict)]
         self._lists = [(thing, tuple(thing)) for thing in things if type(thing) is list]
         rest = [thing for thing in things if not issubclass(type(thing), dict) and type(thing) is not list]

@@ -55,7 +55,7 @@ class ModelRun(Protocol):
 
     results: list[Any]
 
-    def again(self) -> None:
+    def rewind(self) -> None:
         """Puts back what it changed on the model, so that the next call is like it."""
 
 
@@ -77,7 +77,7 @@ def find_mismatch(
     tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
     if any(tensor.is_meta for tensor in tensors):
         return None
-    run.again()
+    run.rewind()
     try:
         if ulp_distance(_Runner(captured).results(tensors), run.results) <= rounding:
             return None
@@ -87,7 +87,7 @@ def find_mismatch(
         if (node := _failing(error)) is None:
             raise
         return module_path(node)
-    run.again()
+    run.rewind()
     again, calls = _called(model, arguments)
     if ulp_distance(again, run.results) > rounding:
         log.warning(
@@ -97,7 +97,7 @@ def find_mismatch(
         )
         return None
     seen: set[bytes] = set()
-    run.again()
+    run.rewind()
     _Runner(captured, seen).results(tensors)
     traced = {str(path) for n in captured.graph.nodes for path, _ in (n.meta.get("nn_module_stack") or {}).values()}
     wrong = [each for each in calls if not each.results <= seen and each.path not in operators]

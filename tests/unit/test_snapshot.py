@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from duca_compile.frontend import snapshot
 from duca_compile.frontend.activations import Activations
 from duca_compile.frontend.arguments import Containers, noting
+from duca_compile.frontend.side_effects import ModelState
 from duca_compile.frontend.snapshot import Structure, Watch, take
-from duca_compile.frontend.state import Held
 
 STORE: list[int] = []
 
@@ -112,7 +112,7 @@ def test_foreign_objects_are_looked_at_without_asking_them_and_in_no_time() -> N
     assert hash(first.structure) == hash(second.structure)
     assert not Watch(first).stirred()
     assert {name for _, name in first.beyond} >= {"words", "data", "ids"}
-    assert not Held(made).changes()
+    assert not ModelState(made).changes()
 
 
 def structure(made: nn.Module) -> Structure:
@@ -161,7 +161,7 @@ def test_what_forward_can_read_is_seen_and_watched_and_put_back(what: str) -> No
     make, change = CHANGES[what]
     thing = make()
     made = model(thing=thing)
-    before, held = take(made), Held(made)
+    before, held = take(made), ModelState(made)
     watch = Watch(before)
     assert not watch.stirred()
     change(thing)
@@ -176,7 +176,7 @@ def test_what_forward_can_read_is_seen_and_watched_and_put_back(what: str) -> No
 
 def test_what_tells_iterators_tensors_and_random_numbers_apart() -> None:
     counter, tensor = itertools.count(), torch.zeros(2)
-    held = Held(model(counter=counter, tensor=tensor))
+    held = ModelState(model(counter=counter, tensor=tensor))
     state = random.getstate()
     next(counter)
     tensor.add_(1)

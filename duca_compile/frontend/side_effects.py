@@ -51,6 +51,7 @@ log = logging.getLogger("duca_compile")
 
 _LOADS = {"LOAD_ATTR", "LOAD_METHOD", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_CLOSURE"}
 _STORES = {"STORE_ATTR", "STORE_DEREF", "STORE_GLOBAL", "DELETE_ATTR"}
+_ITEM_STORES = {"STORE_SUBSCR", "DELETE_SUBSCR"}
 _WRITERS = {  # methods that change a container
     "append", "appendleft", "add", "clear", "extend", "insert", "pop", "popleft", "remove", "setdefault", "update",
 }  # fmt: skip
@@ -65,7 +66,7 @@ class Change(NamedTuple):
     after: Any
 
 
-class Held:
+class ModelState:
     """What a model and all that it can reach hold at one time, to be compared with later and put back."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -91,9 +92,9 @@ class Held:
                 before = {VALUE: self._tensors[number]}
             if names is None or holder.name in names:
                 _put(holder, before)
-            elif holder.name[1] == "" and (own := [key for path, key in names if path == holder.name[0]]):
+            elif holder.name[1] == "" and (keys := [key for path, key in names if path == holder.name[0]]):
                 now = content(holder.thing)
-                _put(holder, now | {key: before.get(key, MISSING) for key in own})
+                _put(holder, now | {key: before.get(key, MISSING) for key in keys})
 
     def name(self, change: Change) -> Name:
         """The attribute of a module that the change is in."""
@@ -197,7 +198,7 @@ _DRAWN: dict[type, Callable[[Any, bytes], object]] = {
 
 
 @dataclass
-class Own:
+class SideEffects:
     """What forward changes at each call of the model, and what is to be done about it.
 
     ``results`` are those of the call. ``operators`` gives the paths of the submodules that must run as one operator
@@ -207,17 +208,17 @@ class Own:
     results: list[Any]
     operators: dict[str, str] = field(default_factory=dict)
     activations: Activations | None = None
-    attributed: dict[int, Name] = field(default_factory=dict)  # storages of activations, and what keeps them
-    running: frozenset[Name] = frozenset()  # attributes that change with each call
-    unread: frozenset[Name] = frozenset()  # those that are plain values of modules that do not run as they are
-    held: Held | None = None  # what the model held before the call
+    keepers: dict[int, Name] = field(default_factory=dict)  # storages of activations, and what keeps them
+    recurring: frozenset[Name] = frozenset()  # attributes that change with each call
+    write_only: frozenset[Name] = frozenset()  # those that are plain values of modules that do not run as they are
+    state_before: ModelState | None = None  # what the model held before the call
 
-    def again(self) -> None:
+    def rewind(self) -> None:
         """Puts back what changes with each call, so that the next one is like the first."""
-        if self.held is not None and self.running:
-            self.held.put_back(self.running)
+        if self.state_before is not None and self.recurring:
+            self.state_before.put_back(self.recurring)
 
-    def holds(self, held: Held, change: Change) -> bool:
+    def holds(self, held: ModelState, change: Change) -> bool:
         """Whether a change is in what runs as one operator."""
         return _is_in(held.name(change)[0], self.operators)
 
@@ -232,7 +233,7 @@ class Own:
         weights = set(map(id, live_tensors(model).values()))
         for tensor in captured.attributes.values():
             source = None if id(tensor) in weights else self.activations.source(tensor)
-            if source is not None and storage_key(tensor) not in self.attributed:
+            if source is not None and storage_key(tensor) not in self.keepers:
                 raise CaptureError(
                     f"{type(model).__name__} keeps an activation of one call, made at {source}, and reads it in the "
                     "next, so that a graph would hold it for ever. What keeps it was not found. Switch it off, or pass "
@@ -241,7 +242,9 @@ class Own:
 
 
 @contextmanager
-def followed(model: nn.Module, call: Call, known: Mapping[str, str], careful: bool = False) -> Iterator[Own]:
+def track_side_effects(
+    model: nn.Module, call: Call, known: Mapping[str, str], careful: bool = False
+) -> Iterator[SideEffects]:
     """While open, ``model`` may be captured. Behind it, the model holds what it held, and what it made at first use.
 
     ``known`` are submodules that run as one operator in other calls. To be ``careful`` takes one more run, which has to
@@ -250,18 +253,20 @@ def followed(model: nn.Module, call: Call, known: Mapping[str, str], careful: bo
     Raises:
         CaptureError: the model itself changes at each call what it reads, or writes into its arguments.
     """
-    before = after = Held(model)
+    before = after = ModelState(model)
     try:
-        own, after = _observed(model, call, before, known, careful)
-        yield own
+        effects, after = _observe(model, call, before, known, careful)
+        yield effects
     except BaseException:
         before.put_back()
         raise
     after.put_back()
-    before.put_back(own.running)
+    before.put_back(effects.recurring)
 
 
-def _observed(model: nn.Module, call: Call, before: Held, known: Mapping[str, str], careful: bool) -> tuple[Own, Held]:
+def _observe(
+    model: nn.Module, call: Call, before: ModelState, known: Mapping[str, str], careful: bool
+) -> tuple[SideEffects, ModelState]:
     check_kinds(model, call.arguments)
     activations: Activations | None = Activations(call.tensors)
     try:
@@ -270,34 +275,36 @@ def _observed(model: nn.Module, call: Call, before: Held, known: Mapping[str, st
         before.put_back()
         activations = None
         results = _run(model, call, None)
-    own = Own(results, activations=activations, held=before)
+    effects = SideEffects(results, activations=activations, state_before=before)
     kept = activations.kept(results) if activations else {}
     if not before.changes():
         _warn_of_kept(model, kept, {})
         if careful:
-            _check_repeats(model, call, own, [])
-        return own, before
-    after = Held(model)
-    own.attributed = {key: label for tensor, label in after.tensors() if own.depends(key := storage_key(tensor))}
-    _warn_of_kept(model, kept, own.attributed)
-    blame = _Blame(model, after, {before.name(change) for change in before.changes()})
+            _check_repeats(model, call, effects, [])
+        return effects, before
+    after = ModelState(model)
+    effects.keepers = {key: label for tensor, label in after.tensors() if effects.depends(key := storage_key(tensor))}
+    _warn_of_kept(model, kept, effects.keepers)
+    attribution = _Attribution(model, after, {before.name(change) for change in before.changes()})
     other = call.with_arguments(with_other_tensors(copy_containers(call.arguments)))
-    with blame:
+    with attribution:
         later = warm(model, other)
-    changes = [change for change in after.changes() if not _alike(change.before, change.after, own.depends)]
-    own.running = frozenset(map(after.name, changes))
-    own.attributed = {key: name for key, name in own.attributed.items() if name not in own.running}
-    own.operators = blame.operators(changes, ulp_distance(results, later) > MAX_ULPS)
-    own.unread = frozenset(after.name(each) for each in changes if after.is_plain(each) and not own.holds(after, each))
+    changes = [change for change in after.changes() if not _alike(change.before, change.after, effects.depends)]
+    effects.recurring = frozenset(map(after.name, changes))
+    effects.keepers = {key: name for key, name in effects.keepers.items() if name not in effects.recurring}
+    effects.operators = attribution.operators(changes, ulp_distance(results, later) > MAX_ULPS)
+    effects.write_only = frozenset(
+        after.name(each) for each in changes if after.is_plain(each) and not effects.holds(after, each)
+    )
     made = [(before.name(change), before.word(change), before.label(change)) for change in before.changes()]
-    blame.check_set([each for each in made if each[0] not in own.running], {**known, **own.operators})
-    _warn_of_operators(model, own.operators)
+    attribution.check_set([each for each in made if each[0] not in effects.recurring], {**known, **effects.operators})
+    _warn_of_operators(model, effects.operators)
     after.put_back()
-    if own.running or careful or ulp_distance(results, later) > 0.0:  # else the second run was a repetition
-        own.again()
-        _check_repeats(model, call, own, [label for name, _, label in made if name not in own.running])
+    if effects.recurring or careful or ulp_distance(results, later) > 0.0:  # else the second run was a repetition
+        effects.rewind()
+        _check_repeats(model, call, effects, [label for name, _, label in made if name not in effects.recurring])
         after.put_back()
-    return own, after
+    return effects, after
 
 
 def _run(model: nn.Module, call: Call, activations: Activations | None) -> list[Any]:
@@ -311,31 +318,31 @@ def _run(model: nn.Module, call: Call, activations: Activations | None) -> list[
     return results
 
 
-def _check_repeats(model: nn.Module, call: Call, own: Own, made: Sequence[str]) -> None:
+def _check_repeats(model: nn.Module, call: Call, effects: SideEffects, made: Sequence[str]) -> None:
     """Raises CaptureError where the same call gives other results, though all that was found is as it was.
 
     ``made`` are the attributes that were set at first use.
     """
 
     def again() -> list[Any]:
-        own.again()
+        effects.rewind()
         return warm(model, call.with_arguments(copy_containers(call.arguments)))
 
     versions = list(map(version, call.tensors))
     found = again()
-    if ulp_distance(own.results, found) == 0.0 or versions != list(map(version, call.tensors)):
+    if ulp_distance(effects.results, found) == 0.0 or versions != list(map(version, call.tensors)):
         return  # what writes to its arguments is refused for that
     name = type(model).__name__
     if made and ulp_distance(found, again()) == 0.0:
-        own.results = found
+        effects.results = found
         _warn(
             model,
             f"forward gives other results at its first call, which sets {made[0]}. Steps give those of its later calls",
         )
         return
-    where = _first_that_differs(model, call, own)
+    where = _first_that_differs(model, call, effects)
     what = f"{where or f'{name}.forward'} gives"
-    if ulp_distance(own.results, found) <= MAX_ULPS:
+    if ulp_distance(effects.results, found) <= MAX_ULPS:
         _warn(model, f"{what} results that differ in rounding from call to call, so steps can differ from the model's")
         return
     raise CaptureError(
@@ -346,7 +353,7 @@ def _check_repeats(model: nn.Module, call: Call, own: Own, made: Sequence[str]) 
     )
 
 
-def _first_that_differs(model: nn.Module, call: Call, own: Own) -> str:
+def _first_that_differs(model: nn.Module, call: Call, effects: SideEffects) -> str:
     """The path of the innermost submodule that returns other results of the same arguments in a second call."""
 
     def recorded() -> list[tuple[str, Any, Any]]:
@@ -361,7 +368,7 @@ def _first_that_differs(model: nn.Module, call: Call, own: Own) -> str:
         with ExitStack() as stack:
             for path, module in hookable_modules(model):
                 stack.callback(module.register_forward_hook(note(path), with_kwargs=True).remove)
-            own.again()
+            effects.rewind()
             warm(model, call.with_arguments(copy_containers(call.arguments)))
         return found
 
@@ -391,8 +398,8 @@ def _refusal(model: nn.Module, call: Call, place: str) -> CaptureError:
     )
 
 
-def _warn_of_kept(model: nn.Module, kept: Mapping[int, str], attributed: Collection[int]) -> None:
-    others = [source for key, source in kept.items() if key not in attributed]
+def _warn_of_kept(model: nn.Module, kept: Mapping[int, str], keepers: Collection[int]) -> None:
+    others = [source for key, source in kept.items() if key not in keepers]
     if others:
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         _warn(
@@ -440,10 +447,10 @@ def _alike(one: Any, other: Any, depends: Callable[[int], bool], depth: int = 4)
     return False
 
 
-class _Blame:
+class _Attribution:
     """Runs beside a call, and finds which modules change what, and which code runs in each."""
 
-    def __init__(self, model: nn.Module, held: Held, names: Collection[Name]) -> None:
+    def __init__(self, model: nn.Module, held: ModelState, names: Collection[Name]) -> None:
         self._model, self._held = model, held
         self._watched = [i for i, holder in enumerate(held.holders) if self._counts(holder, names)]
         self._writers: dict[int, dict[str, None]] = {}
@@ -579,10 +586,12 @@ def _uses(code: CodeType, word: str) -> list[_Use]:
         line = each.starts_line if each.starts_line is not None else line
         lines.setdefault(line, []).append(each)
     found = []
-    for number, own in lines.items():
-        named = [each for each in own if each.argval == word and each.opname in _LOADS | _STORES]
+    for number, instructions in lines.items():
+        named = [each for each in instructions if each.argval == word and each.opname in _LOADS | _STORES]
         if named:
             stores = any(each.opname in _STORES for each in named)
-            fills = any(each.opname in ("STORE_SUBSCR", "DELETE_SUBSCR") or each.argval in _WRITERS for each in own)
+            fills = any(
+                each.opname in ("STORE_SUBSCR", "DELETE_SUBSCR") or each.argval in _WRITERS for each in instructions
+            )
             found.append(_Use(line_of(code.co_filename, number), stores or fills))
     return found
