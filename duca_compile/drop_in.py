@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from duca_compile.backends.base import Backend
 from duca_compile.compiler.analyze import analyze_call
 from duca_compile.compiler.budget import CacheOptions, fitted
-from duca_compile.compiler.captures import Captures
+from duca_compile.compiler.captures import CaptureCache
 from duca_compile.compiler.checks import (
     DIFFUSERS_HOOKS,
     check_caching,
@@ -105,7 +105,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
     _backend: Backend
     _requests: Requests
     _bind: Binder
-    _compiled: Captures
+    _compiled: CaptureCache
     _told: bool  # whether it was said what partial steps cannot do
     _careful: bool  # whether a step was once not what the model gives, so that captures are made with all checks
     _first: _First | None  # of the last capture, until a step was compared with it
@@ -129,7 +129,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         own = {"source": model, "policy": policy, "_backend": backend, "_requests": requests, "timestep_name": timestep}
         self.__dict__.update(own, cache_options=cache_options)
         self.__dict__["_bind"] = Binder(model, timestep)
-        self.__dict__["_compiled"] = Captures(model, self._capture)
+        self.__dict__["_compiled"] = CaptureCache(model, self._capture)
         self.__dict__.update(_told=False, _careful=False, _first=None)
         self.training = model.training
         self._set_forward()
@@ -219,7 +219,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
             named = compiled.named(call.tensors)
             tick = request.tick(compiled.facts, named, name, step)
             if tick.new_request:
-                compiled = self._compiled.find_anew(call)
+                compiled = self._compiled.find_revalidated(call)
                 named = compiled.named(call.tensors)
                 request.captured(compiled.facts)
             if (captured := compiled.captured).explicit_casts or torch.is_inference_mode_enabled():
@@ -259,7 +259,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         """
         check_model(self.source)
         call = self._bind(args, kwargs)
-        compiled, requests = self._compiled.find_anew(call), self._requests
+        compiled, requests = self._compiled.find_revalidated(call), self._requests
         steps = self.policy.planned(requests.total)
         console = Console(stderr=True)
 

@@ -16,7 +16,7 @@ import duca_compile
 from duca_compile import DuCa, Explanation, OptimizedModel, Policy
 from duca_compile.backends.make import make_backend
 from duca_compile.compiler.analyze import analyze_call, step_values
-from duca_compile.compiler.captures import Captures
+from duca_compile.compiler.captures import CaptureCache
 from duca_compile.compiler.compiled import Compiled
 from duca_compile.core.ir import CapturedGraph, Facts
 from duca_compile.core.variants import Action
@@ -84,7 +84,7 @@ class Shared:
         def capture(call: Call, known: Mapping[str, str]) -> Compiled:
             return Compiled(*self.captured(call), policy, engine, live, None)
 
-        made.__dict__["_compiled"] = Captures(self.model, capture)
+        made.__dict__["_compiled"] = CaptureCache(self.model, capture)
         return made
 
 

@@ -317,7 +317,7 @@ class Scaled(models.Attention):
 
 @pytest.mark.parametrize("kind", ["context", "thread", "module", "object"])
 def test_globals_that_are_set_within_a_request_are_followed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("duca_compile.frontend.snapshot.PATIENCE", 0)
+    monkeypatch.setattr("duca_compile.frontend.snapshot.WATCH_BACKOFF", 0)
 
     def during(_: nn.Module, step: int) -> None:
         for each in ("context", "thread", "module", "object"):
@@ -329,7 +329,7 @@ def test_globals_that_are_set_within_a_request_are_followed(kind: str, monkeypat
 
 
 def test_the_forward_of_a_class_may_be_replaced_within_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("duca_compile.frontend.snapshot.PATIENCE", 0)
+    monkeypatch.setattr("duca_compile.frontend.snapshot.WATCH_BACKOFF", 0)
     own = models.Attention.forward
 
     def during(_: nn.Module, step: int) -> None:

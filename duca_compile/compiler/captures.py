@@ -23,7 +23,7 @@ log = logging.getLogger("duca_compile")
 
 MAX_CAPTURES = 4  # shapes kept compiled at a time for one state of the model; the least recently used one goes first
 MAX_IN_ALL = 8  # for all its states: passes of one step may each have one, as guiders' do
-RESTLESS = 3  # requests in a row that find the model changed, after which a warning says so
+MAX_CHANGES = 3  # requests in a row that find the model changed, after which a warning says so
 Kind = tuple[Hashable, int]  # a call's key, and a number where forward reads other values
 
 
@@ -35,7 +35,7 @@ class _Recent(NamedTuple):
     compiled: Compiled | None = None
 
 
-class Captures:
+class CaptureCache:
     """Keeps captures, each for one kind of call and one state of the model, ``MAX_CAPTURES`` for each state at most.
 
     ``capture`` makes one, given the submodules that run as they are in others, and why. What capturing itself changes
@@ -76,23 +76,23 @@ class Captures:
         Raises what capturing raises.
         """
         now = self._now
-        if now is None or not now.weights.seem_kept():
-            return self.find_anew(call)
+        if now is None or not now.weights.seem_unchanged():
+            return self.find_revalidated(call)
         watch = self._watch
-        if self.touched or watch is None or watch.due():
-            if self._stirred():
-                return self._find_stirred(call, now.structure)
+        if self.touched or watch is None or watch.is_due():
+            if self._changed():
+                return self._find_after_change(call, now.structure)
         else:
             self._unwatched += 1
         key, structure, compiled = self._recent
         known = compiled is not None and key is call.key and structure is now.structure
         if compiled is None or not known or not compiled.holds(call.tensors):
-            compiled = self._get(call, now.structure) or self.find_anew(call)
+            compiled = self._get(call, now.structure) or self.find_revalidated(call)
             self._recent = _Recent(call.key, now.structure, compiled)
         compiled.used = next(self._calls)
         return compiled
 
-    def _stirred(self) -> bool:
+    def _changed(self) -> bool:
         """Whether anything was done to what the model holds.
 
         Not while it is captured, by another thread, which sets and puts back some of it.
@@ -101,20 +101,20 @@ class Captures:
         if watch is None or self._making:
             return False
         self.touched = False
-        if watch.stirred():
+        if watch.changed():
             return True
         self._unwatched = 0
         return False
 
-    def _find_stirred(self, call: Call, before: Structure) -> Compiled:
+    def _find_after_change(self, call: Call, before: Structure) -> Compiled:
         """Something was done to the model since the last call, which may or may not make a difference."""
         started, unwatched, self._unwatched = perf_counter(), self._unwatched, 0
-        compiled = self.find_anew(call)
+        compiled = self.find_revalidated(call)
         now, watch = self._now, self._watch
         if now is None or watch is None:
             return compiled
         if now.structure is before:
-            watch.wait(perf_counter() - started)  # a false alarm; some are raised at each call
+            watch.back_off(perf_counter() - started)  # a false alarm; some are raised at each call
         elif unwatched:
             names = ", ".join(f"{path}.{name}".strip(".") for path, name in now.structure.differences(before)[:3])
             log.warning(
@@ -126,7 +126,7 @@ class Captures:
             )
         return compiled
 
-    def find_anew(self, call: Call) -> Compiled:
+    def find_revalidated(self, call: Call) -> Compiled:
         """The same, after a look at the whole model: for the start of a request."""
         with self._lock:
             self._recent = _Recent()  # captures may be dropped
@@ -319,12 +319,12 @@ class Captures:
         changed = f"{path}.{attribute}".strip(".") + (f" and {len(more)} more" if more else "")
         log.info("changed weights, modules or attributes (%s): capturing %s anew", changed, name)
         self._changes += 1
-        if self._changes == RESTLESS:
+        if self._changes == MAX_CHANGES:
             log.warning(
                 "%s has changed before each of the last %d captures (now %s), and each takes long; set it once before "
                 "the loop, or make it an argument of forward",
                 name,
-                RESTLESS,
+                MAX_CHANGES,
                 changed,
             )
 

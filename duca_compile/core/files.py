@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A file beside ``path`` to write to; at the end it takes its place, and where anything fails it is removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

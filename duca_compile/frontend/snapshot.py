@@ -58,7 +58,7 @@ TOTAL_BUDGET = 100_000  # the same for all of a model
 VARIABLE_BUDGET = 500  # the same for one variable of a Python module that functions name
 SMALL = 2**16  # elements of tensors that forward may count in
 ARRAY_BYTES = 4096  # numpy arrays up to this size are known by their values
-PATIENCE = 50  # the quick look waits this many times as long as it takes, so that it takes 2 % of the time at most
+WATCH_BACKOFF = 50  # the quick look waits this many times as long as it takes, so that it takes 2 % of the time at most
 _PLAIN = {str, bytes, bool, int, float, complex, type(None), torch.dtype, torch.device}
 _HOOKS = {name for name in vars(nn.Module()) if name.startswith(("_forward_hooks", "_forward_pre_hooks"))}
 _TABLES = {"_parameters", "_buffers", "_modules"}
@@ -133,7 +133,7 @@ class Weights:
     tensors: tuple[Tensor, ...]
     firsts: tuple[_Place, ...]
 
-    def seem_kept(self) -> bool:
+    def seem_unchanged(self) -> bool:
         """Whether the first of each is still the same object of the same type and device in the same place.
 
         What is done to a whole model, such as ``to()``, is done to these too (it makes new buffers), and asking all
@@ -197,7 +197,7 @@ class Watch:
     """A quick look at all that a snapshot looked into: whether anything was set, added or removed since.
 
     What is found may make no difference; what is not found was not touched, but for values that the walk knows by
-    identity. It takes some 80 microseconds for 1300 modules, so it has its turn once in ``PATIENCE`` times as long; but
+    identity. It takes some 80 microseconds for 1300 modules, so it runs once in ``WATCH_BACKOFF`` times as long; but
     at once where a hook was registered, or one of those that were there was removed.
     """
 
@@ -215,32 +215,32 @@ class Watch:
         self._set = [(table, len(table)) for table in own if issubclass(type(table), dict)]
         self._versions = self._now()
         started = perf_counter()
-        self._stirred()
+        self._changed()
         self._cost, self._due = perf_counter() - started, 0.0
 
-    def due(self) -> bool:
+    def is_due(self) -> bool:
         if perf_counter() >= self._due or RemovableHandle.next_id != self._handles:
             return True
         return bool(self._set) and any(len(table) != count for table, count in self._set)
 
-    def stirred(self) -> bool:
+    def changed(self) -> bool:
         started = perf_counter()
-        found = self._stirred()
+        found = self._changed()
         now = perf_counter()
         self._cost = min(self._cost, now - started)  # at other times something else was in its way
-        self._due = now + PATIENCE * self._cost
+        self._due = now + WATCH_BACKOFF * self._cost
         return found
 
-    def wait(self, seconds: float) -> None:
+    def back_off(self, seconds: float) -> None:
         """What took so long has its turn again when that has become a small part of the time."""
-        self._due = perf_counter() + PATIENCE * seconds
+        self._due = perf_counter() + WATCH_BACKOFF * seconds
 
     def _now(self) -> list[Any]:
         if _VERSION is not None:
             return [*map(_VERSION, self._tables)]
         return [tuple(map(id, table.values())) for table in self._tables]
 
-    def _stirred(self) -> bool:
+    def _changed(self) -> bool:
         if self._now() != self._versions:
             return True
         if RemovableHandle.next_id != self._handles:  # a hook was registered, if perhaps on another model

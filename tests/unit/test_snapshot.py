@@ -110,7 +110,7 @@ def test_foreign_objects_are_looked_at_without_asking_them_and_in_no_time() -> N
     assert perf_counter() - started < 0.4  # two looks
     assert first.structure == second.structure
     assert hash(first.structure) == hash(second.structure)
-    assert not Watch(first).stirred()
+    assert not Watch(first).changed()
     assert {name for _, name in first.beyond} >= {"words", "data", "ids"}
     assert not ModelState(made).changes()
 
@@ -163,9 +163,9 @@ def test_what_forward_can_read_is_seen_and_watched_and_put_back(what: str) -> No
     made = model(thing=thing)
     before, held = take(made), ModelState(made)
     watch = Watch(before)
-    assert not watch.stirred()
+    assert not watch.changed()
     change(thing)
-    assert watch.stirred()
+    assert watch.changed()
     assert structure(made) != before.structure
     assert held.changes()
     held.put_back()
@@ -192,11 +192,11 @@ def test_hooks_are_watched_and_one_that_is_set_again_is_the_same() -> None:
     bare = take(made)
     watch = Watch(bare)
     nn.Linear(1, 1).register_forward_hook(closing(1))
-    assert not watch.stirred()
+    assert not watch.changed()
     seen = []
     for value in (1, 1, 2):
         handle = made[0].register_forward_hook(closing(value))
-        assert watch.stirred()
+        assert watch.changed()
         seen.append(structure(made))
         handle.remove()
         watch = Watch(take(made))
@@ -238,11 +238,11 @@ def test_a_look_waits_until_it_is_a_small_part_of_the_time(monkeypatch: pytest.M
     watch = Watch(take(model()))
     monkeypatch.setattr(snapshot, "perf_counter", lambda: now[0])
     watch.wait(1.0)
-    assert not watch.due()
-    now[0] = snapshot.PATIENCE - 0.1
-    assert not watch.due()
-    now[0] = snapshot.PATIENCE
-    assert watch.due()
+    assert not watch.is_due()
+    now[0] = snapshot.WATCH_BACKOFF - 0.1
+    assert not watch.is_due()
+    now[0] = snapshot.WATCH_BACKOFF
+    assert watch.is_due()
 
 
 def test_activations_that_are_kept_are_found_with_their_line() -> None:
