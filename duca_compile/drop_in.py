@@ -48,7 +48,7 @@ from duca_compile.runtime.session import HasSessions, Requests, current_pass, na
 
 log = logging.getLogger("duca_compile")
 
-LOOKED_AHEAD = 1000  # steps that a warm-up looks at for variants that they need
+WARM_UP_STEPS = 1000  # steps that a warm-up looks at for variants that they need
 _SHARED = (  # tables that an optimized model has in common with its source
     "_parameters",
     "_buffers",
@@ -266,10 +266,10 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         def watch(plans: Sequence[Plan]) -> Iterable[Plan]:
             return track(plans, f"compiling {type(self.source).__name__}", console=console, transient=True)
 
-        with torch.no_grad(), casts.none_for(compiled.captured):
+        with torch.no_grad(), casts.without_autocast(compiled.captured):
             call_by_name = compiled.named(call.tensors)
             held = ModelState(self.source) if compiled.captured.opaque else None
-            compiled.dispatcher.warm_up(requests.new(), call_by_name, islice(steps, LOOKED_AHEAD), watch)
+            compiled.dispatcher.warm_up(requests.new(), call_by_name, islice(steps, WARM_UP_STEPS), watch)
             if held is not None:
                 held.put_back()
 
@@ -327,7 +327,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
 @contextmanager
 def _outside_of_modes(captured: CapturedGraph) -> Iterator[None]:
     """Recording neither gradients nor inference tensors, which nobody could write to outside of inference mode."""
-    with torch.inference_mode(False), torch.no_grad(), casts.none_for(captured):
+    with torch.inference_mode(False), torch.no_grad(), casts.without_autocast(captured):
         yield
 
 

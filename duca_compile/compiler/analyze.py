@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from duca_compile.analysis import analyze
 from duca_compile.compiler.checks import check_caching
-from duca_compile.compiler.outside import make_prologue, make_rows
+from duca_compile.compiler.precompute import make_prologue, make_rows
 from duca_compile.compiler.verification import verified
 from duca_compile.core.ir import CapturedGraph, Facts
 from duca_compile.core.lock import COMPILING
@@ -18,7 +18,7 @@ from duca_compile.errors import CaptureError, StructureError
 from duca_compile.frontend import casts
 from duca_compile.frontend.binder import Call
 from duca_compile.frontend.capture import capture
-from duca_compile.frontend.opaque import READS
+from duca_compile.frontend.opaque import READS_CHANGING_VALUES
 from duca_compile.frontend.side_effects import track_side_effects
 from duca_compile.passes.pipeline import prepare
 from duca_compile.runtime.dispatcher import Hoister
@@ -55,7 +55,7 @@ def analyze_call(
         captured = replace(captured, write_only=effects.write_only, eager_results=tuple(effects.results))
         prologue = make_prologue(captured, facts)
         values = dict(zip(captured.inputs, call.tensors, strict=True))
-        with casts.none_for(captured):
+        with casts.without_autocast(captured):
             return captured, verified(captured, facts, step_values(captured, facts, prologue, values)), prologue
 
 
@@ -94,4 +94,4 @@ def changing_reads(model: nn.Module, captured: CapturedGraph, facts: Facts) -> d
                 "from step to step, so no graph can hold what follows from it. Compute it before the loop and pass it "
                 "as an argument, or move that line to a submodule, which then runs as it is, as one operator."
             )
-    return {path: READS for read in reads.values() for path in read.paths}
+    return {path: READS_CHANGING_VALUES for read in reads.values() for path in read.paths}

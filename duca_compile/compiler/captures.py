@@ -158,15 +158,15 @@ class CaptureCache:
         now = replace(seen, structure=next(known, seen.structure))
         before, self._now = self._now, now
         self._watch, self.touched = Watch(now), False
-        self._say_beyond(now)
+        self._log_over_budget(now)
         if before is not None and (before.structure != now.structure or not before.weights.same(now.weights)):
             self._settle(now)
         return now
 
-    def _say_beyond(self, now: Snapshot) -> None:
-        if now.beyond and not self._said:
+    def _log_over_budget(self, now: Snapshot) -> None:
+        if now.over_budget and not self._said:
             self._said = True
-            names = ", ".join(f"{path}.{name}".strip(".") for path, name in now.beyond[:5])
+            names = ", ".join(f"{path}.{name}".strip(".") for path, name in now.over_budget[:5])
             log.info(
                 "%s holds much in %s: it is known by its identity, and what changes inside is not noticed",
                 type(self._model).__name__,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from duca_compile.backends.base import Backend, HoldsWeights
-from duca_compile.compiler.outside import make_rows
+from duca_compile.compiler.precompute import make_rows
 from duca_compile.core.guards import ValueGuards
 from duca_compile.core.ir import CapturedGraph, Facts
 from duca_compile.core.tensors import TensorVersions

@@ -31,7 +31,7 @@ from duca_compile.frontend.activations import Activations
 from duca_compile.frontend.binder import LEAVES, Call, tensor_names
 from duca_compile.frontend.concrete import Untraceable, failing_node, failing_path
 from duca_compile.frontend.offloading import Offloading
-from duca_compile.frontend.opaque import alike
+from duca_compile.frontend.opaque import modules_like
 from duca_compile.frontend.operators import is_random
 from duca_compile.frontend.trace_check import (
     MAX_ULPS,
@@ -90,7 +90,7 @@ def capture(
         if not path:
             break
         log.info("%s %s: it runs as it is, as one operator, and so does all of its kind", path, reason)
-        operators |= dict.fromkeys(alike(model, path), reason)
+        operators |= dict.fromkeys(modules_like(model, path), reason)
     raise _refusal(model, failed) from failed
 
 

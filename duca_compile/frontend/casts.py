@@ -59,7 +59,7 @@ def _set(settings: Settings) -> None:
         torch.set_autocast_dtype(device, dtype)
 
 
-def none_for(captured: CapturedGraph) -> AbstractContextManager[None]:
+def without_autocast(captured: CapturedGraph) -> AbstractContextManager[None]:
     """What a graph runs under: autocast is turned off where the graph does what that would."""
     return autocast(off()) if captured.explicit_casts else _NOTHING
 

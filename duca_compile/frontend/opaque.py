@@ -24,7 +24,8 @@ from duca_compile.core.tensors import version
 from duca_compile.errors import CaptureError
 from duca_compile.frontend.offloading import Offloading
 
-READS = "reads values that change from step to step"  # of all reasons, the one that makes tokens depend on others
+# Of all reasons, the one for which tokens depend on each other.
+READS_CHANGING_VALUES = "reads values that change from step to step"
 Given = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a call
 _BY_MORE = ("reads ", "changes ")  # how reasons begin where a module goes by values of all tokens, or by its own state
 _sites: WeakValueDictionary[int, CallSite] = WeakValueDictionary()
@@ -35,17 +36,17 @@ _AROUND = {
 }
 
 
-class Like(NamedTuple):
+class ResultLayout(NamedTuple):
     """The kind of a result; what is compiled goes by its strides. Without them it is contiguous."""
 
     shape: tuple[Any, ...]
     stride: tuple[int, ...] | None
     dtype: torch.dtype
 
-    def resized(self, dims: Mapping[int, tuple[int, Any]]) -> Like:
+    def resized(self, dims: Mapping[int, tuple[int, Any]]) -> ResultLayout:
         """With another size in each of these dimensions where it has the known one."""
         shape = [dims[i][1] if i in dims and dims[i][0] == size else size for i, size in enumerate(self.shape)]
-        return Like(tuple(shape), None, self.dtype)
+        return ResultLayout(tuple(shape), None, self.dtype)
 
     def empty(self, device: torch.device) -> Tensor:
         if self.stride is None:
@@ -73,7 +74,7 @@ class CallSite:
             self._leaves[place] = None  # the values are the operator's operands from now on
         self.out_spec: TreeSpec | None = None
         self.tensor_places: list[int] = []
-        self.out_like: list[Like] = []
+        self.out_like: list[ResultLayout] = []
         self.flops = 0
         self._draws = False
         _sites[self.number] = self
@@ -102,7 +103,7 @@ class CallSite:
         self.tensor_places = [i for i, output in enumerate(outputs) if output is not None]
         self.flops = int(counter.get_total_flops()) or self._guessed_flops
         own = self._owned(outputs, tensors)
-        self.out_like = [Like(output.shape, output.stride(), output.dtype) for output in own]
+        self.out_like = [ResultLayout(output.shape, output.stride(), output.dtype) for output in own]
         return own
 
     @property
@@ -113,7 +114,7 @@ class CallSite:
             return int(2 * rows * module.in_features * module.out_features)
         return int(2 * rows) * sum(weight.numel() for weight in module.parameters() if weight.dim() > 1)
 
-    def likes(self, tensors: list[Tensor]) -> list[Like]:
+    def likes(self, tensors: list[Tensor]) -> list[ResultLayout]:
         """The kinds of its results, for operands with this many tokens."""
         dims = {
             dim: (known, size)
@@ -131,7 +132,7 @@ class CallSite:
     @property
     def runs_each_step(self) -> bool:
         """Whether equal operands need not give equal results: it draws random numbers, or has a state of its own."""
-        return self._draws or (not self.may_be_pointwise and self.reason != READS)
+        return self._draws or (not self.may_be_pointwise and self.reason != READS_CHANGING_VALUES)
 
     @property
     def _says(self) -> str:
@@ -173,7 +174,7 @@ def _(tensors: list[Tensor], site: int) -> list[Tensor]:
 opaque = torch.ops.duca_compile.opaque.default
 
 
-class _Whole:
+class _HookedModule:
     """A module with its hooks, from behind the operator that stands for it: these must not run in the trace."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -226,13 +227,13 @@ def as_operators(model: nn.Module, paths: Mapping[str, str], offloaded: Offloadi
             if any(path.startswith(f"{other}.") for other in paths):
                 continue
             module = model.get_submodule(path)
-            whole = _Whole(module)
+            whole = _HookedModule(module)
             undo.callback(whole.put_back)
             whole.patch(replacement(path, module, offloaded.around(module, whole)))
         yield sites
 
 
-def alike(model: nn.Module, path: str) -> frozenset[str]:
+def modules_like(model: nn.Module, path: str) -> frozenset[str]:
     """The paths of the modules of the kind of the one at ``path``: what stops a trace in one does in the others."""
     kind = _kind(model.get_submodule(path))
     return frozenset(other for other, module in model.named_modules() if other and _kind(module) == kind)

@@ -170,13 +170,13 @@ class Holder(NamedTuple):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A model at one time. ``beyond`` names the attributes that hold too much to be looked at."""
+    """A model at one time. ``over_budget`` names the attributes that hold too much to be looked at."""
 
     structure: Structure
     weights: Weights
     holders: Sequence[Holder]
     hooks: Sequence[Mapping[Any, Any]]  # tables of hooks that hold none
-    beyond: Sequence[Name]
+    over_budget: Sequence[Name]
 
 
 def take(model: nn.Module, without: frozenset[Name] = frozenset(), live: frozenset[str] = frozenset()) -> Snapshot:
@@ -190,7 +190,7 @@ def take(model: nn.Module, without: frozenset[Name] = frozenset(), live: frozens
     for name in without & entries.keys():
         del entries[name]
     weights = Weights(tuple(walk.tensors), tuple(walk.firsts.values()))
-    return Snapshot(Structure(entries), weights, walk.holders, walk.hooks, walk.beyond)
+    return Snapshot(Structure(entries), weights, walk.holders, walk.hooks, walk.over_budget)
 
 
 class Watch:
@@ -373,7 +373,7 @@ class _Walk:
         self.firsts: dict[str, _Place] = {}
         self.holders: list[Holder] = []
         self.hooks: list[Mapping[Any, Any]] = []
-        self.beyond: list[Name] = []
+        self.over_budget: list[Name] = []
         self._live = live
         self._met: dict[int, tuple[Name, int]] = {}  # where objects were met first, so that others do not move them
         self._weight_numbers: dict[int, int] = {}
@@ -498,7 +498,7 @@ class _Walk:
             self._open.clear()
             self.entries[name] = _Same(value)
             if isinstance(error, _TooMuch):
-                self.beyond.append(name)
+                self.over_budget.append(name)
         self._total -= budget - max(self._left, 0)
 
     def _entry(self, value: Any) -> Entry:

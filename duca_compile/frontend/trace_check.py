@@ -150,7 +150,7 @@ class _Runner(fx.Interpreter):
         self._captured, self._seen = captured, seen
 
     def results(self, tensors: list[Tensor]) -> list[Any]:
-        with torch.no_grad(), torch.random.fork_rng(cuda_devices(tensors)), casts.none_for(self._captured):
+        with torch.no_grad(), torch.random.fork_rng(cuda_devices(tensors)), casts.without_autocast(self._captured):
             return tree_leaves(self._captured.output.rebuild(self.run(*tensors)))
 
     def run_node(self, n: fx.Node) -> Any:

@@ -111,7 +111,7 @@ def test_foreign_objects_are_looked_at_without_asking_them_and_in_no_time() -> N
     assert first.structure == second.structure
     assert hash(first.structure) == hash(second.structure)
     assert not Watch(first).changed()
-    assert {name for _, name in first.beyond} >= {"words", "data", "ids"}
+    assert {name for _, name in first.over_budget} >= {"words", "data", "ids"}
     assert not ModelState(made).changes()
 
 
