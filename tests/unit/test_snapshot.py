@@ -222,22 +222,22 @@ def test_other_hooks_do_not_move_what_is_behind_them() -> None:
 
 def test_what_runs_as_it_is_counts_by_its_hooks_and_kinds() -> None:
     made = model(number=1, thing=types.SimpleNamespace(a=1))
-    live = frozenset({"0"})
-    before = take(made, live=live).structure
+    opaque = frozenset({"0"})
+    before = take(made, opaque=opaque).structure
     made[0].number, made[0].thing.a = 2, 2
-    assert take(made, live=live).structure == before
+    assert take(made, opaque=opaque).structure == before
     handle = made[0].register_forward_hook(closing(1))
-    assert take(made, live=live).structure != before
+    assert take(made, opaque=opaque).structure != before
     handle.remove()
     made[0].thing = Slotted()
-    assert take(made, live=live).structure != before
+    assert take(made, opaque=opaque).structure != before
 
 
 def test_a_look_waits_until_it_is_a_small_part_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     watch = Watch(take(model()))
     monkeypatch.setattr(snapshot, "perf_counter", lambda: now[0])
-    watch.wait(1.0)
+    watch.back_off(1.0)
     assert not watch.is_due()
     now[0] = snapshot.WATCH_BACKOFF - 0.1
     assert not watch.is_due()
