@@ -134,7 +134,7 @@ def test_what_is_found_late_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     optimized = duca_compile.optimize(model, "none", "eager")
     call(optimized, 0)
     with monkeypatch.context() as patch:
-        patch.setattr(Watch, "due", lambda watch: False)
+        patch.setattr(Watch, "is_due", lambda watch: False)
         block(model).gain = 2.0
         call(optimized, 1)
         block(model).attention.forward = types.MethodType(lambda self, x: x, block(model).attention)

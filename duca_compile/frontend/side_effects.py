@@ -1,7 +1,7 @@
-"""What forward changes by itself: found by running it, followed or refused, and put back behind a capture.
+"""Side effects of forward: found by running the model, followed or refused, and undone after a capture.
 
-What it makes at first use stays. What it changes at each call (a counter, collected features) no graph can hold: the
-submodules that change or read it run as they are, as one operator each, and capturing leaves it as it was.
+What forward creates at its first use stays. What it changes at each call (a counter, collected features) cannot be part
+of a graph: submodules that change or read it run as they are, as one operator each, and capturing undoes the change.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from duca_compile.core.ir import CapturedGraph
+from duca_compile.core.once import Once
 from duca_compile.core.tensors import version
 from duca_compile.errors import CaptureError
 from duca_compile.frontend.activations import Activations, is_library, line_of, source_of, storage_key
@@ -55,10 +56,11 @@ _ITEM_STORES = {"STORE_SUBSCR", "DELETE_SUBSCR"}
 _WRITERS = {  # methods that change a container
     "append", "appendleft", "add", "clear", "extend", "insert", "pop", "popleft", "remove", "setdefault", "update",
 }  # fmt: skip
+_warned = WeakKeyDictionary[nn.Module, Once]()  # for each model, so that no capture repeats a warning
 
 
 class Change(NamedTuple):
-    """One thing that a run changed: where it is, what it was and what it is."""
+    """One thing that a run changed: the number of its holder, its key there, and its values before and after."""
 
     holder: int
     key: object
@@ -67,7 +69,7 @@ class Change(NamedTuple):
 
 
 class ModelState:
-    """What a model and all that it can reach hold at one time, to be compared with later and put back."""
+    """Everything that a model holds or can reach at one time, to be compared with later and restored."""
 
     def __init__(self, model: nn.Module) -> None:
         self.holders = [*take(model).holders, *RANDOM]
@@ -76,6 +78,7 @@ class ModelState:
         self._tensors = {i: thing.clone() for i, thing in things if issubclass(type(thing), Tensor)}
 
     def changes(self) -> list[Change]:
+        """What is different now."""
         found = []
         for number, (holder, before) in enumerate(zip(self.holders, self._contents, strict=True)):
             now = content(holder.thing, holder.names)
@@ -85,54 +88,51 @@ class ModelState:
         return found
 
     def put_back(self, names: Collection[Name] | None = None) -> None:
-        """Everything, or the attributes called ``names`` with all that is in them."""
+        """Restores everything, or the attributes called ``names`` with all that they hold."""
         for number in {change.holder: None for change in self.changes()}:
             holder, before = self.holders[number], self._contents[number]
             if number in self._tensors:
                 before = {VALUE: self._tensors[number]}
             if names is None or holder.name in names:
-                _put(holder, before)
+                _restore(holder, before)
             elif holder.name[1] == "" and (keys := [key for path, key in names if path == holder.name[0]]):
                 now = content(holder.thing)
-                _put(holder, now | {key: before.get(key, MISSING) for key in keys})
+                _restore(holder, now | {key: before.get(key, MISSING) for key in keys})
 
     def name(self, change: Change) -> Name:
-        """The attribute of a module that the change is in."""
+        """The attribute of a module that contains the change."""
         path, attribute = self.holders[change.holder].name
         return path, attribute or str(change.key)
 
     def is_plain(self, change: Change) -> bool:
-        """Whether it is of a number or the like that is a module's own attribute."""
+        """Whether a module's own attribute changed that is a number or another plain value."""
         return not self.holders[change.holder].name[1] and id(type(change.before)) in PLAIN_IDS
 
     def label(self, change: Change) -> str:
-        """Such as ``blocks.0.attn.processor.calls``."""
+        """Where the change is, such as ``blocks.0.attn.processor.calls``."""
         parts, number, key = list[str](), change.holder, change.key
         while number >= 0:
             holder = self.holders[number]
-            if (
-                key is not None
-                and key is not VALUE
-                and not (isinstance(key, int) and not holder.named and number == change.holder)
-            ):
+            is_element = isinstance(key, int) and not holder.named and number == change.holder
+            if key is not None and key is not VALUE and not is_element:
                 parts.append(f".{key}" if holder.named else f"[{_shown(key)}]")
-            if holder.within < 0 and holder.name[1]:
+            if holder.parent < 0 and holder.name[1]:
                 parts.append(f".{holder.name[1]}")
-            number, key = holder.within, holder.key
+            number, key = holder.parent, holder.key
         return (self.holders[change.holder].name[0] + "".join(reversed(parts))).strip(".")
 
-    def word(self, change: Change) -> str:
-        """The innermost name by which code gets at it."""
+    def identifier(self, change: Change) -> str:
+        """The innermost name by which code refers to what changed."""
         number, key = change.holder, change.key
         while number >= 0:
             holder = self.holders[number]
             if holder.named:
                 return str(key)
-            number, key = holder.within, holder.key
+            number, key = holder.parent, holder.key
         return self.holders[change.holder].name[1]
 
     def tensors(self) -> Iterator[tuple[Tensor, Name]]:
-        """All tensors in what can change, and the attributes that they are in."""
+        """All tensors in what can change, with the attributes that hold them."""
         for number, values in enumerate(self._contents):
             if issubclass(type(thing := self.holders[number].thing), Tensor):
                 yield thing, self.name(Change(number, VALUE, None, None))
@@ -146,50 +146,77 @@ def _shown(key: Any) -> str:
     return repr(key[1] if isinstance(key, tuple) else key) if isinstance(key, str | int | tuple) else "..."
 
 
-def _put(holder: Holder, values: Mapping[Any, Any]) -> None:
-    """Makes a holder hold these again, in place."""
-    thing: Any = holder.thing
-    cls = type(thing)
-    kept = {key: value for key, value in values.items() if value is not MISSING}
-    if issubclass(cls, Tensor):
-        thing.detach().copy_(values[VALUE])
-    elif issubclass(cls, RandomNumbers):
-        thing.write(values[VALUE])
-    elif issubclass(cls, np.ndarray):
-        thing[...] = np.frombuffer(values[VALUE], thing.dtype).reshape(thing.shape)
-    elif cls is ContextVar:
-        if values[0] is not MISSING:
-            thing.set(values[0])
-    elif cls in _DRAWN:
-        _DRAWN[cls](thing, values[VALUE])
-    elif VALUE in values:
-        pass  # an iterator, which cannot be put back
-    elif issubclass(cls, type):
-        for key, value in values.items():
-            type.__delattr__(thing, key) if value is MISSING else type.__setattr__(thing, key, value)
-    elif issubclass(cls, dict) and holder.names is not None:
-        thing.update(kept)
-        for key in values.keys() - kept.keys():
-            thing.pop(key, None)
-    elif issubclass(cls, dict):
-        own: Any = OrderedDict if issubclass(cls, OrderedDict) else dict  # which keeps an order of its own
-        own.clear(thing)
-        for key, value in kept.items():
-            own.__setitem__(thing, key, value)
-    elif issubclass(cls, CellType):
-        (thing.cell_contents,) = values.values()
-    elif issubclass(cls, list):
-        list.__setitem__(thing, slice(None), list(values.values()))
-    elif issubclass(cls, deque | set):
-        thing.clear()
-        (thing.extend if issubclass(cls, deque) else thing.update)(values.values())
+def _restore(holder: Holder, values: Mapping[Any, Any]) -> None:
+    """Puts these values back into a holder, in place."""
+    thing, cls = holder.thing, type(holder.thing)
+    if VALUE in values:
+        if issubclass(cls, Tensor):
+            thing.detach().copy_(values[VALUE])
+        elif cls in _RESTORE_STATE:  # an iterator cannot be put back
+            _RESTORE_STATE[cls](thing, values[VALUE])
+    elif holder.names is not None and issubclass(cls, dict):
+        _restore_names(thing, values)
     else:
-        for key, value in kept.items():
-            with suppress(AttributeError, TypeError):  # what cannot be set was not set by Python code
-                object.__setattr__(thing, key, value)
+        restore = next((restore for base, restore in _RESTORE if issubclass(cls, base)), _restore_attributes)
+        restore(thing, values)
 
 
-_DRAWN: dict[type, Callable[[Any, bytes], object]] = {
+def _without_missing(values: Mapping[Any, Any]) -> dict[Any, Any]:
+    return {key: value for key, value in values.items() if value is not MISSING}
+
+
+def _restore_names(space: dict[Any, Any], values: Mapping[Any, Any]) -> None:
+    kept = _without_missing(values)
+    space.update(kept)
+    for key in values.keys() - kept.keys():
+        space.pop(key, None)
+
+
+def _restore_dict(thing: dict[Any, Any], values: Mapping[Any, Any]) -> None:
+    base: Any = (
+        OrderedDict if issubclass(type(thing), OrderedDict) else dict
+    )  # which keeps its own order
+    base.clear(thing)
+    for key, value in _without_missing(values).items():
+        base.__setitem__(thing, key, value)
+
+
+def _restore_class(cls: type, values: Mapping[Any, Any]) -> None:
+    for key, value in values.items():
+        type.__delattr__(cls, key) if value is MISSING else type.__setattr__(cls, key, value)
+
+
+def _restore_cell(cell: CellType, values: Mapping[Any, Any]) -> None:
+    (cell.cell_contents,) = values.values()
+
+
+def _restore_variable(variable: ContextVar[Any], values: Mapping[Any, Any]) -> None:
+    if values[0] is not MISSING:
+        variable.set(values[0])
+
+
+def _restore_elements(thing: Any, values: Mapping[Any, Any]) -> None:
+    thing.clear()
+    (thing.extend if issubclass(type(thing), deque) else thing.update)(values.values())
+
+
+def _restore_attributes(thing: object, values: Mapping[Any, Any]) -> None:
+    for key, value in _without_missing(values).items():
+        with suppress(AttributeError, TypeError):  # what Python code cannot set was not set by it
+            object.__setattr__(thing, key, value)
+
+
+_RESTORE: tuple[tuple[type | tuple[type, ...], Callable[[Any, Mapping[Any, Any]], object]], ...] = (
+    (type, _restore_class),
+    (dict, _restore_dict),
+    (CellType, _restore_cell),
+    (ContextVar, _restore_variable),
+    (list, lambda thing, values: list.__setitem__(thing, slice(None), list(values.values()))),
+    ((deque, set), _restore_elements),
+)
+_RESTORE_STATE: dict[type, Callable[[Any, bytes], object]] = {
+    RandomNumbers: RandomNumbers.write,
+    np.ndarray: lambda array, state: np.copyto(array, np.frombuffer(state, array.dtype).reshape(array.shape)),
     torch.Generator: lambda each, state: each.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8)),
     random.Random: lambda each, state: each.setstate(pickle.loads(state)),
     np.random.RandomState: lambda each, state: each.set_state(pickle.loads(state)),
@@ -199,35 +226,41 @@ _DRAWN: dict[type, Callable[[Any, bytes], object]] = {
 
 @dataclass
 class SideEffects:
-    """What forward changes at each call of the model, and what is to be done about it.
+    """What forward changes at each call of the model, and what follows from it for a capture.
 
-    ``results`` are those of the call. ``operators`` gives the paths of the submodules that must run as one operator
-    each, and why.
+    Attributes:
+        results: the leaves of the call's results.
+        operators: the paths of submodules that must run as one operator each, with the reasons.
+        activations: what was computed from the call's tensors, as far as that could be observed.
+        keepers: storages of activations, and the attributes that keep them.
+        recurring: attributes that change at each call.
+        write_only: those that are plain values and that nothing reads, outside of the operators.
+        state_before: what the model held before the call.
     """
 
     results: list[Any]
     operators: dict[str, str] = field(default_factory=dict)
     activations: Activations | None = None
-    keepers: dict[int, Name] = field(default_factory=dict)  # storages of activations, and what keeps them
-    recurring: frozenset[Name] = frozenset()  # attributes that change with each call
-    write_only: frozenset[Name] = frozenset()  # those that are plain values of modules that do not run as they are
-    state_before: ModelState | None = None  # what the model held before the call
+    keepers: dict[int, Name] = field(default_factory=dict)
+    recurring: frozenset[Name] = frozenset()
+    write_only: frozenset[Name] = frozenset()
+    state_before: ModelState | None = None
 
     def rewind(self) -> None:
-        """Puts back what changes with each call, so that the next one is like the first."""
+        """Undoes what changes at each call, so that the next call repeats the first."""
         if self.state_before is not None and self.recurring:
             self.state_before.put_back(self.recurring)
 
-    def holds(self, held: ModelState, change: Change) -> bool:
-        """Whether a change is in what runs as one operator."""
-        return _is_in(held.name(change)[0], self.operators)
+    def is_in_operator(self, name: Name) -> bool:
+        """Whether an attribute belongs to a submodule that runs as one operator."""
+        return _is_inside(name[0], self.operators)
 
-    def depends(self, key: int) -> bool:
-        """Whether what is stored there was computed of the call's tensors, as far as that is known."""
-        return self.activations is None or self.activations.has(key)
+    def depends_on_call(self, storage: int) -> bool:
+        """Whether what is stored there may have been computed from the call's tensors."""
+        return self.activations is None or self.activations.has(storage)
 
     def check(self, model: nn.Module, captured: CapturedGraph) -> None:
-        """Raises CaptureError where an activation of this very call is built into the graph."""
+        """Raises CaptureError where an activation of this very call is a constant of the graph."""
         if self.activations is None:
             return
         weights = set(map(id, live_tensors(model).values()))
@@ -245,13 +278,14 @@ class SideEffects:
 def track_side_effects(
     model: nn.Module, call: Call, known: Mapping[str, str], careful: bool = False
 ) -> Iterator[SideEffects]:
-    """While open, ``model`` may be captured. Behind it, the model holds what it held, and what it made at first use.
+    """While open, ``model`` may be captured. Afterwards it holds what it held before, and what it made at first use.
 
-    ``known`` are submodules that run as one operator in other calls. To be ``careful`` takes one more run, which has to
-    give the same results.
+    Args:
+        known: the submodules that run as one operator in other captures of the model, with the reasons.
+        careful: whether to run the model once more, to check that it gives the same results again.
 
     Raises:
-        CaptureError: the model itself changes at each call what it reads, or writes into its arguments.
+        CaptureError: the model itself reads what it changes at each call, or writes to its arguments.
     """
     before = after = ModelState(model)
     try:
@@ -267,51 +301,63 @@ def track_side_effects(
 def _observe(
     model: nn.Module, call: Call, before: ModelState, known: Mapping[str, str], careful: bool
 ) -> tuple[SideEffects, ModelState]:
+    """The side effects of one call, and what the model holds after it."""
     check_kinds(model, call.arguments)
-    activations: Activations | None = Activations(call.tensors)
-    try:
-        results = _run(model, call, activations)
-    except CaptureError:  # for want of an operator that can be looked at, perhaps
-        before.put_back()
-        activations = None
-        results = _run(model, call, None)
-    effects = SideEffects(results, activations=activations, state_before=before)
-    kept = activations.kept(results) if activations else {}
+    effects = _first_run(model, call, before)
+    kept = effects.activations.kept(effects.results) if effects.activations else {}
     if not before.changes():
         _warn_of_kept(model, kept, {})
         if careful:
             _check_repeats(model, call, effects, [])
         return effects, before
     after = ModelState(model)
-    effects.keepers = {key: label for tensor, label in after.tensors() if effects.depends(key := storage_key(tensor))}
+    depends = effects.depends_on_call
+    effects.keepers = {key: name for tensor, name in after.tensors() if depends(key := storage_key(tensor))}
     _warn_of_kept(model, kept, effects.keepers)
     attribution = _Attribution(model, after, {before.name(change) for change in before.changes()})
-    other = call.with_arguments(with_other_tensors(copy_containers(call.arguments)))
     with attribution:
-        later = warm(model, other)
-    changes = [change for change in after.changes() if not _alike(change.before, change.after, effects.depends)]
-    effects.recurring = frozenset(map(after.name, changes))
-    effects.keepers = {key: name for key, name in effects.keepers.items() if name not in effects.recurring}
-    effects.operators = attribution.operators(changes, ulp_distance(results, later) > MAX_ULPS)
-    effects.write_only = frozenset(
-        after.name(each) for each in changes if after.is_plain(each) and not effects.holds(after, each)
-    )
-    made = [(before.name(change), before.word(change), before.label(change)) for change in before.changes()]
-    attribution.check_set([each for each in made if each[0] not in effects.recurring], {**known, **effects.operators})
+        later = warm(model, call.with_arguments(with_other_tensors(copy_containers(call.arguments))))
+    changes = [change for change in after.changes() if not _equal(change.before, change.after, depends)]
+    distance = ulp_distance(effects.results, later)
+    _note_recurring(effects, after, changes, attribution.operators(changes, distance > MAX_ULPS))
+    made = [change for change in before.changes() if before.name(change) not in effects.recurring]
+    names = [(before.name(change), before.identifier(change), before.label(change)) for change in made]
+    attribution.check_set(names, {**known, **effects.operators})
     _warn_of_operators(model, effects.operators)
     after.put_back()
-    if effects.recurring or careful or ulp_distance(results, later) > 0.0:  # else the second run was a repetition
+    if effects.recurring or careful or distance > 0.0:  # else the second run repeated the first
         effects.rewind()
-        _check_repeats(model, call, effects, [label for name, _, label in made if name not in effects.recurring])
+        _check_repeats(model, call, effects, [label for _, _, label in names])
         after.put_back()
     return effects, after
 
 
+def _first_run(model: nn.Module, call: Call, before: ModelState) -> SideEffects:
+    """Runs the model, and observes what depends on the call's tensors where that is possible."""
+    activations = Activations(call.tensors)
+    try:
+        return SideEffects(_run(model, call, activations), activations=activations, state_before=before)
+    except CaptureError:  # perhaps since an operator cannot be observed
+        before.put_back()
+        return SideEffects(_run(model, call, None), state_before=before)
+
+
+def _note_recurring(
+    effects: SideEffects, after: ModelState, changes: Sequence[Change], operators: dict[str, str]
+) -> None:
+    """Notes ``changes``, made by a second call to what a first one left, and the operators that follow from them."""
+    effects.operators = operators
+    effects.recurring = frozenset(map(after.name, changes))
+    effects.keepers = {key: name for key, name in effects.keepers.items() if name not in effects.recurring}
+    plain = [after.name(change) for change in changes if after.is_plain(change)]
+    effects.write_only = frozenset(name for name in plain if not effects.is_in_operator(name))
+
+
 def _run(model: nn.Module, call: Call, activations: Activations | None) -> list[Any]:
-    """Runs the model with containers of its own; returns the leaves of its results."""
-    given = copy_containers(call.arguments)
-    containers = Containers(given)
-    results = warm(model, call.with_arguments(given), activations)
+    """Runs the model with copies of the containers among its arguments; returns the leaves of its results."""
+    arguments = copy_containers(call.arguments)
+    containers = Containers(arguments)
+    results = warm(model, call.with_arguments(arguments), activations)
     if (place := containers.written()) is not None:
         raise _refusal(model, call, place)
     check_results(model, results)
@@ -319,30 +365,30 @@ def _run(model: nn.Module, call: Call, activations: Activations | None) -> list[
 
 
 def _check_repeats(model: nn.Module, call: Call, effects: SideEffects, made: Sequence[str]) -> None:
-    """Raises CaptureError where the same call gives other results, though all that was found is as it was.
+    """Raises CaptureError where the same call gives other results, although everything that was found is restored.
 
     ``made`` are the attributes that were set at first use.
     """
 
-    def again() -> list[Any]:
+    def repeated() -> list[Any]:
         effects.rewind()
         return warm(model, call.with_arguments(copy_containers(call.arguments)))
 
     versions = list(map(version, call.tensors))
-    found = again()
-    if ulp_distance(effects.results, found) == 0.0 or versions != list(map(version, call.tensors)):
-        return  # what writes to its arguments is refused for that
+    results = repeated()
+    if ulp_distance(effects.results, results) == 0.0 or versions != list(map(version, call.tensors)):
+        return  # a model that writes to its arguments is refused for that reason
     name = type(model).__name__
-    if made and ulp_distance(found, again()) == 0.0:
-        effects.results = found
+    if made and ulp_distance(results, repeated()) == 0.0:
+        effects.results = results
         _warn(
             model,
             f"forward gives other results at its first call, which sets {made[0]}. Steps give those of its later calls",
         )
         return
-    where = _first_that_differs(model, call, effects)
-    what = f"{where or f'{name}.forward'} gives"
-    if ulp_distance(effects.results, found) <= MAX_ULPS:
+    path = _first_that_differs(model, call, effects)
+    what = f"{path or f'{name}.forward'} gives"
+    if ulp_distance(effects.results, results) <= MAX_ULPS:
         _warn(model, f"{what} results that differ in rounding from call to call, so steps can differ from the model's")
         return
     raise CaptureError(
@@ -354,42 +400,42 @@ def _check_repeats(model: nn.Module, call: Call, effects: SideEffects, made: Seq
 
 
 def _first_that_differs(model: nn.Module, call: Call, effects: SideEffects) -> str:
-    """The path of the innermost submodule that returns other results of the same arguments in a second call."""
+    """The path of the innermost submodule that returns other results for the same arguments in a second call."""
 
     def recorded() -> list[tuple[str, Any, Any]]:
-        found: list[tuple[str, Any, Any]] = []
+        calls: list[tuple[str, Any, Any]] = []
 
-        def note(path: str) -> Callable[..., None]:
+        def recorder(path: str) -> Callable[..., None]:
             def leave(_: nn.Module, args: Any, kwargs: Any, results: Any) -> None:
-                found.append((path, _digest((args, kwargs)), _digest(results)))
+                calls.append((path, _digest((args, kwargs)), _digest(results)))
 
             return leave
 
         with ExitStack() as stack:
             for path, module in hookable_modules(model):
-                stack.callback(module.register_forward_hook(note(path), with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(recorder(path), with_kwargs=True).remove)
             effects.rewind()
             warm(model, call.with_arguments(copy_containers(call.arguments)))
-        return found
+        return calls
 
     pairs = zip(recorded(), recorded(), strict=False)
-    return next((one[0] for one, other in pairs if one[:2] == other[:2] and one[2] != other[2]), "")
+    return next((first[0] for first, second in pairs if first[:2] == second[:2] and first[2] != second[2]), "")
 
 
 def _digest(values: Any) -> list[Any]:
-    """What tells tensors from others, without keeping them."""
+    """Identifies the values of tensors without keeping them."""
     tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and not leaf.is_meta]
     return [hash(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes()) for tensor in tensors]
 
 
 def _refusal(model: nn.Module, call: Call, place: str) -> CaptureError:
-    """Runs once more to find who puts something into an argument."""
+    """Runs the model once more, to find the line that writes to an argument."""
     lines: list[str] = []
 
     def note() -> None:
         lines.append(source_of(sys._getframe(2)))
 
-    with suppress(CaptureError):  # it may want containers of the very kind that it was given
+    with suppress(CaptureError):  # the model may insist on containers of the type that it was given
         warm(model, call.with_arguments({name: noting(value, note) for name, value in call.arguments.items()}))
     where = f" at {lines[0]}" if lines else ""
     return CaptureError(
@@ -419,40 +465,35 @@ def _warn_of_operators(model: nn.Module, operators: Mapping[str, str]) -> None:
         )
 
 
-_SAID = WeakKeyDictionary[nn.Module, set[str]]()  # what was said of a model, so that each capture does not say it again
-
-
 def _warn(model: nn.Module, message: str) -> None:
-    said = _SAID.setdefault(model, set())
-    if message not in said:
-        said.add(message)
+    if _warned.setdefault(model, Once()).first(message):
         log.warning("%s: %s", type(model).__name__, message)
 
 
-def _alike(one: Any, other: Any, depends: Callable[[int], bool], depth: int = 4) -> bool:
-    """Whether a value that was replaced makes no difference: an equal number, or an equal table."""
+def _equal(one: Any, other: Any, depends: Callable[[int], bool], depth: int = 4) -> bool:
+    """Whether replacing one value by the other makes no difference: an equal number, or an equal table."""
     if one is other:
         return True
     if type(one) is not type(other):
         return False
     if id(type(one)) in PLAIN_IDS:
-        return bool(one == other) or (one != one and other != other)  # not a number, both
+        return bool(one == other) or (one != one and other != other)  # both not a number
     if issubclass(type(one), Tensor):
         same = one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
         return same and not depends(storage_key(one)) and not one.is_meta and torch.equal(one, other)
     if depth and type(one) in (list, tuple) and len(one) == len(other):
-        return all(_alike(a, b, depends, depth - 1) for a, b in zip(one, other, strict=True))
+        return all(_equal(a, b, depends, depth - 1) for a, b in zip(one, other, strict=True))
     if depth and type(one) is dict and one.keys() == other.keys():
-        return all(_alike(one[key], other[key], depends, depth - 1) for key in one)
+        return all(_equal(one[key], other[key], depends, depth - 1) for key in one)
     return False
 
 
 class _Attribution:
-    """Runs beside a call, and finds which modules change what, and which code runs in each."""
+    """Observes a call, and finds which modules change which attributes, and which code runs in each."""
 
-    def __init__(self, model: nn.Module, held: ModelState, names: Collection[Name]) -> None:
-        self._model, self._held = model, held
-        self._watched = [i for i, holder in enumerate(held.holders) if self._counts(holder, names)]
+    def __init__(self, model: nn.Module, state: ModelState, names: Collection[Name]) -> None:
+        self._model, self._state = model, state
+        self._watched = [i for i, holder in enumerate(state.holders) if self._is_watched(holder, names)]
         self._writers: dict[int, dict[str, None]] = {}
         self._running = [""]
         self._codes: dict[str, dict[int, CodeType]] = {}
@@ -460,7 +501,7 @@ class _Attribution:
         self._stack = ExitStack()
 
     @staticmethod
-    def _counts(holder: Holder, names: Collection[Name]) -> bool:
+    def _is_watched(holder: Holder, names: Collection[Name]) -> bool:
         path, attribute = holder.name
         return holder.name in names or (not attribute and any(path == other for other, _ in names))
 
@@ -470,20 +511,21 @@ class _Attribution:
             leave = module.register_forward_hook(self._leave)
             self._stack.callback(enter.remove)
             self._stack.callback(leave.remove)
-        self._running, self._last = [""], self._now()
+        self._running, self._last = [""], self._contents()
         self._stack.callback(sys.setprofile, sys.getprofile())
         sys.setprofile(self._profile)
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
-        self._look()
+        self._note_writers()
 
-    def _now(self) -> list[dict[Any, Any]]:
-        holders = [self._held.holders[number] for number in self._watched]
+    def _contents(self) -> list[dict[Any, Any]]:
+        holders = [self._state.holders[number] for number in self._watched]
         return [content(holder.thing, holder.names) for holder in holders]
 
-    def _look(self) -> None:
-        now = self._now()
+    def _note_writers(self) -> None:
+        """What has changed since the last look was changed by the module that is running."""
+        now = self._contents()
         for number, old, new in zip(self._watched, self._last, now, strict=True):
             if not same_content(old, new):
                 self._writers.setdefault(number, {})[self._running[-1]] = None
@@ -491,13 +533,13 @@ class _Attribution:
 
     def _enter(self, path: str) -> Callable[..., None]:
         def enter(*_: object) -> None:
-            self._look()
+            self._note_writers()
             self._running.append(path)
 
         return enter
 
     def _leave(self, *_: object) -> None:
-        self._look()
+        self._note_writers()
         self._running.pop()
 
     def _profile(self, frame: FrameType, event: str, _: object) -> None:
@@ -505,69 +547,74 @@ class _Attribution:
             code = frame.f_code
             self._codes.setdefault(self._running[-1], {})[id(code)] = code
 
-    def operators(self, changes: Collection[Change], moved: bool) -> dict[str, str]:
+    def operators(self, changes: Collection[Change], results_differ: bool) -> dict[str, str]:
         """The modules that change or read what changes, and why each must run as it is.
 
-        ``moved`` is whether the results of the next call were others.
+        ``results_differ`` says whether the next call gave other results.
 
         Raises:
             CaptureError: the model itself reads it.
         """
         found: dict[str, str] = {}
         for change in changes:
-            label, word = self._held.label(change), self._held.word(change)
-            writers = self._writers.get(change.holder) or {self._held.holders[change.holder].name[0]: None}
-            line = next(filter(None, (self._line(path, word) for path in writers)), None)
-            what = f"{label} at each call{f', at {line}' if line else ''}"
-            readers = [path for path in self._codes if self._reads(path, word)]
-            thing = self._held.holders[change.holder].thing
-            if change.key is VALUE and not issubclass(type(thing), (Tensor, np.ndarray, RandomNumbers, *_DRAWN)):
-                raise CaptureError(
-                    f"{type(self._model).__name__} advances an iterator, {what}, which cannot be put back. Count by a "
-                    "number."
-                )
-            alone = moved and not any([*writers, *readers])  # then nothing else can be the reason
-            if "" in readers or ("" in writers and (alone or issubclass(type(thing), RandomNumbers))):
-                raise CaptureError(
-                    f"{type(self._model).__name__}.forward changes {what}, and reads it, so no graph can hold what "
-                    "follows. Keep it outside of the model and pass it as an argument, or move what reads and "
-                    "changes it to a submodule, which then runs as it is, as one operator."
-                )
-            if "" in writers:
-                _warn(
-                    self._model, f"forward changes {what}, and does not read it. Steps do not do so: it stays as it was"
-                )
+            identifier = self._state.identifier(change)
+            writers = self._writers.get(change.holder) or {self._state.holders[change.holder].name[0]: None}
+            line = next(filter(None, (self._line(path, identifier) for path in writers)), None)
+            what = f"{self._state.label(change)} at each call{f', at {line}' if line else ''}"
+            readers = [path for path in self._codes if self._reads(path, identifier)]
+            self._check_model(change, what, writers, readers, results_differ)
             for path in filter(None, dict.fromkeys([*writers, *readers])):
                 found.setdefault(path, f"{'changes' if path in writers else 'reads'} {what}")
         return found
 
+    def _check_model(
+        self, change: Change, what: str, writers: Collection[str], readers: Sequence[str], results_differ: bool
+    ) -> None:
+        """Raises CaptureError where the model itself reads the change or nothing can undo it; warns if it writes it."""
+        name = type(self._model).__name__
+        thing = self._state.holders[change.holder].thing
+        if change.key is VALUE and not issubclass(type(thing), (Tensor, *_RESTORE_STATE)):
+            raise CaptureError(f"{name} advances an iterator, {what}, which cannot be put back. Count by a number.")
+        only_cause = results_differ and not any([*writers, *readers])
+        if "" in readers or ("" in writers and (only_cause or issubclass(type(thing), RandomNumbers))):
+            raise CaptureError(
+                f"{name}.forward changes {what}, and reads it, so no graph can hold what "
+                "follows. Keep it outside of the model and pass it as an argument, or move what reads and "
+                "changes it to a submodule, which then runs as it is, as one operator."
+            )
+        if "" in writers:
+            _warn(self._model, f"forward changes {what}, and does not read it. Steps do not do so: it stays as it was")
+
     def check_set(self, made: Collection[tuple[Name, str, str]], operators: Collection[str]) -> None:
-        """Raises CaptureError where code outside of what runs as it is sets something in there: no step would."""
-        outside = [path for path in self._codes if not _is_in(path, operators)]
-        for (path, _), word, label in made if operators else ():
-            line = next(filter(None, (self._line(each, word) for each in outside)), None)
-            if line is not None and _is_in(path, operators):
+        """Raises CaptureError where code outside of the operators sets something inside of one: no step would do so.
+
+        ``made`` has the name, identifier and label of each attribute that the first call set.
+        """
+        outside = [path for path in self._codes if not _is_inside(path, operators)]
+        for (path, _), identifier, label in made if operators else ():
+            line = next(filter(None, (self._line(each, identifier) for each in outside)), None)
+            if line is not None and _is_inside(path, operators):
                 raise CaptureError(
                     f"{type(self._model).__name__}.forward sets {label}, at {line}, for a submodule that runs as it "
                     "is, as one operator, since it keeps what changes with each call. Pass it to that as an argument."
                 )
 
-    def _line(self, path: str, word: str) -> str | None:
-        """Where the code that runs in a module writes to what is called so."""
-        lines = [each for code in self._own_codes(path) for each in _uses(code, word) if each.writes]
+    def _line(self, path: str, identifier: str) -> str | None:
+        """Where the code that runs in a module writes to this name."""
+        lines = [use for code in self._user_codes(path) for use in _uses(code, identifier) if use.writes]
         return lines[0].where if lines else None
 
-    def _reads(self, path: str, word: str) -> bool:
-        """Whether the code that runs in a module reads what is called so on a line that does not write to it."""
-        uses = [each for code in self._own_codes(path) for each in _uses(code, word)]
-        written = {each.where for each in uses if each.writes}
-        return any(each.where not in written for each in uses)
+    def _reads(self, path: str, identifier: str) -> bool:
+        """Whether the code that runs in a module reads this name on a line that does not write to it."""
+        uses = [use for code in self._user_codes(path) for use in _uses(code, identifier)]
+        written = {use.where for use in uses if use.writes}
+        return any(use.where not in written for use in uses)
 
-    def _own_codes(self, path: str) -> list[CodeType]:
+    def _user_codes(self, path: str) -> list[CodeType]:
         return [code for code in self._codes.get(path, {}).values() if not is_library(code.co_filename)]
 
 
-def _is_in(path: str, operators: Collection[str]) -> bool:
+def _is_inside(path: str, operators: Collection[str]) -> bool:
     return any(path == each or path.startswith(f"{each}.") for each in operators)
 
 
@@ -576,9 +623,9 @@ class _Use(NamedTuple):
     writes: bool
 
 
-def _uses(code: CodeType, word: str) -> list[_Use]:
+def _uses(code: CodeType, identifier: str) -> list[_Use]:
     """The lines of code that name an attribute or a variable, and whether each writes to it or to what it holds."""
-    if word not in code.co_names and word not in code.co_freevars and word not in code.co_cellvars:
+    if identifier not in code.co_names and identifier not in code.co_freevars and identifier not in code.co_cellvars:
         return []
     lines: dict[int, list[dis.Instruction]] = {}
     line = code.co_firstlineno
@@ -587,11 +634,9 @@ def _uses(code: CodeType, word: str) -> list[_Use]:
         lines.setdefault(line, []).append(each)
     found = []
     for number, instructions in lines.items():
-        named = [each for each in instructions if each.argval == word and each.opname in _LOADS | _STORES]
+        named = [each for each in instructions if each.argval == identifier and each.opname in _LOADS | _STORES]
         if named:
             stores = any(each.opname in _STORES for each in named)
-            fills = any(
-                each.opname in ("STORE_SUBSCR", "DELETE_SUBSCR") or each.argval in _WRITERS for each in instructions
-            )
+            fills = any(each.opname in _ITEM_STORES or each.argval in _WRITERS for each in instructions)
             found.append(_Use(line_of(code.co_filename, number), stores or fills))
     return found

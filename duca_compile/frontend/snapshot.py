@@ -314,8 +314,8 @@ _STATE: dict[type, Callable[[Any], bytes]] = {
     GeneratorType: lambda generator: _progress(generator),
     RandomNumbers: RandomNumbers.read,
 }
-for _empty in ([], (), range(0), {}, ""):
-    _STATE[type(iter(_empty))] = lambda iterator: str(iterator.__length_hint__()).encode()
+_ITERATORS: tuple[Iterator[Any], ...] = (iter([]), iter(()), iter(range(0)), iter({}), iter(""))
+_STATE |= {type(each): lambda iterator: str(iterator.__length_hint__()).encode() for each in _ITERATORS}
 
 
 def _progress(generator: GeneratorType[Any, Any, Any]) -> bytes:
@@ -758,7 +758,7 @@ _LOOKS: tuple[tuple[type | tuple[type, ...], str | None], ...] = (
 )
 
 
-def _is_plain_metaclass(cls: type) -> bool:
+def _is_plain_metaclass(cls: Any) -> bool:
     """Whether comparing classes of this metaclass runs no foreign code."""
     return cls.__hash__ is type.__hash__ and cls.__eq__ is type.__eq__
 
@@ -937,6 +937,6 @@ def _globals_of(code: CodeType) -> set[str]:
 
 
 def kind(tensor: Tensor) -> Entry:
-    """What compiled code relies on: shape, strides, dtype, device and layout. Tensors of equal kind are exchangeable."""
+    """What compiled code relies on; tensors of equal kind can take each other's place."""
     layout = tensor.layout
     return tensor.shape, tensor.stride() if layout is torch.strided else None, tensor.dtype, tensor.device, layout
