@@ -36,7 +36,7 @@ REMEMBERED = 16  # kinds of call whose last capture is remembered, so that the l
 
 
 class _Variants:
-    """Builds the variants of one captured graph, and keeps the weights in all of them those of the model."""
+    """Builds the variants of one captured graph, and keeps all of them on the model's current weights."""
 
     def __init__(self, captured: CapturedGraph, facts: Facts, prologue: Prologue, backend: Backend) -> None:
         self.captured, self._facts, self._backend = captured, facts, backend
@@ -63,15 +63,15 @@ class _Variants:
         return rows
 
     def follow(self, module: fx.GraphModule) -> None:
-        """Keeps the weights of this module, too, those of the model."""
+        """Keeps this module on the model's current weights as well."""
         self._modules.append(module)
 
     def rebind(self, weights: Mapping[str, Tensor]) -> None:
-        held = self.captured.attributes
-        changed = {name: tensor for name, tensor in weights.items() if held[name] is not tensor}
+        current = self.captured.attributes
+        changed = {name: tensor for name, tensor in weights.items() if current[name] is not tensor}
         if not changed:
             return
-        self.captured = replace(self.captured, attributes={**held, **changed})
+        self.captured = replace(self.captured, attributes={**current, **changed})
         for module in self._modules:
             for name in {str(n.target) for n in module.graph.nodes if n.op == "get_attr"} & changed.keys():
                 prefix, _, leaf = name.rpartition(".")
@@ -96,36 +96,36 @@ class Compiled:
         self.facts = facts
         self._guards = [] if captured.guards is None else [captured.guards]
         self._places = _places(self._guards)
-        self._held: TensorVersions | None = None  # the last tensors that they held for
+        self._held_for: TensorVersions | None = None  # the tensors for which the guards held last
         self._read_weights = () if captured.guards is None else tuple(captured.guards.attributes)
         captured = with_predictor(captured, facts, policy.predictor)
         self._inputs = captured.inputs
         self._variants = _Variants(captured, facts, prologue, backend)
         names = {id(tensor): name for name, tensor in live.items()}
-        # A trace may have names of its own for the model's weights. What is none of these is a constant of the graph.
-        self._weights = {own: names[id(t)] for own, t in captured.attributes.items() if id(t) in names}
+        # A trace may name the model's weights differently. Every other attribute is a constant of the graph.
+        self._weights = {name: names[id(t)] for name, t in captured.attributes.items() if id(t) in names}
         self.programs = Programs(facts, policy, self._variants, cache_dtype)
         self.dispatcher = Dispatcher(self.programs, policy, prologue, not backend.exact)
-        self.used = 0  # when it was last called, by the model's count of calls
+        self.used = 0  # the number of the model's call that used it last
 
     @property
     def captured(self) -> CapturedGraph:
         return self._variants.captured
 
-    def holds(self, tensors: tuple[Tensor, ...], anew: bool = False) -> bool:
-        """Whether it is right for a call with these tensors: for the values that forward reads in Python, if any.
+    def guards_hold(self, tensors: tuple[Tensor, ...], anew: bool = False) -> bool:
+        """Whether it is valid for a call with these tensors, given the values that forward reads in Python, if any.
 
-        Between two looks ``anew``, tensors that are the same objects and were not written to hold the same.
+        Unless ``anew``, tensors that are the same objects as last time and were not written to are taken as unchanged.
         """
         if not self._guards:
             return True
-        own = tuple([tensors[place] for place in self._places])
-        own += tuple([self.captured.attributes[name] for name in self._read_weights])
-        if not anew and self._held is not None and self._held.matches(own):
+        read = tuple([tensors[place] for place in self._places])
+        read += tuple([self.captured.attributes[name] for name in self._read_weights])
+        if not anew and self._held_for is not None and self._held_for.matches(read):
             return True
         if not any(guards.hold(tensors) for guards in self._guards):
             return False
-        self._held = TensorVersions.of(own)
+        self._held_for = TensorVersions.of(read)
         return True
 
     def summary(self) -> str:
@@ -138,11 +138,11 @@ class Compiled:
             parts.append(f"for what forward reads of {', '.join(captured.guarded_inputs)}")
         return ", ".join(parts)
 
-    def holds_too(self, guards: ValueGuards | None) -> None:
-        """Notes further values that its graph is right for."""
+    def add_guards(self, guards: ValueGuards | None) -> None:
+        """Notes further values for which its graph is valid."""
         if guards is not None:
             known = [*self._guards[1 - REMEMBERED :], guards]
-            self._places = _places(known)  # first, since another thread may look meanwhile
+            self._places = _places(known)  # first, since another thread may be checking the guards
             self._guards = known
             self._variants.follow(guards.module)
 
@@ -151,32 +151,36 @@ class Compiled:
         return dict(zip(self._inputs, tensors, strict=True))
 
     def run(self, request: Request, tick: Tick, call: Mapping[str, Tensor], name: str | None) -> Any:
-        """What the model returns for a call, with its tensors by name, where ``tick`` says, in the pass ``name``."""
+        """What the model returns for a call of the guidance pass ``name`` at the step that ``tick`` says.
+
+        ``call`` has the call's tensors by name.
+        """
         return self.captured.output.rebuild(self.dispatcher(request, tick, call, name))
 
     def rebind(self, live: Mapping[str, Tensor]) -> None:
-        """Puts the model's tensors of now in the place of those it was captured with, which are of the same kinds."""
-        self._variants.rebind({own: live[name] for own, name in self._weights.items()})
+        """Replaces the weights by the model's current ones, ``live``, which are of the same kinds."""
+        self._variants.rebind({name: live[own_name] for name, own_name in self._weights.items()})
 
-    def holds_others(self, known: Collection[int]) -> bool:
-        """Whether it holds weights that are not among those whose identities are ``known``."""
+    def holds_other_weights(self, known: Collection[int]) -> bool:
+        """Whether it holds weights other than those whose identities are ``known``."""
         return any(id(self.captured.attributes[name]) not in known for name in self._weights)
 
     def same_graph(self, other: Compiled) -> bool:
         """Whether both compute the same, given the same weights."""
-        mine, theirs = self.captured, other.captured
-        if _text(mine) != _text(theirs) or mine.attributes.keys() != theirs.attributes.keys():
+        first, second = self.captured, other.captured
+        if _text(first) != _text(second) or first.attributes.keys() != second.attributes.keys():
             return False
-        pairs = [(name, mine.attributes[name], theirs.attributes[name]) for name in mine.attributes]
+        pairs = [(name, first.attributes[name], second.attributes[name]) for name in first.attributes]
         return all(kind(a) == kind(b) and (name in self._weights or _equal(a, b)) for name, a, b in pairs)
 
 
 def _places(known: Iterable[ValueGuards]) -> tuple[int, ...]:
-    """Where the tensors are among a call's that any of them reads."""
+    """The positions of the call's tensors that any of these guards reads."""
     return tuple(sorted({place for guards in known for place in guards.places}))
 
 
 def _text(captured: CapturedGraph) -> Hashable:
+    """A graph without its weights, in a form that can be compared."""
     paths = {opaque: {site.number: site.path for site in captured.opaque}}
     paths[fetch] = {weight.number: str(weight) for weight in captured.fetched}
     nodes = tuple((n.op, n.name, str(n.target), _arguments(n, paths), str(n.kwargs)) for n in captured.graph.nodes)
@@ -184,7 +188,7 @@ def _text(captured: CapturedGraph) -> Hashable:
 
 
 def _arguments(node: fx.Node, paths: Mapping[Any, Mapping[int, str]]) -> str:
-    """What runs as it is, or is brought by hooks, has a number of its own in each trace; its path is what counts."""
+    """Opaque submodules and fetched weights have another number in each trace, so their paths are compared instead."""
     if node.target in paths:
         *operands, number = node.args
         return f"{operands} {paths[node.target][cast(int, number)]}"

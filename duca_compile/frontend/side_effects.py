@@ -173,9 +173,7 @@ def _restore_names(space: dict[Any, Any], values: Mapping[Any, Any]) -> None:
 
 
 def _restore_dict(thing: dict[Any, Any], values: Mapping[Any, Any]) -> None:
-    base: Any = (
-        OrderedDict if issubclass(type(thing), OrderedDict) else dict
-    )  # which keeps its own order
+    base: Any = OrderedDict if issubclass(type(thing), OrderedDict) else dict  # which keeps its own order
     base.clear(thing)
     for key, value in _without_missing(values).items():
         base.__setitem__(thing, key, value)
