@@ -13,13 +13,13 @@ from duca_compile.analysis.tokens import (
     Mixing,
     Places,
     follow_tokens,
+    key_offset,
     overlapped,
-    own_keys,
 )
 from duca_compile.core.fx_utils import module_path, op_name, source_line, value_shape
 from duca_compile.core.ir import Branch, Role, Stream, Variance
 from duca_compile.errors import StructureError
-from duca_compile.frontend.operators import as_carried
+from duca_compile.frontend.operators import carried_value
 
 _SUMS = {"add", "addcmul"}
 _SOFTMAX = {"softmax", "_softmax"}
@@ -81,7 +81,7 @@ def find_branches(
         )
     streams = [_stream(chain, role, chain in main) for chain, role in zip(latent, roles, strict=True)]
     streams += [_stream(chain, Role.ENCODER, cached=False) for chain in encoders]
-    return tuple(branches), as_carried(cached[-1].add).name, tuple(streams)
+    return tuple(branches), carried_value(cached[-1].add).name, tuple(streams)
 
 
 def _stream(chain: list[_Residual], role: Role, cached: bool) -> Stream:
@@ -325,7 +325,7 @@ def _input(stream: fx.Node, inside: list[fx.Node], rows: int, flops: dict[str, i
 def _is_scored(attention: fx.Node, kind: str, batch: int, tokens: int) -> bool:
     """Whether its map says something of each of the branch's tokens: as keys, or as queries of a cross-attention."""
     if kind != "cross_attention":
-        return own_keys(attention, batch, tokens) is not None
+        return key_offset(attention, batch, tokens) is not None
     query = attention.args[0]
     shape = (value_shape(query) if isinstance(query, fx.Node) else None) or ()
     return len(shape) == 4 and (shape[0], shape[2]) == (batch, tokens)

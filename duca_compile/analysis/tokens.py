@@ -15,8 +15,9 @@ from math import prod
 
 from torch import fx
 
-from duca_compile.core.fx_utils import op_name, value_shape
+from duca_compile.core.fx_utils import int_operand, node_operand, op_name, value_shape
 from duca_compile.core.ir import TokenPlace
+from duca_compile.errors import InternalError
 from duca_compile.frontend.opaque import opaque, site_of
 from duca_compile.frontend.operators import argument
 
@@ -133,8 +134,7 @@ def cuts_tokens(node: fx.Node, places: Mapping[str, TokenPlace]) -> bool:
 
 
 def _cut(node: fx.Node, places: Places, tokens: int) -> TokenPlace:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
+    source = node_operand(node, 0)
     axis, start, length = places[source.name]
     if op_name(node) in _SPLITS:
         return places[source.name]  # its pieces are taken by getitem
@@ -150,8 +150,7 @@ def _range(node: fx.Node, source: fx.Node, length: int) -> tuple[int, int]:
         first, after = argument(node, "start") or 0, argument(node, "end")
         span = range(length)[first:after]
         return span.start, span.stop
-    index = node.args[1]
-    assert isinstance(index, int)
+    index = int_operand(node, 1)
     (dim,) = _dims(source, "dim", _rank(source.all_input_nodes[0])) or [0]
     sizes = [piece.shape[dim] for piece in source.meta["val"]]
     return sum(sizes[:index]), sum(sizes[: index + 1])
@@ -170,7 +169,8 @@ def overlapped(cut: fx.Node, joined: fx.Node) -> list[fx.Node]:
 
 def _pieces(node: fx.Node) -> list[fx.Node]:
     pieces = node.args[0]
-    assert isinstance(pieces, list | tuple)
+    if not isinstance(pieces, list | tuple):
+        raise InternalError(f"the first argument of {node.format_node()} is not a list")
     return [piece for piece in pieces if isinstance(piece, fx.Node)]
 
 
@@ -250,8 +250,7 @@ def _expand(node: fx.Node, axes: Axes) -> int:
 
 def _product(node: fx.Node, axes: Axes) -> int:
     source, axis = _first(node, axes)
-    weight = node.args[1]
-    assert isinstance(weight, fx.Node)
+    weight = node_operand(node, 1)
     if axis == _rank(source) - 1:
         raise Mixing(node, "it sums over the tokens")
     if _rank(weight) > 2 and (axis != _rank(source) - 2 or _rank(weight) > _rank(source)):
@@ -364,11 +363,8 @@ def _type_as(node: fx.Node, axes: Axes) -> int:
 
 def _attention(node: fx.Node, axes: Axes) -> int:
     """Each query attends on its own, so cross-attention is pointwise along the queries."""
-    query, key, value = node.args[:3]
+    query, key, value = (node_operand(node, position) for position in range(3))
     mask = argument(node, "attn_mask")
-    assert isinstance(query, fx.Node)
-    assert isinstance(key, fx.Node)
-    assert isinstance(value, fx.Node)
     if key.name in axes or value.name in axes:
         raise Mixing(node, "keys and values come from the stream, so every token sees every other")
     if argument(node, "is_causal") or (mask is not None and (value_shape(mask) or (1, 1))[-2] != 1):
@@ -416,7 +412,7 @@ _RULES: dict[str, _Rule] = {
 }
 
 
-def own_keys(attention: fx.Node, batch: int, tokens: int) -> int | None:
+def key_offset(attention: fx.Node, batch: int, tokens: int) -> int | None:
     """Where the stream's tokens begin among the keys of a self-attention; None where that cannot be told.
 
     Joint attention concatenates them with the text's: they are the one piece that is as long as the stream.

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from duca_compile.core.ir import CapturedGraph
+from duca_compile.errors import InternalError
 from duca_compile.frontend.operators import argument
 
 aten = torch.ops.aten
@@ -156,7 +157,8 @@ def _inline(module: fx.GraphModule, node: fx.Node, body: fx.GraphModule, operand
     with graph.inserting_before(node):
         result = graph.graph_copy(body.graph, own)
     for user in list(node.users) if isinstance(result, list | tuple) else ():
-        assert user.target is operator.getitem
+        if user.target is not operator.getitem:
+            raise InternalError(f"{user.format_node()} uses a sequence as a whole")
         user.replace_all_uses_with(cast(Any, result)[user.args[1]])
         graph.erase_node(user)
     if isinstance(result, fx.Node):

@@ -22,6 +22,7 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.utils._pytree import tree_map_only
 
+from duca_compile.core.fx_utils import int_operand
 from duca_compile.core.lock import COMPILING
 
 _weights: WeakValueDictionary[int, FetchedWeight] = WeakValueDictionary()
@@ -91,9 +92,7 @@ fetch = torch.ops.duca_compile.fetch.default
 
 def fetched(node: fx.Node) -> FetchedWeight:
     """The weight that a node reads."""
-    number = node.args[0]
-    assert isinstance(number, int)
-    return _weights[number]
+    return _weights[int_operand(node, 0)]
 
 
 class Hook(ABC):

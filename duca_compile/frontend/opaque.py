@@ -19,9 +19,10 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
+from duca_compile.core.fx_utils import int_operand
 from duca_compile.core.lock import COMPILING
 from duca_compile.core.tensors import version
-from duca_compile.errors import CaptureError
+from duca_compile.errors import CaptureError, InternalError
 from duca_compile.frontend.offloading import Offloading
 
 # Of all reasons, the one for which tokens depend on each other.
@@ -140,7 +141,8 @@ class CallSite:
 
     def rebuild(self, outputs: list[Tensor]) -> Any:
         """What the module returned, of the operator's results."""
-        assert self.out_spec is not None
+        if self.out_spec is None:
+            raise InternalError(f"{self.path} has not run yet, so what it returns is unknown")
         leaves: list[Tensor | None] = [None] * self.out_spec.num_leaves
         for place, output in zip(self.tensor_places, outputs, strict=True):
             leaves[place] = output
@@ -250,9 +252,7 @@ def site_of(node: fx.Node) -> CallSite:
 
 
 def site_number(node: fx.Node) -> int:
-    number = node.args[1]
-    assert isinstance(number, int)
-    return number
+    return int_operand(node, 1)
 
 
 def site_flops(node: fx.Node) -> int:

@@ -35,7 +35,7 @@ def is_random(node: fx.Node) -> bool:
     return argument(node, "dropout_p") != 0 and argument(node, "train") is not False
 
 
-def as_carried(node: fx.Node) -> fx.Node:
+def carried_value(node: fx.Node) -> fx.Node:
     """The value of a stream in the type that it is carried on in: some models widen it for each sum.
 
     It is what was widened, or what the only reader narrows it to; the model goes on with either, bit for bit.
