@@ -1,8 +1,8 @@
-"""Weights that hooks bring for each call of a module and take away behind it: offloaded, or stored in a narrow type.
+"""Weights that hooks materialize for each call of a module and release afterwards: offloaded, or in a narrow type.
 
-A graph must not hold what such a hook brings: that would be a second copy of the weights, and a stale one. So the
-trace goes without the hook, and a weight is made by an operator, of what the hook makes it of, whenever a step needs
-it. Hooks and weights stay as they are, and no thread waits for another. Known are those of diffusers and accelerate.
+A graph must not hold a materialized weight: that would be a second copy, and soon a stale one. So the model is traced
+without the hooks, and an operator fetches the weight from where the hook would get it, whenever a step needs it. Hooks
+and stored weights are not changed, and no thread waits for another. The hooks of diffusers and accelerate are known.
 """
 
 from __future__ import annotations
@@ -29,44 +29,45 @@ _weights: WeakValueDictionary[int, FetchedWeight] = WeakValueDictionary()
 _numbers = itertools.count()
 _LIBRARIES = ("diffusers", "accelerate")
 _PLACING = {"AlignDevicesHook", "CpuOffload"}
-Given = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a call
-_MOVERS = {  # of diffusers and accelerate: hooks whose state says nothing of what forward computes
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a call, by position and by name
+_MOVERS = {  # of diffusers and accelerate: hooks whose state does not affect what forward computes
     "AlignDevicesHook", "CpuOffload", "LayerExecutionTrackerHook", "LayerwiseCastingHook",
     "LazyPrefetchGroupOffloadingHook",
 }  # fmt: skip
 
 
-class Place(NamedTuple):
-    """Where a module keeps a weight: one of its two tables, and a name in it."""
+class Location(NamedTuple):
+    """Where a module stores a weight: its table of parameters or of buffers, and the name there."""
 
     module: nn.Module
     table: dict[str, Any]
     name: str
 
-    def kept(self) -> Tensor:
+    def stored(self) -> Tensor:
+        """What is there now: a placeholder or narrow tensor between calls, the weight during a call."""
         tensor: Tensor = self.table[self.name]
         return tensor
 
 
 class FetchedWeight:
-    """One weight, and the hooks that make it of what its module keeps in its place, the outermost first."""
+    """One weight, and the hooks that materialize it from what its module stores, the outermost first."""
 
-    def __init__(self, path: str, place: Place, hooks: tuple[Hook, ...]) -> None:
-        self.number, self.path, self.place, self.hooks = next(_numbers), path, place, hooks
+    def __init__(self, path: str, location: Location, hooks: tuple[Hook, ...]) -> None:
+        self.number, self.path, self.location, self.hooks = next(_numbers), path, location, hooks
         value = self.read()
         self.device, self.like = value.device, value.to("meta")
         _weights[self.number] = self
 
     def read(self) -> Tensor:
         """The weight as forward sees it, in memory of its own."""
-        kept = self.place.kept()
-        if isinstance(kept, FakeTensor | FunctionalTensor):  # another thread traces the model, and will put it back
+        stored = self.location.stored()
+        if isinstance(stored, FakeTensor | FunctionalTensor):  # another thread traces the model, and will restore it
             with COMPILING:
-                kept = self.place.kept()
-        value = kept.detach()
+                stored = self.location.stored()
+        value = stored.detach()
         for hook in self.hooks:
-            value = hook.make(self.place, kept, value)
-        return value.clone() if _share(value, kept) else value
+            value = hook.materialize(self.location, stored, value)
+        return value.clone() if _share(value, stored) else value
 
     def __str__(self) -> str:
         return f"{self.path} by {', '.join(hook.name for hook in self.hooks)}"
@@ -91,26 +92,26 @@ fetch = torch.ops.duca_compile.fetch.default
 
 
 def fetched(node: fx.Node) -> FetchedWeight:
-    """The weight that a node reads."""
+    """The weight that a ``fetch`` node reads."""
     return _weights[int_operand(node, 0)]
 
 
 class Hook(ABC):
-    """What brings weights to a module. It is asked for one weight at a time, and for no change of the module."""
+    """A hook that materializes weights of a module; here one at a time, and without changing the module."""
 
     def __init__(self, module: nn.Module, hook: Any, device: Any = None) -> None:
         self.module, self.hook, self.name, self._device = module, hook, type(hook).__name__, device
 
     @abstractmethod
-    def places(self) -> Iterator[Place]:
-        """The weights that it brings when its module is called."""
+    def locations(self) -> Iterator[Location]:
+        """The weights that it materializes when its module is called."""
 
     @abstractmethod
-    def make(self, place: Place, kept: Tensor, value: Tensor) -> Tensor:
-        """The weight, of what the module keeps in its place and of what hooks further out have made of that."""
+    def materialize(self, location: Location, stored: Tensor, value: Tensor) -> Tensor:
+        """The weight, from what the module stores and from ``value``, what outer hooks made of that."""
 
     def before(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """What is left of it in a trace: it brings the arguments to where its module computes."""
+        """What remains of the hook in a trace: it moves the arguments to the device where its module computes."""
         return tree_map_only(Tensor, self._moved, (args, kwargs))
 
     def _moved(self, tensor: Tensor) -> Tensor:
@@ -118,90 +119,90 @@ class Hook(ABC):
 
 
 class Casting(Hook):
-    """Layerwise casting."""
+    """Layerwise casting of diffusers."""
 
-    def places(self) -> Iterator[Place]:
-        yield from _all_places(self.module)
+    def locations(self) -> Iterator[Location]:
+        yield from _all_locations(self.module)
 
-    def make(self, place: Place, kept: Tensor, value: Tensor) -> Tensor:
+    def materialize(self, location: Location, stored: Tensor, value: Tensor) -> Tensor:
         return value.to(self.hook.compute_dtype) if value.is_floating_point() or value.is_complex() else value
 
 
 class Group(Hook):
     """Group offloading of diffusers, to memory or to a file."""
 
-    def places(self) -> Iterator[Place]:
+    def locations(self) -> Iterator[Location]:
         group = self.hook.group
         for module in [self.module] if self.module in group.modules else group.modules:
-            yield from _all_places(module)
-        own = set(map(id, (*group.parameters, *group.buffers)))
-        yield from (place for place in _own_places(self.module) if id(place.kept()) in own)
+            yield from _all_locations(module)
+        single = set(map(id, (*group.parameters, *group.buffers)))
+        yield from (each for each in _direct_locations(self.module) if id(each.stored()) in single)
 
-    def make(self, place: Place, kept: Tensor, value: Tensor) -> Tensor:
+    def materialize(self, location: Location, stored: Tensor, value: Tensor) -> Tensor:
         group = self.hook.group
         if group.offload_to_disk_path is None:
             return value.to(group.onload_device)
         from safetensors import safe_open
 
         with safe_open(group.safetensors_file_path, framework="pt", device=str(group.onload_device)) as file:
-            stored: Tensor = file.get_tensor(group.tensor_to_key[kept])
-        return stored
+            weight: Tensor = file.get_tensor(group.tensor_to_key[stored])
+        return weight
 
 
 class Aligned(Hook):
-    """Offloading of accelerate: its module keeps tensors without memory, and the hook a map of what they stand for."""
+    """Offloading of accelerate: the module stores tensors without memory, and the hook maps names to the weights."""
 
-    def places(self) -> Iterator[Place]:
-        for place in _all_places(self.module) if self.hook.place_submodules else _own_places(self.module):
-            buffer = place.table is not place.module._parameters
-            left = not self.hook.offload_buffers or place.name in place.module._non_persistent_buffers_set
-            if not (buffer and left):
-                yield place
+    def locations(self) -> Iterator[Location]:
+        for each in _all_locations(self.module) if self.hook.place_submodules else _direct_locations(self.module):
+            is_buffer = each.table is not each.module._parameters
+            stays = not self.hook.offload_buffers or each.name in each.module._non_persistent_buffers_set
+            if not (is_buffer and stays):
+                yield each
 
-    def make(self, place: Place, kept: Tensor, value: Tensor) -> Tensor:
-        path = next(path for path, module in self.module.named_modules() if module is place.module)
-        stored: Tensor = self.hook.weights_map[f"{path}.{place.name}".lstrip(".")]
-        made = stored.to(value.dtype).to(self.hook.execution_device)
-        return stored.clone() if made is stored else made
+    def materialize(self, location: Location, stored: Tensor, value: Tensor) -> Tensor:
+        path = next(path for path, module in self.module.named_modules() if module is location.module)
+        offloaded: Tensor = self.hook.weights_map[f"{path}.{location.name}".lstrip(".")]
+        weight = offloaded.to(value.dtype).to(self.hook.execution_device)
+        return offloaded.clone() if weight is offloaded else weight
 
 
 class Whole(Hook):
-    """Brings a whole model to its device, where it stays: nothing is left to do in a trace."""
+    """Moves a whole model to its device, where it stays, so that nothing remains to be done in a trace."""
 
-    def places(self) -> Iterator[Place]:
+    def locations(self) -> Iterator[Location]:
         yield from ()
 
-    def make(self, place: Place, kept: Tensor, value: Tensor) -> Tensor:
+    def materialize(self, location: Location, stored: Tensor, value: Tensor) -> Tensor:
         return value
 
 
-def _own_places(module: nn.Module) -> Iterator[Place]:
+def _direct_locations(module: nn.Module) -> Iterator[Location]:
     for table in (module._parameters, module._buffers):
-        yield from (Place(module, table, name) for name, tensor in table.items() if tensor is not None)
+        yield from (Location(module, table, name) for name, tensor in table.items() if tensor is not None)
 
 
-def _all_places(module: nn.Module) -> Iterator[Place]:
+def _all_locations(module: nn.Module) -> Iterator[Location]:
     for each in module.modules():
-        yield from _own_places(each)
+        yield from _direct_locations(each)
 
 
 def hooks_of(module: nn.Module) -> list[Any]:
-    """The hooks of diffusers and accelerate that a module has, the outermost first."""
-    own = vars(module)
-    first = own.get("_hf_hook")
-    registry = own.get("_diffusers_hook")
+    """The hooks of diffusers and accelerate on a module, the outermost first."""
+    attributes = vars(module)
+    first = attributes.get("_hf_hook")
+    registry = attributes.get("_diffusers_hook")
     found = [] if first is None else list(getattr(first, "hooks", (first,)))
     return found if registry is None else [*found, *(registry.hooks[name] for name in reversed(registry._hook_order))]
 
 
 def _kind(hook: object) -> str:
-    """The name of its class, or of the one that it derives from, in diffusers or accelerate; "" where it has none."""
-    own = (cls.__name__ for cls in type(hook).__mro__ if cls.__module__.partition(".")[0] in _LIBRARIES)
-    return next(own, "")
+    """The name of the hook's class in diffusers or accelerate, or of its base there; "" where it has none."""
+    names = (cls.__name__ for cls in type(hook).__mro__ if cls.__module__.partition(".")[0] in _LIBRARIES)
+    return next(names, "")
 
 
 def offloading_hooks(module: nn.Module) -> list[Hook]:
-    """Those of its hooks that bring weights and take them away."""
+    """Those of its hooks that materialize weights and release them."""
     found: list[Hook] = []
     for hook in hooks_of(module):
         name = _kind(hook)
@@ -217,87 +218,87 @@ def offloading_hooks(module: nn.Module) -> list[Hook]:
 
 
 def hook_settings(hook: object) -> tuple[Any, ...] | None:
-    """All that counts of a hook that moves weights; what it holds besides changes with each call. None of another."""
+    """The settings of a hook that moves weights; its other state changes at each call. None for any other hook."""
     name = _kind(hook)
     if name == "GroupOffloadingHook":
         group = vars(hook)["group"]
         return name, group.onload_device, group.offload_to_disk_path, len(group.modules), len(group.parameters)
     if name not in _MOVERS:
         return None
-    own = vars(hook)
-    return name, *(str(own.get(each)) for each in ("compute_dtype", "execution_device", "offload", "offload_buffers"))
+    settings = ("compute_dtype", "execution_device", "offload", "offload_buffers")
+    return name, *(str(vars(hook).get(each)) for each in settings)
 
 
 @dataclass(frozen=True)
 class Offloading:
-    """What hooks bring to a model: single weights, or whole modules where weights are of a kind of their own."""
+    """What hooks materialize in a model: single weights, or whole modules where weights are of special types."""
 
-    weights: dict[int, list[FetchedWeight]]  # by the identity of the module whose call brings them
+    weights: dict[int, list[FetchedWeight]]  # by the id of the module whose call materializes them
     hooks: list[Hook]
-    operators: dict[str, str]  # paths and reasons
+    operators: dict[str, str]  # paths of the modules that must run as they are, with the reasons
 
     def around(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """``forward`` of a module that runs as it is, with the weights that hooks of modules around it bring."""
+        """``forward`` of a module that runs as it is, with the weights that hooks of enclosing modules materialize."""
         inside = set(map(id, module.modules()))
         outer = [each for key, weights in self.weights.items() if key not in inside for each in weights]
-        needed = [weight for weight in outer if id(weight.place.module) in inside]
+        needed = [weight for weight in outer if id(weight.location.module) in inside]
         return functools.partial(_with_weights, needed, forward) if needed else forward
 
 
 def _with_weights(weights: list[FetchedWeight], forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    kept = [weight.place.kept() for weight in weights]
+    stored = [weight.location.stored() for weight in weights]
     try:
         for weight in weights:
-            weight.place.table[weight.place.name] = weight.read()
+            weight.location.table[weight.location.name] = weight.read()
         return forward(*args, **kwargs)
     finally:
-        for weight, tensor in zip(weights, kept, strict=True):
-            weight.place.table[weight.place.name] = tensor
+        for weight, tensor in zip(weights, stored, strict=True):
+            weight.location.table[weight.location.name] = tensor
 
 
 def find_offloading(model: nn.Module) -> Offloading:
-    """Looks through the hooks of ``model`` and its submodules; reads each weight that they bring once."""
+    """Inspects the hooks of ``model`` and its submodules, and reads each weight that they materialize once."""
     paths = {id(module): path for path, module in model.named_modules()}
-    places: dict[tuple[int, str], Place] = {}
+    locations: dict[tuple[int, str], Location] = {}
     chains: dict[tuple[int, str], list[Hook]] = {}
-    called: dict[int, list[tuple[int, str]]] = {}
+    by_module: dict[int, list[tuple[int, str]]] = {}
     operators: dict[str, str] = {}
-    found: list[Hook] = []
+    all_hooks: list[Hook] = []
     for path, module in model.named_modules():
         hooks = offloading_hooks(module)
-        mine = {(id(place.module), place.name): place for hook in hooks for place in hook.places()}
-        if any(type(place.kept()) not in (Tensor, nn.Parameter) for place in mine.values()):
+        found = {(id(each.module), each.name): each for hook in hooks for each in hook.locations()}
+        if any(type(each.stored()) not in (Tensor, nn.Parameter) for each in found.values()):
             operators[path] = f"its weights are of a kind of their own, and {hooks[0].name} brings them"
             continue
         for hook in hooks:
-            for place in hook.places():
-                chains.setdefault((id(place.module), place.name), []).append(hook)
-        places |= mine
-        found += hooks
-        called[id(module)] = list(mine)
+            for each in hook.locations():
+                chains.setdefault((id(each.module), each.name), []).append(hook)
+        locations |= found
+        all_hooks += hooks
+        by_module[id(module)] = list(found)
     weights = {
-        key: FetchedWeight(f"{paths[key[0]]}.{key[1]}".lstrip("."), place, tuple(chains[key]))
-        for key, place in places.items()
+        key: FetchedWeight(f"{paths[key[0]]}.{key[1]}".lstrip("."), location, tuple(chains[key]))
+        for key, location in locations.items()
     }
-    return Offloading({each: [weights[key] for key in keys] for each, keys in called.items()}, found, operators)
+    return Offloading({id_: [weights[key] for key in keys] for id_, keys in by_module.items()}, all_hooks, operators)
 
 
-def before_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given:
-    """The arguments of a call, after what hooks of the model itself do before one: bring it to its device, for one.
+def before_call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """The arguments of a call, after what hooks of the model itself do before it, such as moving it to its device.
 
-    Weights that are taken away behind each call are not brought: they are read where they are.
+    Weights that would be released after the call are not materialized: steps fetch them from where they are stored.
     """
-    brings = {id(hook.hook): hook for hook in offloading_hooks(model) if not isinstance(hook, Whole)}
+    materializing = {id(hook.hook): hook for hook in offloading_hooks(model) if not isinstance(hook, Whole)}
     for hook in hooks_of(model):
-        if id(hook) in brings:
-            args, kwargs = brings[id(hook)].before(model, *args, **kwargs)
+        if id(hook) in materializing:
+            args, kwargs = materializing[id(hook)].before(model, *args, **kwargs)
         elif _kind(hook) in _PLACING:
             args, kwargs = hook.pre_forward(model, *args, **kwargs)
     return args, kwargs
 
 
 def after_call(model: nn.Module, output: Any) -> Any:
-    """What a call returns, after what hooks of the model itself do behind one: bring it to where the arguments were."""
+    """The output of a call, after what hooks of the model itself do with it: move it to the arguments' device."""
     placing = [hook for hook in hooks_of(model) if _kind(hook) in _PLACING and not getattr(hook, "offload", False)]
     for hook in placing:
         output = hook.post_forward(model, output)
@@ -305,29 +306,30 @@ def after_call(model: nn.Module, output: Any) -> Any:
 
 
 def has_hooks(model: nn.Module) -> bool:
+    """Whether diffusers or accelerate have put hooks on the model itself."""
     return "_hf_hook" in model.__dict__ or "_diffusers_hook" in model.__dict__
 
 
 @contextmanager
-def as_fetches(model: nn.Module, found: Offloading, operators: Collection[str]) -> Iterator[None]:
-    """While open, these hooks do nothing, and what forward reads of their weights are results of operators.
+def as_fetches(model: nn.Module, offloading: Offloading, operators: Collection[str]) -> Iterator[None]:
+    """While open, these hooks do nothing, and forward gets their weights as results of ``fetch`` operators.
 
-    Not so within the modules at ``operators``, which run as they are.
+    Modules at the paths ``operators``, which run as they are, keep their hooks.
     """
-    as_they_are = {id(module) for path in operators for module in model.get_submodule(path).modules()}
+    opaque = {id(module) for path in operators for module in model.get_submodule(path).modules()}
     with ExitStack() as undo:
-        for hook in found.hooks:
-            if id(hook.module) not in as_they_are:
-                undo.enter_context(_silenced(hook))
+        for hook in offloading.hooks:
+            if id(hook.module) not in opaque:
+                undo.enter_context(_disabled(hook))
         for module in model.modules():
-            own = found.weights.get(id(module))
-            if own and id(module) not in as_they_are:
-                undo.enter_context(_swapped(module, own))
+            weights = offloading.weights.get(id(module))
+            if weights and id(module) not in opaque:
+                undo.enter_context(_fetching(module, weights))
         yield
 
 
 def sink_fetches(graph: fx.Graph) -> tuple[FetchedWeight, ...]:
-    """Moves the reading of each weight to right before its first use; returns those that are read."""
+    """Moves each ``fetch`` to right before its first use and drops unused ones; returns the weights that are left."""
     found = []
     for node in graph.find_nodes(op="call_function", target=fetch):
         if not node.users:
@@ -339,31 +341,31 @@ def sink_fetches(graph: fx.Graph) -> tuple[FetchedWeight, ...]:
 
 
 @contextmanager
-def _silenced(hook: Hook) -> Iterator[None]:
-    """Both libraries look their hooks up at each call: accelerate on the hook, diffusers on a reference to it."""
-    held = hook.hook.fn_ref if hasattr(hook.hook, "fn_ref") else hook.hook
-    before = {name: vars(held)[name] for name in ("pre_forward", "post_forward") if name in vars(held)}
-    held.pre_forward, held.post_forward = hook.before, lambda _module, output: output
+def _disabled(hook: Hook) -> Iterator[None]:
+    """Replaces the methods that are looked up at each call: by accelerate on the hook, by diffusers on a reference."""
+    target = hook.hook.fn_ref if hasattr(hook.hook, "fn_ref") else hook.hook
+    before = {name: vars(target)[name] for name in ("pre_forward", "post_forward") if name in vars(target)}
+    target.pre_forward, target.post_forward = hook.before, lambda _module, output: output
     try:
         yield
     finally:
-        del held.pre_forward, held.post_forward
-        vars(held).update(before)
+        del target.pre_forward, target.post_forward
+        vars(target).update(before)
 
 
 @contextmanager
-def _swapped(module: nn.Module, weights: list[FetchedWeight]) -> Iterator[None]:
-    """Puts operators' results in the places of ``weights`` while ``module`` runs."""
-    kept: list[list[Any]] = []
+def _fetching(module: nn.Module, weights: list[FetchedWeight]) -> Iterator[None]:
+    """Puts results of ``fetch`` in place of ``weights`` while ``module`` runs."""
+    stored: list[list[Any]] = []
 
     def enter(*_: Any) -> None:
-        kept.append([weight.place.kept() for weight in weights])
+        stored.append([weight.location.stored() for weight in weights])
         for weight in weights:
-            weight.place.table[weight.place.name] = fetch(weight.number)
+            weight.location.table[weight.location.name] = fetch(weight.number)
 
     def leave(*_: Any) -> None:
-        for weight, tensor in zip(weights, kept.pop(), strict=True):
-            weight.place.table[weight.place.name] = tensor
+        for weight, tensor in zip(weights, stored.pop(), strict=True):
+            weight.location.table[weight.location.name] = tensor
 
     handles = [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:
@@ -371,5 +373,5 @@ def _swapped(module: nn.Module, weights: list[FetchedWeight]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        while kept:  # forward has failed
+        while stored:  # forward has failed
             leave()
