@@ -49,7 +49,7 @@ from duca_compile.runtime.session import HasSessions, Requests, current_pass, na
 
 log = logging.getLogger("duca_compile")
 
-WARM_UP_STEPS = 1000  # a warm-up compiles the variants that this many steps need
+WARM_UP_HORIZON = 1000  # a warm-up compiles the variants that this many steps need
 _SHARED = (  # tables that an optimized model shares with its source
     "_parameters",
     "_buffers",
@@ -268,7 +268,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
         with torch.no_grad(), casts.without_autocast(compiled.captured):
             call_by_name = compiled.named(call.tensors)
             state = ModelState(self.source) if compiled.captured.opaque else None
-            compiled.dispatcher.warm_up(requests.new(), call_by_name, islice(steps, WARM_UP_STEPS), watch)
+            compiled.dispatcher.warm_up(requests.new(), call_by_name, islice(steps, WARM_UP_HORIZON), watch)
             if state is not None:
                 state.put_back()
 

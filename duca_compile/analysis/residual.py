@@ -23,7 +23,7 @@ from duca_compile.frontend.operators import carried_value
 
 _SUMS = {"add", "addcmul"}
 _SOFTMAX = {"softmax", "_softmax"}
-_ATTENTION_PRODUCTS = {"scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum"}
+_ACTIVATION_PRODUCTS = {"scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum"}
 _PASSTHROUGH = {"to", "_to_copy", "clone", "contiguous", "dropout", "alias", "detach", "clamp", "clip"}
 
 
@@ -356,7 +356,7 @@ def _is_attention(node: fx.Node) -> bool:
     """Whether it is an attention, or a product with weights from a softmax."""
     if op_name(node) == "scaled_dot_product_attention":
         return True
-    return op_name(node) in _ATTENTION_PRODUCTS and any(op_name(_origin(n)) in _SOFTMAX for n in node.all_input_nodes)
+    return op_name(node) in _ACTIVATION_PRODUCTS and any(op_name(_origin(n)) in _SOFTMAX for n in node.all_input_nodes)
 
 
 def _kind(residual: _Residual, inside: list[fx.Node], places: Places | None) -> str:
@@ -365,7 +365,7 @@ def _kind(residual: _Residual, inside: list[fx.Node], places: Places | None) -> 
     if places is not None:
         return "cross_attention" if attends else "mlp"
     nodes = {residual.stream, *inside}
-    if not any(op_name(n) in _ATTENTION_PRODUCTS and len(nodes.intersection(n.all_input_nodes)) > 1 for n in inside):
+    if not any(op_name(n) in _ACTIVATION_PRODUCTS and len(nodes.intersection(n.all_input_nodes)) > 1 for n in inside):
         return "cross_attention" if attends else "mixing"
     activates = any(op_name(n) in ("gelu", "silu", "relu") for n in inside)
     return "attention+mlp" if attends and activates else "self_attention"

@@ -135,7 +135,7 @@ class Binder:
         return Call(self._defaults, given, tensors, last.key)
 
     def _convert_timestep(self, arguments: dict[str, Any]) -> bool:
-        """Makes a tensor of a timestep given as a number of Python or numpy, or every step would be another kind of call.
+        """Makes a tensor of a timestep given as a number, or every step would be another kind of call.
 
         Integers become int64 and others float32, since a model may look integers up in a table; a loop that passes
         both makes two kinds of call. A number called ``t`` next to a timestep that is a tensor is an option.
