@@ -1,7 +1,7 @@
-"""Whether a trace computes what the model computes, and if not, in which submodule it does not.
+"""Checks whether a trace computes what the model computes, and finds the submodule in which it does not.
 
-A kernel that reads or writes memory behind torch's back leaves too little in a trace. So a graph that is more than
-torch.export's of PyTorch's own operators is run once on the values that it was traced with.
+A kernel that reads or writes memory without torch's knowledge leaves too little in a trace. So a graph that is not
+simply torch.export's of PyTorch's own operators is run once on the values that it was traced with.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from duca_compile.frontend import casts
 log = logging.getLogger("duca_compile")
 aten = torch.ops.aten
 
-COMPILED_TOLERANCE = 0.05  # relative distance of results by which compiled code is another computation, in any type
-MAX_ULPS = 16.0  # units in the last place by which results differ where an operator is not deterministic
+COMPILED_TOLERANCE = 0.05  # relative distance beyond which compiled code computes something else, in any dtype
+MAX_ULPS = 16.0  # units in the last place by which results may differ where an operator is not deterministic
 _UNINITIALIZED = {
     aten.empty.memory_format, aten.empty_like.default, aten.empty_strided.default, aten.new_empty.default,
     aten.new_empty_strided.default,
@@ -34,29 +34,29 @@ _UNINITIALIZED = {
 
 
 def has_foreign_operators(graph: fx.Graph) -> bool:
-    """Whether operators are among its nodes that are not PyTorch's own."""
+    """Whether any operator in the graph is not PyTorch's own."""
     operators = [node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
     return any(each.namespace not in ("aten", "prims") for each in operators)
 
 
 def copy_containers(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The same values in lists and dictionaries of their own: forward may take things out of these."""
-    found: dict[str, Any] = tree_map(lambda leaf: leaf, arguments)
-    return found
+    """The same values in new lists and dictionaries, since forward may remove items from those it is given."""
+    copied: dict[str, Any] = tree_map(lambda leaf: leaf, arguments)
+    return copied
 
 
 def hookable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules by path, but for those that take no hooks."""
+    """All modules with their paths, except those that accept no hooks."""
     return ((path, module) for path, module in model.named_modules() if not isinstance(module, torch.jit.ScriptModule))
 
 
 class ModelRun(Protocol):
-    """A call of the model that was run: the leaves of its results."""
+    """A call of the model that was made, with the leaves of its results."""
 
     results: list[Any]
 
     def rewind(self) -> None:
-        """Puts back what it changed on the model, so that the next call is like it."""
+        """Undoes what it changed on the model, so that the next call repeats it."""
 
 
 def find_mismatch(
@@ -65,60 +65,63 @@ def find_mismatch(
     captured: CapturedGraph,
     run: ModelRun,
     operators: Collection[str] = (),
-    rounding: float = 0.0,
+    max_ulps: float = 0.0,
 ) -> str | None:
-    """None where the graph gives the model's own results, those of ``run``, bit for bit.
+    """The path of the smallest submodule, none of ``operators``, whose results the graph does not give.
 
-    With ``rounding``, results may be so many units in the last place apart.
-
-    Else the path of the smallest submodule, none of ``operators``, whose results it does not give; "" where that is the
-    model itself.
+    That is "" for the model itself, and None where the graph gives the results of ``run``, the model's own, within
+    ``max_ulps`` units in the last place.
     """
     tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
     if any(tensor.is_meta for tensor in tensors):
         return None
     run.rewind()
     try:
-        if ulp_distance(_Runner(captured).results(tensors), run.results) <= rounding:
+        if ulp_distance(_Runner(captured).results(tensors), run.results) <= max_ulps:
             return None
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # what was traced holds nowhere else, such as the inside of a function that vmap runs
+    except Exception as error:  # some traces are valid only where they were made, such as inside of vmap
         if (node := _failing(error)) is None:
             raise
         return module_path(node)
     run.rewind()
-    again, calls = _called(model, arguments)
-    if ulp_distance(again, run.results) > rounding:
+    results, calls = _recorded_calls(model, arguments)
+    if ulp_distance(results, run.results) > max_ulps:
         log.warning(
             "%s gives other results each time it is called, so its trace could not be compared with it: what makes the "
             "difference is not followed, unless it is a random operator of PyTorch",
             type(model).__name__,
         )
         return None
-    seen: set[bytes] = set()
+    digests: set[bytes] = set()
     run.rewind()
-    _Runner(captured, seen).results(tensors)
+    _Runner(captured, digests).results(tensors)
+    return _first_wrong([call for call in calls if call.path not in operators], digests, captured)
+
+
+def _first_wrong(calls: list[_RecordedCall], digests: set[bytes], captured: CapturedGraph) -> str:
+    """The path of the innermost submodule whose results are not among the graph's values, given by ``digests``."""
     traced = {str(path) for n in captured.graph.nodes for path, _ in (n.meta.get("nn_module_stack") or {}).values()}
-    wrong = [each for each in calls if not each.results <= seen and each.path not in operators]
-    wrong.sort(key=lambda each: each.path not in traced)  # what is in no trace may be idle
-    path = next((each.path for each in wrong if each.given <= seen), wrong[0].path if wrong else "")
-    while inner := next((each.path for each in wrong if each.path.startswith(f"{path}.")), ""):
-        path = inner  # what it is given need not be in the graph, where nothing comes of it
+    wrong = [call for call in calls if not call.results <= digests]
+    wrong.sort(key=lambda call: call.path not in traced)  # results of a module in no trace may be unused
+    path = next((call.path for call in wrong if call.arguments <= digests), wrong[0].path if wrong else "")
+    while inner := next((call.path for call in wrong if call.path.startswith(f"{path}.")), ""):
+        path = inner  # its arguments may not be in the graph, if its results are unused
     return path
 
 
 def ulp_distance(some: Sequence[Any], others: Sequence[Any]) -> float:
-    """How far apart results are, in units in the last place of the largest; 0.0 where they are equal."""
-    return max((_distance(one, other) for one, other in zip(some, others, strict=True)), default=0.0)
+    """The largest relative distance between results, in units in the last place; 0.0 where they are equal."""
+    return max((_ulps(one, other) for one, other in zip(some, others, strict=True)), default=0.0)
 
 
 def relative_distance(some: Sequence[Any], others: Sequence[Any]) -> float:
-    """The same by the norm of the difference over the norm; 0.0 where they are equal."""
+    """The largest norm of a difference between results over the norm of the first; 0.0 where they are equal."""
     return max((_relative(one, other) for one, other in zip(some, others, strict=True)), default=0.0)
 
 
-def _distance(one: Any, other: Any) -> float:
+def _ulps(one: Any, other: Any) -> float:
     distance = _relative(one, other)
     return distance / torch.finfo(one.dtype).eps if 0 < distance < math.inf else distance
 
@@ -137,17 +140,17 @@ def _relative(one: Any, other: Any) -> float:
 
 
 def _failing(error: BaseException) -> fx.Node | None:
-    """The node whose running raised."""
+    """The node that raised the error when it ran."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "run_node"]
     return next((node for frame in frames if isinstance(node := frame.f_locals.get("n"), fx.Node)), None)
 
 
 class _Runner(fx.Interpreter):
-    """Runs a graph; memory that nothing was written to is not what it was before by luck. Notes values in ``seen``."""
+    """Runs a graph, fills uninitialized memory, which may hold the right values by chance, and collects digests."""
 
-    def __init__(self, captured: CapturedGraph, seen: set[bytes] | None = None) -> None:
+    def __init__(self, captured: CapturedGraph, digests: set[bytes] | None = None) -> None:
         super().__init__(to_module(captured, captured.graph))
-        self._captured, self._seen = captured, seen
+        self._captured, self._digests = captured, digests
 
     def results(self, tensors: list[Tensor]) -> list[Any]:
         with torch.no_grad(), torch.random.fork_rng(cuda_devices(tensors)), casts.without_autocast(self._captured):
@@ -157,22 +160,22 @@ class _Runner(fx.Interpreter):
         value = super().run_node(n)
         if n.target in _UNINITIALIZED:
             value.fill_(torch.nan if value.is_floating_point() or value.is_complex() else 1)
-        if self._seen is not None:
-            self._seen.update(_marks(value))
+        if self._digests is not None:
+            self._digests.update(_digests(value))
         return value
 
 
-class _Called(NamedTuple):
-    """The tensors that a call of a submodule was given, and those that it returned."""
+class _RecordedCall(NamedTuple):
+    """The path of a submodule that was called, and digests of the tensors that it got and returned."""
 
     path: str
-    given: set[bytes]
+    arguments: set[bytes]
     results: set[bytes]
 
 
-def _called(model: nn.Module, arguments: dict[str, Any]) -> tuple[list[Any], list[_Called]]:
+def _recorded_calls(model: nn.Module, arguments: dict[str, Any]) -> tuple[list[Any], list[_RecordedCall]]:
     """The model's results, and the calls of submodules that are not PyTorch's own, in the order in which they end."""
-    calls: list[_Called] = []
+    calls: list[_RecordedCall] = []
     tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
     with ExitStack() as hooks, torch.no_grad(), torch.random.fork_rng(cuda_devices(tensors)):
         for path, module in hookable_modules(model):
@@ -180,14 +183,14 @@ def _called(model: nn.Module, arguments: dict[str, Any]) -> tuple[list[Any], lis
                 continue
 
             def leave(_: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
-                calls.append(_Called(path, _marks((args, kwargs)), _marks(output)))
+                calls.append(_RecordedCall(path, _digests((args, kwargs)), _digests(output)))
 
             hooks.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
         return tree_leaves(model(**copy_containers(arguments))), calls
 
 
-def _marks(value: Any) -> set[bytes]:
-    """What tells each of these tensors from those with other values."""
+def _digests(value: Any) -> set[bytes]:
+    """A hash of each tensor's values."""
     found = set()
     for tensor in tree_leaves(value):
         if isinstance(tensor, Tensor) and tensor.layout is torch.strided:
@@ -199,5 +202,5 @@ def _marks(value: Any) -> set[bytes]:
 
 
 def cuda_devices(tensors: Sequence[Tensor]) -> list[torch.device]:
-    """The devices whose random numbers a call may draw, besides the CPU's."""
+    """The devices, besides the CPU, whose random numbers a call may draw."""
     return [tensor.device for tensor in tensors if tensor.device.type == "cuda"]
