@@ -22,7 +22,7 @@ from torch.nn import functional
 
 import duca_compile
 from duca_compile import CaptureError, DuCa, StructureError, Uncached
-from duca_compile.analysis.memory import _Watch
+from duca_compile.analysis.memory import _AllocationCounter
 from tests import models
 from tests.models import WIDTH
 
@@ -289,7 +289,7 @@ def test_a_step_holds_one_layer_of_weights_that_hooks_bring(way: str) -> None:
     optimized.reset()
     for step in range(4):
         held = [tensor.dtype for tensor in tensors_of(model)], [tensor.device for tensor in tensors_of(model)]
-        watch = _Watch()
+        watch = _AllocationCounter()
         watch.ignore([tensor for tensor in tensors_of(model) if not tensor.is_meta])
         with watch:
             optimized(**sized_call(step))
