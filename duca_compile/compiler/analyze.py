@@ -30,10 +30,18 @@ _NONE: Mapping[str, str] = {}
 def analyze_call(
     model: nn.Module, call: Call, timestep: str | None, known: Mapping[str, str] = _NONE, careful: bool = False
 ) -> tuple[CapturedGraph, Facts, Prologue]:
-    """Captures one call of ``model`` and finds its structure; the token analysis is checked on the call's values.
+    """Captures one call of ``model`` and analyses it; the token analysis is checked on the call's values.
 
-    ``known`` are submodules that run as one operator in other calls, with the reasons: what they keep may change. To be
-    ``careful`` takes two more runs: the model's own results must repeat, and any graph must give them.
+    Args:
+        timestep: the name of the timestep argument, where the graph does not show it.
+        known: the submodules that run as one operator in other captures of the model, with the reasons.
+        careful: whether to run the model and its graph once more each, to check that the model's results repeat and
+            that the graph gives them.
+
+    Raises:
+        CaptureError: the model cannot be captured.
+        StructureError: its graph has nothing to cache.
+        UsageError: hooks of the model reuse features already, or ``timestep`` is no argument of the call.
     """
     check_caching(model)
     devices = [tensor.device for tensor in call.tensors if tensor.device.type == "cuda"]
@@ -60,7 +68,7 @@ def analyze_call(
 
 
 def _facts(captured: CapturedGraph, timestep: str | None) -> Facts:
-    """Says of a model without structure what has hidden it."""
+    """Runs the analyses. Where an opaque submodule hides the model's structure, the error says so."""
     try:
         return analyze(captured, timestep)
     except StructureError as error:
@@ -74,17 +82,17 @@ def _facts(captured: CapturedGraph, timestep: str | None) -> Facts:
 def step_values(
     captured: CapturedGraph, facts: Facts, prologue: Hoister, call: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What a variant may read but caches: the tensors of a call, and what is computed of them outside of the step."""
+    """Everything that a variant may read besides caches: a call's tensors, and what is precomputed from them."""
     values = {**call, **prologue.compute(call)}
     rows = make_rows(captured, facts)
     return values | dict(zip(rows.outputs, rows.compute(values, values), strict=True))
 
 
 def changing_reads(model: nn.Module, captured: CapturedGraph, facts: Facts) -> dict[str, str]:
-    """The submodules whose Python reads values that change from step to step, which no trace can hold; and why.
+    """The submodules that read values in Python that change from step to step, with the reasons to make them opaque.
 
     Raises:
-        CaptureError: the model's own forward does; names the line.
+        CaptureError: the model's own forward reads such a value; names the line.
     """
     reads = {name: captured.guarded_inputs[name] for name in facts.changing if name in captured.guarded_inputs}
     for name, read in reads.items():

@@ -1,4 +1,4 @@
-"""Mistakes of the caller that are told before anything runs."""
+"""Checks for mistakes of the caller, before anything runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _transform = torch._C._functorch.peek_interpreter_stack
 
 
 def check_no_gradients(tensors: Iterable[Tensor]) -> None:
-    """Raises UsageError where one of a call's tensors requires a gradient."""
+    """Raises UsageError where one of the call's tensors requires a gradient."""
     if any(tensor.requires_grad for tensor in tensors):
         raise UsageError(
             "an argument requires a gradient, and an optimized model is for inference only: call "
@@ -26,7 +26,7 @@ def check_no_gradients(tensors: Iterable[Tensor]) -> None:
 
 
 def check_no_transform() -> None:
-    """Raises UsageError within a transform of torch.func or forward-mode differentiation, which no cache can follow."""
+    """Raises UsageError within a transform of torch.func or forward-mode AD, which caches cannot take part in."""
     if _transform() is not None or forward_ad._current_level >= 0:
         raise UsageError(
             "an optimized model cannot be differentiated or batched by torch.func (grad, jvp, vmap) or "
@@ -43,7 +43,7 @@ def check_model(model: Any, expected: str = "an nn.Module") -> None:
 
 
 def check_caching(model: nn.Module) -> None:
-    """Raises UsageError where a hook of diffusers reuses features by itself: its state no graph can hold."""
+    """Raises UsageError where a hook of diffusers reuses features already: no graph can hold its state."""
     for path, part in model.named_modules():
         hooks = getattr(vars(part).get(DIFFUSERS_HOOKS), "hooks", {})
         for name, hook in hooks.items():
