@@ -1,6 +1,6 @@
 """The documentation: its Python runs and prints what the pages say, the paths that it names exist, its tables are true.
 
-``python -m tests.test_docs`` writes anew what the blocks print, and the list of passes.
+``python -m tests.test_docs`` writes anew what the blocks print, and the lists of passes and of commands.
 """
 
 import inspect
@@ -16,9 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+import typer.main
 from torch import Tensor, nn
 
 import duca_compile
+from duca_compile.cli import app
 from duca_compile.passes.base import CachingPass, Pass
 from duca_compile.passes.pipeline import PREPARE, REWRITE
 
@@ -26,9 +28,9 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 OWN_MODEL, FIRST_PASS, TUTORIAL = "how-to/your-own-model.md", "contributing/first-pass.md", "tutorial.md"
 RUN = {OWN_MODEL: "dit.py", FIRST_PASS: "first_pass.py", TUTORIAL: "tutorial.py"}  # pages, and the file that each is
-PASSES = "contributing/passes.md"
+PASSES, COMMANDS = "contributing/passes.md", "reference/command-line.md"
 BLOCK = re.compile(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", re.DOTALL)
-TABLE = re.compile(r"(<!-- passes -->\n).*?(<!-- end -->)", re.DOTALL)
+LIST = re.compile(r"(<!-- list -->\n).*?(<!-- end -->)", re.DOTALL)
 PATH = re.compile(r"`([\w.-]+/[\w./-]*)`")  # in code font: of the repository, or of the package
 ELSEWHERE = ("/", "artifact/tensorrt")  # such paths are no files of the repository
 WORDS = {ROOT / "README.md": 700, DOCS / "architecture.md": 1500}
@@ -75,17 +77,20 @@ def written(page: str) -> str:
     return text
 
 
+def filled(page: str, lines: list[str]) -> str:
+    """The page with these lines as its list."""
+    text = "\n".join(lines)
+    return LIST.sub(lambda match: f"{match[1]}\n{text}\n\n{match[2]}", (DOCS / page).read_text())
+
+
 def passes() -> str:
     """The page of passes with its tables."""
-    tables = []
-    for title, order in (("Once for each capture", PREPARE), ("For each variant", REWRITE)):
-        tables.append(f"\n## {title}\n\n| pass | kind | file | what it does |\n|---|---|---|---|")
-        tables += map(row, order)
-    text = "\n".join(tables)
-    return TABLE.sub(lambda match: f"{match[1]}{text}\n\n{match[2]}", (DOCS / PASSES).read_text())
+    head = ["| pass | kind | file | what it does |", "|---|---|---|---|"]
+    first = ["## Once for each capture", "", *head, *map(of_pass, PREPARE), ""]
+    return filled(PASSES, [*first, "## For each variant", "", *head, *map(of_pass, REWRITE)])
 
 
-def row(each: Pass[Any]) -> str:
+def of_pass(each: Pass[Any]) -> str:
     module = inspect.getmodule(each)
     assert module is not None
     assert module.__doc__ is not None
@@ -93,6 +98,22 @@ def row(each: Pass[Any]) -> str:
     path = Path(module.__file__).relative_to(ROOT / "duca_compile")
     kind = "caching" if isinstance(each, CachingPass) else "exact"
     return f"| `{type(each).__name__}` | {kind} | `{path}` | {module.__doc__.splitlines()[0].rstrip('.')} |"
+
+
+def commands() -> str:
+    """The page of the command line with its tables."""
+    lines = []
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        rows = [of_parameter(each) for each in command.params if each.name != "help"]
+        lines += [f"## {name}", "", command.help, "", "| argument or option | default | meaning |", "|---|---|---|"]
+        lines += [*rows, ""]
+    return filled(COMMANDS, lines[:-1])
+
+
+def of_parameter(each: Any) -> str:
+    named = each.opts[0] if each.param_type_name == "option" else each.name.upper()
+    default = "required" if each.required else "" if each.default in (None, False) else f"`{each.default}`"
+    return f"| `{named}` | {default} | {each.help} |"
 
 
 def check(printed: Printed) -> None:
@@ -125,6 +146,10 @@ def test_paths_in_code_font_exist() -> None:
 
 def test_the_list_of_passes_is_that_of_the_pipeline() -> None:
     assert passes() == (DOCS / PASSES).read_text(), SAY
+
+
+def test_the_commands_are_those_of_the_program() -> None:
+    assert commands() == (DOCS / COMMANDS).read_text(), SAY
 
 
 def test_the_blocks_print_what_the_page_says(ran: tuple[Printed, Names]) -> None:
@@ -241,3 +266,4 @@ if __name__ == "__main__":
     for each in RUN:
         (DOCS / each).write_text(written(each))
     (DOCS / PASSES).write_text(passes())
+    (DOCS / COMMANDS).write_text(commands())
