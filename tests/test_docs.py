@@ -112,8 +112,8 @@ def commands() -> str:
 
 def of_parameter(each: Any) -> str:
     named = each.opts[0] if each.param_type_name == "option" else each.name.upper()
-    default = "required" if each.required else "" if each.default in (None, False) else f"`{each.default}`"
-    return f"| `{named}` | {default} | {each.help} |"
+    default = "" if each.default is None or each.default is False else f"`{each.default}`"
+    return f"| `{named}` | {'required' if each.required else default} | {each.help} |"
 
 
 def check(printed: Printed) -> None:
