@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from pkgutil import resolve_name
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -20,7 +21,6 @@ import typer.main
 from torch import Tensor, nn
 
 import duca_compile
-from duca_compile.cli import app
 from duca_compile.passes.base import CachingPass, Pass
 from duca_compile.passes.pipeline import PREPARE, REWRITE
 
@@ -102,8 +102,10 @@ def of_pass(each: Pass[Any]) -> str:
 
 def commands() -> str:
     """The page of the command line with its tables."""
+    program = re.search(r'^duca-compile = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert program
     lines = []
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+    for name, command in typer.main.get_command(resolve_name(program[1])).commands.items():  # type: ignore[attr-defined]
         rows = [of_parameter(each) for each in command.params if each.name != "help"]
         lines += [f"## {name}", "", command.help, "", "| argument or option | default | meaning |", "|---|---|---|"]
         lines += [*rows, ""]
