@@ -146,7 +146,7 @@ def setting(suite: Found) -> list[str]:
     given = suite["arguments"]
     return [
         "## What was measured\n",
-        *head("", ""),
+        *head("what", "value"),
         row("machine", f"{machine}; {where['threads']} thread used"),
         row("software", f"Python {where['python']}, {packages}, duca_compile at {where['commit']}"),
         row("seed", f"{given['seed']}, of weights, prompts and latents"),
