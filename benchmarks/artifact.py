@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import duca_compile
-from duca_compile.demo import DemoModel
+from duca_compile.app.demo import DemoModel
 
 STEPS, WIDTH = 50, 1024
 MEMORY = """

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 import duca_compile
 from duca_compile import OptimizedModel, Policy
-from duca_compile.capture import Binder
-from duca_compile.captures import Captures
-from duca_compile.graph import OutputLayout
+from duca_compile.compiler.captures import Captures
+from duca_compile.core.outputs import OutputLayout
+from duca_compile.frontend.binder import Binder
 from duca_compile.runtime.dispatcher import Dispatcher
 from duca_compile.runtime.request import CacheState, Request
 

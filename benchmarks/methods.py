@@ -37,11 +37,11 @@ from torch import Tensor, nn
 
 import duca_compile
 from duca_compile import FORA, RFC, Calibration, DisCa, DuCa, Policy, ResidualGate, SpeCa, TaylorSeer, ToCa, Uncached
-from duca_compile import predictor as files
-from duca_compile.demo import DemoModel
+from duca_compile.app.demo import DemoModel
 from duca_compile.explanation import Explanation
-from duca_compile.predictor import Predictor
-from duca_compile.training import TrainingSettings, train_predictor
+from duca_compile.methods.training import TrainingSettings, train_predictor
+from duca_compile.policies import predictor as files
+from duca_compile.policies.predictor import Predictor
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from eval_demo import Judge, frechet, load_judge

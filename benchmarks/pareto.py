@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import duca_compile
 from duca_compile import FORA, RFC, Calibration, DuCa, Policy, ResidualGate, TaylorSeer, Uncached, published
-from duca_compile.demo import DemoModel
+from duca_compile.app.demo import DemoModel
 from duca_compile.errors import PolicyError
 
 BASE_EVERY = 4

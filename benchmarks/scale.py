@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -32,22 +33,22 @@ from torch import Tensor, nn
 
 import duca_compile
 from duca_compile import FORA, DuCa, OptimizedModel, Policy
-from duca_compile.capture import Call
-from duca_compile.captures import Compiled
-from duca_compile.graph import VariantSpec
+from duca_compile.compiler.compiled import Compiled
+from duca_compile.core.variants import VariantSpec
+from duca_compile.frontend.binder import Call
 from duca_compile.runtime.planning import plan_step
 
 SECONDS, SHARE = 20.0, 1.3  # what is aimed at: of wall-clock time, and of memory over that of the parameters
 POLICIES = (DuCa(interval=5), FORA(interval=5))  # between them all four kinds of step
 STAGES = {  # what is timed -> the function, by module and name
-    "first call": ("state", "warm"),
-    "torch.export": ("capture", "_exported"),
-    "lowering": ("capture", "_lower"),
-    "cleaning": ("api", "prepare"),
-    "analyses": ("api", "analyze"),
-    "prologue": ("api", "_prologue"),
-    "verification": ("api", "verified"),
-    "looks at the model": ("captures", "take"),
+    "first call": ("frontend.state", "warm"),
+    "torch.export": ("frontend.capture", "_exported"),
+    "lowering": ("frontend.capture", "_lower"),
+    "cleaning": ("compiler.analyze", "prepare"),
+    "analyses": ("compiler.analyze", "analyze"),
+    "prologue": ("compiler.analyze", "make_prologue"),
+    "verification": ("compiler.analyze", "verified"),
+    "looks at the model": ("compiler.captures", "take"),
 }
 Arguments = dict[str, Tensor]
 
@@ -167,7 +168,7 @@ def watched(meter: Meter) -> Iterator[None]:
     with ExitStack() as patches:
         for stage, (module, name) in STAGES.items():
             place = f"duca_compile.{module}.{name}"
-            function = getattr(getattr(duca_compile, module), name)
+            function = getattr(import_module(f"duca_compile.{module}"), name)
             patches.enter_context(patch(place, meter.watched(stage, function)))
         yield
 

@@ -251,8 +251,8 @@ def run_start(workload: Workload, method: Method, mode: Mode, seed: int) -> dict
 
 # Where the first calls spend their time: a file's end and a function, by what the table calls it.
 STAGES = {
-    "torch.export": ("duca_compile/capture.py", "capture"),
-    "verification of the analysis": ("duca_compile/verify.py", "verified"),
+    "torch.export": ("duca_compile/frontend/capture.py", "capture"),
+    "verification of the analysis": ("duca_compile/compiler/verification.py", "verified"),
     "rewriting": ("duca_compile/passes/pipeline.py", "build_variant"),
     "tracing by AOTAutograd": ("_aot_autograd/graph_compile.py", "aot_stage1_graph_capture"),
     "Inductor, with the C++ compiler": ("torch/_inductor/compile_fx.py", "codegen_and_compile"),

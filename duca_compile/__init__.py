@@ -5,13 +5,16 @@ are in ``__init__.pyi``.
 """
 
 from importlib import import_module
+from os import environ
 from typing import Any
 
 __version__ = "0.1.0"
 
 _NAMES = {
-    "api": ("OptimizedModel", "optimize", "restore"),
-    "calibration": ("Calibration", "calibrate"),
+    "api": ("optimize", "restore"),
+    "artifact.loader": ("load",),
+    "artifact.model": ("Artifact",),
+    "drop_in": ("OptimizedModel",),
     "errors": (
         "ArtifactError",
         "BackendError",
@@ -25,6 +28,8 @@ _NAMES = {
     ),
     "explanation": ("Explanation", "explain"),
     "export.artifact": ("save",),
+    "methods.calibration": ("Calibration", "calibrate"),
+    "methods.training": ("TrainingSettings", "prediction_error", "train_predictor"),
     "policies": (
         "FORA",
         "RFC",
@@ -43,14 +48,15 @@ _NAMES = {
         "Uncached",
         "published",
     ),
-    "predictor": ("Predictor",),
-    "runtime.artifact": ("Artifact", "load"),
+    "policies.predictor": ("Predictor",),
     "runtime.session": ("Session",),
-    "training": ("TrainingSettings", "prediction_error", "train_predictor"),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = sorted(_MODULES)
+
+if environ.get("DUCA_LOG"):
+    import_module(f"{__name__}.logs").configure(environ["DUCA_LOG"])
 
 
 def __getattr__(name: str) -> Any:

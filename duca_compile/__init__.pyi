@@ -1,5 +1,7 @@
-from duca_compile.api import OptimizedModel, optimize, restore
-from duca_compile.calibration import Calibration, calibrate
+from duca_compile.api import optimize, restore
+from duca_compile.artifact.loader import load
+from duca_compile.artifact.model import Artifact
+from duca_compile.drop_in import OptimizedModel
 from duca_compile.errors import (
     ArtifactError,
     BackendError,
@@ -13,6 +15,8 @@ from duca_compile.errors import (
 )
 from duca_compile.explanation import Explanation, explain
 from duca_compile.export.artifact import save
+from duca_compile.methods.calibration import Calibration, calibrate
+from duca_compile.methods.training import TrainingSettings, prediction_error, train_predictor
 from duca_compile.policies import (
     FORA,
     RFC,
@@ -31,10 +35,8 @@ from duca_compile.policies import (
     Uncached,
     published,
 )
-from duca_compile.predictor import Predictor
-from duca_compile.runtime.artifact import Artifact, load
+from duca_compile.policies.predictor import Predictor
 from duca_compile.runtime.session import Session
-from duca_compile.training import TrainingSettings, prediction_error, train_predictor
 
 __version__: str
 

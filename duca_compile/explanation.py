@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, Group, RenderResult
-from rich.table import Column, Table
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 from torch import nn
 
-from duca_compile.api import OptimizedModel, analyze_call, check_model, check_parts, resolve_policy
-from duca_compile.budget import cache_bytes, peak_of_request
-from duca_compile.capture import Binder
+from duca_compile.compiler.analyze import analyze_call
+from duca_compile.compiler.budget import cache_bytes, peak_of_request
+from duca_compile.compiler.checks import check_model
+from duca_compile.core.ir import Branch, CapturedGraph, Facts, Role, Variance
+from duca_compile.core.tables import FigureTable, Items
+from duca_compile.core.variants import Variant, VariantSpec
+from duca_compile.drop_in import OptimizedModel, check_parts
 from duca_compile.errors import UsageError
-from duca_compile.graph import Branch, CapturedGraph, Facts, Role, Variance, Variant, VariantSpec
-from duca_compile.passes.hoist import frontier
+from duca_compile.frontend.binder import Binder
+from duca_compile.integrations.diffusers import is_pipeline
+from duca_compile.passes.caching.predict import predictor_bytes, with_predictor
+from duca_compile.passes.exact.hoist import frontier
 from duca_compile.passes.pipeline import build_variant
-from duca_compile.passes.predict import predictor_bytes, with_predictor
-from duca_compile.pipelines import is_pipeline
 from duca_compile.policies import AdaptivePolicy, Policy, Step, StepKind
+from duca_compile.policies.named import resolve_policy
 from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec
 
 _UNCACHED = {
@@ -31,6 +36,7 @@ _UNCACHED = {
     Role.REFINER: "nothing reads it",
     Role.MAIN: "nothing reads it",
 }
+_WIDTH = 140  # of a report as text, where there is neither a terminal nor COLUMNS
 _INSTALLED = re.compile(r"[^\s\"(]*[/\\]site-packages[/\\]")
 KIND_STYLES = {
     StepKind.FULL: "red",
@@ -77,7 +83,7 @@ class ScheduleReport:
         for step in self.steps:
             line.append(step.kind.letter, style=KIND_STYLES[step.kind])
         yield line
-        table = Table("kind", "steps", "FLOPs of a full step", "tokens recomputed")
+        table = FigureTable("kind", "steps", "FLOPs of a full step", "tokens recomputed")
         for kind in StepKind:
             chosen = [step for step in self.steps if step.kind is kind]
             if chosen:
@@ -197,8 +203,9 @@ class Explanation:
             f"loop-invariant: {len(self.hoisted)} values hoisted, {self.share(Variance.INVARIANT):.2%} of FLOPs; "
             f"timestep-only: {self.share(Variance.TIMESTEP):.2%}; latent-dependent: {self.share(Variance.LATENT):.2%}"
         )
-        pointwise = Column("pointwise along tokens", overflow="fold")  # the source line is at its end
-        table = Table("blocks", "path", "stream", "kind", "gate", "FLOPs", "cache", pointwise)
+        names = ("blocks", "path", "stream", "kind", "gate", "FLOPs", "cache", "pointwise")
+        table = FigureTable(*names, wrapped={"path"})
+        mixing: list[str] = []
         for group in _alike(self.branches):
             branch, last = group[0], group[-1]
             blocks = str(branch.block) if branch is last else f"{branch.block} to {last.block}"
@@ -213,11 +220,17 @@ class Explanation:
                 f"{flops:.2%}",
                 _size(size),
             )
-            table.add_row(blocks, *cells, "yes" if branch.pointwise else _shown(f"no, {branch.mixing_reason}"))
+            table.add_row(blocks, *cells, "yes" if branch.pointwise else "no")
+            if not branch.pointwise:
+                where = f"blocks {blocks}, {branch.role.value} stream, {branch.kind}"
+                mixing.append(f"{where}: no, {_shown(str(branch.mixing_reason))}")
         yield table
+        if mixing:
+            yield Text("pointwise along tokens?", style="bold")
+            yield Items(mixing)
         if self.not_understood:
             yield Text("not understood, so computed in full in partial steps:", style="bold")
-            yield Group(*(f"  {_shown(note)}" for note in self.not_understood))
+            yield Items(map(_shown, self.not_understood))
         else:
             yield "nothing was left that is not understood"
 
@@ -308,7 +321,8 @@ def _size(count: int) -> str:
 
 
 def _rendered(report: Explanation | ScheduleReport) -> str:
-    console = Console(width=140, force_terminal=False)
+    columns = shutil.get_terminal_size((_WIDTH, 0)).columns
+    console = Console(width=columns, force_terminal=False)
     with console.capture() as text:
         console.print(report)
     return text.get()

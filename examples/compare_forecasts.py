@@ -20,7 +20,7 @@ from torch import Tensor
 
 import duca_compile
 from duca_compile import RFC, Policy, TaylorSeer, Uncached
-from duca_compile.demo import DemoModel
+from duca_compile.app.demo import DemoModel
 from duca_compile.policies import StepKind
 
 

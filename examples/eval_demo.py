@@ -1,6 +1,6 @@
 """Measure a class-conditional Fashion-MNIST model: class accuracy, Fréchet distance and a sample grid, on a CPU.
 
-    python examples/eval_demo.py --model duca_compile/data/demo --out runs/eval
+    python examples/eval_demo.py --model duca_compile/app/data/demo --out runs/eval
 
 The judge is a small CNN trained here on the real training images; it never sees a generated one. The Fréchet distance
 is taken in the 64 features before its last layer, against the held-out (t10k) images. Its floor is the same distance
@@ -162,7 +162,7 @@ def by_class(predicted: Tensor, labels: Tensor) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("duca_compile/data/demo"))
+    parser.add_argument("--model", type=Path, default=Path("duca_compile/app/data/demo"))
     parser.add_argument("--out", type=Path, default=Path("runs/eval"))
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--per-class", type=int, default=50)

@@ -17,7 +17,7 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, ImagePipelineOutput
 
 import duca_compile
-from duca_compile.demo import DemoModel
+from duca_compile.app.demo import DemoModel
 
 
 class DemoPipeline(DiffusionPipeline):  # type: ignore[misc]

@@ -39,7 +39,7 @@ class Sampler:
     """
 
     def __init__(self, artifact: Artifact) -> None:
-        with resources.as_file(resources.files("duca_compile") / "data" / "demo") as folder:
+        with resources.as_file(resources.files("duca_compile") / "app" / "data" / "demo") as folder:
             info = json.loads((folder / "demo.json").read_text())
         self.names: list[str] = info["class_names"]
         self._null, self._scale = info["null_class"], np.float32(info["guidance_scale"])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import duca_compile
 from duca_compile import OptimizedModel, Policy
-from duca_compile.runtime.manifest import Manifest
+from duca_compile.artifact.manifest import Manifest
 
 STEPS = 20
 ROOT = Path(__file__).parents[1]

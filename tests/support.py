@@ -14,14 +14,17 @@ from torch import Tensor, nn
 
 import duca_compile
 from duca_compile import DuCa, Explanation, OptimizedModel, Policy
-from duca_compile.api import analyze_call, step_values
-from duca_compile.backends import make_backend
-from duca_compile.capture import Call, live_tensors
-from duca_compile.captures import Captures, Compiled
-from duca_compile.graph import Action, CapturedGraph, Facts
+from duca_compile.backends.make import make_backend
+from duca_compile.compiler.analyze import analyze_call, step_values
+from duca_compile.compiler.captures import Captures
+from duca_compile.compiler.compiled import Compiled
+from duca_compile.core.ir import CapturedGraph, Facts
+from duca_compile.core.variants import Action
+from duca_compile.frontend.binder import Call
+from duca_compile.frontend.capture import live_tensors
 from duca_compile.policies import Step, StepKind
-from duca_compile.runtime.dispatcher import Prologue
 from duca_compile.runtime.planning import plan_step
+from duca_compile.runtime.torch.prologue import Prologue
 from tests.zoo import ZOO, Entry
 
 PAGE = Path(__file__).parents[1] / "docs" / "models.md"

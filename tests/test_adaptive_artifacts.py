@@ -27,10 +27,10 @@ from duca_compile import (
     TrainingSettings,
     train_predictor,
 )
+from duca_compile.artifact.manifest import Manifest, Rule, read_manifest
+from duca_compile.artifact.model import Artifact
 from duca_compile.export.trace import Traced
 from duca_compile.policies import Step, StepKind
-from duca_compile.runtime.artifact import Artifact
-from duca_compile.runtime.manifest import Manifest, Rule, read_manifest
 from tests.artifacts import distance, example, export, loop, optimized, tiny_dit, without_torch
 
 STEPS = 12
@@ -259,7 +259,7 @@ def test_a_process_without_torch_decides_the_same(speca: tuple[OptimizedModel, P
     expected = [artifact(**calls | {"timestep": np.full(3, time)}).sample for time in times]
     assert set(kinds(artifact)) == {"F", "T"}
     np.savez(tmp_path / "in.npz", **{**calls, "timestep": np.repeat(times[:, None], 3, 1)})
-    code = "from duca_compile.cli import app; app()"
+    code = "from duca_compile.app.cli import app; app()"
     shown = without_torch(
         code, "run", folder, "--npz", tmp_path / "in.npz", "--out", tmp_path / "out.npz", "--threads", "1"
     )

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import duca_compile
 from duca_compile import ArtifactError, DuCa, Linear, UsageError
+from duca_compile.artifact.manifest import read_manifest
+from duca_compile.artifact.model import Artifact
 from duca_compile.export import aoti, tensorrt
-from duca_compile.runtime.artifact import Artifact
-from duca_compile.runtime.manifest import read_manifest
 from tests.test_inductor import close
 from tests.test_optimize import LABELS, build, latent, loop
 

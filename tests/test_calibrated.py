@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import duca_compile
-from duca_compile import Calibrated, PolicyError, TaylorSeer, UsageError, calibrate, demo
-from duca_compile.calibration import Calibration, _differences, _Products
-from duca_compile.cli import app
+from duca_compile import Calibrated, PolicyError, TaylorSeer, UsageError, calibrate
+from duca_compile.app import demo
+from duca_compile.app.cli import app
+from duca_compile.methods.calibration import Calibration, _differences, _Products
 from duca_compile.policies import StepKind
 from duca_compile.policies.base import Forecast, Measured
-from duca_compile.runtime.forecasting import Past
+from duca_compile.runtime.past import Past
 from tests.artifacts import distance, loop, tiny_dit
 from tests.artifacts import export as saved
 from tests.pipelines import CASES, make, patterns, run

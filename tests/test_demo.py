@@ -11,8 +11,9 @@ import torch
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
-from duca_compile import FORA, RFC, DuCa, ResidualGate, SpeCa, TaylorSeer, ToCa, UsageError, demo
-from duca_compile.cli import app
+from duca_compile import FORA, RFC, DuCa, ResidualGate, SpeCa, TaylorSeer, ToCa, UsageError
+from duca_compile.app import demo
+from duca_compile.app.cli import app
 from duca_compile.explanation import KIND_STYLES
 from duca_compile.policies import StepKind
 
@@ -27,7 +28,7 @@ def test_the_embedded_model_is_what_its_card_says(embedded: demo.DemoModel) -> N
     assert (config.sample_size // config.patch_size) ** 2 >= 196
     assert config.num_layers >= 12
     assert len(embedded.class_names) == 10
-    folder = resources.files("duca_compile") / "data" / "demo"
+    folder = resources.files("duca_compile") / "app" / "data" / "demo"
     assert len((folder / "model.safetensors").read_bytes()) <= 12e6
     metrics = json.loads((folder / "metrics.json").read_text())
     assert {"accuracy", "frechet"} <= set(metrics)

@@ -26,8 +26,8 @@ from torch.utils._pytree import tree_leaves
 
 import duca_compile
 from duca_compile import FORA, DuCa, Policy, Selection, TaylorSeer, ToCa, published
-from duca_compile.demo import DemoModel
-from duca_compile.runtime.manifest import read_manifest
+from duca_compile.app.demo import DemoModel
+from duca_compile.artifact.manifest import read_manifest
 from tests.artifacts import BLOCKED, ROOT, distance, export, loop, optimized, tiny_dit, without_torch
 from tests.zoo import ZOO
 

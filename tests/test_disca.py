@@ -24,19 +24,20 @@ from duca_compile import (
     Predictor,
     TrainingSettings,
     UsageError,
-    backends,
     prediction_error,
     train_predictor,
 )
-from duca_compile.cli import app
-from duca_compile.demo import DemoModel
-from duca_compile.graph import Action, VariantSpec, copy_graph
-from duca_compile.paper_flops import Blocks, paper_flops
+from duca_compile.app.cli import app
+from duca_compile.app.demo import DemoModel
+from duca_compile.app.paper_flops import Blocks, paper_flops
+from duca_compile.backends.inductor import private
+from duca_compile.core.fx_utils import copy_graph
+from duca_compile.core.variants import Action, VariantSpec
+from duca_compile.methods.training import checkpoint_path
 from duca_compile.passes.base import VariantDraft
-from duca_compile.passes.predict import PredictStream
+from duca_compile.passes.caching.predict import PredictStream
 from duca_compile.policies import Step, StepKind
-from duca_compile.predictor import FUSE
-from duca_compile.training import checkpoint_path
+from duca_compile.policies.predictor import FUSE
 from tests.test_models import sample as outputs_of
 from tests.test_optimize import LABELS, build, latent
 from tests.zoo import ZOO
@@ -273,7 +274,7 @@ def test_compiled_variants_agree_and_are_one_graph_each(
         compiled.append(module)
         return compile_fx(module, inputs)
 
-    monkeypatch.setattr(backends, "compile_fx", counted)
+    monkeypatch.setattr(private, "compile_fx", counted)
     policy = DisCa(trained, full_steps=(0, 1, 4))
     expected = loop(duca_compile.optimize(model, policy, "eager"), 5)
     optimized = duca_compile.optimize(model, policy, "inductor", strict=True)

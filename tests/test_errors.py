@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import duca_compile
 from duca_compile import CaptureError, DuCa, PolicyError, Selection, StructureError, Uncached, UsageError
-from duca_compile.cli import app
+from duca_compile.app.cli import app
 from duca_compile.policies import published
 
 

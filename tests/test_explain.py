@@ -7,8 +7,8 @@ from typer.testing import CliRunner
 
 import duca_compile
 from duca_compile import FORA, DuCa, Uncached
-from duca_compile.cli import app
-from duca_compile.graph import Variance
+from duca_compile.app.cli import app
+from duca_compile.core.ir import Variance
 from duca_compile.policies import StepKind
 from tests.test_optimize import LABELS, build, latent, loop
 

@@ -19,18 +19,10 @@ import torch
 from typer.testing import CliRunner
 
 import duca_compile
-from duca_compile import (
-    ArtifactError,
-    BackendError,
-    DuCa,
-    ExportError,
-    Linear,
-    OptimizedModel,
-    UsageError,
-)
-from duca_compile.cli import app
-from duca_compile.runtime.artifact import Artifact
-from duca_compile.runtime.manifest import Manifest, Size, read_manifest
+from duca_compile import ArtifactError, BackendError, DuCa, ExportError, Linear, OptimizedModel, UsageError
+from duca_compile.app.cli import app
+from duca_compile.artifact.manifest import Manifest, Size, read_manifest
+from duca_compile.artifact.model import Artifact
 from tests.artifacts import STEPS, distance, example, export, loop, optimized, tiny_dit, without_torch
 
 # Both the share of tokens and their number in each block vary, and leading blocks have other counts than later ones.
@@ -133,7 +125,7 @@ def test_a_process_without_torch_gives_the_same_bits(artifact: Artifact, folder:
     artifact.reset()
     expected = [artifact(**calls | {"timestep": np.full(3, time)}).sample for time in times]
     np.savez(tmp_path / "in.npz", **{**calls, "timestep": np.repeat(times[:, None], 3, 1)})
-    code = "from duca_compile.cli import app; app()"
+    code = "from duca_compile.app.cli import app; app()"
     shown = without_torch(
         code, "run", folder, "--npz", tmp_path / "in.npz", "--out", tmp_path / "out.npz", "--threads", "1"
     )

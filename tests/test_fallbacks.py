@@ -17,21 +17,14 @@ from torch._inductor import lowering
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
 import duca_compile
-from duca_compile import (
-    FORA,
-    BackendError,
-    Calibrated,
-    CaptureError,
-    DuCa,
-    OptimizedModel,
-    Policy,
-    Uncached,
-    backends,
-    verify,
-)
-from duca_compile.backends import InductorBackend, Lifted
+from duca_compile import FORA, BackendError, Calibrated, CaptureError, DuCa, OptimizedModel, Policy, Uncached
+from duca_compile.backends.base import Lifted
+from duca_compile.backends.eager import EagerBackend
+from duca_compile.backends.inductor import private
+from duca_compile.backends.inductor.backend import InductorBackend
+from duca_compile.compiler import verification as verify
 from duca_compile.policies.base import Measured
-from duca_compile.runtime import rows
+from duca_compile.runtime.torch import rows
 from tests import models
 from tests.unit.tracing import module
 
@@ -104,7 +97,7 @@ def test_without_a_compiler_one_variant_is_tried(
     monkeypatch: pytest.MonkeyPatch, error: Exception, works: bool
 ) -> None:
     """One that works for others has failed on this variant's code alone."""
-    monkeypatch.setattr(backends, "get_cpp_compiler", lambda: "true" if works else "false")
+    monkeypatch.setattr(private, "get_cpp_compiler", lambda: "true" if works else "false")
     tried = failing(monkeypatch, error)
     optimized = duca_compile.optimize(models.build(), DuCa(interval=3))
     (message,) = warned(lambda: loop(optimized))
@@ -204,7 +197,7 @@ def test_timesteps_that_cannot_be_computed_at_once_are_warned_about_once(
 
     monkeypatch.setattr(rows, "MAX_BYTES", most)
     monkeypatch.setattr(torch.func, "vmap", vmap)
-    monkeypatch.setattr(backends.EagerBackend, "exact", False)
+    monkeypatch.setattr(EagerBackend, "exact", False)
     optimized = duca_compile.optimize(models.build(), Uncached(), "eager")
     for _ in range(3):  # the loops behind the first one are expected to go as that went
         loop(optimized)

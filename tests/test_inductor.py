@@ -11,9 +11,10 @@ from torch._inductor import metrics
 from torch._inductor.compile_fx import compile_fx
 
 import duca_compile
-from duca_compile import FORA, DuCa, Linear, Policy, TaylorSeer, UsageError, backends
-from duca_compile.cuda_graphs import Replayed
-from duca_compile.runtime.rows import Rows
+from duca_compile import FORA, DuCa, Linear, Policy, TaylorSeer, UsageError
+from duca_compile.backends.cuda_graphs import Replayed
+from duca_compile.backends.inductor import private
+from duca_compile.runtime.torch.rows import Rows
 from tests.test_optimize import build, kinds, loop
 
 # Token counts that differ by block and from step to step: 0, 1, 2, ... of 16 tokens.
@@ -36,7 +37,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(len(inputs))
         return compile_fx(module, inputs)
 
-    monkeypatch.setattr(backends, "compile_fx", counted)
+    monkeypatch.setattr(private, "compile_fx", counted)
     return found
 
 
@@ -73,7 +74,7 @@ def test_compiled_variants_agree_with_eager_ones_and_compile_once(
 def test_what_repeats_from_block_to_block_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[list[int]] = []
     work: list[list[int]] = []  # evaluations of regions, and kernels
-    evaluate = backends.registered_hop_fake_fns[backends._REGION]
+    evaluate = private.registered_hop_fake_fns[private._REGION]
 
     def evaluated(*arguments: Any) -> Any:
         work[-1][0] += 1
@@ -89,8 +90,8 @@ def test_what_repeats_from_block_to_block_is_compiled_once(monkeypatch: pytest.M
         work[-1][1] = metrics.generated_kernel_count
         return compiled
 
-    monkeypatch.setattr(backends, "compile_fx", measured)
-    monkeypatch.setitem(backends.registered_hop_fake_fns, backends._REGION, evaluated)
+    monkeypatch.setattr(private, "compile_fx", measured)
+    monkeypatch.setitem(private.registered_hop_fake_fns, private._REGION, evaluated)
     policy = DuCa(interval=2, fresh_ratio=0.25)
     for depth in (4, 8):
         deep = build(depth=depth)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import duca_compile
-from duca_compile import DuCa, OptimizedModel, Uncached, captures
-from duca_compile.pipelines import set_component
-from duca_compile.snapshot import take
+from duca_compile import DuCa, OptimizedModel, Uncached
+from duca_compile.compiler import captures
+from duca_compile.frontend.snapshot import take
+from duca_compile.integrations.diffusers import set_component
 from tests import models, pipelines, zoo
 from tests.test_optimize import LABELS, latent
 from tests.test_optimize import build as dit

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import duca_compile
 from duca_compile import FORA, DuCa, Interval, OptimizedModel, Policy, Session, TaylorSeer, Uncached, UsageError
-from duca_compile.runtime.dispatcher import Prologue
-from duca_compile.runtime.rows import Rows
+from duca_compile.runtime.torch.prologue import Prologue
+from duca_compile.runtime.torch.rows import Rows
 from tests import artifacts, models
 from tests.pipelines import CASES, make, noise, patterns, run
 

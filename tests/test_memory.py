@@ -28,8 +28,9 @@ from duca_compile import (
     UsageError,
 )
 from duca_compile.analysis.memory import peak_bytes
+from duca_compile.core.steps import Kept
 from duca_compile.policies import Step, StepKind
-from duca_compile.policies.base import Kept, Measured
+from duca_compile.policies.base import Measured
 from duca_compile.policies.liveness import until_the_last, with_liveness
 from tests.support import Shared
 from tests.test_optimize import build, kinds, latent, loop

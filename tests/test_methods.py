@@ -24,9 +24,9 @@ from duca_compile import (
     SpeCa,
     TaylorSeer,
     ToCa,
-    backends,
 )
-from duca_compile.capture import Binder
+from duca_compile.backends.inductor import private
+from duca_compile.frontend.binder import Binder
 from duca_compile.policies import AdaptivePolicy, StepKind
 from duca_compile.policies.base import Measured
 from tests.support import Shared, sampled
@@ -157,7 +157,7 @@ def test_compiled_steps_agree_with_eager_ones(name: str, model: str, monkeypatch
         compiled.append(module)
         return compile_fx(module, inputs)
 
-    monkeypatch.setattr(backends, "compile_fx", counted)
+    monkeypatch.setattr(private, "compile_fx", counted)
     case = make(model)
     eager, optimized = (case.shared.optimized(policy, STEPS, backend) for backend in ("eager", "inductor"))
     for arguments in case.calls():

@@ -11,10 +11,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import duca_compile
-from duca_compile import DuCa, backends
-from duca_compile.capture import Binder
-from duca_compile.captures import Compiled
-from duca_compile.graph import Action, Role, VariantSpec, cache_input
+from duca_compile import DuCa
+from duca_compile.backends.inductor import private
+from duca_compile.compiler.compiled import Compiled
+from duca_compile.core.ir import Role
+from duca_compile.core.ports import cache_input
+from duca_compile.core.variants import Action, VariantSpec
+from duca_compile.frontend.binder import Binder
 from duca_compile.passes.pipeline import build_variant
 from duca_compile.policies import Step, StepKind
 from duca_compile.runtime.planning import plan_step
@@ -153,7 +156,7 @@ def test_its_variants_compile_whole_and_once(name: str, monkeypatch: pytest.Monk
         optimized(**each)  # one step of each kind
     optimized.reset()
     with monkeypatch.context() as patch:
-        patch.setattr(backends, "compile_fx", None)
+        patch.setattr(private, "compile_fx", None)
         for each in calls:
             for a, b in zip(sample(optimized(**each)), sample(eager(**each)), strict=True):
                 assert (a - b).norm() <= 1e-4 * b.norm()

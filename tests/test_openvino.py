@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import duca_compile
-from duca_compile import FORA, BackendError, DuCa, Policy, TaylorSeer, UsageError, openvino_backend
+from duca_compile import FORA, BackendError, DuCa, Policy, TaylorSeer, UsageError
+from duca_compile.backends import openvino as openvino_backend
 from duca_compile.export import trace
-from duca_compile.runtime import programs
 from duca_compile.runtime.planning import plan_step
+from duca_compile.runtime.torch import programs
 from tests import artifacts, zoo
 from tests.test_inductor import VARYING, close
 from tests.test_models import POLICY, sample

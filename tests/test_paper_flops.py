@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 import duca_compile
 from duca_compile import Explanation, StructureError, Uncached, published
-from duca_compile.cli import app
-from duca_compile.paper_flops import METHODS, Blocks, explain_dit_xl, loop_flops, paper_flops, published_policies
+from duca_compile.app.cli import app
+from duca_compile.app.paper_flops import METHODS, Blocks, explain_dit_xl, loop_flops, paper_flops, published_policies
 from duca_compile.policies import Policy
 from tests.test_optimize import LABELS, build, latent
 from tests.zoo import ZOO

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import duca_compile
 from duca_compile import FORA, DuCa, Interval, Policy, Uncached, published
-from duca_compile.pipelines import PipelineSchedule
+from duca_compile.integrations.diffusers import PipelineSchedule
 from tests.pipelines import CASES, make, noise, patterns, quiet, run, wan
 
 # Full steps are counted back from the last one: the pattern says how many steps were expected.

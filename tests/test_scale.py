@@ -15,8 +15,10 @@ import pytest
 import torch
 
 from duca_compile.analysis import analyze
-from duca_compile.capture import Binder, capture
-from duca_compile.graph import Action, Facts, VariantSpec
+from duca_compile.core.ir import Facts
+from duca_compile.core.variants import Action, VariantSpec
+from duca_compile.frontend.binder import Binder
+from duca_compile.frontend.capture import capture
 from duca_compile.passes.pipeline import build_variant, prepare
 from tests.zoo import ZOO
 

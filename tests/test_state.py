@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import duca_compile
 from duca_compile import CaptureError, StructureError, UsageError
-from duca_compile.snapshot import Watch
-from duca_compile.state import Held
+from duca_compile.frontend.snapshot import Watch
+from duca_compile.frontend.state import Held
 from tests import models
 from tests.features import state as cases
 from tests.features.state import attending, block, call, guided, loop, sd3, small
@@ -81,7 +82,9 @@ def test_a_capture_that_fails_leaves_the_model_as_it_was(fails: str, monkeypatch
     seen: list[Any] = []
     block(model).register_forward_hook(lambda module, args, output: seen.append(output))
     if fails == "in the trace":
-        monkeypatch.setattr("duca_compile.api.analyze", lambda *_: (_ for _ in ()).throw(StructureError("none")))
+        monkeypatch.setattr(
+            "duca_compile.compiler.analyze.analyze", lambda *_: (_ for _ in ()).throw(StructureError("none"))
+        )
     held = Held(model)
     with pytest.raises((CaptureError, StructureError)):
         duca_compile.optimize(model, "none", "eager")(**models.example())
@@ -314,7 +317,7 @@ class Scaled(models.Attention):
 
 @pytest.mark.parametrize("kind", ["context", "thread", "module", "object"])
 def test_globals_that_are_set_within_a_request_are_followed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("duca_compile.snapshot.PATIENCE", 0)
+    monkeypatch.setattr("duca_compile.frontend.snapshot.PATIENCE", 0)
 
     def during(_: nn.Module, step: int) -> None:
         for each in ("context", "thread", "module", "object"):
@@ -326,7 +329,7 @@ def test_globals_that_are_set_within_a_request_are_followed(kind: str, monkeypat
 
 
 def test_the_forward_of_a_class_may_be_replaced_within_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("duca_compile.snapshot.PATIENCE", 0)
+    monkeypatch.setattr("duca_compile.frontend.snapshot.PATIENCE", 0)
     own = models.Attention.forward
 
     def during(_: nn.Module, step: int) -> None:
@@ -334,6 +337,22 @@ def test_the_forward_of_a_class_may_be_replaced_within_a_request(monkeypatch: py
 
     found, expected = cases.both(small, during)
     assert all(map(torch.equal, found, expected))
+
+
+@torch.no_grad()
+def test_counting_flops_captures_nothing_anew(caplog: pytest.LogCaptureFixture) -> None:
+    """Torch's own tools set hooks on all modules, of which each use has new ones."""
+    model = small()
+    with FlopCounterMode(display=False) as plain:
+        loop(model)
+    optimized = duca_compile.optimize(model, "none", "eager", cases.STEPS)
+    loop(optimized)
+    with caplog.at_level(logging.INFO):
+        for _ in range(3):
+            with FlopCounterMode(display=False) as counted:
+                loop(optimized)
+            assert 0 < counted.get_total_flops() <= plain.get_total_flops()
+    assert not [record for record in caplog.records if record.name.startswith("duca_compile")]
 
 
 HIDDEN = bytearray(1)

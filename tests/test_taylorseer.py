@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import duca_compile
 from duca_compile import FORA, OptimizedModel, TaylorSeer
-from duca_compile.capture import Binder
-from duca_compile.graph import STREAM_END, Action, VariantSpec, cache_input
+from duca_compile.core.ports import STREAM_END, cache_input
+from duca_compile.core.variants import Action, VariantSpec
+from duca_compile.frontend.binder import Binder
 from duca_compile.passes.pipeline import build_variant
 from tests.support import values_of_step
 from tests.test_models import loop as calls

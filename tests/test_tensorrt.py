@@ -22,12 +22,13 @@ from typer.testing import CliRunner
 
 import duca_compile
 from duca_compile import ArtifactError, BackendError, DuCa, ExportError, UsageError
-from duca_compile.cli import app
-from duca_compile.demo import DemoModel
-from duca_compile.export import lowered, tensorrt
-from duca_compile.export.lowered import PRECISIONS, lower
-from duca_compile.runtime import tensorrt as runtime
-from duca_compile.runtime.manifest import Size, read_manifest
+from duca_compile.app.cli import app
+from duca_compile.app.demo import DemoModel
+from duca_compile.artifact import lowered, tensorrt_build
+from duca_compile.artifact.engines.onnx import tensorrt as runtime
+from duca_compile.artifact.lowered import PRECISIONS, lower
+from duca_compile.artifact.manifest import Size, read_manifest
+from duca_compile.export import tensorrt
 from tests.support import sampled
 from tests.zoo import ZOO
 
@@ -62,7 +63,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(artifact: Path) -> tensorrt.Build:
+def built(artifact: Path) -> tensorrt_build.Build:
     return tensorrt.build(artifact, TARGETS, batch=(1, ROWS, 4))
 
 
@@ -112,14 +113,14 @@ def test_only_products_are_in_half_precision(artifact: Path) -> None:
                 assert half not in dtypes
 
 
-def test_variants_take_the_same_weights_by_the_same_names(built: tensorrt.Build) -> None:
+def test_variants_take_the_same_weights_by_the_same_names(built: tensorrt_build.Build) -> None:
     taken = {name: {weight.name for weight in engine.weights} for name, engine in built.engines.items()}
     assert len(taken["partial"]) == 3  # two of the MLP, and the last layer's
     assert taken["partial"] < taken["full"]
     assert len({(weight.start, weight.shape) for weight in built.weights.values()}) == len(built.weights)
 
 
-def test_engines_hold_no_weights(artifact: Path, built: tensorrt.Build) -> None:
+def test_engines_hold_no_weights(artifact: Path, built: tensorrt_build.Build) -> None:
     pool = read_manifest(artifact).weights.file.bytes
     taken = sum(weight.bytes for weight in built.weights.values())
     assert taken > 0.9 * pool
@@ -127,7 +128,7 @@ def test_engines_hold_no_weights(artifact: Path, built: tensorrt.Build) -> None:
 
 
 def test_a_second_build_finds_the_engines_and_other_inputs_do_not(
-    artifact: Path, built: tensorrt.Build, monkeypatch: pytest.MonkeyPatch
+    artifact: Path, built: tensorrt_build.Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names: list[str] = []
 
@@ -146,13 +147,13 @@ def test_a_second_build_finds_the_engines_and_other_inputs_do_not(
     ):
         names.clear()
         other = artifact.with_name(folder)
-        shutil.copytree(artifact / tensorrt.FOLDER, other)
+        shutil.copytree(artifact / tensorrt_build.FOLDER, other)
         tensorrt.build(artifact, targets, folder=other, **options)
         assert names == every
 
 
 def test_a_node_that_tensorrt_lacks_is_named_with_its_module(artifact: Path, tmp_path: Path) -> None:
-    trt, _ = tensorrt._library("tensorrt_rtx")
+    trt, _ = tensorrt_build.find_library("tensorrt_rtx")
     found = lower(artifact / "partial.onnx", "bfloat16")
     (gelu,) = (node for node in found.model.graph if node.op_type == "Gelu")
     tensorrt.check(trt, trt.Builder(tensorrt._log(trt)), "partial", found.serialized(), found.model)
@@ -166,7 +167,7 @@ def test_a_node_that_tensorrt_lacks_is_named_with_its_module(artifact: Path, tmp
 
 def test_a_weight_too_large_for_float16_is_named(artifact: Path, tmp_path: Path) -> None:
     other = tmp_path / "artifact"
-    shutil.copytree(artifact, other, ignore=shutil.ignore_patterns(tensorrt.FOLDER))
+    shutil.copytree(artifact, other, ignore=shutil.ignore_patterns(tensorrt_build.FOLDER))
     weight = lower(other / "partial.onnx", "float16").weights[0]
     pool = np.memmap(other / "weights.bin", mode="r+")
     pool[weight.start : weight.start + 4].view(np.float32)[0] = 1e5
@@ -190,7 +191,7 @@ def test_mistakes_are_named(artifact: Path, options: dict[str, Any], error: type
         tensorrt.build(artifact, **options)
 
 
-def test_the_command_builds_and_shows_the_bytes(artifact: Path, built: tensorrt.Build) -> None:
+def test_the_command_builds_and_shows_the_bytes(artifact: Path, built: tensorrt_build.Build) -> None:
     options = [word for target in TARGETS for word in ("--target", target)]
     result = CliRunner().invoke(app, ["build", str(artifact), *options, "--batch", "1", str(ROWS), "4"])
     assert result.exit_code == 0, result.output
@@ -205,8 +206,8 @@ class Library:
 
     ERROR = Logger = None
 
-    def __init__(self, artifact: Path, build: tensorrt.Build) -> None:
-        folder = artifact / tensorrt.FOLDER
+    def __init__(self, artifact: Path, build: tensorrt_build.Build) -> None:
+        folder = artifact / tensorrt_build.FOLDER
         self._graphs = {(folder / e.file).read_bytes(): artifact / f"{name}.onnx" for name, e in build.engines.items()}
         self.Logger = self
         self.contexts = 0
@@ -269,13 +270,15 @@ def sequence(call: Callable[..., Any], as_torch: bool = False) -> list[np.ndarra
 
 
 @pytest.fixture
-def stand_in(artifact: Path, built: tensorrt.Build, monkeypatch: pytest.MonkeyPatch) -> Library:
+def stand_in(artifact: Path, built: tensorrt_build.Build, monkeypatch: pytest.MonkeyPatch) -> Library:
     library = Library(artifact, built)
-    float32 = tensorrt.Build(
+    float32 = tensorrt_build.Build(
         built.version,
         built.options,
         {
-            name: tensorrt.Engine(e.file, e.graph, e.key, e.bytes, lower(artifact / f"{name}.onnx", "float32").weights)
+            name: tensorrt_build.Engine(
+                e.file, e.graph, e.key, e.bytes, lower(artifact / f"{name}.onnx", "float32").weights
+            )
             for name, e in built.engines.items()
         },
     )
@@ -303,21 +306,23 @@ def test_the_runtime_hands_engines_what_they_take(artifact: Path, stand_in: Libr
 
 
 def test_engines_of_another_artifact_or_version_are_refused(
-    artifact: Path, built: tensorrt.Build, stand_in: Library, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    artifact: Path, built: tensorrt_build.Build, stand_in: Library, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     other = tmp_path / "artifact"
     shutil.copytree(artifact, other)
-    record = other / tensorrt.FOLDER / tensorrt.RECORD
-    assert tensorrt.read_build(record.parent)[0] == built
+    record = other / tensorrt_build.FOLDER / tensorrt_build.RECORD
+    assert tensorrt_build.read_build(record.parent)[0] == built
     text = record.read_text()
     record.write_text(text.replace(built.version, "1.0"))
     with pytest.raises(BackendError, match=r"were built by tensorrt_rtx 1\.0, and .* is installed"):
-        tensorrt.read_build(record.parent)
+        tensorrt_build.read_build(record.parent)
     record.unlink()
     with pytest.raises(ArtifactError, match="build them: duca-compile build"):
-        tensorrt.read_build(record.parent)
-    engines = {name: tensorrt.Engine(e.file, "0" * 64, e.key, e.bytes, e.weights) for name, e in built.engines.items()}
-    changed = tensorrt.Build(built.version, built.options, engines)
+        tensorrt_build.read_build(record.parent)
+    engines = {
+        name: tensorrt_build.Engine(e.file, "0" * 64, e.key, e.bytes, e.weights) for name, e in built.engines.items()
+    }
+    changed = tensorrt_build.Build(built.version, built.options, engines)
     monkeypatch.setattr(runtime, "read_build", lambda folder: (changed, stand_in))
     with pytest.raises(ArtifactError, match="are not of this artifact's graph 'prologue'"):
         duca_compile.load(artifact, backend="tensorrt")
@@ -365,7 +370,7 @@ def test_every_variant_of_other_models_builds(name: str, precision: str, tmp_pat
 def test_engines_run_on_a_gpu(artifact: Path, tmp_path: Path, precision: str, most: float) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
-    tensorrt.build(artifact, precision=precision, batch=(1, ROWS, 4), folder=artifact / tensorrt.FOLDER)
+    tensorrt.build(artifact, precision=precision, batch=(1, ROWS, 4), folder=artifact / tensorrt_build.FOLDER)
     loaded = duca_compile.load(artifact, backend="tensorrt")
     for a, b in zip(sequence(loaded), sequence(duca_compile.load(artifact)), strict=True):
         assert np.linalg.norm(a - b) <= most * np.linalg.norm(b)

@@ -14,8 +14,8 @@ from torch.nn import functional
 
 import duca_compile
 from duca_compile import RFC, DisCa, DuCa, Policy, ResidualGate, SpeCa, TaylorSeer, ToCa
+from duca_compile.methods.training import TrainingSettings, train_predictor
 from duca_compile.policies import AdaptivePolicy, StepKind
-from duca_compile.training import TrainingSettings, train_predictor
 from tests import models
 from tests.support import Shared
 from tests.test_methods import DEPTH, METHODS, MODELS, STEPS, Case, held

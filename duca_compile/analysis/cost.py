@@ -9,8 +9,8 @@ from torch import fx
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from duca_compile.graph import op_name
-from duca_compile.opaque import opaque, site_flops
+from duca_compile.core.fx_utils import op_name
+from duca_compile.frontend.opaque import opaque, site_flops
 
 _PRODUCTS = {
     "_int_mm", "_scaled_mm", "addmm", "baddbmm", "bilinear", "bmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d",

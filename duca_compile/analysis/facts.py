@@ -6,7 +6,8 @@ from duca_compile.analysis.cost import node_flops
 from duca_compile.analysis.grid import token_grids
 from duca_compile.analysis.residual import find_branches
 from duca_compile.analysis.variance import latent_input, timestep_input, variances
-from duca_compile.graph import Branch, CapturedGraph, Facts, value_shape
+from duca_compile.core.fx_utils import value_shape
+from duca_compile.core.ir import Branch, CapturedGraph, Facts
 
 
 def analyze(captured: CapturedGraph, timestep: str | None = None) -> Facts:

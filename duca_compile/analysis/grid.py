@@ -9,7 +9,8 @@ from torch import fx
 
 from duca_compile.analysis.closure import ancestors
 from duca_compile.analysis.tokens import RESHAPES
-from duca_compile.graph import Branch, Role, op_name, value_shape
+from duca_compile.core.fx_utils import op_name, value_shape
+from duca_compile.core.ir import Branch, Role
 
 
 def token_grids(graph: fx.Graph, branches: Iterable[Branch]) -> Mapping[int, tuple[int, ...]]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import fx
 
 from duca_compile.analysis.closure import Ancestors, ancestors, closure, descendants
-from duca_compile.analysis.operators import as_carried
 from duca_compile.analysis.tokens import (
     CONCATENATIONS,
     ELEMENTWISE,
@@ -17,8 +16,10 @@ from duca_compile.analysis.tokens import (
     overlapped,
     own_keys,
 )
+from duca_compile.core.fx_utils import module_path, op_name, source_line, value_shape
+from duca_compile.core.ir import Branch, Role, Stream, Variance
 from duca_compile.errors import StructureError
-from duca_compile.graph import Branch, Role, Stream, Variance, module_path, op_name, source_line, value_shape
+from duca_compile.frontend.operators import as_carried
 
 _SUMS = {"add", "addcmul"}
 _SOFTMAX = {"softmax", "_softmax"}

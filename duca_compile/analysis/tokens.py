@@ -15,13 +15,13 @@ from math import prod
 
 from torch import fx
 
-from duca_compile.analysis.operators import argument
-from duca_compile.graph import TokenPlace, op_name, value_shape
-from duca_compile.opaque import opaque, site_of
+from duca_compile.core.fx_utils import op_name, value_shape
+from duca_compile.core.ir import TokenPlace
+from duca_compile.frontend.opaque import opaque, site_of
+from duca_compile.frontend.operators import argument
 
 BATCH_AXIS, TOKEN_AXIS = 0, 1
 MERGED = 0
-
 CONCATENATIONS = {"cat", "concat", "concatenate"}
 JOINS = CONCATENATIONS | {"stack"}
 EXPANDS = {"expand", "expand_as"}
@@ -44,8 +44,6 @@ class Mixing(Exception):  # noqa: N818 - a verdict, not a failure
 
 
 Axes = dict[str, int]
-
-
 Places = dict[str, TokenPlace]
 
 
@@ -91,7 +89,7 @@ def _place_of(node: fx.Node, places: Places, tokens: int) -> TokenPlace:
 
 
 def _operator(node: fx.Node, places: Places) -> TokenPlace:
-    """A module that runs as it is is taken to be pointwise where its shapes allow it; values tell (verify.py)."""
+    """A module that runs as it is is taken to be pointwise where its shapes allow it; values tell (verification.py)."""
     operands, values = node.all_input_nodes, node.meta["val"]
     own = {places[n.name] for n in operands if n.name in places}
     if not site_of(node).may_be_pointwise or len(own) != 1:

@@ -8,9 +8,10 @@ from math import prod
 from torch import fx
 
 from duca_compile.analysis.closure import descendants
-from duca_compile.analysis.operators import is_random
+from duca_compile.core.fx_utils import op_name, value_shape
+from duca_compile.core.ir import Variance
 from duca_compile.errors import StructureError, UsageError
-from duca_compile.graph import Variance, op_name, value_shape
+from duca_compile.frontend.operators import is_random
 
 _PERIODIC = {"sin", "cos"}
 

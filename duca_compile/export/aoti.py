@@ -13,14 +13,13 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch._inductor import aot_compile
-from torch._inductor.package.package import package_aoti
 
+from duca_compile.artifact.manifest import Chunk, File, Graph, Pool, sha256
+from duca_compile.backends.inductor.private import compile_ahead, package
+from duca_compile.core.fx_utils import op_name
+from duca_compile.core.lock import COMPILING
 from duca_compile.errors import ExportError, first_line
 from duca_compile.export.batch import OpenGraph
-from duca_compile.graph import op_name
-from duca_compile.lock import COMPILING
-from duca_compile.runtime.manifest import Chunk, File, Graph, Pool, sha256
 
 PACKAGE = "model.pt2"
 WEIGHTS = "weights.safetensors"
@@ -50,7 +49,7 @@ class AOTIWriter:
         with COMPILING, torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own inner workings
             try:
-                self._code[graph.name] = aot_compile(program.module(), graph.example(), options=dict(_OPTIONS))
+                self._code[graph.name] = compile_ahead(program.module(), graph.example(), dict(_OPTIONS))
             except Exception as error:
                 raise ExportError(f"AOTInductor cannot compile graph {graph.name!r}: {first_line(error)}") from error
         for name, value in {**program.state_dict, **program.constants}.items():
@@ -63,10 +62,10 @@ class AOTIWriter:
         return known is value or (known.shape == value.shape and torch.equal(known, value))
 
     def close(self) -> tuple[dict[str, Graph], Pool]:
-        package, weights = self._folder / PACKAGE, self._folder / WEIGHTS
-        package_aoti(str(package), self._code)
+        code, weights = self._folder / PACKAGE, self._folder / WEIGHTS
+        package(str(code), self._code)
         save_file(_apart(self._weights), weights)
-        file = _file(package)
+        file = _file(code)
         return {graph.name: _described(graph, file) for graph in self._graphs}, _pool(weights)
 
 

@@ -13,12 +13,14 @@ import torch
 from torch.utils._pytree import MappingKey, SequenceKey, TreeSpec, tree_flatten_with_path
 
 import duca_compile
+from duca_compile.artifact import manifest
+from duca_compile.artifact.manifest import FILE, SCHEMA, Manifest
+from duca_compile.core.ir import Branch
+from duca_compile.core.outputs import OutputLayout
+from duca_compile.core.ports import cache_input
 from duca_compile.errors import ExportError, UsageError, missing_package
 from duca_compile.export.batch import OpenGraph
 from duca_compile.export.trace import Traced
-from duca_compile.graph import Branch, OutputLayout, cache_input
-from duca_compile.runtime import manifest
-from duca_compile.runtime.manifest import FILE, SCHEMA, Manifest
 from duca_compile.runtime.planning import tokens_of
 
 OPSETS = range(18, 25)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, fx
 from torch.export import Dim
 
+from duca_compile.artifact.manifest import BATCH, Size, TensorSpec
+from duca_compile.core.fx_utils import copy_graph
 from duca_compile.errors import ExportError, first_line
-from duca_compile.graph import copy_graph
-from duca_compile.runtime.manifest import BATCH, Size, TensorSpec
 
 aten = torch.ops.aten
 

@@ -18,10 +18,10 @@ import onnx_ir
 import onnxscript
 import torch
 
+from duca_compile.artifact.manifest import Chunk, File, Graph, Pool, TensorSpec, sha256
+from duca_compile.core.lock import COMPILING
 from duca_compile.errors import ExportError, first_line
 from duca_compile.export.batch import OpenGraph
-from duca_compile.lock import COMPILING
-from duca_compile.runtime.manifest import Chunk, File, Graph, Pool, TensorSpec, sha256
 
 POOL = "weights.bin"
 ALIGNMENT = 2**16  # where large tensors start: what can be mapped into memory on every system

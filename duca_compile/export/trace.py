@@ -11,20 +11,25 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from duca_compile.api import LOOKED_AHEAD, OptimizedModel, analyze_call, check_model
-from duca_compile.budget import CacheOptions
-from duca_compile.capture import Binder, Call
+from duca_compile.artifact import manifest
+from duca_compile.compiler.analyze import analyze_call
+from duca_compile.compiler.budget import CacheOptions
+from duca_compile.compiler.checks import check_model
+from duca_compile.compiler.outside import make_rows
+from duca_compile.core.ir import CapturedGraph, Facts
+from duca_compile.core.steps import Step, StepKind
+from duca_compile.core.variants import Action, Variant, VariantSpec
+from duca_compile.drop_in import LOOKED_AHEAD, OptimizedModel
 from duca_compile.errors import ExportError, UsageError
 from duca_compile.export.batch import Fit, OpenGraph, Seen, open_graph
-from duca_compile.graph import Action, CapturedGraph, Facts, Variant, VariantSpec
-from duca_compile.passes.pipeline import build_variant, make_rows
-from duca_compile.passes.predict import with_predictor
+from duca_compile.frontend.binder import Binder, Call
+from duca_compile.passes.caching.predict import with_predictor
+from duca_compile.passes.pipeline import build_variant
 from duca_compile.policies.adaptive import AdaptivePolicy
-from duca_compile.policies.base import Policy, Step, StepKind
+from duca_compile.policies.base import Policy
 from duca_compile.policies.checks import check_whole
-from duca_compile.runtime import manifest
-from duca_compile.runtime.dispatcher import Prologue
 from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec, score_output
+from duca_compile.runtime.torch.prologue import Prologue
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,10 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from torch import fx
 
+from duca_compile.core.ir import Branch, Facts
+from duca_compile.core.ports import cache_input
+from duca_compile.core.variants import Action, VariantSpec
 from duca_compile.errors import InternalError
-from duca_compile.graph import Action, Branch, Facts, VariantSpec, cache_input
 
 
 @dataclass

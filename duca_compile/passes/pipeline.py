@@ -3,45 +3,40 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import fx
 
 from duca_compile.analysis.closure import ancestors
+from duca_compile.core.fx_utils import copy_graph, to_module
+from duca_compile.core.ir import CapturedGraph, Facts, Variance
+from duca_compile.core.ports import is_cache
+from duca_compile.core.variants import Action, Variant, VariantSpec
 from duca_compile.errors import InternalError
-from duca_compile.graph import (
-    Action,
-    CapturedGraph,
-    Facts,
-    Variance,
-    Variant,
-    VariantSpec,
-    copy_graph,
-    is_cache,
-)
 from duca_compile.passes.base import D, Draft, Pass, VariantDraft
-from duca_compile.passes.cast import CastCaches
-from duca_compile.passes.changes import EmitChanges
-from duca_compile.passes.clean import Clean
-from duca_compile.passes.dead_code import RemoveDeadCode
-from duca_compile.passes.deduplicate import Deduplicate
-from duca_compile.passes.differences import EmitDifferences
-from duca_compile.passes.emit import EmitCaches
-from duca_compile.passes.forecast import Forecast
-from duca_compile.passes.hoist import Hoist, invariant_graph, row_input, row_layout, timestep_graph
-from duca_compile.passes.partial import RecomputeTokens
-from duca_compile.passes.predict import PredictStream
-from duca_compile.passes.probe import GoOn, LookAhead
-from duca_compile.passes.relate import EmitRelations, ForecastFromInputs
-from duca_compile.passes.residual import AddChanges
-from duca_compile.passes.reuse import ReuseBranches
-from duca_compile.passes.rows import KeepRows
-from duca_compile.passes.scores import EmitScores
-from duca_compile.passes.skip import SkipBlocks
-from duca_compile.passes.verification import VerifyForecast
-from duca_compile.passes.write_last import WriteLast
-from duca_compile.runtime.rows import Rows
+from duca_compile.passes.caching.cast import CastCaches
+from duca_compile.passes.caching.forecast import Forecast
+from duca_compile.passes.caching.partial import RecomputeTokens
+from duca_compile.passes.caching.predict import PredictStream
+from duca_compile.passes.caching.probe import GoOn
+from duca_compile.passes.caching.relate import ForecastFromInputs
+from duca_compile.passes.caching.residual import AddChanges
+from duca_compile.passes.caching.reuse import ReuseBranches
+from duca_compile.passes.caching.rows import KeepRows
+from duca_compile.passes.caching.skip import SkipBlocks
+from duca_compile.passes.exact.changes import EmitChanges
+from duca_compile.passes.exact.clean import Clean
+from duca_compile.passes.exact.dead_code import RemoveDeadCode
+from duca_compile.passes.exact.deduplicate import Deduplicate
+from duca_compile.passes.exact.differences import EmitDifferences
+from duca_compile.passes.exact.emit import EmitCaches
+from duca_compile.passes.exact.hoist import Hoist, invariant_graph
+from duca_compile.passes.exact.probe import LookAhead
+from duca_compile.passes.exact.relate import EmitRelations
+from duca_compile.passes.exact.scores import EmitScores
+from duca_compile.passes.exact.verification import VerifyForecast
+from duca_compile.passes.exact.write_last import WriteLast
 
 PREPARE: tuple[Pass[Draft], ...] = (Clean(), Deduplicate(), RemoveDeadCode())
 # Results are emitted before values are replaced, so that a replacement also reaches what is returned. Partial
@@ -70,12 +65,13 @@ REWRITE: tuple[Pass[VariantDraft], ...] = (
 )
 
 
-def run_passes(draft: D, passes: Sequence[Pass[D]]) -> D:  # type: ignore[misc]
-    """Applies ``passes`` in order.
+def run_passes(draft: D, passes: Sequence[Pass[D]], observe: Callable[[D], None] = lambda draft: None) -> D:  # type: ignore[misc]
+    """Applies ``passes`` in order; ``observe`` is called with the draft before the first one, and after each.
 
     Raises:
         InternalError: a pass lacks what it requires, or leaves a malformed graph.
     """
+    observe(draft)
     for each in passes:
         missing = each.requires - draft.properties
         if missing:
@@ -86,6 +82,7 @@ def run_passes(draft: D, passes: Sequence[Pass[D]]) -> D:  # type: ignore[misc]
             except RuntimeError as error:
                 raise InternalError(f"{type(each).__name__} left a malformed graph: {error}") from error
         draft.properties |= each.ensures
+        observe(draft)
     return draft
 
 
@@ -96,14 +93,22 @@ def prepare(captured: CapturedGraph) -> CapturedGraph:
     return replace(captured, graph=draft.graph)
 
 
-def build_variant(captured: CapturedGraph, facts: Facts, spec: VariantSpec) -> Variant:
-    """Rewrites a copy of the prepared graph as ``spec`` says; its weights are the source model's own."""
+def build_variant(
+    captured: CapturedGraph,
+    facts: Facts,
+    spec: VariantSpec,
+    observe: Callable[[VariantDraft], None] = lambda draft: None,
+) -> Variant:
+    """Rewrites a copy of the prepared graph as ``spec`` says; its weights are the source model's own.
+
+    ``observe`` is called with the draft before the first pass, and after each.
+    """
     (own,) = captured.graph.output_node().args
     assert isinstance(own, tuple)
     results = [f"output_{i}" for i in range(len(own))]
-    draft = run_passes(VariantDraft(copy_graph(captured.graph), facts, spec, results), REWRITE)
+    draft = run_passes(VariantDraft(copy_graph(captured.graph), facts, spec, results), REWRITE, observe)
     pieces = frozenset(str(n.meta["piece"]) for n in draft.graph.nodes if "piece" in n.meta)
-    fixed, per_token = _variant_flops(draft.graph, facts)
+    fixed, per_token = variant_flops(draft.graph, facts)
     inputs = tuple(n.name for n in draft.graph.nodes if n.op == "placeholder")
     partial = {spec.tokens_input(i) for i, action in enumerate(spec.actions) if action is Action.PARTIAL}
     return Variant(
@@ -125,22 +130,6 @@ def build_prologue(captured: CapturedGraph, facts: Facts) -> fx.GraphModule:
     return to_module(captured, run_passes(draft, (RemoveDeadCode(draws=False),)).graph)
 
 
-def make_rows(captured: CapturedGraph, facts: Facts, needed: frozenset[str] | None = None) -> Rows:
-    """What computes the timestep-only values, as one row for each type; all of them, or those called ``needed``."""
-    layout = row_layout(captured.graph, facts)
-    if needed is None:
-        needed = frozenset(piece.name for row in layout.values() for piece in row)
-    draft = run_passes(Draft(timestep_graph(captured.graph, facts, needed)), (RemoveDeadCode(draws=False),))
-    inputs = tuple(n.name for n in draft.graph.nodes if n.op == "placeholder")
-    return Rows(facts.timestep, to_module(captured, draft.graph), inputs, tuple(map(row_input, layout)))
-
-
-def to_module(captured: CapturedGraph, graph: fx.Graph) -> fx.GraphModule:
-    """A module over ``graph`` that shares every weight with the source model."""
-    used = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
-    return fx.GraphModule({name: captured.attributes[name] for name in used}, graph)
-
-
 def _kept(draft: VariantDraft) -> dict[str, int]:
     """Bytes of the results that are kept until the next step: all but the model's own, scores and measures."""
     (results,) = draft.graph.output_node().args
@@ -160,7 +149,8 @@ def _timestep_flops(graph: fx.Graph, facts: Facts, pieces: frozenset[str]) -> in
     return sum(facts.flops[n.name] for n in needed if facts.variance[n.name] is Variance.TIMESTEP)
 
 
-def _variant_flops(graph: fx.Graph, facts: Facts) -> tuple[int, dict[int, float]]:
+def variant_flops(graph: fx.Graph, facts: Facts) -> tuple[int, dict[int, float]]:
+    """FLOPs of a rewritten graph: of every call, and for each recomputed token of a branch, by its index."""
     fixed, per_token = 0, defaultdict[int, float](float)
     for node in graph.nodes:
         if "tokens_of" in node.meta:

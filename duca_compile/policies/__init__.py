@@ -1,7 +1,8 @@
 """Which variant runs at which step. No graph code here."""
 
-from duca_compile.policies.adaptive import AdaptivePolicy, Decider, Probe, Verify
-from duca_compile.policies.base import Forecast, Policy, Selection, Step, StepKind, TokenQuery
+from duca_compile.core.steps import Probe, Step, StepKind, Verify
+from duca_compile.policies.adaptive import AdaptivePolicy, Decider
+from duca_compile.policies.base import Forecast, Policy, Selection, TokenQuery
 from duca_compile.policies.calibrated import Calibrated
 from duca_compile.policies.disca import DisCa
 from duca_compile.policies.duca import DuCa

@@ -4,42 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal
 
+from duca_compile.core.steps import Probe, Step, Verify
 from duca_compile.errors import PolicyError
-from duca_compile.policies.base import Policy, Step
+from duca_compile.policies.base import Policy
 
 DecidePer = Literal["batch", "row", "pair"]
-
-
-@dataclass(frozen=True)
-class Verify:
-    """How a forecast is held to account: the last block is computed on the forecast stream.
-
-    Attributes:
-        metric: "norm_ratio", for each row the norm of the difference over the norm of what was computed; or
-            "relative_l1", the mean over the whole batch of the elementwise |difference| / |computed|, as released.
-        of: "stream", its end; or "branch", the output of the last branch before its gate.
-    """
-
-    metric: Literal["norm_ratio", "relative_l1"] = "norm_ratio"
-    of: Literal["stream", "branch"] = "stream"
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What is looked at before a step is decided: a small part of the model, computed at every step.
-
-    Attributes:
-        of: "modulated", the input of the first block's first branch behind norm and modulation; "first_block", what the
-            first block adds to the stream; or "forecast", what the first branch of the latent reads, against what the
-            last full steps let expect of it (relational feature caching).
-        to_last_full: it is compared with the last full step; else with the last step. Not for "forecast".
-    """
-
-    of: Literal["modulated", "first_block", "forecast"] = "modulated"
-    to_last_full: bool = False
 
 
 class Decider(ABC):

@@ -4,81 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from enum import Enum, Flag, auto
-from typing import TYPE_CHECKING, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
+from duca_compile.core.steps import Step
 from duca_compile.errors import PolicyError
 from duca_compile.policies.checks import check_number, check_whole
-
-if TYPE_CHECKING:
-    from duca_compile.predictor import Predictor
+from duca_compile.policies.liveness import until_the_last, with_liveness
+from duca_compile.policies.predictor import Predictor
 
 SelectionKind = Literal["v_norm", "attention", "entropy", "random"]
-
-
-class StepKind(Enum):
-    """What one denoising step does with the model's blocks."""
-
-    FULL = "full"
-    PARTIAL = "partial"  # attention from the cache, MLPs on a few tokens (DuCa's conservative step)
-    REUSE = "reuse"  # every branch from the cache, gates fresh
-    SKIP = "skip"  # the end of the stream from the cache (DuCa's aggressive step)
-    FORECAST = "forecast"  # every branch, or the end of the stream, extrapolated from the last full steps (TaylorSeer)
-    PREDICT = "predict"  # the end of the stream from a trained network (DisCa)
-
-    @property
-    def letter(self) -> str:
-        """One letter for schedules; T, as in Taylor, is a forecast, and L, as in learned, a prediction."""
-        return {StepKind.FORECAST: "T", StepKind.PREDICT: "L"}.get(self, self.value[0].upper())
-
-
-class Kept(Flag):
-    """Kinds of cached features."""
-
-    NOTHING = 0
-    BRANCHES = auto()  # what partial and reuse steps read
-    END = auto()  # the end of the stream, which skip steps read
-    ALL = BRANCHES | END
-
-    @property
-    def branches(self) -> bool:
-        return bool(self & Kept.BRANCHES)
-
-    @property
-    def end(self) -> bool:
-        return bool(self & Kept.END)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of a schedule.
-
-    Attributes:
-        kind: what the blocks do.
-        interval: the nominal steps from one full step to the next; weighs how stale a token is.
-        ratio: share of tokens to recompute in a partial step, before per-block and per-kind factors.
-        leading_full: blocks at the front that run in full regardless of ``kind`` (the released ToCa and DuCa code
-            changes its mind after the first block of some full steps).
-        verified: whether a forecast is held to what the last block computes of it (SpeCa).
-        kept: what steps of the schedule have to keep for later ones.
-        live: what later steps read of that which is there after this one; the rest is dropped.
-    """
-
-    kind: StepKind
-    interval: int = 1
-    ratio: float = 0.0
-    leading_full: int = 0
-    verified: bool = False
-    kept: Kept = Kept.ALL
-    live: Kept = Kept.ALL
-
-    def __post_init__(self) -> None:
-        self.__dict__["_hash"] = hash(tuple(getattr(self, field.name) for field in fields(self)))
-
-    def __hash__(self) -> int:
-        """Remembered: plans are looked up by it at every call."""
-        return self.__dict__["_hash"]  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -213,8 +148,6 @@ class Policy(ABC):
 
     def planned(self, total: int | None) -> Iterator[Step]:
         """The same steps, with what later ones read of each. Where features are forecast, all is until the last one."""
-        from duca_compile.policies.liveness import until_the_last, with_liveness
-
         return (with_liveness if self.forecast is None else until_the_last)(self.steps(total))
 
     def fresh_tokens(self, step: Step, query: TokenQuery) -> int:

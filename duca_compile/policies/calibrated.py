@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from duca_compile.core.files import replacing
+from duca_compile.core.steps import Step, StepKind
 from duca_compile.errors import PolicyError, UsageError
-from duca_compile.policies.base import Forecast, Measured, Policy, Step, StepKind
+from duca_compile.policies.base import Forecast, Measured, Policy
 from duca_compile.policies.checks import check_number, check_whole
-from duca_compile.whole import replacing
 
 FORMAT = 1
 

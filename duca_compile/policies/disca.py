@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 
-from duca_compile.policies.base import Policy, Step, StepKind
+from duca_compile.core.steps import Step, StepKind
+from duca_compile.policies.base import Policy
 from duca_compile.policies.checks import check_full_steps, check_whole
-from duca_compile.predictor import Predictor
+from duca_compile.policies.predictor import Predictor
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from duca_compile.core.steps import StepKind
 from duca_compile.errors import PolicyError
-from duca_compile.policies.base import StepKind
 from duca_compile.policies.tokens import TokenCaching
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from duca_compile.policies.base import Forecast, Kept, Policy, Step, StepKind
+from duca_compile.core.steps import Kept, Step, StepKind
+from duca_compile.policies.base import Forecast, Policy
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from duca_compile.policies.base import Policy, Step, StepKind
+from duca_compile.core.steps import Step, StepKind
+from duca_compile.policies.base import Policy
 from duca_compile.policies.schedule import Interval
 
 

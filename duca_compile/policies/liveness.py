@@ -8,10 +8,9 @@ from functools import reduce
 from itertools import chain, islice
 from operator import or_
 
-from duca_compile.policies.base import Kept, Step, StepKind
+from duca_compile.core.steps import Kept, Step, StepKind
 
 LOOKED_AHEAD = 256
-
 _READS = {
     StepKind.FULL: Kept.NOTHING,
     StepKind.PARTIAL: Kept.BRANCHES,

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 
-from duca_compile.policies.adaptive import AdaptivePolicy, DecidePer, Decider, Probe, check_per
-from duca_compile.policies.base import Forecast, Step, StepKind
+from duca_compile.core.steps import Probe, Step, StepKind
+from duca_compile.policies.adaptive import AdaptivePolicy, DecidePer, Decider, check_per
+from duca_compile.policies.base import Forecast
 from duca_compile.policies.checks import check_number, check_whole
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Literal
 
+from duca_compile.core.steps import Step, StepKind, Verify
 from duca_compile.errors import PolicyError
-from duca_compile.policies.adaptive import AdaptivePolicy, DecidePer, Decider, Verify, check_per
-from duca_compile.policies.base import Forecast, Step, StepKind
+from duca_compile.policies.adaptive import AdaptivePolicy, DecidePer, Decider, check_per
+from duca_compile.policies.base import Forecast
 from duca_compile.policies.checks import check_number, check_whole
 
 

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 
+from duca_compile.core.steps import Step, StepKind
 from duca_compile.errors import PolicyError
-from duca_compile.policies.base import Forecast, Policy, Step, StepKind
+from duca_compile.policies.base import Forecast, Policy
 from duca_compile.policies.checks import check_whole
 
 

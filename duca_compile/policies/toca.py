@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from duca_compile.policies.base import Selection, SelectionKind, StepKind
+from duca_compile.core.steps import StepKind
+from duca_compile.policies.base import Selection, SelectionKind
 from duca_compile.policies.schedule import Interval
 from duca_compile.policies.tokens import TokenCaching
 

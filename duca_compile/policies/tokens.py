@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from duca_compile.core.steps import Step, StepKind
 from duca_compile.errors import PolicyError
-from duca_compile.policies.base import Policy, Selection, SelectionKind, Step, StepKind, TokenQuery
+from duca_compile.policies.base import Policy, Selection, SelectionKind, TokenQuery
 from duca_compile.policies.checks import check_number
 from duca_compile.policies.schedule import UNIT, Interval, Linear, Moment
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count
 
-from duca_compile.policies.base import Policy, Step, StepKind
+from duca_compile.core.steps import Step, StepKind
+from duca_compile.policies.base import Policy
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from duca_compile.core.steps import Step
+from duca_compile.core.tensors import Array
 from duca_compile.errors import PolicyError
 from duca_compile.policies.adaptive import AdaptivePolicy, Decider
-from duca_compile.policies.base import Step
-from duca_compile.runtime.arrays import Array, Arrays
+from duca_compile.runtime.arrays import Arrays
 
 
 class Decisions:

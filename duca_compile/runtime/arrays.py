@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
-if TYPE_CHECKING:
-    import torch
-
-# A torch.Tensor or a numpy array; of one runtime all are of one kind.
-Array = Any
+from duca_compile.core.tensors import Array
 
 
 class Arrays(Protocol):
@@ -80,43 +76,6 @@ class NumpyArrays:
         return np.where(np.array(rows).reshape(-1, *[1] * (one.ndim - 1)), one, other)
 
 
-class TorchArrays:
-    """Tensors on one device."""
-
-    def __init__(self, device: torch.device) -> None:
-        import torch
-
-        self._torch, self._device = torch, device
-
-    def zeros(self, shape: tuple[int, ...]) -> Array:
-        return self._torch.zeros(shape, device=self._device)
-
-    def of(self, values: np.ndarray) -> Array:
-        return self._torch.from_numpy(values).to(self._device, non_blocking=True)
-
-    def dense(self, array: Array) -> Array:
-        return array.contiguous()
-
-    def unit(self, rows: Sequence[Array]) -> Array:
-        return self._torch.nn.functional.normalize(self._torch.stack(list(rows)).float(), dim=-1)
-
-    def top(self, scores: Array, count: int) -> Array:
-        return scores.topk(count, dim=-1).indices
-
-    def one_hot(self, places: Array, count: int) -> Array:
-        return self._torch.nn.functional.one_hot(places, count).float()
-
-    def take(self, array: Array, places: Array) -> Array:
-        return array.gather(-1, places)
-
-    def put(self, array: Array, places: Array, values: Array) -> Array:
-        return array.scatter(-1, places, values)
-
-    def choose(self, rows: Sequence[bool], new: Array, old: Array) -> Array:
-        chosen = self._torch.tensor(rows).to(self._device)
-        return self._torch.where(chosen.view(-1, *[1] * (new.dim() - 1)), new, old)
-
-
 def _host(array: Array) -> np.ndarray:
     """What an engine returned, a tensor or a value of ONNX Runtime, as a numpy array."""
     if isinstance(array, np.ndarray):
@@ -128,12 +87,3 @@ def _host(array: Array) -> np.ndarray:
 def size(array: Array) -> int:
     """Its bytes; arrays of ONNX Runtime have no attribute for that."""
     return int(array.nbytes if hasattr(array, "nbytes") else array.tensor_size_in_bytes())
-
-
-def same_values(one: Array, other: Array) -> bool:
-    """Whether both have the same shape and values."""
-    if isinstance(one, np.ndarray) or isinstance(other, np.ndarray):
-        return np.array_equal(one, other)
-    import torch
-
-    return bool(one.shape == other.shape and torch.equal(one, other))

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from operator import itemgetter
 
 import numpy as np
 
-from duca_compile.runtime.arrays import Array, same_values
-from duca_compile.runtime.clock import Sight, equal, on_host, unchanged, version
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from duca_compile.core.tensors import Array, Sight, equal, on_host, same_values, unchanged, version
 
 SAMPLED = 4096  # values of a latent that are compared where two are held against each other
 NEAR = 0.25  # what one rounded timestep changes of a latent is less, relatively
 APART = 0.9  # latents of one tile are nearer to each other than to those of others: by distance, at least so much
-
 PassKey = tuple[str | None, int]  # the pass's name, and which call of that name at the step
 
 
@@ -26,13 +21,10 @@ class Named:
     __slots__ = ("inputs", "kind", "latent", "name", "others")
 
     def __init__(
-        self, name: str | None, kind: object, latent: Tensor, inputs: tuple[str, ...], others: Sequence[Tensor]
+        self, name: str | None, kind: object, latent: Array, inputs: tuple[str, ...], others: Sequence[Array]
     ) -> None:
-        self.name, self.kind, self.latent = (
-            name,
-            kind,
-            latent,
-        )  # of its pass; of its options and shapes; what it denoises
+        self.name, self.kind = name, kind  # of its pass; of its options and shapes
+        self.latent = latent  # what it denoises
         self.inputs, self.others = inputs, others  # what it is conditioned on
 
     def only(self, inputs: Collection[str]) -> Named:
@@ -41,10 +33,15 @@ class Named:
         return Named(self.name, self.kind, self.latent, tuple(name for name, _ in pairs), [each for _, each in pairs])
 
 
+def chosen(names: tuple[str, ...]) -> Callable[[Mapping[str, Array]], Sequence[Array]]:
+    """What gives the tensors of these names; asked at every call."""
+    return itemgetter(*names) if len(names) > 1 else lambda call: [call[name] for name in names]
+
+
 class Sample:
     """Some values of a latent as it was; read when they are first compared."""
 
-    def __init__(self, latent: Tensor) -> None:
+    def __init__(self, latent: Array) -> None:
         flat = latent.reshape(-1)[:: max(1, latent.nbytes // latent.itemsize // SAMPLED)]
         self._kept: Array = flat.copy() if isinstance(flat, np.ndarray) else flat.detach().clone()
         self._values: np.ndarray | None = None
@@ -87,10 +84,15 @@ class Slot:
 
     def called(self, step: int, call: Named, samples: bool) -> None:
         """Notes its call at ``step``; with ``samples``, so that its latent can be held against others later."""
-        self.step, self._latent, self._version = step, call.latent, version(call.latent)
-        self.sample = Sample(call.latent) if samples else None
+        self.at(step, call.latent)
+        if samples:
+            self.sample = Sample(call.latent)
         if self._met is not call and not self.is_as(call):
             self._condition(call)
+
+    def at(self, step: int, latent: Array) -> None:
+        self.step, self._latent, self._version = step, latent, version(latent)
+        self.sample = None
 
     def is_as(self, call: Named) -> bool:
         """Whether it is conditioned on these very objects, as they were; asked at every call."""
@@ -116,7 +118,7 @@ class Slot:
         """The inputs that hold something else. What is on an accelerator is read only where ``reads`` says so."""
         return {name for name, now, known in self._common(call) if _differs(now, *known, reads)}
 
-    def _common(self, call: Named) -> Iterator[tuple[str, Tensor, tuple[Tensor, int]]]:
+    def _common(self, call: Named) -> Iterator[tuple[str, Array, tuple[Array, int]]]:
         """The inputs that both have: now, and as they were with their versions."""
         known = dict(zip(self._inputs, zip(self.sight.tensors, self.sight.versions, strict=True), strict=True))
         return ((name, now, known[name]) for name, now in zip(call.inputs, call.others, strict=True) if name in known)
@@ -128,7 +130,7 @@ class Slot:
             name for name, mine in zip(self._inputs, self.sight.tensors, strict=True) if theirs.get(name) is not mine
         }
 
-    def has(self, latent: Tensor) -> bool:
+    def has(self, latent: Array) -> bool:
         """Whether its last call had this latent, by value."""
         known, at_version = self._latent, self._version
         if latent is known and version(latent) == at_version >= 0:
@@ -145,12 +147,12 @@ class Slot:
             self.sample = Sample(self._latent)
         return self.sample
 
-    def goes_on_with(self, latent: Tensor) -> bool:
+    def goes_on_with(self, latent: Array) -> bool:
         """Whether this is its latent one small step on: near it, or written over it."""
         mine = self.sampled()
         return latent is self._latent if mine is None else Sample(latent).is_near(mine)
 
-    def is_apart_from(self, latent: Tensor) -> bool:
+    def is_apart_from(self, latent: Array) -> bool:
         mine = self.sampled()
         return mine is not None and Sample(latent).is_apart(mine)
 
@@ -172,7 +174,7 @@ class Slots:
         return self._named.get(name, ())
 
     def get(self, key: PassKey) -> Slot | None:
-        slots = self.of(key[0])
+        slots = self._named.get(key[0], ())
         return slots[key[1]] if key[1] < len(slots) else None
 
     def add(self, call: Named) -> Slot:
@@ -211,7 +213,7 @@ class Slots:
             alike = _best(alike, [-len(slot.changes(call.only(telling), reads)) for slot in alike])
         return self._nearest(alike, call.latent, step) if self.tiled else _coming(alike, step)
 
-    def _nearest(self, slots: Sequence[Slot], latent: Tensor, step: int) -> Slot | None:
+    def _nearest(self, slots: Sequence[Slot], latent: Array, step: int) -> Slot | None:
         """By latent, if any is like it; one that was called at the step already only if it is much nearer."""
         now = Sample(latent)
 
@@ -224,7 +226,7 @@ class Slots:
         return None if found.step != step and found.is_apart_from(latent) else found
 
 
-def _differs(tensor: Tensor, known: Tensor, at_version: int, reads: bool) -> bool:
+def _differs(tensor: Array, known: Array, at_version: int, reads: bool) -> bool:
     if unchanged(tensor, known, at_version):
         return False
     if not reads and not on_host(tensor) and tensor is not known:

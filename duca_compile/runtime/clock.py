@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from enum import Enum
 from math import floor, frexp, log2
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
+from numpy import ndarray
 
-from duca_compile.runtime.arrays import same_values
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from duca_compile.core.tensors import Array, Sight, version
 
 SAME_TIME = 4e-6  # timesteps that differ by less, relatively, are one: samplers come back to one by exp and log
 NO_TIME = 2e-6  # so are those that differ by less of the loop's first one: near 0 nothing is relative
@@ -41,6 +36,9 @@ class Move(Enum):
     START = "the first of a request"
     AGAIN = "another one of the same step"
     NEXT = "the first of the next step"
+
+
+START, AGAIN, NEXT = Move.START, Move.AGAIN, Move.NEXT  # looking one up takes a while in some versions of Python
 
 
 class Place(NamedTuple):
@@ -79,38 +77,39 @@ class StepClock:
         self._place: Place | None = None
         self._said: Place | None = None  # of the call that is looked at
 
-    def tick(self, timestep: Tensor, place: Place | None = None) -> Tick:
+    def tick(self, timestep: Array, place: Place | None = None) -> Tick:
         """By timesteps and what is said alone."""
         move = self.look(timestep, place)
         time = self.go(move)
-        return Tick(self.step, self._pass, move is Move.START, time)
+        return Tick(self.step, self._pass, move is START, time)
 
-    def look(self, timestep: Tensor, place: Place | None = None) -> Move:
+    def look(self, timestep: Array, place: Place | None = None) -> Move:
         """What the call is, by its timestep and by what is said; ``go`` has to follow."""
         now = self._now = _Seen(timestep)
         self._said = place
         if self._last is None:
-            return Move.START
-        if place is not None and place.by_caller:
-            return _compared(place.step, self.step)
-        if place is not None and self._place is not None and place.step != self._place.step:
-            back = self._direction(now)[0] and self._goes_back(now, _order(self._last, now, None, self._scale))
-            return Move.START if back else _compared(place.step, self._place.step)
+            return START
+        if place is not None:
+            if place.by_caller:
+                return _compared(place.step, self.step)
+            if self._place is not None and place.step != self._place.step:
+                back = self._direction(now)[0] and self._goes_back(now, _order(self._last, now, None, self._scale))
+                return START if back else _compared(place.step, self._place.step)
         order = _order(self._last, now, None, self._scale)
         if order == 0:
-            return Move.AGAIN
+            return AGAIN
         if order == self._sense and now.single is not None:  # as most often
-            return Move.NEXT
-        return Move.START if self._turns_back(now, order) else Move.NEXT
+            return NEXT
+        return START if self._turns_back(now, order) else NEXT
 
     def go(self, move: Move) -> float | None:
         """Goes where the call that was looked at is. Returns its timestep, if it is one for all rows and was read."""
         now = self._now
         assert now is not None
-        if move is Move.AGAIN:
+        if move is AGAIN:
             self._pass += 1
             return now.single
-        if move is Move.START:
+        if move is START:
             said, self.step = self._said, 0
             self._first, self._before, self._sense = now, None, 0
             self._scale = now.single or 0.0
@@ -118,7 +117,7 @@ class StepClock:
             said, last = self._place, self._last
             assert last is not None
             self.step += 1 if said is None or self._said is None else max(1, self._said.step - said.step)
-            if now.rewrites(last):  # its direction is that of the steps to come
+            if now.single is None and now.rewrites(last):  # its direction is that of the steps to come
                 now.read()
                 self._first, self._before = now, None
             else:
@@ -197,8 +196,8 @@ class StepClock:
 
 def _compared(now: int, before: int) -> Move:
     if now == before:
-        return Move.AGAIN
-    return Move.NEXT if now > before else Move.START
+        return AGAIN
+    return NEXT if now > before else START
 
 
 class _Seen:
@@ -206,7 +205,7 @@ class _Seen:
 
     __slots__ = ("_tensor", "_value", "_version", "single")
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Array) -> None:
         self._tensor, self._version = tensor, version(tensor)
         self._value: tuple[float, ...] | None = None
         self.single: float | None = None  # the value, where it is one for all rows and has been read
@@ -214,7 +213,8 @@ class _Seen:
             self.read()
 
     def read(self) -> tuple[float, ...]:
-        values = self._tensor.flatten().tolist()
+        tensor = self._tensor
+        values = (tensor if tensor.ndim == 1 else tensor.flatten()).tolist()
         if len(values) == 1 or len(set(values)) == 1:
             self.single = float(values[0])
             self._value = (self.single,)
@@ -228,7 +228,8 @@ class _Seen:
 
     @property
     def place(self) -> int:
-        return self._tensor.data_ptr()
+        address: int = self._tensor.data_ptr()
+        return address
 
     def shares_schedule(self, other: _Seen) -> bool:
         """Whether both are unread views of the same memory, so that their places can stand for their values."""
@@ -236,9 +237,9 @@ class _Seen:
 
     def _shares_memory(self, other: _Seen) -> bool:
         one, two = self._tensor, other._tensor
-        if isinstance(one, np.ndarray) or isinstance(two, np.ndarray):
+        if isinstance(one, ndarray) or isinstance(two, ndarray):
             return False
-        return one.untyped_storage().data_ptr() == two.untyped_storage().data_ptr()
+        return bool(one.untyped_storage().data_ptr() == two.untyped_storage().data_ptr())
 
     def is_at(self, other: _Seen) -> bool:
         """Whether this is the other's memory, not written to since."""
@@ -295,65 +296,3 @@ def _order(before: _Seen, after: _Seen, by_memory: bool | None = None, scale: fl
 def same_time(one: float, other: float, scale: float) -> bool:
     """Whether two timesteps of a loop that starts with ``scale`` are the same but for the last bits."""
     return abs(one - other) <= SAME_TIME * abs(one) + NO_TIME * abs(scale)
-
-
-def version(tensor: Tensor) -> int:
-    """How often the tensor was written in place; -1 for inference tensors and numpy's arrays, which do not count."""
-    return -1 if isinstance(tensor, np.ndarray) or tensor.is_inference() else tensor._version
-
-
-def on_host(tensor: Tensor) -> bool:
-    """Whether reading its values waits for no device."""
-    return isinstance(tensor, np.ndarray) or bool(tensor.is_cpu)
-
-
-def held(tensor: Tensor) -> Tensor:
-    """It, or a copy where nothing would tell that it was written to and comparing does not wait for a device."""
-    if isinstance(tensor, np.ndarray):
-        return tensor.copy()
-    return tensor.clone() if tensor.is_inference() and tensor.is_cpu else tensor
-
-
-def unchanged(tensor: Tensor, known: Tensor, at_version: int) -> bool:
-    """Whether it is the object that ``held`` gave ``known`` of, and still holds what it held.
-
-    Where tensors do not count what is written to them, values are compared on a CPU; on an accelerator, the object
-    counts.
-    """
-    if at_version >= 0:
-        return tensor is known and tensor._version == at_version
-    if on_host(tensor):
-        return same_values(tensor, known)
-    return tensor is known
-
-
-def equal(tensor: Tensor, known: Tensor, at_version: int) -> bool:
-    """Whether it holds what ``known`` held; reads both where they are different objects."""
-    if unchanged(tensor, known, at_version):
-        return True
-    return version(known) == at_version and tensor is not known and same_values(tensor, known)
-
-
-@dataclass(frozen=True)
-class Sight:
-    """Tensors as they were at one time: the same objects, not written to since, still hold the same."""
-
-    tensors: tuple[Tensor, ...]
-    versions: tuple[int, ...]
-
-    @staticmethod
-    def of(tensors: Sequence[Tensor]) -> Sight:
-        """It is safe from what is written to arrays later."""
-        return Sight(tuple(map(held, tensors)), tuple(map(version, tensors)))
-
-    def holds_of(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are they, and hold what they held; asked at every call."""
-        if len(tensors) != len(self.tensors):
-            return False
-        for now, then, at_version in zip(tensors, self.tensors, self.versions, strict=True):
-            if at_version < 0:
-                if not unchanged(now, then, at_version):
-                    return False
-            elif now is not then or now._version != at_version:
-                return False
-        return True

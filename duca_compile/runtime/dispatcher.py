@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from time import perf_counter
+from typing import Any, Protocol
 
+from duca_compile.core.ports import (
+    MEASURED,
+    PROBE_CHANGE,
+    PROBE_SEEN,
+    VERIFY_ERROR,
+    cache_input,
+    dead_caches,
+    is_written,
+)
+from duca_compile.core.steps import Probe, Step, StepKind
+from duca_compile.core.tensors import Array, Sight
 from duca_compile.errors import first_line
-from duca_compile.graph import MEASURED, PROBE_CHANGE, PROBE_SEEN, VERIFY_ERROR, cache_input, dead_caches, is_written
-from duca_compile.policies.adaptive import AdaptivePolicy, Probe
-from duca_compile.policies.base import Policy, Step, StepKind
+from duca_compile.policies.adaptive import AdaptivePolicy
+from duca_compile.policies.base import Policy
 from duca_compile.runtime.adaptive import Decisions, merged
-from duca_compile.runtime.arrays import Array, Arrays
-from duca_compile.runtime.clock import Sight, Tick
+from duca_compile.runtime.arrays import Arrays
+from duca_compile.runtime.clock import Tick
 from duca_compile.runtime.forecasting import ForecastInputs
 from duca_compile.runtime.request import CacheState, Executed, Request
-from duca_compile.runtime.rows import RowsTooLargeError
 from duca_compile.runtime.selection import Tokens, TokenSelector
 
-if TYPE_CHECKING:
-    from torch import Tensor, fx
-
 log = logging.getLogger("duca_compile")
+
+_PARTIAL = StepKind.PARTIAL  # looking it up takes a while in some versions of Python
 
 
 @dataclass(eq=False)
@@ -98,18 +106,8 @@ class Plan:
         return dead_caches(self.step.live, self.program.writes)
 
 
-@dataclass(frozen=True)
-class Prologue:
-    """Computes the loop-invariant values from the call's invariant inputs."""
-
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    module: fx.GraphModule
-
-    def compute(self, call: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """They are contiguous, as compiled code wants them."""
-        values = self.module.forward(*[call[name] for name in self.inputs])
-        return {name: value.contiguous() for name, value in zip(self.outputs, values, strict=True)}
+class RowsTooLargeError(Exception):
+    """The values of all timesteps would take more memory than they are worth."""
 
 
 class TimestepRows(Protocol):
@@ -178,7 +176,7 @@ class Dispatcher:
         self, request: Request, tick: Tick, call: Mapping[str, Array], name: str | None = None
     ) -> Sequence[Array]:
         """Runs one call, with its tensors by name, where ``tick`` says, in the pass called ``name``."""
-        started = time.perf_counter()
+        started = perf_counter()
         state = request.state(self, (name, tick.pass_index))
         self._hoist(state, call, tick.condition)
         if self._adaptive is not None:
@@ -188,7 +186,7 @@ class Dispatcher:
             outputs = self._run(plan, state, self._given(plan, state, call, request, tick))
             kind, flops, measured, rows = plan.step.kind, plan.flops, (), ()
         state.last_step = tick.step
-        seconds = time.perf_counter() - started
+        seconds = perf_counter() - started
         request.history.append(Executed(tick.step, tick.pass_index, kind, flops, seconds, name, measured, rows))
         return outputs
 
@@ -302,7 +300,7 @@ class Dispatcher:
     ) -> dict[str, Array]:
         """The inputs that this step alone determines; a full step may be for some ``rows`` of the batch."""
         program = plan.program
-        given = {**call, **state.measured}
+        given = {**call, **state.measured} if state.measured else {**call}
         if program.pieces:
             given.update(self._timestep_values(program.pieces, state, call, request, tick))
         if program.forecast.needed:
@@ -357,7 +355,7 @@ class Dispatcher:
         program = plan.program
         if program.replaces:  # free before they are computed anew, so that there are never two of them
             state.drop(program.replaces)
-        if plan.step.kind is StepKind.PARTIAL:
+        if plan.step.kind is _PARTIAL:
             given.update(self._tokens(plan, state))
         results = program.run(*state.inputs(program, given))
         if program.writes:
@@ -411,10 +409,11 @@ class Dispatcher:
         state.selector.refresh({row: None if slot is None else results[slot] for row, slot in computed.items()})
 
 
-def _memory(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _memory(tensor: Array) -> int:
+    address: int = tensor.untyped_storage().data_ptr()
+    return address
 
 
-def _is_loose(value: Tensor) -> bool:
+def _is_loose(value: Array) -> bool:
     """Whether a larger tensor would be kept with it, or its memory is in another order."""
     return value.untyped_storage().nbytes() > value.numel() * value.element_size() or not value.is_contiguous()

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
+from duca_compile.core.ir import Branch, Facts, Role
+from duca_compile.core.steps import Kept, Probe, Step, StepKind
+from duca_compile.core.variants import Action, VariantSpec
 from duca_compile.errors import PolicyError
-from duca_compile.graph import Action, Branch, Facts, Role, VariantSpec
-from duca_compile.policies.adaptive import AdaptivePolicy, Probe
-from duca_compile.policies.base import Kept, Policy, Selection, Step, StepKind, TokenQuery
+from duca_compile.policies.adaptive import AdaptivePolicy
+from duca_compile.policies.base import Policy, Selection, TokenQuery
 from duca_compile.runtime.selection import Tokens, check_grid
 
 _ACTIONS = {

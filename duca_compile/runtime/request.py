@@ -8,20 +8,19 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
-from duca_compile.graph import dead_caches
-from duca_compile.policies.base import Kept, Policy, Step, StepKind
+from duca_compile.core.ports import dead_caches
+from duca_compile.core.steps import Kept, Step, StepKind
+from duca_compile.core.tensors import Array, Sight
+from duca_compile.policies.base import Policy
 from duca_compile.runtime.adaptive import Decisions
-from duca_compile.runtime.arrays import Array, size
-from duca_compile.runtime.calls import APART, Named, PassKey, Sample, Slot, Slots
-from duca_compile.runtime.clock import Move, Place, Sight, StepClock, Tick
-from duca_compile.runtime.forecasting import Past
+from duca_compile.runtime.arrays import size
+from duca_compile.runtime.calls import APART, Named, PassKey, Sample, Slot, Slots, chosen
+from duca_compile.runtime.clock import AGAIN, NEXT, START, Move, Place, StepClock, Tick
+from duca_compile.runtime.past import Past
 from duca_compile.runtime.selection import TokenSelector
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 log = logging.getLogger("duca_compile")
 
@@ -116,7 +115,7 @@ class CacheState:
 
     def inputs(self, reader: Reader, given: Mapping[str, Array]) -> list[Array]:
         """What a program reads."""
-        gathered = self.gather(reader)
+        gathered = self.gathered.get(reader) or self.gather(reader)
         values = gathered.values.copy()
         for place, name in gathered.rest:
             values[place] = given[name]
@@ -168,8 +167,11 @@ class Schedule(Protocol):
     def run(self) -> object | None:
         """The run that is on: another object for each run, None where it is not known."""
 
-    def timesteps(self, first: Tensor) -> Sequence[float]:
+    def timesteps(self, first: Array) -> Sequence[float]:
         """That of each step of this run, from the one whose first model call is given ``first``."""
+
+    def as_called(self, times: Sequence[float], timestep: Array, first: float) -> tuple[float, ...]:
+        """These, as the model is given them, where the first call's is ``timestep``, whose value is ``first``."""
 
     def step(self) -> int | None:
         """The step that the run is at, as counted from its first one; None where that is not known."""
@@ -211,6 +213,7 @@ class Request:
         self._steps: PlannedSteps | None = None
         self._names: Names | None = None  # of the last call, and the inputs that passes are conditioned on
         self._inputs: tuple[str, ...] = ()
+        self._chosen = chosen(())
         self._slots = Slots()
         self._aside: _Aside | None = None
         self._openings: list[Sample] = []  # latents of the requests before, of one step each, at this timestep
@@ -241,14 +244,13 @@ class Request:
         states = self._states.get(owner)
         if states is None:
             states = self._states[owner] = {}
-        slot = self._slots.get(key)
-        state = states.get(slot)
+        state = states.get(slot := self._slots.get(key))
         if state is None:
             state = states[slot] = CacheState()
         return state
 
     def tick(
-        self, names: Names, call: Mapping[str, Tensor], name: str | None = None, step_index: int | None = None
+        self, names: Names, call: Mapping[str, Array], name: str | None = None, step_index: int | None = None
     ) -> Tick:
         """Where the call falls; ``pass_index`` counts the passes called ``name``.
 
@@ -259,20 +261,23 @@ class Request:
         if schedule is not None and (run := schedule.run()) is not self._run:
             self._run = run
             clock.reset()
-        if names is not self._names:
-            self._names, self._inputs = names, tuple(n for n in call if n not in names.changing)
-        given = Named(name, names, call[names.latent], self._inputs, [call[each] for each in self._inputs])
         said = schedule is not None or step_index is not None
         move, slot = clock.look(timestep, self._place(step_index) if said else None), None
-        if move is Move.NEXT:
+        if move is NEXT and (only := self._only_pass(names, call, name)) is not None:
+            return self._go_on(only, call[names.latent])
+        if names is not self._names:
+            self._names, self._inputs = names, tuple(n for n in call if n not in names.changing)
+            self._chosen = chosen(self._inputs)
+        given = Named(name, names, call[names.latent], self._inputs, self._chosen(call))
+        if move is NEXT:
             move, slot = self._first_of_step(given)
-        elif move is Move.AGAIN:
+        elif move is AGAIN:
             move, slot = self._again(given)
         else:
             self._turn_back(given)
         time = clock.go(move)
         step = clock.step
-        if move is Move.START:
+        if move is START:
             self._start(timestep, time)
         if step == len(self._times):
             self._times.append(time)
@@ -280,7 +285,28 @@ class Request:
             slot = self._slots.add(given)
             slot.former, self._former = self._former, []
         slot.called(step, given, samples=step == 0 or self._slots.tiled)
-        return Tick(step, slot.index, move is Move.START, time, slot.sight)
+        return Tick(step, slot.index, move is START, time, slot.sight)
+
+    def _only_pass(self, names: Names, call: Mapping[str, Array], name: str | None) -> Slot | None:
+        """The pass of a call at another timestep, where the loop has no other and it is conditioned as it was.
+
+        That is so most often, and then no more has to be asked.
+        """
+        slots = self._slots
+        if len(slots.all) != 1 or slots.tiled or self._openings or self._aside is not None:
+            return None
+        slot = slots.all[0]
+        known = names is self._names and slot.kind is names and slot.name == name
+        return slot if known and slot.sight.holds_of(self._chosen(call)) else None
+
+    def _go_on(self, slot: Slot, latent: Array) -> Tick:
+        """The next step, of the only pass."""
+        time = self._clock.go(NEXT)
+        step = self._clock.step
+        if step == len(self._times):
+            self._times.append(time)
+        slot.at(step, latent)
+        return Tick(step, 0, False, time, slot.sight)
 
     def captured(self, names: Names) -> None:
         """Notes that the call that started the request is of this kind, as a closer look at the model showed."""
@@ -293,7 +319,7 @@ class Request:
         step = None if self._schedule is None or self._run is None else self._schedule.step()
         return None if step is None else Place(step, by_caller=False)
 
-    def _start(self, timestep: Tensor, first: float | None) -> None:
+    def _start(self, timestep: Array, first: float | None) -> None:
         self._loops.remember(self._times)
         self._times.clear()
         self._states.clear()
@@ -303,7 +329,7 @@ class Request:
         if self._schedule is not None and self._run is not None:
             times = list(self._schedule.timesteps(timestep))
             self._total, monotone = len(times), times in (sorted(times), sorted(times, reverse=True))
-            self.coming_times = () if first is None else _as_called(times, timestep, first)
+            self.coming_times = () if first is None else self._schedule.as_called(times, timestep, first)
         else:
             self.coming_times = () if first is None else _viewed(timestep) or self._loops.starting_at(first)
         self._clock.expect(self._total, monotone)
@@ -334,12 +360,12 @@ class Request:
             self._openings.clear()
         slot = self._slots.find(call, step, reads=step == 1)
         if slot is None or self._run is not None or self._slots.tiled:
-            return Move.NEXT, slot
+            return NEXT, slot
         if step == 1 and slot.place > 0:  # those before it were another request's, it seems
             self._aside = self._drop_before(slot.place)
         if not slot.is_as(call) and self._is_another(slot, call, step):
-            return (Move.START if step == 1 and self._total in (None, 1) else Move.NEXT), None
-        return Move.NEXT, slot
+            return (START if step == 1 and self._total in (None, 1) else NEXT), None
+        return NEXT, slot
 
     def _is_another(self, slot: Slot, call: Named, step: int) -> bool:
         """Whether a call is of another pass, or of another request, than seems: it is conditioned on something else.
@@ -378,12 +404,12 @@ class Request:
         if slot.step != step:
             other = not (self._run is not None or self._slots.tiled or slot.is_as(call))
             other = other and self._is_another(slot, call, step)
-            return (self._further(call), None) if other else (Move.AGAIN, slot)
+            return (self._further(call), None) if other else (AGAIN, slot)
         if first:
             return self._first_again(slot, call)
         if not slot.has(call.latent):
             if self._clock.rounded and (self._clock.advances or slot.goes_on_with(call.latent)):
-                return Move.NEXT, slot
+                return NEXT, slot
             self._slots.tiled |= slot.is_apart_from(call.latent) and slot.is_for(call)
         return self._further(call), None
 
@@ -395,15 +421,15 @@ class Request:
             names = [each.name for each in self._slots.all]
             start = len(names) - slot.place  # where a request must have started that has come to this pass
             if not 0 < slot.place < start or names[start:] != names[: slot.place]:
-                return Move.START, None
+                return START, None
             self._drop_before(start)
-            return Move.AGAIN, None
+            return AGAIN, None
         if self._clock.rounded is None:
             if self._clock.advances:
-                return Move.NEXT, slot
+                return NEXT, slot
             if slot.is_for(call) and slot.goes_on_with(call.latent):
                 if self._total is not None and self._total > 1:
-                    return Move.NEXT, slot
+                    return NEXT, slot
                 self._warn(
                     "the first timestep, which is rounded, came again with a latent much like the last: taken for the "
                     "start of another request. If it is the next step of a loop, say optimize(..., "
@@ -416,13 +442,13 @@ class Request:
         opening = self._slots.all[0].sample
         if opening is not None:
             self._openings = [*self._openings[1 - MAX_TILES :], opening]
-        return Move.START
+        return START
 
     def _further(self, call: Named) -> Move:
         """Another pass of this step, unless there are too many that nothing tells apart."""
         most = MAX_TILES if self._slots.tiled else MAX_PASSES
         if len(self._slots.of(call.name)) < most and len(self._slots.all) < MAX_TILES:
-            return Move.AGAIN
+            return AGAIN
         if self._clock.step > 0 or self._run is not None or len(self._slots.all) >= MAX_TILES:
             self._warn(
                 "there are more calls at one timestep than are kept apart (%d of one name, %d in all): a request "
@@ -431,9 +457,9 @@ class Request:
                 most,
                 MAX_TILES,
             )
-            return Move.START
+            return START
         self._drop_before(1)
-        return Move.AGAIN
+        return AGAIN
 
     def _is_of_an_earlier_one(self, call: Named) -> bool:
         """Whether the latent is nearer to that of an earlier request than to that of this one."""
@@ -570,19 +596,7 @@ class Loops:
         return self._known.get(first, ())
 
 
-def _as_called(times: Sequence[float], timestep: Tensor, first: float) -> tuple[float, ...]:
-    """The schedule's timesteps as the model is given them: as they are, or as a part of the training's thousand."""
-    import torch
-
-    values = torch.tensor(times, dtype=torch.float64).to(timestep.dtype)
-    for each in (values, values / 1000, torch.tensor(times) / 1000):
-        listed = tuple(map(float, each.tolist()))
-        if listed[0] == first:
-            return tuple(dict.fromkeys(listed))
-    return ()
-
-
-def _viewed(timestep: Tensor) -> tuple[float, ...]:
+def _viewed(timestep: Array) -> tuple[float, ...]:
     """The timesteps from this one on, where it is a view of all, as ``for t in scheduler.timesteps`` gives."""
     base = getattr(timestep, "_base", None)
     if base is None or base.dim() != 1 or base.numel() < 2 or base.is_inference() or not base.is_contiguous():

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from duca_compile.core.tensors import Array
 from duca_compile.errors import PolicyError
 from duca_compile.policies.base import Selection
-from duca_compile.runtime.arrays import Array, Arrays
+from duca_compile.runtime.arrays import Arrays
 
 
 class Tokens(NamedTuple):

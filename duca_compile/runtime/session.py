@@ -35,9 +35,9 @@ class Requests:
         for session in reversed(_SESSIONS.get()):
             if session.requests is self:
                 return session.request
-        if not hasattr(self._local, "request"):
-            self._local.request = self.new()
-        request: Request = self._local.request
+        request: Request | None = self._local.__dict__.get("request")
+        if request is None:
+            request = self._local.request = self.new()
         return request
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Requests:

@@ -20,8 +20,8 @@ import pytest
 from rich.progress import track
 from torch.utils._pytree import tree_leaves
 
+from duca_compile.core.tensors import same_values
 from duca_compile.errors import DucaError
-from duca_compile.runtime.arrays import same_values
 
 PAGE = Path(__file__).parents[2] / "docs" / "followed.md"
 PARTS = ("state", "untraced", "loops", "types")

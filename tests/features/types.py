@@ -11,8 +11,9 @@ from torch import Tensor
 from torch._inductor.exc import InvalidCxxCompiler
 
 import duca_compile
-from duca_compile import DuCa, OptimizedModel, Policy, backends
-from duca_compile.backends import InductorBackend
+from duca_compile import DuCa, OptimizedModel, Policy
+from duca_compile.backends.inductor import private
+from duca_compile.backends.inductor.backend import InductorBackend
 from duca_compile.policies import StepKind
 from tests import models
 from tests.features.table import feature
@@ -181,12 +182,12 @@ def no_compiler() -> Pair:
     def lower(*_: Any) -> Any:
         raise InvalidCxxCompiler
 
-    compiler = backends.get_cpp_compiler
-    backends.get_cpp_compiler = lambda: "/nonexistent"
+    compiler = private.get_cpp_compiler
+    private.get_cpp_compiler = lambda: "/nonexistent"
     try:
         return without(lower)
     finally:
-        backends.get_cpp_compiler = compiler
+        private.get_cpp_compiler = compiler
 
 
 @feature(

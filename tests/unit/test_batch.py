@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from duca_compile import DuCa, ExportError
+from duca_compile.artifact.manifest import BATCH, Size
 from duca_compile.export.batch import OpenGraph, Seen, open_graph
 from duca_compile.export.trace import Traced
-from duca_compile.runtime.manifest import BATCH, Size
 from tests.artifacts import example, optimized, tiny_dit
 
 aten = torch.ops.aten

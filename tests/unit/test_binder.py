@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from duca_compile.capture import Binder, Call
+from duca_compile.frontend.binder import Binder, Call
 
 
 class Model(nn.Module):

@@ -109,7 +109,7 @@ def test_any_number_type_is_a_timestep(dtype: torch.dtype) -> None:
 class OnDevice:
     """A timestep on an accelerator; ``value`` is None where it must not be read."""
 
-    is_cpu = False
+    is_cpu, ndim = False, 0
 
     def __init__(self, place: int, version: int = 0, schedule: int = 0, value: float | None = None) -> None:
         self._place, self._writes, self._schedule, self._value = place, version, schedule, value

@@ -12,10 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from duca_compile.core.tensors import Array
 from duca_compile.errors import PolicyError
 from duca_compile.policies import RFC, AdaptivePolicy, ResidualGate, SpeCa, Step, StepKind, published
 from duca_compile.runtime.adaptive import Decisions, merged
-from duca_compile.runtime.arrays import Array, Arrays, NumpyArrays, TorchArrays
+from duca_compile.runtime.arrays import Arrays, NumpyArrays
+from duca_compile.runtime.torch.arrays import TorchArrays
 
 Measure = Callable[[int], float | None]
 

@@ -13,8 +13,9 @@ from torch.nn import functional
 
 import duca_compile
 from duca_compile import RFC, ResidualGate, SpeCa, TaylorSeer
-from duca_compile.analysis.operators import as_carried
-from duca_compile.graph import VariantSpec, copy_graph, op_name
+from duca_compile.core.fx_utils import copy_graph, op_name
+from duca_compile.core.variants import VariantSpec
+from duca_compile.frontend.operators import as_carried
 from duca_compile.passes.pipeline import build_variant
 from duca_compile.policies import StepKind
 from tests.test_memory import held

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from duca_compile import FORA
-from duca_compile.pipelines import PipelineSchedule
+from duca_compile.integrations.diffusers import PipelineSchedule
 from duca_compile.runtime.clock import Tick
 from duca_compile.runtime.request import Request
 

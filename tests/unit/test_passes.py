@@ -14,27 +14,31 @@ from torch.nn import functional as F  # noqa: N812
 from tracing import COMPUTE, FORECAST, PARTIAL, REUSE, Runner, analysed, module, names, node, raw
 
 from duca_compile.analysis.closure import ancestors
+from duca_compile.core.fx_utils import copy_graph, op_name, to_module
+from duca_compile.core.ir import CapturedGraph, Facts
+from duca_compile.core.ports import VERIFY_ERROR
+from duca_compile.core.variants import Action, VariantSpec
 from duca_compile.errors import InternalError
-from duca_compile.graph import VERIFY_ERROR, Action, CapturedGraph, Facts, VariantSpec, copy_graph, op_name
 from duca_compile.passes.base import Draft, Pass, VariantDraft
-from duca_compile.passes.changes import EmitChanges
-from duca_compile.passes.clean import Clean
-from duca_compile.passes.dead_code import RemoveDeadCode
-from duca_compile.passes.deduplicate import Deduplicate
-from duca_compile.passes.differences import EmitDifferences
-from duca_compile.passes.emit import EmitCaches
-from duca_compile.passes.forecast import Forecast
-from duca_compile.passes.hoist import FEW, Hoist, row_layout
-from duca_compile.passes.partial import RecomputeTokens
-from duca_compile.passes.pipeline import PREPARE, run_passes, to_module
-from duca_compile.passes.probe import GoOn, LookAhead
-from duca_compile.passes.residual import AddChanges
-from duca_compile.passes.reuse import ReuseBranches
-from duca_compile.passes.rows import KeepRows
-from duca_compile.passes.scores import EmitScores
-from duca_compile.passes.skip import SkipBlocks
-from duca_compile.passes.verification import VerifyForecast
-from duca_compile.passes.write_last import WriteLast
+from duca_compile.passes.caching.forecast import Forecast
+from duca_compile.passes.caching.partial import RecomputeTokens
+from duca_compile.passes.caching.probe import GoOn
+from duca_compile.passes.caching.residual import AddChanges
+from duca_compile.passes.caching.reuse import ReuseBranches
+from duca_compile.passes.caching.rows import KeepRows
+from duca_compile.passes.caching.skip import SkipBlocks
+from duca_compile.passes.exact.changes import EmitChanges
+from duca_compile.passes.exact.clean import Clean
+from duca_compile.passes.exact.dead_code import RemoveDeadCode
+from duca_compile.passes.exact.deduplicate import Deduplicate
+from duca_compile.passes.exact.differences import EmitDifferences
+from duca_compile.passes.exact.emit import EmitCaches
+from duca_compile.passes.exact.hoist import FEW, Hoist, row_layout
+from duca_compile.passes.exact.probe import LookAhead
+from duca_compile.passes.exact.scores import EmitScores
+from duca_compile.passes.exact.verification import VerifyForecast
+from duca_compile.passes.exact.write_last import WriteLast
+from duca_compile.passes.pipeline import PREPARE, run_passes
 from duca_compile.policies import Probe, Verify
 
 X = torch.randn(2, 4, 8)

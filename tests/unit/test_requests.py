@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from duca_compile import FORA
-from duca_compile.policies.base import StepKind
+from duca_compile.core.steps import StepKind
 from duca_compile.runtime.clock import Tick
 from duca_compile.runtime.request import MAX_PASSES, CacheState, Executed, Request
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tracing import COMPUTE, REUSE, Runner, analysed, caches, module, node
 
+from duca_compile.core.fx_utils import op_name
+from duca_compile.core.ir import Facts
 from duca_compile.errors import StructureError
-from duca_compile.graph import Facts, op_name
 
 SELF, MLP, CROSS = "self_attention", "mlp", "cross_attention"
 

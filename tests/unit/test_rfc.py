@@ -18,13 +18,16 @@ from torch.nn import functional as F  # noqa: N812
 from tracing import COMPUTE, FORECAST, analysed
 
 import duca_compile
-from duca_compile import RFC, OptimizedModel, TaylorSeer, backends
-from duca_compile.graph import VariantSpec, copy_graph
+from duca_compile import RFC, OptimizedModel, TaylorSeer
+from duca_compile.backends.inductor import private
+from duca_compile.core.fx_utils import copy_graph
+from duca_compile.core.variants import VariantSpec
 from duca_compile.passes.base import VariantDraft
-from duca_compile.passes.differences import EmitDifferences
-from duca_compile.passes.emit import EmitCaches
+from duca_compile.passes.caching.relate import ForecastFromInputs
+from duca_compile.passes.exact.differences import EmitDifferences
+from duca_compile.passes.exact.emit import EmitCaches
+from duca_compile.passes.exact.relate import EmitRelations
 from duca_compile.passes.pipeline import build_variant
-from duca_compile.passes.relate import EmitRelations, ForecastFromInputs
 from duca_compile.policies import Policy, StepKind
 from tests.test_optimize import LABELS, build, latent
 from tests.zoo import ZOO
@@ -246,7 +249,7 @@ def test_compiled_variants_agree_and_are_one_graph_each(policy: Policy, monkeypa
         compiled.append(module)
         return compile_fx(module, inputs)
 
-    monkeypatch.setattr(backends, "compile_fx", counted)
+    monkeypatch.setattr(private, "compile_fx", counted)
     model = models.build(models.Block, depth=2)
     eager = duca_compile.optimize(model, policy, "eager")
     optimized = duca_compile.optimize(model, policy, "inductor", strict=True)

@@ -12,8 +12,9 @@ from torch import Tensor
 from duca_compile.errors import PolicyError
 from duca_compile.policies import Selection
 from duca_compile.policies.base import SelectionKind
-from duca_compile.runtime.arrays import NumpyArrays, TorchArrays
+from duca_compile.runtime.arrays import NumpyArrays
 from duca_compile.runtime.selection import Tokens, TokenSelector, check_grid
+from duca_compile.runtime.torch.arrays import TorchArrays
 
 BATCH, TOKENS = 2, 16
 CPU = TorchArrays(torch.device("cpu"))

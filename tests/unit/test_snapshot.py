@@ -20,11 +20,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from duca_compile import snapshot
-from duca_compile.activations import Activations
-from duca_compile.arguments import Containers, noting
-from duca_compile.snapshot import Structure, Watch, take
-from duca_compile.state import Held
+from duca_compile.frontend import snapshot
+from duca_compile.frontend.activations import Activations
+from duca_compile.frontend.arguments import Containers, noting
+from duca_compile.frontend.snapshot import Structure, Watch, take
+from duca_compile.frontend.state import Held
 
 STORE: list[int] = []
 

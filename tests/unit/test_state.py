@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from duca_compile import DuCa, Policy, TaylorSeer, Uncached
-from duca_compile.policies.base import Step, StepKind
-from duca_compile.runtime.clock import Sight
+from duca_compile.core.steps import Step, StepKind
+from duca_compile.core.tensors import Sight
 from duca_compile.runtime.request import CacheState, PlannedSteps
 
 

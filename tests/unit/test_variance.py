@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from tracing import analysed, module, names, raw
 
-from duca_compile.analysis.operators import argument, is_random
 from duca_compile.analysis.variance import latent_input, timestep_input, variances
+from duca_compile.core.ir import CapturedGraph, Variance
 from duca_compile.errors import StructureError, UsageError
-from duca_compile.graph import CapturedGraph, Variance
-from duca_compile.passes.hoist import ALIGNMENT, frontier, row_layout
+from duca_compile.frontend.operators import argument, is_random
+from duca_compile.passes.exact.hoist import ALIGNMENT, frontier, row_layout
 from duca_compile.passes.pipeline import prepare
 
 X, T = torch.randn(2, 4, 8), torch.full((2,), 3.0)

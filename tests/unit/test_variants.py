@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from tracing import COMPUTE, PARTIAL, REUSE, Runner, caches, distinct_indices, module
 
-from duca_compile.graph import Action, op_name
+from duca_compile.core.fx_utils import op_name
+from duca_compile.core.variants import Action
 
 Structure = Callable[[], nn.Module]
 

@@ -10,9 +10,9 @@ from models import TOKENS, WIDTH, Block, build, example
 from torch import Tensor, fx, nn
 
 from duca_compile.analysis import tokens
-from duca_compile.api import analyze_call
-from duca_compile.capture import Binder
-from duca_compile.graph import Facts
+from duca_compile.compiler.analyze import analyze_call
+from duca_compile.core.ir import Facts
+from duca_compile.frontend.binder import Binder
 
 REASON = "recomputing some tokens gave other values than computing all of them"
 MLPS = {"mlp", "mixing"}

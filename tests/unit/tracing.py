@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from duca_compile.analysis import analyze
-from duca_compile.capture import Binder, capture
-from duca_compile.graph import Action, CapturedGraph, Facts, Variant, VariantSpec
-from duca_compile.passes.pipeline import build_prologue, build_variant, make_rows, prepare
+from duca_compile.compiler.outside import make_rows
+from duca_compile.core.ir import CapturedGraph, Facts
+from duca_compile.core.variants import Action, Variant, VariantSpec
+from duca_compile.frontend.binder import Binder
+from duca_compile.frontend.capture import capture
+from duca_compile.passes.pipeline import build_prologue, build_variant, prepare
 
 COMPUTE, PARTIAL, REUSE, FORECAST = Action.COMPUTE, Action.PARTIAL, Action.REUSE, Action.FORECAST
 

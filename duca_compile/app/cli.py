@@ -1,0 +1,453 @@
+"""The command line. What runs artifacts needs no torch, so that is imported where it is used."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
+from rich.text import Text
+
+from duca_compile.artifact.engines import BACKENDS as ARTIFACT_BACKENDS
+from duca_compile.artifact.inspection import describe
+from duca_compile.artifact.loader import load
+from duca_compile.artifact.manifest import read_manifest
+from duca_compile.artifact.model import Artifact
+from duca_compile.core.tables import FigureTable
+from duca_compile.errors import DucaError, UsageError, first_line, missing_package
+from duca_compile.policies import StepKind
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from duca_compile.app import demo as demonstration
+    from duca_compile.explanation import Explanation
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+LOOP_SEED = 1_000_000  # of the noise that is learnt from: none that the demo is likely to start from
+Steps = Annotated[int, typer.Option(min=1, help="Denoising steps of the loop.")]
+POLICY_NAMES = "duca, toca, fora, taylorseer, rfc, speca, gate or calibrated; or the file of a calibrated one."
+PolicyOption = Annotated[str, typer.Option(help=POLICY_NAMES)]
+Interval = Annotated[int | None, typer.Option(min=1, help="Steps from one full step to the next.")]
+Target = Annotated[
+    str | None,
+    typer.Argument(help="package.module:function returning (model, kwargs of one call); else the embedded model."),
+]
+LoopTarget = Annotated[
+    str | None, typer.Argument(help="package.module:function returning (model, sample); else the embedded model.")
+]
+LoopSteps = Annotated[int, typer.Option(min=2, help="Denoising steps of a loop of the embedded model.")]
+Folder = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The folder of an artifact.")]
+Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
+
+
+@app.callback()
+def main() -> None:
+    """A compiler for the denoising loop of Diffusion Transformers."""
+
+
+@app.command()
+def demo(
+    steps: Steps = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the starting noise.")] = 0,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help=f"{POLICY_NAMES} May be repeated; duca and, at 50 steps, calibrated without it."),
+    ] = None,
+    interval: Interval = None,
+    backend: Annotated[str, typer.Option(help="inductor or eager.")] = "inductor",
+    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
+    device: Device = "cpu",
+) -> None:
+    """Generate every class of the embedded model with and without caching; write a picture, print the numbers."""
+    from duca_compile.app import demo as demonstration
+
+    try:
+        chosen = demonstration.make_policies(policy, interval, steps)
+        demonstration.check_writable(out)
+        model = demonstration.DemoModel.load(_device(device))
+        with _progress() as progress:
+
+            def watch(name: str, total: int) -> Callable[[], None]:
+                return partial(progress.advance, progress.add_task(name, total=total))
+
+            runs = demonstration.compare(model, chosen, backend, steps, seed, watch)
+        demonstration.draw(runs, model.class_names, out)
+    except DucaError as error:
+        _fail(error)
+    _print_runs(runs, model, backend, seed)
+    console.print(f"picture: {out}", soft_wrap=True)
+
+
+@app.command()
+def explain(
+    target: Target = None,
+    steps: Steps = 50,
+    policy: PolicyOption = "duca",
+    interval: Interval = None,
+    device: Device = "cpu",
+) -> None:
+    """Show what the compiler finds in a model, and the schedule that a policy would run."""
+    from duca_compile.app.demo import make_policy
+    from duca_compile.explanation import explain as explain_model
+
+    try:
+        chosen = make_policy(policy, interval)
+        model, arguments = _embedded(device) if target is None else _load_target(target)
+        found = explain_model(model, **arguments)
+        console.print(found)
+        console.print(found.schedule(chosen, steps))
+    except DucaError as error:
+        _fail(error)
+
+
+@app.command()
+def passes(
+    target: Target = None,
+    steps: Steps = 50,
+    policy: PolicyOption = "duca",
+    interval: Interval = None,
+    step: Annotated[
+        str | None,
+        typer.Option(help="Its kind (full, partial, ...), its number, or probe; else the first that is not full."),
+    ] = None,
+    only: Annotated[list[str] | None, typer.Option("--pass", help="Show only this pass; may be repeated.")] = None,
+    stat: Annotated[bool, typer.Option("--stat", help="A table of nodes and FLOPs instead of the diffs.")] = False,
+    context: Annotated[int, typer.Option(min=0, help="Unchanged lines around each change.")] = 3,
+    device: Device = "cpu",
+) -> None:
+    """Show what each pass does to the graph of a step: a diff with a line for each node."""
+    from duca_compile.app.demo import make_policy
+    from duca_compile.app.pass_diff import pass_report
+    from duca_compile.explanation import explain as explain_model
+
+    try:
+        chosen = make_policy(policy, interval)
+        model, arguments = _embedded(device) if target is None else _load_target(target)
+        report = pass_report(explain_model(model, **arguments), chosen, steps, step, context)
+        report = report.only(only) if only else report
+    except DucaError as error:
+        _fail(error)
+    if stat:
+        console.print(report.stat())
+    else:
+        console.print(report, soft_wrap=True)
+
+
+@app.command("train-predictor")
+def train(
+    target: LoopTarget = None,
+    out: Annotated[Path, typer.Option(help="Where the predictor goes; ends in .safetensors.")] = Path(
+        "predictor.safetensors"
+    ),
+    loops: Annotated[int, typer.Option(min=1, help="Denoising loops to train on.")] = 50,
+    updates: Annotated[int, typer.Option(min=1, help="Gradient steps for each loop.")] = 20,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Of AdamW, at the start.")] = 1e-3,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of steps.")] = 0,
+    steps: LoopSteps = 20,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint, if there is one.")] = False,
+    device: Device = "cpu",
+) -> None:
+    """Train the predictor that DisCa needs, on the model's own denoising loops; sample(drop_in, number) runs one."""
+    from duca_compile.methods.training import TrainingSettings, train_predictor
+
+    try:
+        settings = TrainingSettings(loops, updates, learning_rate=learning_rate, seed=seed)
+        model, sample = _embedded_loops(device, steps) if target is None else _load_target(target)
+        predictor = train_predictor(model, sample, out, settings, resume=resume)
+    except DucaError as error:
+        _fail(error)
+    errors = [f"{loss**0.5:.4f}" for loss in predictor.config.losses]
+    console.print(f"relative error of the model's output: {errors[0]} in the first loop, {errors[-1]} in the last")
+    console.print(f"predictor: {out}", soft_wrap=True)
+
+
+@app.command()
+def calibrate(
+    target: LoopTarget = None,
+    full_steps: Annotated[int, typer.Option(min=1, help="How many steps of a loop are computed in full.")] = 10,
+    max_order: Annotated[int, typer.Option(min=1, max=4, help="The highest difference used.")] = 2,
+    loops: Annotated[int, typer.Option(min=1, help="Denoising loops to measure.")] = 1,
+    steps: LoopSteps = 50,
+    out: Annotated[Path, typer.Option(help="Where the policy goes.")] = Path("calibrated.json"),
+    device: Device = "cpu",
+) -> None:
+    """Measure a model's own denoising loop: which steps to compute in full, and how to forecast the others."""
+    from duca_compile.methods.calibration import calibrate as calibrated
+
+    try:
+        model, sample = _embedded_loops(device, steps) if target is None else _load_target(target)
+        with console.status("measuring"):
+            policy = calibrated(model, sample, loops=loops).policy(full_steps, max_order)
+        policy.save(out)
+    except DucaError as error:
+        _fail(error)
+    console.print(f"full steps: {', '.join(map(str, policy.full_steps))} of {len(policy.measured)}")
+    console.print(f"relative error of the forecasts: {policy.error:.4f}")
+    console.print(f"policy: {out}", soft_wrap=True)
+
+
+def _embedded_loops(device: str, steps: int) -> tuple[nn.Module, Callable[[nn.Module, int], Any]]:
+    from duca_compile.app import demo as demonstration
+
+    model = demonstration.DemoModel.load(_device(device))
+
+    def sample(drop_in: nn.Module, number: int) -> None:
+        model.sample(drop_in, steps, model.noise(LOOP_SEED + number), lambda seconds: None)
+
+    return model.transformer, sample
+
+
+@app.command()
+def flops(
+    target: Annotated[
+        str | None,
+        typer.Argument(help="package.module:function returning (model, kwargs of one call); else DiT-XL/2 at 256x256."),
+    ] = None,
+    steps: Steps = 50,
+    interval: Annotated[
+        list[int] | None, typer.Option(min=1, help="Steps between full steps; may be repeated. 3 to 7 by default.")
+    ] = None,
+) -> None:
+    """Count the loops of the papers' settings on a DiT: as the papers count, and every product of the graph."""
+    from duca_compile.app.paper_flops import explain_dit_xl, loop_flops, published_policies
+    from duca_compile.policies import Uncached
+
+    try:
+        found = explain_dit_xl() if target is None else _explain_target(target)
+        policies = [Uncached(), *published_policies(tuple(interval or range(3, 8)))]
+        rows = [loop_flops(found, policy, steps) for policy in policies]
+    except DucaError as error:
+        _fail(error)
+    names = ("policy", "papers' TFLOPs", "papers' speed-up", "counted TFLOPs", "counted speed-up")
+    table = FigureTable(*names, wrapped={"policy"})
+    for row in rows:
+        papers, counted = f"{row.papers / 1e12:.2f}", f"{row.counted / 1e12:.2f}"
+        table.add_row(row.policy, papers, f"{row.papers_speedup:.2f}x", counted, f"{row.counted_speedup:.2f}x")
+    console.print(f"{found.model}: {steps} steps of {found.branches[0].shape[0]} rows")
+    console.print(table)
+
+
+@app.command()
+def export(
+    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    target: Target = None,
+    steps: Steps = 50,
+    policy: PolicyOption = "duca",
+    interval: Interval = None,
+    format: Annotated[str, typer.Option(help="onnx, or aoti: machine code for this machine.")] = "onnx",
+    opset: Annotated[int, typer.Option(help="Of ONNX.")] = 20,
+    fixed_batch: Annotated[bool, typer.Option("--fixed-batch", help="Only calls of the example's batch size.")] = False,
+) -> None:
+    """Write a model and a policy as an artifact, which runs without the model; of format onnx, without torch."""
+    from duca_compile.api import optimize
+    from duca_compile.app.demo import make_policy
+    from duca_compile.export.artifact import save
+
+    try:
+        chosen = make_policy(policy, interval)
+        model, arguments = _embedded("cpu") if target is None else _load_target(target)
+        with console.status("exporting"):
+            optimized = optimize(model, chosen, "eager", steps)
+            found = save(optimized, out, arguments, format=format, opset=opset, dynamic_batch=not fixed_batch)
+    except DucaError as error:
+        _fail(error)
+    console.print(describe(found))
+
+
+@app.command()
+def inspect(artifact: Folder) -> None:
+    """Show what an artifact holds: the model, its call, the schedule, and each graph."""
+    try:
+        console.print(describe(read_manifest(artifact)))
+    except DucaError as error:
+        _fail(error)
+
+
+@app.command()
+def run(
+    artifact: Folder,
+    npz: Annotated[Path, typer.Option(help="Arguments by name; with one more axis in front, one entry for each step.")],
+    out: Annotated[Path, typer.Option(help="Where the outputs go, one entry for each step.")] = Path("outputs.npz"),
+    backend: Annotated[str, typer.Option(help=" or ".join(ARTIFACT_BACKENDS) + ".")] = "onnxruntime",
+    provider: Annotated[list[str] | None, typer.Option(help="Of ONNX Runtime, the first choice first.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of one operator.")] = None,
+) -> None:
+    """Run an artifact on arrays from a file, step by step."""
+    try:
+        found = load(artifact, backend, providers=provider, threads=threads)
+        calls = _calls(found, npz)
+        started = time.perf_counter()
+        results = [_outputs(found(**call)) for call in calls]
+        seconds = time.perf_counter() - started
+        stacked: dict[str, Any] = {name: np.stack([result[name] for result in results]) for name in results[0]}
+        np.savez(out, **stacked)
+    except (DucaError, OSError) as error:
+        _fail(error)
+    kinds = "".join(executed.kind.letter for executed in found.history)
+    console.print(f"{len(calls)} calls in {seconds:.3f} s, steps {kinds}; outputs: {out}")
+
+
+@app.command()
+def build(
+    artifact: Folder,
+    target: Annotated[
+        list[str] | None, typer.Option(help="GPU architecture, such as sm89; may be repeated. Else this machine's GPU.")
+    ] = None,
+    precision: Annotated[str, typer.Option(help="Of products: bfloat16, float16 or float32.")] = "bfloat16",
+    batch: Annotated[
+        tuple[int, int, int], typer.Option(help="Least, usual and largest number of rows, where it is open.")
+    ] = (1, 2, 8),
+    library: Annotated[str | None, typer.Option(help="tensorrt_rtx or tensorrt; else what is installed.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where the engines go; else the artifact's folder.")] = None,
+) -> None:
+    """Build TensorRT engines of an artifact; those that are there from before are kept."""
+    try:
+        with missing_package("export"):
+            from duca_compile.export.tensorrt import build as build_engines
+        with _progress() as progress:
+            found = build_engines(
+                artifact, target or (), precision=precision, batch=batch, library=library, folder=out, progress=progress
+            )
+    except DucaError as error:
+        _fail(error)
+    table = FigureTable("graph", "engine", "weights from the pool", "file", wrapped={"weights from the pool"})
+    for name, engine in found.engines.items():
+        weights = sum(weight.bytes for weight in engine.weights)
+        table.add_row(name, _mebibytes(engine.bytes), _mebibytes(weights), engine.file)
+    shared = sum(weight.bytes for weight in found.weights.values())
+    table.add_row("all", _mebibytes(sum(e.bytes for e in found.engines.values())), f"{_mebibytes(shared)}, each once")
+    console.print(table)
+    console.print(
+        f"{found.options.library} {found.version}, {', '.join(found.options.targets) or 'this GPU'}, {precision}"
+    )
+
+
+def _mebibytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
+
+
+def _calls(artifact: Artifact, path: Path) -> list[dict[str, np.ndarray]]:
+    """The calls in a file: of arrays that have one more axis than the model takes, one entry for each."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except ValueError as error:
+        raise UsageError(f"{path} is no .npz file of arrays: {error}") from error
+    ranks = {spec.name: len(spec.shape) for spec in artifact.manifest.inputs}
+    names = {".".join(map(str, each.path)): each.input for each in artifact.manifest.signature.arguments}
+    stepped = {name for name, array in arrays.items() if array.ndim == ranks.get(names.get(name, ""), array.ndim) + 1}
+    lengths = {len(arrays[name]) for name in stepped}
+    if len(lengths) > 1 or 0 in lengths:
+        raise UsageError(f"{path}: {', '.join(sorted(stepped))} must have the same number of steps, at least one")
+    return [
+        {name: array[step] if name in stepped else array for name, array in arrays.items()}
+        for step in range(lengths.pop() if lengths else 1)
+    ]
+
+
+def _outputs(result: Any) -> dict[str, np.ndarray]:
+    """Arrays of a result by name, or by place where it has no names."""
+    if isinstance(result, np.ndarray):
+        return {"output": result}
+    if isinstance(result, dict):
+        return result
+    names = getattr(result, "_fields", None) or [f"output_{place}" for place in range(len(result))]
+    return dict(zip(names, result, strict=True))
+
+
+def _embedded(device: str) -> tuple[nn.Module, dict[str, Any]]:
+    import torch
+
+    from duca_compile.app import demo as demonstration
+
+    model = demonstration.DemoModel.load(_device(device))
+    latent = model.noise(seed=0)
+    labels = torch.arange(len(latent), device=latent.device)
+    arguments = {"hidden_states": latent, "timestep": torch.full_like(labels, 999), "class_labels": labels}
+    return model.transformer, arguments
+
+
+def _explain_target(target: str) -> Explanation:
+    from duca_compile.explanation import explain as explain_model
+
+    model, arguments = _load_target(target)
+    return explain_model(model, **arguments)
+
+
+def _load_target(target: str) -> tuple[nn.Module, Any]:
+    sys.path.insert(0, os.getcwd())
+    try:
+        model, other = resolve_name(target)()
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"cannot load {target!r}: {error}; name it as package.module:function") from error
+    except TypeError as error:
+        raise UsageError(f"{target!r} must take no arguments and return two values: {error}") from error
+    return model, other
+
+
+def _device(name: str) -> str:
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {name!r} cannot be used here: {first_line(error)}. Use --device cpu.") from error
+    return name
+
+
+def _fail(error: Exception) -> NoReturn:
+    Console(stderr=True).print(Text("error: ", style="bold red"), Text(str(error)), sep="", soft_wrap=True)
+    raise typer.Exit(2) from error
+
+
+def _progress() -> Progress:
+    name = TextColumn("{task.description}", table_column=Column(overflow="fold"))
+    columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+def _print_runs(runs: list[demonstration.Run], model: demonstration.DemoModel, backend: str, seed: int) -> None:
+    import torch
+
+    reference = runs[0]
+    table = FigureTable("run", "wall time", "speed-up", "ideal", "PSNR", "caches", "compile", wrapped={"run"})
+    for run in runs:
+        psnr = run.psnr(reference)
+        table.add_row(
+            run.name,
+            f"{run.seconds:.2f} s",
+            f"{reference.seconds / run.seconds:.2f}x",
+            f"{reference.flops / run.flops:.2f}x",
+            "-" if math.isinf(psnr) else f"{psnr:.1f} dB",
+            f"{run.cache_bytes / 2**20:.1f} MiB" if run.cache_bytes else "-",
+            f"{run.compile_seconds:.1f} s",
+        )
+    console.print(table)
+    kinds = [kind for kind in StepKind if any(kind in run.step_seconds for run in runs)]
+    times = FigureTable("run", *(kind.value for kind in kinds), wrapped={"run"})
+    for run in runs:
+        cells = [f"{run.step_seconds[k] * 1e3:.2f} ms" if k in run.step_seconds else "-" for k in kinds]
+        times.add_row(run.name, *cells)
+    console.print("median time of a step, by its kind:")
+    console.print(times)
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    console.print(
+        f"{len(model.class_names)} classes with guidance {model.guidance_scale:g}, {backend}, seed {seed}; "
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads on {platform.machine()}{load}. "
+        "ideal: by FLOPs; PSNR: to the uncached images of the same noise; compile: once for each shape."
+    )

@@ -1,0 +1,1 @@
+"""What runs artifacts of AOTInductor's code."""

@@ -1,0 +1,100 @@
+"""Runs the graphs of an artifact with OpenVINO on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from duca_compile.artifact.engines.base import HOST, GraphFunction, Options
+from duca_compile.artifact.manifest import File, Graph, Manifest, inside
+from duca_compile.core.tensors import Array
+from duca_compile.errors import BackendError, first_line, missing_package
+from duca_compile.runtime.openvino import Requests, cpu_options
+
+with missing_package("openvino"):
+    import openvino
+
+_BITS = np.dtype(np.int16)  # of bfloat16; nothing else here is of that type
+
+
+def open_engine(folder: Path, found: Manifest, options: Options) -> OpenVINOEngine:
+    """OpenVINO for an artifact; it has no providers."""
+    options.check_no_providers("openvino")
+    return OpenVINOEngine(folder, found.weights.file, options.threads, options.share_weights)
+
+
+class OpenVINOEngine:
+    """One compiled model for each graph.
+
+    With ``share_weights`` the weights of matrix products are inputs, mapped from the artifact's file, and held once.
+    Else OpenVINO makes a copy for each graph in the order that suits it.
+    """
+
+    def __init__(self, folder: Path, pool: File, threads: int | None, share_weights: bool) -> None:
+        self._folder = folder
+        self._pool = np.memmap(inside(folder, pool), mode="c") if share_weights else None  # numpy hands out no "r"
+        self._core, self._options = openvino.Core(), cpu_options(threads)
+
+    def function(self, name: str, graph: Graph) -> GraphFunction:
+        del name
+        path = inside(self._folder, graph.file)
+        for spec in (*graph.inputs, *graph.outputs):
+            if spec.dtype == "bfloat16" and spec.name.startswith(HOST):
+                raise BackendError(f"{path.name} returns bfloat16, which numpy lacks; export a float32 model")
+        try:
+            model, weights = self._read(path)
+            compiled = self._core.compile_model(model, "CPU", self._options)
+        except RuntimeError as error:
+            raise BackendError(f"OpenVINO cannot compile {path}: {first_line(error)}") from error
+        return _Function(compiled, graph, weights)
+
+    def _read(self, path: Path) -> tuple[Any, dict[str, Any]]:
+        """The model, and its weights by the names of its inputs."""
+        if self._pool is None:
+            return self._core.read_model(path), {}
+        with missing_package("export"):
+            from duca_compile.artifact.lowered import lower
+        lowered = lower(path, "float32")
+        weights = {each.name: openvino.Tensor(each.array(self._pool), shared_memory=True) for each in lowered.weights}
+        return self._core.read_model(lowered.serialized()), weights
+
+    def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
+        return np.zeros(shape, _numpy(dtype))
+
+
+class _Function:
+    """Runs one graph; what it returns is memory of its own."""
+
+    def __init__(self, model: Any, graph: Graph, weights: dict[str, Any]) -> None:
+        self._requests, self._graph = Requests(model), graph
+        names = [spec.name for spec in graph.inputs]
+        places = {name: i for i, each in enumerate(model.inputs) for name in each.get_names()}
+        self._inputs = [(places[name], i) for i, name in enumerate(names) if name in places]  # those that it reads
+        self._weights = [(places[name], tensor) for name, tensor in weights.items()]
+
+    def __call__(self, *values: Array) -> list[Array]:
+        arrays = [np.asarray(value, order="C") for value in values]
+        batch = self._graph.batch([array.shape for array in arrays])
+        results = [np.empty(spec.at(batch), _numpy(spec.dtype)) for spec in self._graph.outputs]
+        inputs = [(place, _shared(arrays[i])) for place, i in self._inputs]
+        outputs = map(_shared, results)
+        self._requests.run(inputs, outputs, address=0, bind=self._bind)
+        return results
+
+    def _bind(self, request: Any) -> None:
+        for place, tensor in self._weights:
+            request.set_input_tensor(place, tensor)
+
+
+def _numpy(dtype: str) -> np.dtype:
+    """numpy's type of this name; it has none for bfloat16, which caches may be: their bits stand for them."""
+    return np.dtype(_BITS if dtype == "bfloat16" else dtype)
+
+
+def _shared(array: np.ndarray) -> Any:
+    """The same memory as an ``openvino.Tensor``."""
+    if array.dtype == _BITS:
+        return openvino.Tensor(array, array.shape, openvino.Type.bf16)
+    return openvino.Tensor(array, shared_memory=True)

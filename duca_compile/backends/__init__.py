@@ -1,0 +1,1 @@
+"""A variant to a callable."""

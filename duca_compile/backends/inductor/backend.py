@@ -1,0 +1,26 @@
+"""torch.compile's compiler, Inductor, as a backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from duca_compile.backends.base import CompilingBackend, Lifted
+from duca_compile.backends.inductor.private import compile_graph, lacks_compiler
+
+
+class InductorBackend(CompilingBackend):
+    """torch.compile, one graph per variant, no recompilation for other token counts."""
+
+    name = "inductor"
+    label = "Inductor"
+    advice = "Install a C++ compiler (Debian: apt-get install g++) or set CXX, or ask for backend='eager'."
+
+    def is_hopeless(self, error: Exception) -> bool:
+        """Whether it is for want of a C++ compiler that works."""
+        return lacks_compiler(error)
+
+    def lower(self, lifted: Lifted, weights: list[Tensor], tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
+        return compile_graph(lifted, weights, tensors)

@@ -1,0 +1,26 @@
+"""Backends by name."""
+
+from __future__ import annotations
+
+from duca_compile.backends.base import Backend
+from duca_compile.backends.eager import EagerBackend
+from duca_compile.backends.inductor.backend import InductorBackend
+from duca_compile.errors import UsageError
+
+BACKENDS = ("inductor", "openvino", "eager")
+MODES = ("default", "reduce-overhead")
+
+
+def make_backend(name: str, strict: bool, mode: str = "default") -> Backend:
+    """Raises UsageError for an unknown name or mode, and BackendError for a backend whose package is not installed."""
+    if mode not in MODES or (mode != "default" and name != "inductor"):
+        raise UsageError(f"mode={mode!r} is unknown to backend={name!r}; inductor has {MODES}")
+    if name == "eager":
+        return EagerBackend()
+    if name == "inductor":
+        return InductorBackend(strict, mode)
+    if name == "openvino":
+        from duca_compile.backends.openvino import OpenVINOBackend
+
+        return OpenVINOBackend(strict)
+    raise UsageError(f"backend={name!r} is unknown; choose one of {BACKENDS}")

@@ -1,0 +1,157 @@
+"""How caches are kept, in which type and within how many bytes, and what a request allocates with them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+
+from duca_compile.analysis.memory import peak_bytes
+from duca_compile.core.ir import CapturedGraph, Facts
+from duca_compile.core.ports import cache_input, dead_slots
+from duca_compile.core.variants import Variant, VariantSpec
+from duca_compile.errors import PolicyError, UsageError
+from duca_compile.passes.caching.predict import with_predictor
+from duca_compile.passes.exact.hoist import frontier, row_layout
+from duca_compile.passes.pipeline import build_variant
+from duca_compile.policies.adaptive import AdaptivePolicy
+from duca_compile.policies.base import Policy
+from duca_compile.policies.checks import check_whole
+from duca_compile.policies.end_only import EndOnly
+from duca_compile.policies.liveness import LOOKED_AHEAD
+from duca_compile.runtime.planning import plan_step, probe_spec, score_kind
+from duca_compile.runtime.selection import SCORE_BYTES
+
+log = logging.getLogger("duca_compile")
+
+NARROW = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """Attributes: ``dtype`` of the caches, and ``budget``, the most bytes that those of one pass may hold.
+
+    Raises:
+        UsageError: the type is not a floating one.
+        PolicyError: the budget is no whole number of bytes.
+    """
+
+    dtype: torch.dtype | None = None
+    budget: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise UsageError(f"cache_dtype={self.dtype!r} is impossible: it must be a floating torch.dtype")
+        if self.budget is not None:
+            check_whole("cache_budget_bytes", self.budget, least=0)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A policy and a type of its caches, with the bytes that these hold at most."""
+
+    policy: Policy
+    dtype: torch.dtype | None
+    bytes: int
+
+
+def fitted(
+    captured: CapturedGraph, facts: Facts, policy: Policy, options: CacheOptions, total: int | None
+) -> tuple[Policy, torch.dtype | None]:
+    """The policy and the caches' type within the budget: as asked for, else in bfloat16, else with one cache alone.
+
+    Raises:
+        PolicyError: the budget is too small for all of these; names what the least would be.
+    """
+    if options.budget is None or not policy.caches:
+        return policy, options.dtype
+    tried: list[Fit] = []
+    for candidate, dtype in _candidates(policy, options.dtype):
+        tried.append(
+            Fit(candidate, dtype, cache_bytes(facts, candidate, variants(captured, facts, candidate, dtype, total)))
+        )
+        if tried[-1].bytes <= options.budget:
+            _report(tried, options.budget)
+            return candidate, dtype
+    least = min(tried, key=lambda fit: fit.bytes)
+    raise PolicyError(
+        f"cache_budget_bytes={options.budget} is too small for {policy.name}, whose caches hold {tried[0].bytes} bytes "
+        f"in one pass of this call; the least is {least.bytes} bytes, for {least.policy.name} with caches in "
+        f"{_type(least.dtype)}. Allow as much, or use policy='none', which caches nothing"
+    )
+
+
+def variants(
+    captured: CapturedGraph, facts: Facts, policy: Policy, dtype: torch.dtype | None, total: int | None
+) -> list[Variant]:
+    """All that the policy's steps need, built and not compiled."""
+    captured = with_predictor(captured, facts, policy.predictor)
+    steps = dict.fromkeys(islice(policy.planned(total), LOOKED_AHEAD))
+    look = probe_spec(facts, policy)
+    specs = [plan_step(facts, policy, step)[0] for step in steps] + ([] if look is None else [look])
+    return [build_variant(captured, facts, replace(spec, cache_dtype=dtype)) for spec in dict.fromkeys(specs)]
+
+
+def cache_bytes(facts: Facts, policy: Policy, built: Iterable[Variant]) -> int:
+    """Bytes that the caches and token scores of one pass hold at most, where these are the variants that run."""
+    held: dict[str, int] = {}
+    for variant in built:
+        held.update(variant.kept)
+    selection = policy.selection
+    kinds = 0 if selection is None else (selection.staleness > 0) + (score_kind(policy) is not None)
+    scored = sum(branch.shape[0] * branch.tokens for branch in facts.branches if branch.pointwise)
+    return sum(held.values()) + kinds * scored * SCORE_BYTES
+
+
+def peak_of_request(captured: CapturedGraph, facts: Facts, policy: Policy, total: int | None) -> int:
+    """The most that one pass of a request of ``total`` steps allocates at once, step by step under eager."""
+    captured = with_predictor(captured, facts, policy.predictor)
+    known: dict[tuple[VariantSpec, tuple[int, ...]], tuple[Variant, int]] = {}
+    held: dict[str, int] = {}
+    most = 0
+    for step in policy.planned(total):
+        spec, counts = plan_step(facts, policy, step)
+        key = spec, tuple(counts.values())
+        if key not in known:
+            variant = build_variant(captured, facts, spec)
+            sizes = {spec.tokens_input(i): (facts.branches[i].shape[0], count) for i, count in counts.items()}
+            known[key] = variant, peak_bytes(variant.module, sizes)
+        variant, own = known[key]
+        replaced = {slot for slot in variant.kept if cache_input(slot) not in variant.inputs}
+        most = max(most, own + sum(size for slot, size in held.items() if slot not in replaced))
+        held = {
+            slot: size for slot, size in {**held, **variant.kept}.items() if not slot.startswith(dead_slots(step.live))
+        }
+    hoisted = [node.meta["val"] for node in frontier(captured.graph, facts)]
+    rows = row_layout(captured.graph, facts).items()
+    outside: int = sum(value.numel() * value.element_size() for value in hoisted)
+    return most + outside + sum(row[-1].stop * dtype.itemsize for dtype, row in rows)
+
+
+def _candidates(policy: Policy, dtype: torch.dtype | None) -> Iterator[tuple[Policy, torch.dtype | None]]:
+    alone = isinstance(policy, AdaptivePolicy) or policy.predictor is not None  # a predictor reads the end alone anyhow
+    for candidate in (policy,) if alone else (policy, EndOnly(policy)):
+        yield candidate, dtype
+        if dtype is None or dtype.itemsize > NARROW.itemsize:
+            yield candidate, NARROW
+
+
+def _report(tried: list[Fit], budget: int) -> None:
+    asked, found = tried[0], tried[-1]
+    if found is not asked:
+        log.warning(
+            "the caches of %s would hold %d bytes, more than cache_budget_bytes=%d; %s with caches in %s holds %d",
+            asked.policy.name,
+            asked.bytes,
+            budget,
+            found.policy.name,
+            _type(found.dtype),
+            found.bytes,
+        )
+
+
+def _type(dtype: torch.dtype | None) -> str:
+    return "the features' own type" if dtype is None else str(dtype).removeprefix("torch.")

@@ -1,0 +1,195 @@
+"""One captured call, ready to run: its graph, its variants and their weights."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Hashable, Iterable, Mapping
+from dataclasses import replace
+from time import perf_counter
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from duca_compile.backends.base import Backend, HoldsWeights
+from duca_compile.compiler.outside import make_rows
+from duca_compile.core.guards import Readings
+from duca_compile.core.ir import CapturedGraph, Facts
+from duca_compile.core.tensors import Sight
+from duca_compile.core.variants import Variant, VariantFunction, VariantSpec
+from duca_compile.frontend.away import fetch
+from duca_compile.frontend.opaque import opaque
+from duca_compile.frontend.snapshot import kind
+from duca_compile.passes.caching.predict import with_predictor
+from duca_compile.passes.pipeline import build_variant
+from duca_compile.policies.base import Policy
+from duca_compile.runtime.clock import Tick
+from duca_compile.runtime.dispatcher import Dispatcher
+from duca_compile.runtime.request import Request
+from duca_compile.runtime.torch.programs import Programs
+from duca_compile.runtime.torch.prologue import Prologue
+from duca_compile.runtime.torch.rows import Rows
+
+log = logging.getLogger("duca_compile")
+
+REMEMBERED = 16  # kinds of call whose last capture is remembered, so that the log can say what has changed
+
+
+class _Variants:
+    """Builds the variants of one captured graph, and keeps the weights in all of them those of the model."""
+
+    def __init__(self, captured: CapturedGraph, facts: Facts, prologue: Prologue, backend: Backend) -> None:
+        self.captured, self._facts, self._backend = captured, facts, backend
+        self._modules = [prologue.module]
+        self._compiled: list[HoldsWeights] = []
+        self._cuts = frozenset({facts.branches[0].stream, *(branch.add for branch in facts.branches)})
+        if captured.readings is not None:
+            self._modules.append(captured.readings.module)
+
+    def build(self, spec: VariantSpec) -> tuple[Variant, VariantFunction]:
+        started = perf_counter()
+        variant = build_variant(self.captured, self._facts, spec)
+        nodes, seconds = len(variant.module.graph.nodes), perf_counter() - started
+        log.debug("made the graph of %s: %d nodes, in %.2f s", spec.kind, nodes, seconds)
+        self._modules.append(variant.module)
+        function = self._backend.compile(variant, self._cuts)
+        if isinstance(function, HoldsWeights):
+            self._compiled.append(function)
+        return variant, function
+
+    def build_rows(self, needed: frozenset[str] | None) -> Rows:
+        rows = make_rows(self.captured, self._facts, needed)
+        self._modules.append(rows.module)
+        return rows
+
+    def follow(self, module: fx.GraphModule) -> None:
+        """Keeps the weights of this module, too, those of the model."""
+        self._modules.append(module)
+
+    def rebind(self, weights: Mapping[str, Tensor]) -> None:
+        held = self.captured.attributes
+        changed = {name: tensor for name, tensor in weights.items() if held[name] is not tensor}
+        if not changed:
+            return
+        self.captured = replace(self.captured, attributes={**held, **changed})
+        for module in self._modules:
+            for name in {str(n.target) for n in module.graph.nodes if n.op == "get_attr"} & changed.keys():
+                prefix, _, leaf = name.rpartition(".")
+                setattr(module.get_submodule(prefix), leaf, changed[name])
+        for function in self._compiled:
+            function.refresh()
+
+
+class Compiled:
+    """One captured call: its graph, its facts, and the dispatcher that runs its variants."""
+
+    def __init__(
+        self,
+        captured: CapturedGraph,
+        facts: Facts,
+        prologue: Prologue,
+        policy: Policy,
+        backend: Backend,
+        live: Mapping[str, Tensor],
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
+        self.facts = facts
+        self._readings = [] if captured.readings is None else [captured.readings]
+        self._places = _places(self._readings)
+        self._held: Sight | None = None  # the last tensors that they held for
+        self._read_weights = () if captured.readings is None else tuple(captured.readings.attributes)
+        captured = with_predictor(captured, facts, policy.predictor)
+        self._inputs = captured.inputs
+        self._variants = _Variants(captured, facts, prologue, backend)
+        names = {id(tensor): name for name, tensor in live.items()}
+        # A trace may have names of its own for the model's weights. What is none of these is a constant of the graph.
+        self._weights = {own: names[id(t)] for own, t in captured.attributes.items() if id(t) in names}
+        self.programs = Programs(facts, policy, self._variants, cache_dtype)
+        self.dispatcher = Dispatcher(self.programs, policy, prologue, not backend.exact)
+        self.used = 0  # when it was last called, by the model's count of calls
+
+    @property
+    def captured(self) -> CapturedGraph:
+        return self._variants.captured
+
+    def holds(self, tensors: tuple[Tensor, ...], anew: bool = False) -> bool:
+        """Whether it is right for a call with these tensors: for the values that forward reads in Python, if any.
+
+        Between two looks ``anew``, tensors that are the same objects and were not written to hold the same.
+        """
+        if not self._readings:
+            return True
+        own = tuple([tensors[place] for place in self._places])
+        own += tuple([self.captured.attributes[name] for name in self._read_weights])
+        if not anew and self._held is not None and self._held.holds_of(own):
+            return True
+        if not any(readings.hold(tensors) for readings in self._readings):
+            return False
+        self._held = Sight.of(own)
+        return True
+
+    def summary(self) -> str:
+        """What was captured, in one line."""
+        facts, captured = self.facts, self.captured
+        parts = [f"{len(captured.graph.nodes)} nodes", f"{len(facts.branches)} branches in {facts.blocks} blocks"]
+        if captured.opaque:
+            parts.append(f"{len(captured.opaque)} submodules as one operator each")
+        if captured.given:
+            parts.append(f"for what forward reads of {', '.join(captured.given)}")
+        return ", ".join(parts)
+
+    def holds_too(self, readings: Readings | None) -> None:
+        """Notes further values that its graph is right for."""
+        if readings is not None:
+            known = [*self._readings[1 - REMEMBERED :], readings]
+            self._places = _places(known)  # first, since another thread may look meanwhile
+            self._readings = known
+            self._variants.follow(readings.module)
+
+    def named(self, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """The tensors of a call by their names in the graph."""
+        return dict(zip(self._inputs, tensors, strict=True))
+
+    def run(self, request: Request, tick: Tick, call: Mapping[str, Tensor], name: str | None) -> Any:
+        """What the model returns for a call, with its tensors by name, where ``tick`` says, in the pass ``name``."""
+        return self.captured.output.rebuild(self.dispatcher(request, tick, call, name))
+
+    def rebind(self, live: Mapping[str, Tensor]) -> None:
+        """Puts the model's tensors of now in the place of those it was captured with, which are of the same kinds."""
+        self._variants.rebind({own: live[name] for own, name in self._weights.items()})
+
+    def holds_others(self, known: Collection[int]) -> bool:
+        """Whether it holds weights that are not among those whose identities are ``known``."""
+        return any(id(self.captured.attributes[name]) not in known for name in self._weights)
+
+    def same_graph(self, other: Compiled) -> bool:
+        """Whether both compute the same, given the same weights."""
+        mine, theirs = self.captured, other.captured
+        if _text(mine) != _text(theirs) or mine.attributes.keys() != theirs.attributes.keys():
+            return False
+        pairs = [(name, mine.attributes[name], theirs.attributes[name]) for name in mine.attributes]
+        return all(kind(a) == kind(b) and (name in self._weights or _equal(a, b)) for name, a, b in pairs)
+
+
+def _places(known: Iterable[Readings]) -> tuple[int, ...]:
+    """Where the tensors are among a call's that any of them reads."""
+    return tuple(sorted({place for readings in known for place in readings.places}))
+
+
+def _text(captured: CapturedGraph) -> Hashable:
+    paths = {opaque: {site.number: site.path for site in captured.opaque}}
+    paths[fetch] = {weight.number: str(weight) for weight in captured.away}
+    nodes = tuple((n.op, n.name, str(n.target), _arguments(n, paths), str(n.kwargs)) for n in captured.graph.nodes)
+    return nodes, captured.inputs, repr(captured.output)
+
+
+def _arguments(node: fx.Node, paths: Mapping[Any, Mapping[int, str]]) -> str:
+    """What runs as it is, or is brought by hooks, has a number of its own in each trace; its path is what counts."""
+    if node.target in paths:
+        *operands, number = node.args
+        return f"{operands} {paths[node.target][cast(int, number)]}"
+    return str(node.args)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    return one is other or (not one.is_meta and torch.equal(one, other))

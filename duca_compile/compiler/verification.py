@@ -1,0 +1,191 @@
+"""Holds the token analysis to account: recomputing some tokens must give what computing all of them gives."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, fx
+
+from duca_compile.core.ir import Branch, CapturedGraph, Facts
+from duca_compile.core.ports import cache_input
+from duca_compile.core.variants import Action, Variant, VariantSpec
+from duca_compile.errors import InternalError, first_line
+from duca_compile.passes.exact.outline import form_of
+from duca_compile.passes.pipeline import build_variant
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def verified(captured: CapturedGraph, facts: Facts, values: Mapping[str, Tensor]) -> Facts:
+    """``facts`` with every branch that fails the equivariance check f(x[idx]) = f(x)[idx] marked as mixing.
+
+    Runs a full and a partial evaluation eagerly on ``values``, the call's tensors and hoisted values by placeholder
+    name. They run side by side, so that no more than a block's values are held, and end once every kind of branch was
+    checked: branches whose bodies are the same operators on operands of the same shapes stand or fall together.
+    """
+    partial = [b for b in facts.branches if b.pointwise]
+    if not partial or any(value.is_meta for value in values.values()):
+        return facts
+    full = build_variant(captured, facts, VariantSpec((Action.COMPUTE,) * len(facts.branches)))
+    spec = VariantSpec(tuple(Action.PARTIAL if b.pointwise else Action.REUSE for b in facts.branches))
+    variant = build_variant(captured, facts, spec)
+    forms = _forms(captured, partial)
+    try:
+        failed = _failed(full, variant, facts, forms, values)
+    except _NodeError as error:  # on other token counts
+        index = error.node.meta.get("tokens_of", (None,))[0]
+        alike = [b for b in partial if index is None or forms[b.slot] == forms[facts.branches[index].slot]]
+        rest = _without_partial(facts, alike, f"it cannot run on some of its tokens ({error})")
+        return verified(captured, rest, values)
+    wrong = [b for b in partial if forms[b.slot] in failed]
+    return _without_partial(facts, wrong, "recomputing some tokens gave other values than computing all of them")
+
+
+class _NodeError(Exception):
+    """A node of a variant fails."""
+
+    def __init__(self, node: fx.Node, reason: Exception) -> None:
+        super().__init__(first_line(reason))
+        self.node = node
+
+
+def _forms(captured: CapturedGraph, branches: list[Branch]) -> dict[str, Hashable]:
+    """What each branch computes of its stream and other operands, by slot: equal where only values differ."""
+    nodes, forms = list(captured.graph.nodes), dict[str, Hashable]()
+    places = {node.name: place for place, node in enumerate(nodes)}
+    for branch in branches:
+        form = form_of([nodes[place] for place in sorted(places[name] for name in branch.body)])
+        forms[branch.slot] = form.text, tuple(operand.name == branch.stream for operand in form.operands)
+    return forms
+
+
+def _failed(
+    full: Variant, partial: Variant, facts: Facts, forms: Mapping[str, Hashable], values: Mapping[str, Tensor]
+) -> set[Hashable]:
+    """The forms of the branches of which ``partial`` computes other values than ``full``."""
+    branches = {b.slot: b for b in facts.branches if cache_input(b.slot) in partial.inputs}
+    by_cache = {cache_input(b.slot): b for b in branches.values()}
+    by_tokens = {partial.spec.tokens_input(b.index): b for b in branches.values()}
+    expected = _Expected(full, values, branches.keys())
+
+    def value_of(name: str) -> Tensor:
+        if name in by_tokens:
+            branch = by_tokens[name]
+            return _some_tokens(branch, expected[branch.slot].device)
+        if name not in by_cache:
+            return values[name]
+        branch = by_cache[name]
+        if branch.pointwise:
+            return expected[branch.slot].clone()  # a partial step writes to its cache
+        value = expected[branch.slot]
+        expected.drop(branch.slot)
+        return value
+
+    failed, unknown = set[Hashable](), {forms[slot] for slot, b in branches.items() if b.pointwise}
+    for slot, found in _results(partial, value_of):
+        if slot not in branches:
+            continue
+        value, form = expected[slot], forms[slot]
+        expected.drop(slot)
+        if not _close(found, value):
+            failed.add(form)
+            found.copy_(value)  # what follows is judged on its own
+        elif not _differs_by_token(value):
+            continue  # any tokens in its place would be as close
+        unknown.discard(form)
+        if not unknown:
+            break
+    return failed
+
+
+class _Expected:
+    """What a full evaluation computes for each branch; it goes on no further than it is asked for."""
+
+    def __init__(self, full: Variant, values: Mapping[str, Tensor], slots: Collection[str]) -> None:
+        self._coming = _results(full, values.__getitem__)
+        self._slots = slots
+        self._held: dict[str, Tensor] = {}
+
+    def __getitem__(self, slot: str) -> Tensor:
+        if slot not in self._held:
+            self._go_on_to(slot)
+        return self._held[slot]
+
+    def _go_on_to(self, slot: str) -> None:
+        try:
+            for name, value in self._coming:
+                if name in self._slots:
+                    self._held[name] = value
+                if name == slot:
+                    return
+        except _NodeError as error:
+            raise InternalError(f"the graph fails on the call that it was captured from: {error}") from error
+
+    def drop(self, slot: str) -> None:
+        del self._held[slot]
+
+
+def _results(variant: Variant, value_of: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Runs a variant, and gives each of its results by name as soon as it is there.
+
+    An input is asked for at its first use, and no value is kept behind its last one. Raises _NodeError.
+    """
+    graph, runner = variant.module.graph, fx.Interpreter(variant.module)
+    nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
+    names, unneeded = defaultdict[fx.Node, list[str]](list), _unneeded_behind(nodes)
+    for name, node in zip(variant.outputs, graph.output_node().args[0], strict=True):  # type: ignore[arg-type]
+        names[node].append(name)
+    for node in nodes:
+        for each in node.all_input_nodes:
+            if each not in runner.env:
+                runner.env[each] = value_of(str(each.target))
+        try:
+            runner.env[node] = runner.run_node(node)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            raise _NodeError(node, error) from error
+        for name in names[node]:
+            yield name, runner.env[node]
+        for each in unneeded[node]:
+            del runner.env[each]
+
+
+def _unneeded_behind(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """For each node, the values that no later one reads."""
+    last_use = {used: node for node in nodes for used in (node, *node.all_input_nodes)}
+    unneeded = defaultdict[fx.Node, list[fx.Node]](list)
+    for used, node in last_use.items():
+        unneeded[node].append(used)
+    return unneeded
+
+
+def _without_partial(facts: Facts, wrong: list[Branch], reason: str) -> Facts:
+    """``facts`` with the branches of ``wrong`` marked as mixing."""
+    wrong_slots = {b.slot for b in wrong}
+    branches = tuple(
+        replace(b, kind="mixing", token_places=None, mixing_reason=reason) if b.slot in wrong_slots else b
+        for b in facts.branches
+    )
+    notes = tuple(f"{b.path or 'model'} ({b.source}): {reason}" for b in wrong)
+    return replace(facts, branches=branches, notes=facts.notes + notes)
+
+
+def _some_tokens(branch: Branch, device: torch.device) -> Tensor:
+    """A quarter of the tokens, spread unevenly and out of order, the same on every run."""
+    count = max(1, branch.tokens // 4)
+    generator = torch.Generator().manual_seed(branch.index)
+    rows = [torch.randperm(branch.tokens, generator=generator)[:count] for _ in range(branch.shape[0])]
+    return torch.stack(rows).to(device)
+
+
+def _differs_by_token(value: Tensor) -> bool:
+    return bool((value != value[:, :1]).any())
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    error, size = (found - expected).abs().max().float(), expected.abs().max().float()
+    return bool(error <= _TOLERANCE.get(expected.dtype, 1e-4) * size)

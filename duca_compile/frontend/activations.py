@@ -1,0 +1,112 @@
+"""Which tensors depend on those of a call: one that is still there when the call is over was kept by somebody."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterable
+from linecache import getline
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from duca_compile.core.fx_utils import PACKAGE
+
+_ROOTS = (str(Path(torch.__file__).parent), PACKAGE, "<")
+_LIBRARY: dict[str, bool] = {}  # by the name of a file
+
+
+def is_library(filename: str) -> bool:
+    """Whether code is torch's or ours."""
+    known = _LIBRARY.get(filename)
+    if known is None:
+        known = _LIBRARY[filename] = filename.startswith(_ROOTS)
+    return known
+
+
+def source_of(frame: FrameType | None) -> str:
+    """The innermost line from ``frame`` outwards that is neither torch's nor ours."""
+    while frame is not None and frame.f_back is not None and is_library(frame.f_code.co_filename):
+        frame = frame.f_back
+    return "?" if frame is None else line_of(frame.f_code.co_filename, frame.f_lineno)
+
+
+def line_of(filename: str, line: int) -> str:
+    text = getline(filename, line).strip()
+    return f"{filename}:{line}" + (f' ("{text}")' if text else "")
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Tells the memory of a tensor from that of others, as long as it is there; 0 where it has none."""
+    try:
+        return int(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return 0
+
+
+class Activations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """While open, notes what is computed of ``tensors``, and where."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._given = {key for tensor in tensors if (key := storage_key(tensor))}
+        self._found: dict[int, tuple[StorageWeakRef, str, int]] = {}  # a reference keeps its key from being reused
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if self._depends(args) or (kwargs and self._depends(kwargs.values())):
+            self._note(results)
+        return results
+
+    def _depends(self, values: Iterable[Any]) -> bool:
+        for value in values:
+            if isinstance(value, Tensor):
+                key = storage_key(value)
+                if key in self._found or key in self._given:
+                    return True
+            elif isinstance(value, list | tuple) and self._depends(value):
+                return True
+        return False
+
+    def _note(self, results: Any) -> None:
+        for tensor in (results,) if isinstance(results, Tensor) else tree_leaves(results):
+            if not isinstance(tensor, Tensor):
+                continue
+            key = storage_key(tensor)
+            if key and key not in self._found and key not in self._given:
+                frame = sys._getframe(1)
+                while frame.f_back is not None and is_library(frame.f_code.co_filename):
+                    frame = frame.f_back
+                reference = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+                self._found[key] = reference, frame.f_code.co_filename, frame.f_lineno
+
+    def kept(self, results: Iterable[Any]) -> dict[int, str]:
+        """Where what is still there was made, by its memory, but for the results of the call."""
+        gone = {storage_key(result) for result in results if isinstance(result, Tensor)}
+        if self._left(gone):
+            gc.collect()
+        return {key: self._where(key) for key in self._left(gone)}
+
+    def _left(self, but: set[int]) -> list[int]:
+        found = self._found.items()
+        return [key for key, (held, *_) in found if key not in but and not held.expired()]  # type: ignore[no-untyped-call]
+
+    def has(self, key: int) -> bool:
+        return key in self._found or key in self._given
+
+    def source(self, tensor: Tensor) -> str | None:
+        """Where it was made, if it is one of these."""
+        key = storage_key(tensor)
+        return "the call itself" if key in self._given else self._where(key) if key in self._found else None
+
+    def _where(self, key: int) -> str:
+        _, filename, line = self._found[key]
+        return line_of(filename, line)

@@ -1,0 +1,58 @@
+"""What an operator's schema says: its arguments by name, and whether it draws random numbers; and what casts are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from duca_compile.core.fx_utils import op_name
+from duca_compile.frontend.opaque import opaque, site_of
+
+_CASTS = {"to", "_to_copy", "type_as"}
+
+
+def argument(node: fx.Node, name: str) -> Any:
+    """The argument called ``name`` in the operator's schema, however it was passed; None where there is none."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    for place, each in enumerate(node.target._schema.arguments):
+        if each.name == name:
+            return node.args[place] if place < len(node.args) else node.kwargs.get(name, each.default_value)
+    return None
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether the operator draws random numbers; attention without dropout and eval-mode dropout do not.
+
+    A submodule that runs as it is and has a state of its own counts, for it too must run each time.
+    """
+    if node.target is opaque:
+        return site_of(node).runs_each_step
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    return argument(node, "dropout_p") != 0 and argument(node, "train") is not False
+
+
+def as_carried(node: fx.Node) -> fx.Node:
+    """The value of a stream in the type that it is carried on in: some models widen it for each sum.
+
+    It is what was widened, or what the only reader narrows it to; the model goes on with either, bit for bit.
+    """
+    if _width(node) > _width(source := _cast_from(node)) > 0:
+        return source
+    readers = list(node.users)
+    narrowed = len(readers) == 1 and _cast_from(readers[0]) is node and 0 < _width(readers[0]) < _width(node)
+    return readers[0] if narrowed else node
+
+
+def _cast_from(node: fx.Node) -> fx.Node:
+    """What a cast changes the type of; of anything else, itself."""
+    return node.all_input_nodes[0] if op_name(node) in _CASTS and node.all_input_nodes else node
+
+
+def _width(node: fx.Node) -> int:
+    """Bytes of each entry; 0 of what is no tensor of floats."""
+    value = node.meta.get("val")
+    return value.element_size() if isinstance(value, torch.Tensor) and value.is_floating_point() else 0

@@ -1,0 +1,1 @@
+"""What other projects say of their models and loops. Nothing else of the package knows them by name."""

@@ -1,0 +1,1 @@
+"""Rewrites that replace values by cached ones."""

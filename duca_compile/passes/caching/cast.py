@@ -1,0 +1,76 @@
+"""Keeps caches in a narrower type than the features that they hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from duca_compile.core.ports import MEASURED, SCALE, cache_input, is_written
+from duca_compile.passes.base import CachingPass, VariantDraft
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class CastCaches(CachingPass):
+    """Caches are read, written in place and returned as the spec's ``cache_dtype``; all else stays in its own type.
+
+    So do the numbers that decisions and forecasts are made from.
+    """
+
+    def apply(self, draft: VariantDraft) -> bool:
+        dtype = draft.spec.cache_dtype
+        if dtype is None:
+            return False
+        kept = tuple(map(cache_input, (*MEASURED, SCALE)))
+        caches = [n for n in draft.graph.find_nodes(op="placeholder") if n.name.startswith(cache_input(""))]
+        wide = [node for node in caches if _is_wider(node, dtype) and not node.name.startswith(kept)]
+        for node in wide:
+            _read(draft.graph, node, dtype)
+        return _return(draft, dtype) or bool(wide)
+
+
+def _is_wider(node: fx.Node, dtype: torch.dtype) -> bool:
+    held = node.meta["val"].dtype
+    return bool(held.is_floating_point and held.itemsize > dtype.itemsize)
+
+
+def _read(graph: fx.Graph, cache: fx.Node, dtype: torch.dtype) -> None:
+    own = cache.meta["val"].dtype
+    writes = [user for user in cache.users if user.target is aten.index_put_.default and user.args[0] is cache]
+    for write in writes:
+        (tokens,) = [arg for arg in write.args[2:3] if isinstance(arg, fx.Node)]
+        with graph.inserting_before(write):
+            write.update_arg(2, graph.call_function(aten._to_copy.default, (tokens,), {"dtype": dtype}))
+        _widen(graph, write, own, keep={graph.output_node()})
+        write.meta["val"] = write.meta["val"].to(dtype)
+    _widen(graph, cache, own, keep=set(writes))
+    cache.meta["val"] = cache.meta["val"].to(dtype)
+
+
+def _widen(graph: fx.Graph, node: fx.Node, own: torch.dtype, keep: set[fx.Node]) -> None:
+    """Gives all users of ``node`` but ``keep`` its value in the type that they expect."""
+    readers = [user for user in node.users if user not in keep]
+    if not readers:
+        return
+    with graph.inserting_after(node):
+        wide = graph.call_function(aten._to_copy.default, (node,), {"dtype": own})
+    wide.meta["val"] = node.meta["val"]
+    for reader in readers:
+        reader.replace_input_with(node, wide)
+
+
+def _return(draft: VariantDraft, dtype: torch.dtype) -> bool:
+    output = draft.graph.output_node()
+    (results,) = output.args
+    assert isinstance(results, tuple)
+    narrow = list(results)
+    for place, (name, node) in enumerate(zip(draft.results, results, strict=True)):
+        if is_written(name) and not name.startswith(SCALE) and _is_wider(node, dtype):
+            with draft.graph.inserting_before(output):
+                narrow[place] = draft.graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
+            narrow[place].meta["val"] = node.meta["val"].to(dtype)
+    output.args = (tuple(narrow),)
+    return narrow != list(results)

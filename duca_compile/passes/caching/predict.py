@@ -1,0 +1,195 @@
+"""Splices a learned predictor in the place of all blocks but the last two (DisCa, arXiv 2602.05449)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx, nn
+
+from duca_compile.analysis.closure import ancestors
+from duca_compile.core.fx_utils import op_name
+from duca_compile.core.ir import Branch, CapturedGraph, Facts
+from duca_compile.core.ports import STREAM_END
+from duca_compile.errors import PolicyError
+from duca_compile.frontend.operators import as_carried
+from duca_compile.passes.base import CachingPass, VariantDraft
+from duca_compile.passes.exact.hoist import hoisted_input
+from duca_compile.policies.predictor import FUSE, Predictor
+
+aten = torch.ops.aten
+
+DEPTH = 2  # blocks of a predictor
+_PREFIX = "duca_predictor."  # of its weights among the graph's
+
+
+@dataclass(frozen=True)
+class PredictStream(CachingPass):
+    """The stream enters the last two blocks as a fusion of the embedded tokens and the cached end of the stream.
+
+    The fusion is Linear(2C, C), SiLU, Linear(C, C). The branches of all earlier blocks are left out, so what arrives
+    there is the embedding. The last two blocks have the predictor's weights, under the model's own modulation.
+    """
+
+    def apply(self, draft: VariantDraft) -> bool:
+        if not draft.spec.predict or any(_is_own(n) for n in draft.graph.nodes):
+            return False
+        tail = last_blocks(draft.facts)
+        _fuse(draft, as_carried(draft.node(_entry(draft.facts, tail).stream)))
+        _leave_out(draft, [b for b in draft.facts.branches if b not in tail])
+        for branch in tail:
+            for node in [n for n in draft.graph.nodes if n.name in branch.body]:
+                for weight in [n for n in node.all_input_nodes if n.op == "get_attr"]:
+                    if str(weight.target) in draft.spec.predict:
+                        node.replace_input_with(weight, _weight(draft, str(weight.target)))
+        _check_alone(draft, tail)
+        return True
+
+
+def _fuse(draft: VariantDraft, entry: fx.Node) -> None:
+    like = entry.meta["val"]
+    cached = draft.cache(STREAM_END, like)
+    call = draft.graph.call_function
+    first, first_bias, second, second_bias = (_weight(draft, name) for name in FUSE)
+    with draft.graph.inserting_after(entry):
+        joined = call(aten.cat.default, ([entry, cached], -1))
+    with draft.graph.inserting_after(joined):
+        hidden = call(aten.linear.default, (joined, first, first_bias))
+    with draft.graph.inserting_after(hidden):
+        active = call(aten.silu.default, (hidden,))
+    with draft.graph.inserting_after(active):
+        fused = call(aten.linear.default, (active, second, second_bias))
+    fused.meta["val"] = like
+    width = like.shape[-1]
+    hidden.meta["flops"], fused.meta["flops"] = 4 * like.numel() * width, 2 * like.numel() * width
+    entry.replace_all_uses_with(fused, delete_user_cb=lambda user: user is not joined)
+
+
+def _leave_out(draft: VariantDraft, branches: list[Branch]) -> None:
+    inputs = {n.name: n for n in draft.graph.nodes if n.op == "placeholder"}
+    starts: dict[fx.Node, fx.Node] = {}
+    for branch in branches:
+        end, start = draft.node(branch.add), draft.node(branch.stream)
+        start = inputs.get(hoisted_input(branch.stream), start)  # what text starts from is an input by now
+        starts[end] = starts.get(start, start)
+        end.replace_all_uses_with(starts[end])
+
+
+def _weight(draft: VariantDraft, name: str) -> fx.Node:
+    """The predictor's weight, made where the graph begins."""
+    target = _PREFIX + name
+    known: list[fx.Node] = draft.graph.find_nodes(op="get_attr", target=target)
+    if known:
+        return known[0]
+    with draft.graph.inserting_before(next(iter(draft.graph.nodes))):
+        return draft.graph.get_attr(target)
+
+
+def _check_alone(draft: VariantDraft, tail: tuple[Branch, ...]) -> None:
+    """Raises PolicyError where earlier blocks are needed for more than the stream."""
+    alive = {n.name for n in ancestors(draft.graph.output_node())}
+    for branch in draft.facts.branches:
+        if branch not in tail and branch.body & alive:
+            raise PolicyError(
+                f"the last {DEPTH} blocks need more of the earlier ones than the stream: {branch.path or 'a branch'} "
+                f"at {branch.source} would still be computed. A predictor cannot stand for them; use another policy."
+            )
+
+
+def _is_own(node: fx.Node) -> bool:
+    return node.op == "get_attr" and str(node.target).startswith(_PREFIX)
+
+
+def last_blocks(facts: Facts) -> tuple[Branch, ...]:
+    """The branches of the last two blocks.
+
+    Raises:
+        PolicyError: there is no earlier block that a predictor could stand for, or the stream is no row of tokens.
+    """
+    tail = tuple(b for b in facts.branches if b.block >= facts.blocks - DEPTH)
+    if len(tail) == len(facts.branches):
+        raise PolicyError(f"a predictor has {DEPTH} blocks, and so has this model: there is nothing to leave out")
+    end = facts.branches[-1]
+    if len(end.shape) != 3:
+        raise PolicyError(
+            f"a predictor needs a stream of (batch, tokens, channels); this one has the shape {end.shape}"
+        )
+    return tail
+
+
+def _entry(facts: Facts, tail: tuple[Branch, ...]) -> Branch:
+    """The first branch of the stream that leads to the output."""
+    end = facts.branches[-1]
+    return next(b for b in tail if (b.role, b.shape) == (end.role, end.shape))
+
+
+def trained_weights(captured: CapturedGraph, facts: Facts) -> dict[str, Tensor]:
+    """The model's own weights in the place of which a predictor has its own: the parameters of the last two blocks."""
+    bodies = frozenset[str]().union(*(branch.body for branch in last_blocks(facts)))
+    inside = [n for n in captured.graph.nodes if n.name in bodies]
+    targets = {str(w.target): None for n in inside for w in n.all_input_nodes if w.op == "get_attr"}
+    own = {target: captured.attributes[target] for target in targets}
+    return {n: w for n, w in own.items() if isinstance(w, nn.Parameter) and w.is_floating_point()}
+
+
+def last_products(captured: CapturedGraph, facts: Facts) -> list[tuple[str, ...]]:
+    """The weights of the linear layer that ends each branch of the last two blocks, where one does."""
+    nodes = {n.name: n for n in captured.graph.nodes}
+    found = []
+    for branch in last_blocks(facts):
+        node = nodes[branch.core]
+        while op_name(node) != "linear":
+            inside = [n for n in node.all_input_nodes if n.name in branch.body]
+            if len(inside) != 1:
+                break
+            (node,) = inside
+        else:
+            found.append(tuple(str(n.target) for n in node.all_input_nodes if n.op == "get_attr"))
+    return found
+
+
+def with_predictor(captured: CapturedGraph, facts: Facts, predictor: Predictor | None) -> CapturedGraph:
+    """``captured`` with the predictor's weights among the model's own, in the model's type and on its device.
+
+    Raises:
+        PolicyError: the predictor was trained for another model; names what differs.
+    """
+    if predictor is None:
+        return captured
+    own, like = trained_weights(captured, facts), _stream_like(captured, facts)
+    width = like.shape[-1]
+    shapes = {FUSE[0]: (width, 2 * width), FUSE[1]: (width,), FUSE[2]: (width, width), FUSE[3]: (width,)}
+    shapes |= {name: tuple(weight.shape) for name, weight in own.items()}
+    given = {name: tuple(weight.shape) for name, weight in predictor.weights.items()}
+    config = predictor.config
+    if (config.width, config.blocks) != (width, facts.blocks) or given != shapes:
+        names = sorted(name for name in given.keys() | shapes.keys() if given.get(name) != shapes.get(name))
+        detail = f"; {names[0]} is {given.get(names[0])} there and {shapes.get(names[0])} here" if names else ""
+        raise PolicyError(
+            f"this predictor was trained for {config.model} of {config.blocks} blocks and width {config.width}, and "
+            f"this model has {facts.blocks} blocks and width {width}{detail}. Train one for it: duca-compile "
+            "train-predictor."
+        )
+    weights = {
+        _PREFIX + name: weight.to(device=like.device, dtype=own[name].dtype if name in own else like.dtype)
+        for name, weight in predictor.weights.items()
+    }
+    return replace(captured, attributes={**captured.attributes, **weights})
+
+
+def predictor_bytes(captured: CapturedGraph) -> int:
+    """What a predictor's weights hold, as ``with_predictor`` put them there."""
+    own = [weight for name, weight in captured.attributes.items() if name.startswith(_PREFIX)]
+    return sum(weight.numel() * weight.element_size() for weight in own)
+
+
+def _stream_like(captured: CapturedGraph, facts: Facts) -> Tensor:
+    node = next(n for n in captured.graph.nodes if n.name == facts.stream_end)
+    value: Tensor = node.meta["val"]
+    return value
+
+
+def named(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A predictor's weights by the names that a spliced graph has for them."""
+    return {_PREFIX + name: weight for name, weight in weights.items()}

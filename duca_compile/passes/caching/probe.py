@@ -1,0 +1,25 @@
+"""Goes on from the look at the start of the model that was taken in this step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from duca_compile.core.ports import PROBE_STREAM
+from duca_compile.frontend.operators import as_carried
+from duca_compile.passes.base import CachingPass, VariantDraft
+from duca_compile.passes.exact.probe import probed_stream
+
+
+@dataclass(frozen=True)
+class GoOn(CachingPass):
+    """Reads the stream from the look that was taken in this step, rather than compute it again."""
+
+    def apply(self, draft: VariantDraft) -> bool:
+        probe = draft.spec.probe
+        if probe is None or draft.spec.probing:
+            return False
+        stream = as_carried(probed_stream(draft, probe)[1])
+        if not stream.users:
+            return False
+        stream.replace_all_uses_with(draft.add_input(PROBE_STREAM, stream.meta["val"]))
+        return True

@@ -1,0 +1,46 @@
+"""Forecasts whose length follows from how far a branch's input has moved (RFC, arXiv 2602.19506)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from duca_compile.core.ports import cache_input
+from duca_compile.core.variants import Action
+from duca_compile.passes.base import CachingPass, VariantDraft
+from duca_compile.passes.numbers import distance, limited, ratio, row_norm, row_numbers
+from duca_compile.passes.series import Series
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class ForecastFromInputs(CachingPass):
+    """A branch's value is O + s ||I_now - I|| D / ||D||, where D is the Taylor series of O's differences, without O.
+
+    I_now is computed from the stream of this step; O, I, s and the differences are the caches.
+    """
+
+    def apply(self, draft: VariantDraft) -> bool:
+        branches = [b for b in draft.branches(Action.FORECAST) if draft.node(b.core).users]
+        if not draft.spec.relational or not branches:
+            return False
+        graph, series = draft.graph, Series(draft)
+        for branch in branches:
+            output, given = draft.node(branch.core), draft.node(branch.input)
+            like = output.meta["val"]
+            start, old_given = draft.cache(branch.slot, like), draft.cache(branch.input_slot, given.meta["val"])
+            scale = draft.add_input(cache_input(branch.scale_slot), row_numbers(output))
+            with graph.inserting_before(output):
+                direction = series.change(branch.slot, like)
+                moved = graph.call_function(aten.mul.Tensor, (scale, distance(draft, given, old_given)))
+                factor = ratio(draft, moved, row_norm(draft, direction, like))
+            factor = limited(draft, factor, like.dtype)
+            with graph.inserting_before(output):
+                factor = graph.call_function(aten.reshape.default, (factor, [-1] + [1] * (like.dim() - 1)))
+                factor = graph.call_function(aten.to.dtype, (factor, like.dtype))
+                total = graph.call_function(aten.addcmul.default, (start, direction, factor))
+            total.meta["val"] = like
+            output.replace_all_uses_with(total)
+        return True

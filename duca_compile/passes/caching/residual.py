@@ -1,0 +1,31 @@
+"""Adds the cached change of each stream to its start, in the place of all blocks (TeaCache, arXiv 2411.19108)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from duca_compile.core.ports import cache_input, change_slot
+from duca_compile.passes.base import CachingPass, VariantDraft
+from duca_compile.passes.exact.changes import stretches
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class AddChanges(CachingPass):
+    """What a stream ends as is where it starts now, and what the blocks added to it at the last full step."""
+
+    def apply(self, draft: VariantDraft) -> bool:
+        if not draft.spec.change or not draft.spec.skip:
+            return False
+        known = {n.target for n in draft.graph.nodes if n.op == "placeholder"}
+        new = {i: ends for i, ends in stretches(draft).items() if cache_input(change_slot(i)) not in known}
+        for index, (start, end) in sorted(new.items(), reverse=True):  # a start that is an earlier end is replaced too
+            change = draft.add_input(cache_input(change_slot(index)), end.meta["val"])
+            with draft.graph.inserting_before(end):
+                restored = draft.graph.call_function(aten.add.Tensor, (start, change))
+            restored.meta["val"] = end.meta["val"]
+            end.replace_all_uses_with(restored)
+        return bool(new)

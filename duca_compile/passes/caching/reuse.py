@@ -1,0 +1,19 @@
+"""Replaces branch outputs by their cached values; the gates are computed afresh (FORA, arXiv 2407.01425)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from duca_compile.core.ports import cache_input
+from duca_compile.core.variants import Action
+from duca_compile.passes.base import CachingPass, VariantDraft
+
+
+@dataclass(frozen=True)
+class ReuseBranches(CachingPass):
+    def apply(self, draft: VariantDraft) -> bool:
+        reused = [b for b in draft.branches(Action.REUSE) if draft.node(b.core).users]
+        for branch in reused:
+            core = draft.node(branch.core)
+            core.replace_all_uses_with(draft.add_input(cache_input(branch.slot), core.meta["val"]))
+        return bool(reused)

@@ -1,0 +1,18 @@
+"""Restores the end of the residual stream from the cache: only embedding and head are left (DuCa's aggressive step)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from duca_compile.core.ports import STREAM_END, cache_input
+from duca_compile.passes.base import CachingPass, VariantDraft
+
+
+@dataclass(frozen=True)
+class SkipBlocks(CachingPass):
+    def apply(self, draft: VariantDraft) -> bool:
+        end = draft.node(draft.facts.stream_end)
+        if not draft.spec.skip or draft.spec.change or not end.users:
+            return False
+        end.replace_all_uses_with(draft.add_input(cache_input(STREAM_END), end.meta["val"]))
+        return True

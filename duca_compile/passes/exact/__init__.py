@@ -1,0 +1,1 @@
+"""Rewrites that keep every result bit for bit."""

@@ -1,0 +1,63 @@
+"""Makes full steps return what each residual stream gains from its start to its end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from duca_compile.core.ir import Branch
+from duca_compile.core.ports import change_slot
+from duca_compile.frontend.operators import as_carried
+from duca_compile.passes.base import ExactPass, VariantDraft
+from duca_compile.passes.exact.probe import probed_stream
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class EmitChanges(ExactPass[VariantDraft]):
+    """Returns end - start of each stretch of a stream whose end a skip step needs (TeaCache, arXiv 2411.19108)."""
+
+    ensures = frozenset({"changes_emitted"})
+
+    def apply(self, draft: VariantDraft) -> bool:
+        if not draft.spec.change or not draft.spec.emit:
+            return False
+        new = {i: ends for i, ends in stretches(draft).items() if change_slot(i) not in draft.results}
+        for index, (start, end) in new.items():
+            with draft.graph.inserting_before(draft.graph.output_node()):
+                change = draft.graph.call_function(aten.sub.Tensor, (end, start))
+            change.meta["val"] = end.meta["val"]
+            draft.add_result(change_slot(index), change)
+        return bool(new)
+
+
+def stretches(draft: VariantDraft) -> dict[int, tuple[fx.Node, fx.Node]]:
+    """Where each stretch of a residual stream starts and ends, by the number of its last branch.
+
+    A stream is one stretch, and more where something but its own branches reads a value in between (a long skip). Those
+    whose end nothing reads, once no block is computed, are left out. The stream that the probe looked at starts there.
+    """
+    chains: dict[int, list[Branch]] = {}
+    for branch in draft.facts.branches:
+        chains.setdefault(branch.chain, []).append(branch)
+    starts = {chain: draft.node(branches[0].stream) for chain, branches in chains.items()}
+    if draft.spec.probe is not None:
+        chain, starts[chain] = probed_stream(draft, draft.spec.probe)
+        names = [branch.add for branch in chains[chain]]
+        seen = names.index(starts[chain].name) + 1 if starts[chain].name in names else 0
+        chains[chain] = chains[chain][seen:]
+    adds = {draft.node(b.add): b for branches in chains.values() for b in branches}
+    ends: dict[int, list[fx.Node]] = {chain: [] for chain in chains}
+    needed = {draft.graph.output_node()}
+    for node in reversed(draft.graph.nodes):  # so that all readers of a value are met before it
+        if node in needed and node in adds:
+            chain = adds[node].chain
+            ends[chain].insert(0, node)
+            needed.add(starts[chain])
+        elif node in needed:
+            needed.update(node.all_input_nodes)
+    pairs = [pair for chain in chains for pair in zip([starts[chain], *ends[chain]], ends[chain], strict=False)]
+    return {adds[end].index: (as_carried(start), as_carried(end)) for start, end in pairs}

@@ -1,0 +1,107 @@
+"""A look at the start of the model: a variant of its own, and what goes on from there (TeaCache, FirstBlockCache)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from duca_compile.core.fx_utils import op_name
+from duca_compile.core.ir import Branch, Role
+from duca_compile.core.ports import PROBE_CHANGE, PROBE_SEEN, PROBE_STREAM, cache_input
+from duca_compile.core.steps import Probe
+from duca_compile.errors import PolicyError
+from duca_compile.frontend.operators import as_carried
+from duca_compile.passes.base import ExactPass, VariantDraft
+from duca_compile.passes.numbers import ratio, row_norm, row_numbers
+from duca_compile.passes.series import Series
+
+aten = torch.ops.aten
+
+_PRODUCTS = {
+    "addmm",
+    "bmm",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "einsum",
+    "linear",
+    "matmul",
+    "mm",
+    "scaled_dot_product_attention",
+}
+
+
+@dataclass(frozen=True)
+class LookAhead(ExactPass[VariantDraft]):
+    """Returns how much the look has changed, what it saw, and the stream behind it; and nothing of the model's own.
+
+    The change is the mean of |now - before| over the mean of |before|, for each row; both are added up in float32.
+    """
+
+    def apply(self, draft: VariantDraft) -> bool:
+        probe = draft.spec.probe
+        if not draft.spec.probing or probe is None or PROBE_CHANGE in draft.results:
+            return False
+        if probe.of == "forecast":
+            return self._against_forecast(draft)
+        stream = as_carried(probed_stream(draft, probe)[1])
+        seen = _modulated(draft) if probe.of == "modulated" else None
+        call, output = draft.graph.call_function, draft.graph.output_node()
+        like = stream.meta["val"] if seen is None else seen.meta["val"]
+        before = draft.add_input(cache_input(PROBE_SEEN), like)
+        with draft.graph.inserting_before(output):
+            if seen is None:
+                seen = call(aten.sub.Tensor, (stream, as_carried(draft.node(_first_branches(draft)[0].stream))))
+                seen.meta["val"] = like
+            moved = row_norm(draft, call(aten.sub.Tensor, (seen, before)), like, 1)
+            change = call(aten.div.Tensor, (moved, row_norm(draft, before, like, 1)))
+        change.meta["val"] = row_numbers(seen)
+        output.args = ((change, seen, stream),)
+        draft.results[:] = [PROBE_CHANGE, PROBE_SEEN, PROBE_STREAM]
+        return True
+
+    def _against_forecast(self, draft: VariantDraft) -> bool:
+        """The change is ||I - F||_1 / ||I||_1 for each row: I is what the first branch reads, and F its forecast."""
+        branch, graph = draft.facts.first, draft.graph
+        given = draft.node(branch.input)
+        like = given.meta["val"]
+        start = draft.cache(branch.input_slot, like)
+        with graph.inserting_before(graph.output_node()):
+            expected = Series(draft).behind(start, branch.input_slot, like)
+            missed = row_norm(draft, graph.call_function(aten.sub.Tensor, (given, expected)), like, 1)
+            change = ratio(draft, missed, row_norm(draft, given, like, 1))
+        change.meta["val"] = row_numbers(given)
+        graph.output_node().args = ((change, as_carried(draft.node(branch.stream))),)
+        draft.results[:] = [PROBE_CHANGE, PROBE_STREAM]
+        return True
+
+
+def probed_stream(draft: VariantDraft, probe: Probe) -> tuple[int, fx.Node]:
+    """The main stream's number, and its value where the look ends: at the start, or behind the first block."""
+    if probe.of == "forecast":
+        return draft.facts.first.chain, draft.node(draft.facts.first.stream)
+    branches = _first_branches(draft)
+    name = branches[0].stream if probe.of == "modulated" else branches[-1].add
+    return branches[0].chain, draft.node(name)
+
+
+def _first_branches(draft: VariantDraft) -> list[Branch]:
+    """Those of the first block of the main stream."""
+    main = [b for b in draft.facts.branches if b.role is Role.MAIN]
+    return [b for b in main if (b.chain, b.block) == (main[0].chain, main[0].block)]
+
+
+def _modulated(draft: VariantDraft) -> fx.Node:
+    """The value that the first matrix product of the first branch reads: the stream behind norm and modulation."""
+    branch = _first_branches(draft)[0]
+    stream = draft.node(branch.stream)
+    for node in draft.graph.nodes:
+        if node.name in branch.body and op_name(node) in _PRODUCTS:
+            read: list[fx.Node] = [n for n in node.all_input_nodes if n is stream or n.name in branch.body]
+            return read[0]
+    raise PolicyError(
+        f"probe='modulated' looks for the first matrix product of {branch.path or 'the first branch'} at "
+        f"{branch.source}, and there is none that it knows; use probe='first_block'"
+    )

@@ -1,0 +1,44 @@
+"""How far a branch has moved, by how far its input has (relational feature caching, arXiv 2602.19506)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from duca_compile.core.ports import FORECAST_ORDERS
+from duca_compile.core.variants import Action
+from duca_compile.passes.base import ExactPass, VariantDraft
+from duca_compile.passes.numbers import distance, ratio, row_numbers
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class EmitRelations(ExactPass[VariantDraft]):
+    """Returns beside each emitted branch s = ||O - O'|| / ||I - I'||, of shape (rows,).
+
+    O is its output and I its input, O' and I' are those of the last full step; lengths are L2 norms over a row, in
+    float32 at least. Where there is no last full step, s is zero.
+    """
+
+    requires = frozenset({"differences_emitted"})
+    ensures = frozenset({"relations_emitted"})
+
+    def apply(self, draft: VariantDraft) -> bool:
+        branches = [b for b in draft.branches(Action.COMPUTE) if b.scale_slot not in draft.results]
+        if not draft.spec.relational or not draft.spec.emit or not branches:
+            return False
+        graph = draft.graph
+        with graph.inserting_before(graph.output_node()):
+            known = graph.call_function(aten.gt.Scalar, (draft.node(FORECAST_ORDERS), 0))
+        for branch in branches:
+            output, given = draft.node(branch.core), draft.node(branch.input)
+            old_output = draft.cache(branch.slot, output.meta["val"])
+            old_given = draft.cache(branch.input_slot, given.meta["val"])
+            with graph.inserting_before(graph.output_node()):
+                lengths = distance(draft, output, old_output), distance(draft, given, old_given)
+                scale = graph.call_function(aten.where.ScalarOther, (known, ratio(draft, *lengths), 0.0))
+            scale.meta["val"] = row_numbers(output)
+            draft.add_result(branch.scale_slot, scale)
+        return True

@@ -1,0 +1,115 @@
+"""Makes computed attentions return one score per token, for the selection of tokens to recompute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from duca_compile.analysis.tokens import own_keys
+from duca_compile.core.fx_utils import value_shape
+from duca_compile.core.ir import Branch
+from duca_compile.core.variants import Action
+from duca_compile.errors import InternalError
+from duca_compile.frontend.operators import argument
+from duca_compile.passes.base import ExactPass, VariantDraft
+from duca_compile.passes.numbers import precise
+
+aten = torch.ops.aten
+
+_LEAST = 1e-7  # added to a weight before its logarithm is taken, as released
+
+
+@dataclass(frozen=True)
+class EmitScores(ExactPass[VariantDraft]):
+    """Returns a (batch, tokens) float32 tensor per computed attention that tokens are chosen by.
+
+    ``v_norm``: sum over heads of 1 - ||v||2, so the smallest value vectors score highest (DuCa, arXiv 2412.18911,
+    the released code's sign). ``attention``: attention received, summed over queries, mean over heads (ToCa's s1).
+    ``entropy``: 1 + the entropy over the keys of a cross-attention's map, mean over heads (ToCa's s2). Where the spec
+    is paired, maps and norms are the mean of both halves of the batch. All from the norms or the softmax on is float32.
+    """
+
+    ensures = frozenset({"scores_emitted"})
+
+    def apply(self, draft: VariantDraft) -> bool:
+        scores = draft.spec.scores
+        if scores is None:
+            return False
+        chosen = [b for b in draft.facts.branches if b.pointwise]
+        wanted = {s.index for b in chosen if (s := draft.facts.score_source(b, scores))}
+        scored = [b for b in draft.branches(Action.COMPUTE) if b.index in wanted and b.score_slot not in draft.results]
+        for branch in scored:
+            with draft.graph.inserting_before(draft.graph.output_node()):
+                score = _score(draft, branch, scores)
+                if branch.dtype is torch.float64:
+                    score = _call(draft, aten.to.dtype, score, torch.float32)
+            score.meta["val"] = draft.node(branch.core).meta["val"].new_empty(branch.shape[:2], dtype=torch.float32)
+            draft.add_result(branch.score_slot, score)
+        return bool(scored)
+
+
+def _score(draft: VariantDraft, branch: Branch, scores: str) -> fx.Node:
+    attention = draft.node(branch.attention or "")
+    if scores == "entropy":
+        return _repeated(draft, _entropy(draft, _both(draft, _mean_map(draft, attention), branch.shape[0])))
+    start = own_keys(attention, *branch.shape[:2])
+    if start is None:
+        raise InternalError(f"the keys of {attention.name} are not the tokens of branch {branch.index}")
+    if scores == "v_norm":
+        values = attention.args[2]
+        assert isinstance(values, fx.Node)
+        norm = _call(draft, aten.linalg_vector_norm.default, values, 2, [-1], **_wide(values))
+        score = _call(draft, aten.sum.dim_IntList, _call(draft, aten.rsub.Scalar, norm, 1), [1])
+    else:
+        score = _call(draft, aten.sum.dim_IntList, _mean_map(draft, attention), [1])
+    own = _call(draft, aten.slice.Tensor, score, 1, start, start + branch.tokens)
+    return _repeated(draft, _both(draft, own, branch.shape[0]))
+
+
+def _entropy(draft: VariantDraft, weights: fx.Node) -> fx.Node:
+    log = _call(draft, aten.log.default, _call(draft, aten.add.Tensor, weights, _LEAST))
+    entropy = _call(draft, aten.sum.dim_IntList, _call(draft, aten.mul.Tensor, weights, log), [-1])
+    return _call(draft, aten.rsub.Scalar, entropy, 1)
+
+
+def _both(draft: VariantDraft, value: fx.Node, batch: int) -> fx.Node:
+    """The mean of both halves of the batch, where the spec is paired."""
+    if not draft.spec.paired:
+        return value
+    halves = [_call(draft, aten.slice.Tensor, value, 0, *part) for part in ((0, batch // 2), (batch // 2, batch))]
+    return _call(draft, aten.mul.Tensor, _call(draft, aten.add.Tensor, *halves), 0.5)
+
+
+def _repeated(draft: VariantDraft, score: fx.Node) -> fx.Node:
+    return _call(draft, aten.cat.default, [score, score]) if draft.spec.paired else score
+
+
+def _mean_map(draft: VariantDraft, attention: fx.Node) -> fx.Node:
+    """The attention's weights, mean over heads: (batch, queries, keys)."""
+    query, key = attention.args[:2]
+    assert isinstance(query, fx.Node)
+    mask = argument(attention, "attn_mask")
+    scale = argument(attention, "scale") or (value_shape(query) or (1,))[-1] ** -0.5
+    transposed = _call(draft, aten.transpose.int, key, -2, -1)
+    if _wide(query):  # the largest products may be more than float16 holds
+        logits = _call(draft, aten.matmul.default, _call(draft, aten.mul.Tensor, query, scale), transposed)
+    else:
+        logits = _call(draft, aten.mul.Tensor, _call(draft, aten.matmul.default, query, transposed), scale)
+    if mask is not None and mask.meta["val"].dtype is torch.bool:
+        logits = _call(draft, aten.where.ScalarOther, mask, logits, float("-inf"))
+    elif mask is not None:
+        logits = _call(draft, aten.add.Tensor, logits, mask)
+    return _call(draft, aten.mean.dim, _call(draft, aten.softmax.int, logits, -1, **_wide(query)), [1])
+
+
+def _wide(value: fx.Node) -> dict[str, torch.dtype]:
+    """The option that computes in float32 what would be narrower."""
+    dtype = value.meta["val"].dtype
+    return {} if precise(value.meta["val"]) is dtype else {"dtype": torch.float32}
+
+
+def _call(draft: VariantDraft, target: Any, *args: Any, **options: Any) -> fx.Node:
+    return draft.graph.call_function(target, args, options)

@@ -1,0 +1,27 @@
+"""Policies by name."""
+
+from __future__ import annotations
+
+from duca_compile.errors import PolicyError
+from duca_compile.policies import FORA, RFC, DuCa, Policy, ResidualGate, SpeCa, TaylorSeer, ToCa, Uncached
+
+POLICIES: dict[str, type[Policy]] = {
+    "duca": DuCa,
+    "fora": FORA,
+    "gate": ResidualGate,
+    "none": Uncached,
+    "rfc": RFC,
+    "speca": SpeCa,
+    "taylorseer": TaylorSeer,
+    "toca": ToCa,
+    "uncached": Uncached,
+}
+
+
+def resolve_policy(policy: str | Policy) -> Policy:
+    """Raises PolicyError for an unknown name or something that is no policy."""
+    if isinstance(policy, Policy):
+        return policy
+    if not isinstance(policy, str) or policy.lower() not in POLICIES:
+        raise PolicyError(f"policy={policy!r} is unknown; pass a Policy object or one of {sorted(POLICIES)}")
+    return POLICIES[policy.lower()]()

@@ -1,0 +1,1 @@
+"""The runtime's parts that hold tensors and graphs of torch."""

@@ -1,0 +1,45 @@
+"""The array operations of the runtime for torch's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from duca_compile.core.tensors import Array
+
+
+class TorchArrays:
+    """Tensors on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def zeros(self, shape: tuple[int, ...]) -> Array:
+        return torch.zeros(shape, device=self._device)
+
+    def of(self, values: np.ndarray) -> Array:
+        return torch.from_numpy(values).to(self._device, non_blocking=True)
+
+    def dense(self, array: Array) -> Array:
+        return array.contiguous()
+
+    def unit(self, rows: Sequence[Array]) -> Array:
+        return torch.nn.functional.normalize(torch.stack(list(rows)).float(), dim=-1)
+
+    def top(self, scores: Array, count: int) -> Array:
+        return scores.topk(count, dim=-1).indices
+
+    def one_hot(self, places: Array, count: int) -> Array:
+        return torch.nn.functional.one_hot(places, count).float()
+
+    def take(self, array: Array, places: Array) -> Array:
+        return array.gather(-1, places)
+
+    def put(self, array: Array, places: Array, values: Array) -> Array:
+        return array.scatter(-1, places, values)
+
+    def choose(self, rows: Sequence[bool], new: Array, old: Array) -> Array:
+        chosen = torch.tensor(rows).to(self._device)
+        return torch.where(chosen.view(-1, *[1] * (new.dim() - 1)), new, old)

@@ -1,0 +1,142 @@
+"""Plans steps for one captured graph: the variant of each, built when it is first needed, and what ties it to state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from duca_compile.core.ir import Facts
+from duca_compile.core.lock import COMPILING
+from duca_compile.core.ports import FORECAST_GAP, FULL_ROWS, cache_input
+from duca_compile.core.steps import Step, StepKind
+from duca_compile.core.variants import Action, Variant, VariantFunction, VariantSpec
+from duca_compile.policies.base import Policy
+from duca_compile.policies.end_only import EndOnly
+from duca_compile.runtime.dispatcher import Plan, Program
+from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
+from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec, score_output, tokens_of
+from duca_compile.runtime.selection import Tokens
+from duca_compile.runtime.torch.arrays import TorchArrays
+from duca_compile.runtime.torch.rows import Rows
+
+
+class Builder(Protocol):
+    """Makes what a dispatcher runs, of one captured graph."""
+
+    def build(self, spec: VariantSpec) -> tuple[Variant, VariantFunction]:
+        """The variant of a spec, and what runs it."""
+
+    def build_rows(self, needed: frozenset[str] | None) -> Rows:
+        """What computes the timestep-only values called ``needed``, or all."""
+
+
+class Programs:
+    """The plans of a policy's steps for one captured graph. The builder is asked once for each spec.
+
+    Raises:
+        PolicyError: this graph cannot serve the policy.
+    """
+
+    def __init__(self, facts: Facts, policy: Policy, builder: Builder, cache_dtype: torch.dtype | None = None) -> None:
+        check_selection(facts, policy)
+        check_rows(facts, policy)
+        self._facts, self._policy, self._builder, self._cache_dtype = facts, policy, builder, cache_dtype
+        self._rows: dict[frozenset[str] | None, Rows] = {}
+        self._plans: dict[Step, Plan] = {}
+        self._look: Plan | None = None
+        self.by_spec: dict[VariantSpec, tuple[Variant, Program]] = {}
+        self._selectable = [b for b in facts.branches if b.pointwise]
+        self._position = {b.index: i for i, b in enumerate(self._selectable)}
+
+    @property
+    def batch(self) -> int:
+        """The rows of the latent."""
+        return self._facts.batch
+
+    @property
+    def tokens(self) -> list[Tokens]:
+        """The tokens of each branch whose tokens can be chosen."""
+        selection = self._policy.selection
+        return [] if selection is None else [tokens_of(self._facts, selection, b) for b in self._selectable]
+
+    def arrays(self, like: Tensor) -> TorchArrays:
+        return TorchArrays(like.device)
+
+    def rows(self, needed: frozenset[str] | None) -> Rows:
+        """What computes the timestep-only values called ``needed``, or all."""
+        if needed not in self._rows:
+            with COMPILING:
+                self._rows[needed] = self._builder.build_rows(needed)
+        return self._rows[needed]
+
+    def plan(self, step: Step) -> Plan:
+        plan = self._plans.get(step)
+        if plan is not None:
+            return plan
+        with COMPILING:
+            run = self._policy.instead_of(step) if isinstance(self._policy, EndOnly) else step
+            spec, counts = plan_step(self._facts, self._policy, run)
+            variant, program = self._program(replace(spec, cache_dtype=self._cache_dtype))
+            waiting = tuple(counts.get(index, 0) for index in program.waiting)
+            plan = self._plans[step] = Plan(run, program, waiting, variant.flops(counts))
+        return plan
+
+    def look(self) -> Plan | None:
+        """What measures before a step is decided; None where the policy does not ask for it."""
+        spec = probe_spec(self._facts, self._policy)
+        if self._look is None and spec is not None:
+            with COMPILING:
+                variant, program = self._program(replace(spec, cache_dtype=self._cache_dtype))
+            self._look = Plan(Step(StepKind.FULL), program, (), variant.flops({}))
+        return self._look
+
+    def _program(self, spec: VariantSpec) -> tuple[Variant, Program]:
+        if spec not in self.by_spec:
+            variant, run = self._builder.build(spec)
+            waiting = tuple(b.index for b in self._selectable if spec.actions[b.index] is not Action.COMPUTE)
+            program = Program.of(
+                run,
+                variant.inputs,
+                variant.outputs,
+                variant.pieces,
+                forecast=_forecast_inputs(variant),
+                waiting=waiting,
+                rows=tuple(self._position[index] for index in waiting),
+                tokens=tuple(map(spec.tokens_input, waiting)),
+                computed=self._computed(variant),
+            )
+            self.by_spec[spec] = variant, program
+        return self.by_spec[spec]
+
+    def _computed(self, variant: Variant) -> dict[int, int | None]:
+        found: dict[int, int | None] = {}
+        for branch in self._selectable:
+            if variant.spec.actions[branch.index] is Action.COMPUTE:
+                score = score_output(self._facts, branch, variant.spec.scores, variant.outputs)
+                found[self._position[branch.index]] = None if score is None else variant.outputs.index(score)
+        return found
+
+
+def _forecast_inputs(variant: Variant) -> ForecastInputs:
+    kinds = {n.name: n.meta["val"] for n in variant.module.graph.nodes if n.op == "placeholder"}
+    numbers = {name: partial(_number, kinds[name]) for name in NUMBERS if name in kinds}
+    caches = {name: partial(_zeros, like) for name, like in kinds.items() if name.startswith(cache_input(""))}
+    compares = variant.spec.probing or numbers.keys() & {FORECAST_GAP, FULL_ROWS}
+    rows = max((kinds[name].numel() for name in numbers), default=1)
+    return ForecastInputs(numbers, caches if compares else {}, rows)
+
+
+def _number(like: Tensor, values: Sequence[float]) -> Tensor:
+    """Made on the device that reads it, where all are the same: a copy from the host would wait for it."""
+    if len(set(values)) > 1:
+        return torch.tensor(values, dtype=like.dtype).to(like.device)
+    return torch.full(like.shape, values[0], dtype=like.dtype, device=like.device)
+
+
+def _zeros(like: Tensor) -> Tensor:
+    return torch.zeros(like.shape, dtype=like.dtype, device=like.device)

@@ -1,0 +1,62 @@
+"""Values that the timestep alone determines, computed once for each, or for all timesteps of a request at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, fx
+
+from duca_compile.runtime.dispatcher import RowsTooLargeError
+
+MAX_BYTES = 2**28  # of the rows of one pass; where all would be more, each is computed at its step
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Computes the timestep-only values of one graph, packed into one row for each type."""
+
+    timestep: str  # the name of the argument
+    module: fx.GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+    def compute(self, call: Mapping[str, Tensor], hoisted: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+        """The rows of the call's own timestep."""
+        return tuple(self.module.forward(*[_value(name, call, hoisted) for name in self.inputs]))
+
+    def compute_all(
+        self, call: Mapping[str, Tensor], hoisted: Mapping[str, Tensor], times: tuple[float, ...]
+    ) -> dict[float, tuple[Tensor, ...]]:
+        """The rows of each of ``times``, of which all batch rows have the same.
+
+        Raises:
+            RowsTooLargeError: they would take more than ``MAX_BYTES``.
+            what ``torch.func.vmap`` raises, where an operator has no rule for it.
+        """
+        given = call[self.timestep]
+        if not times or self.timestep not in self.inputs:
+            return {}
+        if (size := len(times) * self._bytes) > MAX_BYTES:
+            raise RowsTooLargeError(
+                f"for {len(times)} steps they would take {size >> 20} MiB, more than {MAX_BYTES >> 20}; those of a "
+                "smaller batch, or of fewer steps, fit"
+            )
+        values = torch.tensor(times, dtype=torch.float64, device=given.device).to(given.dtype)
+        each = values.view(-1, *[1] * given.dim()).expand(-1, *given.shape)
+        dims = tuple(0 if name == self.timestep else None for name in self.inputs)
+        arguments = [each if name == self.timestep else _value(name, call, hoisted) for name in self.inputs]
+        found = torch.func.vmap(self.module.forward, in_dims=dims)(*arguments)
+        return dict(zip(times, zip(*[row.unbind() for row in found], strict=True), strict=True))
+
+    @property
+    def _bytes(self) -> int:
+        (results,) = self.module.graph.output_node().args
+        values = [node.meta["val"] for node in results]  # type: ignore[union-attr]
+        return sum(prod(value.shape) * value.dtype.itemsize for value in values)
+
+
+def _value(name: str, call: Mapping[str, Tensor], hoisted: Mapping[str, Tensor]) -> Tensor:
+    return hoisted[name] if name in hoisted else call[name]
