@@ -254,7 +254,10 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
         """Captures this kind of call and compiles every variant that the policy needs, so that no request waits for it.
 
         Takes the arguments of one call of the model, and shows progress on a terminal. Requests and their caches stay
-        as they are. Raises what the call itself would raise.
+        as they are.
+
+        Raises:
+            DucaError: what the call itself would raise.
         """
         check_model(self.source)
         call = self._bind(args, kwargs)
