@@ -244,7 +244,10 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
 
     def _recapture_with_checks(self, compiled: Compiled, request: Request, call: Call) -> Any:
         """Runs the call again, captured anew with all checks, since its step did not give the model's results."""
-        log.info("%s: a step does not give its results; capturing it with all checks", type(self.source).__name__)
+        log.info(
+            "%s: a step does not give the model's results; capturing it again with all checks",
+            type(self.source).__name__,
+        )
         self.__dict__["_careful"] = True
         request.reset()
         self._compiled.forget(compiled)
@@ -324,8 +327,8 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise UsageError(
-            "an optimized model cannot be pickled or saved whole, since it holds compiled code; "
-            "save duca_compile.restore(model), or its state_dict(), and optimize what is loaded"
+            "an optimized model cannot be pickled or saved as a whole, since it holds compiled code; "
+            "save duca_compile.restore(model), or its state_dict(), and optimize the model that is loaded"
         )
 
 
@@ -346,7 +349,7 @@ def check_plain(model: Any) -> None:
     """Raises UsageError where ``model`` cannot be optimized as it is."""
     check_model(model, "an nn.Module or a diffusers pipeline")
     if isinstance(model, OptimizedModel):
-        raise UsageError("this model is optimized already; duca_compile.restore it first")
+        raise UsageError("this model is optimized already; call duca_compile.restore on it first")
     check_parts(model)
     check_caching(model)
 
@@ -355,12 +358,12 @@ def check_parts(model: nn.Module) -> None:
     """Raises UsageError where ``model`` is compiled, or a submodule is an optimized model: no trace holds its state."""
     if isinstance(model, CompiledModule):
         raise UsageError(
-            f"this is what torch.compile made of a {type(model._orig_mod).__name__}; pass the model itself, which is "
-            "its attribute _orig_mod: duca_compile compiles what it makes of it"
+            f"this is a {type(model._orig_mod).__name__} compiled by torch.compile; pass the original model, which is its "
+            "attribute _orig_mod: duca_compile compiles the graphs that it derives"
         )
     inner = next((path for path, part in model.named_modules() if isinstance(part, OptimizedModel)), None)
     if inner is not None:
         raise UsageError(
             f"{type(model).__name__}.{inner} is an optimized model; "
-            "put duca_compile.restore of it there to optimize the whole, or leave the whole as it is"
+            "put duca_compile.restore of it there to optimize the whole model, or do not optimize the whole"
         )

@@ -252,7 +252,7 @@ class Explanation:
         operators = {site.path: site.reason for site in self.captured.opaque}
         for reason, (first, *more) in _grouped(operators).items():
             like = f", and so does each of {len(more)} like it" if more else ""
-            yield f"{first} {_shown(reason)}: it runs as it is, as one operator{like}"
+            yield f"{first} {_shown(reason)}: it runs as one opaque operator{like}"
         hooks = Counter(" and ".join(hook.name for hook in weight.hooks) for weight in self.captured.fetched)
         for names, count in hooks.items():
             yield f"{count} weights that {names} bring are read where they are kept, whenever a step needs them"

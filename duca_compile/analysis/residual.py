@@ -61,8 +61,8 @@ def find_branches(
     main = _main_stream(latent)
     if not main:
         raise StructureError(
-            "no residual branch found: no add joins a latent-dependent value with something computed from it by "
-            "matrix products. There is nothing to cache in this model; run it as it is."
+            "no residual branch found: no addition joins a latent-dependent value with something computed from it by "
+            "matrix products. There is nothing to cache in this model; run it without duca_compile."
         )
     heaviest = max(main, key=_work)
     lineage = _lineage(graph, {each.add: each.carried for chain in latent for each in chain}, variance)

@@ -96,13 +96,13 @@ def _opaque_module(node: fx.Node, places: Places) -> TokenPlace:
     operands, values = node.all_input_nodes, node.meta["val"]
     sources = {places[n.name] for n in operands if n.name in places}
     if not site_of(node).may_be_pointwise or len(sources) != 1:
-        raise Mixing(node, "a module that runs as it is, as one operator")
+        raise Mixing(node, "an opaque module")
     place = next(iter(sources))
     sizes = [value.shape[place.axis : place.axis + 1] for value in values]
     others = [(value_shape(n) or ())[place.axis : place.axis + 1] for n in operands if n.name not in places]
     size = (value_shape(next(n for n in operands if n.name in places)) or ())[place.axis]
     if any(each != (size,) for each in sizes) or (size,) in others:
-        raise Mixing(node, "a module that runs as it is, as one operator, of other shapes")
+        raise Mixing(node, "an opaque module whose results have other shapes")
     return place
 
 

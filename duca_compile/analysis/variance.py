@@ -39,7 +39,7 @@ def timestep_input(graph: fx.Graph, names: tuple[str, ...], requested: str | Non
     named = [n for n in candidates if _sounds_like_time(n.name)]
     if not candidates:
         raise StructureError(
-            f"no timestep among the tensor inputs {list(names)}: none of one element per row, or called a "
+            f"no timestep among the tensor inputs {list(names)}: none with one element per row, or called a "
             "timestep, is embedded by sin/cos. Name it: optimize(model, timestep='argument')."
         )
     return str((named or candidates)[0].name)

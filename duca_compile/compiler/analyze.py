@@ -75,7 +75,7 @@ def _facts(captured: CapturedGraph, timestep: str | None) -> Facts:
         if not captured.opaque:
             raise
         site = max(captured.opaque, key=lambda each: each.flops)
-        hidden = f"What is in {site.path} is not seen: it {site.reason}, so it runs as it is, as one operator."
+        hidden = f"The inside of {site.path} is hidden: it {site.reason}, so it runs as one opaque operator."
         raise StructureError(f"{error} {hidden}") from error
 
 
@@ -99,7 +99,7 @@ def changing_reads(model: nn.Module, captured: CapturedGraph, facts: Facts) -> d
         if "" in read.paths:
             raise CaptureError(
                 f"{type(model).__name__}.forward reads a value that depends on {name!r} at {read.source}. It changes "
-                "from step to step, so no graph can hold what follows from it. Compute it before the loop and pass it "
-                "as an argument, or move that line to a submodule, which then runs as it is, as one operator."
+                "from step to step, so no graph can be specialized to it. Compute it before the loop and pass it "
+                "as an argument, or move that line to a submodule, which then runs as one opaque operator."
             )
     return {path: READS_CHANGING_VALUES for read in reads.values() for path in read.paths}

@@ -117,8 +117,8 @@ class CaptureCache:
             watch.back_off(perf_counter() - started)  # a false alarm; some recur at each call
         elif unwatched:
             log.warning(
-                "%s has changed (%s), perhaps up to %d calls ago: those ran as before. Change it through the optimized "
-                "model, or call reset() behind the change, to have it noticed at once",
+                "%s has changed (%s), perhaps up to %d calls ago: those ran without the change. Change it through the "
+                "optimized model, or call reset() after the change, to have it noticed at once",
                 type(self._model).__name__,
                 _listed(now.structure.differences(before)[:3]),
                 unwatched,
@@ -163,7 +163,7 @@ class CaptureCache:
     def _log_over_budget(self, now: Snapshot) -> None:
         if now.over_budget and self._logged.first("over budget"):
             log.info(
-                "%s holds much in %s: it is known by its identity, and what changes inside is not noticed",
+                "%s holds too much in %s to inspect: it is compared by identity, and changes inside are not noticed",
                 type(self._model).__name__,
                 _listed(now.over_budget[:5]),
             )
@@ -252,11 +252,11 @@ class CaptureCache:
             more = paths - {site.path for site in other.captured.opaque}
             if key[1] == structure and more:
                 del self._kept[key]
-                log.info("dropping a capture that has built in what changes in %s", ", ".join(sorted(more)))
+                log.info("dropping a capture that is specialized to what changes in %s", ", ".join(sorted(more)))
 
     def _reuse(self, key: tuple[Kind, Structure], before: Snapshot, now: Snapshot) -> Compiled:
         """An earlier capture whose graph turned out to be that of the model as it is now."""
-        log.info("its graph is that of before, so nothing is compiled")
+        log.info("the graph is the same as before, so nothing is compiled")
         compiled = self._kept.pop(key)
         compiled.rebind(live_tensors(self._model))
         self._kept[key[0], now.structure] = compiled
@@ -291,10 +291,10 @@ class CaptureCache:
         """Warns once where a kind of call comes again whose capture was evicted."""
         if (call.key, now) in self._evicted and self._logged.first("evictions"):
             log.warning(
-                "%s is called with more kinds of shapes, types, options or values that it reads than the %d captures "
-                "that are kept, so the same are captured and compiled again and again, which takes long. Pad to fewer "
-                "shapes, run calls of the same kind one after another, or call a copy for some of the kinds "
-                "(copy.copy(optimized), which shares the weights)",
+                "%s is called with more combinations of shapes, types, options and values that it reads than the %d "
+                "captures that are kept, so evicted ones are captured and compiled again and again, which takes long. "
+                "Pad to fewer shapes, run calls of the same kind one after another, or call a copy for some of the "
+                "kinds (copy.copy(optimized), which shares the weights)",
                 type(self._model).__name__,
                 MAX_CAPTURES,
             )
@@ -316,7 +316,7 @@ class CaptureCache:
         self._changes += 1
         if self._changes == MAX_CHANGES:
             log.warning(
-                "%s has changed before each of the last %d captures (now %s), and each takes long; set it once before "
+                "%s has changed before each of the last %d captures (now %s), each of which takes long; set it once before "
                 "the loop, or make it an argument of forward",
                 name,
                 MAX_CHANGES,
@@ -329,7 +329,7 @@ class CaptureCache:
             found = min((differences(call.key, known) for known in self._last), key=len)
             return "; ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
         if (call.key, now) in self._evicted:
-            return "its capture made way for others"
+            return "its capture was evicted"
         known = [compiled for (kind, _), compiled in self._kept.items() if kind[0] == call.key]
         read = sorted({name for compiled in known for name in compiled.captured.guarded_inputs})
         return f"other values of {', '.join(read)}" if read else "its capture was dropped"

@@ -20,7 +20,7 @@ def check_no_gradients(tensors: Iterable[Tensor]) -> None:
     if any(tensor.requires_grad for tensor in tensors):
         raise UsageError(
             "an argument requires a gradient, and an optimized model is for inference only: call "
-            "duca_compile.restore(model) for the gradient pass, or else call it under torch.no_grad() or detach() the "
+            "duca_compile.restore(model) to compute gradients, or else call it under torch.no_grad() or detach() the "
             "argument"
         )
 
@@ -50,7 +50,7 @@ def check_caching(model: nn.Module) -> None:
             if getattr(hook, "_is_stateful", False):
                 at = f" on {path}" if path else ""
                 raise UsageError(
-                    f"{type(model).__name__} reuses features by itself: {type(hook).__name__}{at}. Two caches cannot "
-                    "be stacked: call disable_cache() first, or, where it was applied by itself, diffusers' "
+                    f"{type(model).__name__} already reuses features: {type(hook).__name__}{at}. Two caches cannot "
+                    "be stacked: call disable_cache() first, or, where the hook was applied directly, diffusers' "
                     f"HookRegistry.check_if_exists_or_initialize(model).remove_hook({name!r}, recurse=True)"
                 )

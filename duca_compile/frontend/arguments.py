@@ -87,8 +87,8 @@ def check_kinds(model: nn.Module, arguments: dict[str, Any]) -> None:
             tree_flatten_with_path(value)
         except ValueError as error:  # torch can flatten it, but has no names for its parts
             raise CaptureError(
-                f"the argument {name} of {type(model).__name__}.forward is or holds what torch.export cannot take: "
-                f"{first_line(error)} A plain dictionary does."
+                f"the argument {name} of {type(model).__name__}.forward is or holds a container that torch.export cannot "
+                f"take: {first_line(error)} Use a plain dictionary."
             ) from error
     for path, leaf in tree_flatten_with_path(arguments)[0]:
         if not isinstance(leaf, _LEAVES):
@@ -106,5 +106,5 @@ def check_results(model: nn.Module, results: list[Any]) -> None:
     if other is not None:
         raise CaptureError(
             f"{type(model).__name__}.forward returns a {type(other).__qualname__} for these arguments, which no graph "
-            "can. Make this call of the source (duca_compile.restore), or leave out the option that asks for it."
+            "can return. Call the source model (duca_compile.restore), or leave out the option that asks for it."
         )

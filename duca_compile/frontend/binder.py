@@ -160,7 +160,7 @@ class Binder:
             raise UsageError(f"the call does not fit the model's forward{self.signature}: {error}") from error
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
         name = next(name for name, each in self.signature.parameters.items() if each.kind in positional)
-        raise UsageError(f"forward takes {name!r} by position only; give it a name to optimize this model")
+        raise UsageError(f"forward takes {name!r} by position only; make it a named parameter to optimize this model")
 
 
 def _last_call(given: Mapping[str, Any], call: Call, autocast: Hashable) -> _LastCall | None:

@@ -94,7 +94,7 @@ def capture(
         path = _enclosing(path, operators)
         if not path:
             break
-        log.info("%s %s: it runs as it is, as one operator, and so does all of its kind", path, reason)
+        log.info("%s %s: it runs as one opaque operator, and so does all of its kind", path, reason)
         operators |= dict.fromkeys(modules_like(model, path), reason)
     raise _refusal(model, failed) from failed
 
@@ -151,14 +151,14 @@ def _refusal(model: nn.Module, error: Exception | None) -> CaptureError:
     name = type(model).__name__
     if error is None:
         return CaptureError(
-            f"the trace of {name}.forward gives other results than forward itself: something in it is not done by "
-            "PyTorch's operators. Move that to a submodule, which then runs as it is, as one operator."
+            f"the trace of {name}.forward gives other results than forward itself: something in it is not computed by "
+            "PyTorch's operators. Move that to a submodule, which then runs as one opaque operator."
         )
     if isinstance(error, CaptureError):
         return error
     return CaptureError(
         f"{name} cannot be captured{_where(error)}: {first_line(error).rstrip('.')}. Move that line to a submodule, "
-        "which then runs as it is, as one operator; or, if it depends on neither latent nor timestep, compute it "
+        "which then runs as one opaque operator; or, if it depends on neither latent nor timestep, compute it "
         "before the loop."
     )
 
@@ -186,7 +186,7 @@ def _check_sizes(model: nn.Module, program: torch.export.ExportedProgram) -> Non
             error = CaptureError(
                 f"{type(model).__name__}.forward makes a tensor whose shape depends on values, by {node.target} at "
                 f"{source_line(node)}, in a way that is not understood. Move that line to a submodule, which then runs "
-                "as it is, as one operator, or compute it before the loop."
+                "as one opaque operator, or compute it before the loop."
             )
             raise Untraceable(module_path(node), error)
 
@@ -266,8 +266,8 @@ def warm(model: nn.Module, call: Call, noted: Activations | None = None) -> list
     other = next((leaf for leaf in results if type(leaf) not in LEAVES and not isinstance(leaf, Tensor)), None)
     if other is not None:
         raise CaptureError(
-            f"{type(model).__name__}.forward returns a {type(other).__name__}, into which torch cannot look; call it "
-            "so that it returns tensors, numbers, and lists, tuples or dictionaries of these"
+            f"{type(model).__name__}.forward returns a {type(other).__name__}, which torch cannot flatten; call it so "
+            "that it returns tensors, numbers, and lists, tuples or dictionaries of these"
         )
     return results
 
@@ -376,7 +376,7 @@ class _Lowering:
         value = self._live[target] if target in self._live else self._program.constants[target]
         if not isinstance(value, Tensor):
             kind, user = type(value).__name__, next(iter(node.users))
-            error = RuntimeError(f"it uses a {kind} that it makes anew at each call, at {source_line(user)}")
+            error = RuntimeError(f"it uses a {kind} that it creates at each call, at {source_line(user)}")
             raise Untraceable(module_path(user), error)
         self.attributes[target] = value
         self._mapping[node] = self.graph.get_attr(target)

@@ -268,7 +268,7 @@ def find_offloading(model: nn.Module) -> Offloading:
         hooks = offloading_hooks(module)
         found = {(id(each.module), each.name): each for hook in hooks for each in hook.locations()}
         if any(type(each.stored()) not in (Tensor, nn.Parameter) for each in found.values()):
-            operators[path] = f"its weights are of a kind of their own, and {hooks[0].name} brings them"
+            operators[path] = f"has weights of a special type that {hooks[0].name} materializes"
             continue
         for hook in hooks:
             for each in hook.locations():

@@ -104,7 +104,7 @@ class CallSite:
         if versions != list(map(version, tensors)):
             raise CaptureError(f"{self._says} It writes to its arguments; clone them there first.")
         if not all(isinstance(output, Tensor | None) for output in outputs):
-            raise CaptureError(f"{self._says} It returns what is neither a tensor nor None.")
+            raise CaptureError(f"{self._says} It returns something that is neither a tensor nor None.")
         self.tensor_places = [i for i, output in enumerate(outputs) if output is not None]
         self.flops = int(counter.get_total_flops()) or self._guessed_flops
         results = self._unaliased(outputs, tensors)
@@ -141,7 +141,7 @@ class CallSite:
 
     @property
     def _says(self) -> str:
-        return f"{self.path} {self.reason}, so it must stand for itself as one operator."
+        return f"{self.path} {self.reason}, so it must run as one opaque operator."
 
     def rebuild(self, outputs: list[Tensor]) -> Any:
         """What the module returned, made from the operator's results."""

@@ -1,7 +1,7 @@
 """Side effects of forward: found by running the model, followed or refused, and undone after a capture.
 
 What forward creates at its first use stays. What it changes at each call (a counter, collected features) cannot be part
-of a graph: submodules that change or read it run as they are, as one operator each, and capturing undoes the change.
+of a graph: submodules that change or read it run as one opaque operator each, and capturing undoes the change.
 """
 
 from __future__ import annotations
@@ -266,9 +266,9 @@ class SideEffects:
             source = None if id(tensor) in weights else self.activations.source(tensor)
             if source is not None and storage_key(tensor) not in self.keepers:
                 raise CaptureError(
-                    f"{type(model).__name__} keeps an activation of one call, made at {source}, and reads it in the "
-                    "next, so that a graph would hold it for ever. What keeps it was not found. Switch it off, or pass "
-                    "the value as an argument."
+                    f"{type(model).__name__} keeps an activation of one call, computed at {source}, and reads it in the "
+                    "next, so a graph would hold it for ever. What keeps it was not found. Switch that off, or pass the "
+                    "value as an argument."
                 )
 
 
@@ -390,10 +390,10 @@ def _check_repeats(model: nn.Module, call: Call, effects: SideEffects, made: Seq
         _warn(model, f"{what} results that differ in rounding from call to call, so steps can differ from the model's")
         return
     raise CaptureError(
-        f"{what} other results when {name} is called again with the same arguments. It goes by something that is no "
-        "argument, and that was not found where the model can reach it: the time, say, the environment, or state in "
-        "an object that cannot be looked into. A graph cannot follow that: keep it in an attribute of the module, as a "
-        "number or a small tensor, or pass it as an argument."
+        f"{what} other results when {name} is called again with the same arguments. They depend on something that is not "
+        "an argument, and that was not found where the model can reach it: the time, for example, the environment, or "
+        "the state of an object that cannot be inspected. A graph cannot follow that: keep it in an attribute of the "
+        "module, as a number or a small tensor, or pass it as an argument."
     )
 
 
@@ -437,8 +437,8 @@ def _refusal(model: nn.Module, call: Call, place: str) -> CaptureError:
         warm(model, call.with_arguments({name: noting(value, note) for name, value in call.arguments.items()}))
     where = f" at {lines[0]}" if lines else ""
     return CaptureError(
-        f"{type(model).__name__}.forward writes into its argument, {place}{where}. Steps would not do so: return the "
-        "value, or collect it by a forward hook on a submodule."
+        f"{type(model).__name__}.forward writes to its argument, {place}{where}. Steps would not do so: return the "
+        "value, or collect it with a forward hook on a submodule."
     )
 
 
@@ -448,18 +448,18 @@ def _warn_of_kept(model: nn.Module, kept: Mapping[int, str], keepers: Collection
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         _warn(
             model,
-            f"something keeps values that it computes of its arguments, made at {others[0]}{more}. What keeps them was "
-            "not found: steps do not do so, and what was kept stays that of the call that was captured",
+            f"something keeps values that are computed from its arguments, at {others[0]}{more}. What keeps them was not "
+            "found: steps do not do so, and what was kept remains that of the captured call",
         )
 
 
 def _warn_of_operators(model: nn.Module, operators: Mapping[str, str]) -> None:
     for path, reason in islice(operators.items(), 1):
-        more = f", and {len(operators) - 1} more submodules do so" if len(operators) > 1 else ""
+        more = f", and {len(operators) - 1} more submodules do the like" if len(operators) > 1 else ""
         _warn(
             model,
-            f"{path} {reason}{more}. What does so runs as it is, as one operator; steps that take its results from "
-            "caches do not run it, and change nothing",
+            f"{path} {reason}{more}. Each runs as one opaque operator; steps that take its results from caches do not "
+            "run it, and change nothing",
         )
 
 
@@ -572,16 +572,16 @@ class _Attribution:
         name = type(self._model).__name__
         thing = self._state.holders[change.holder].thing
         if change.key is VALUE and not issubclass(type(thing), (Tensor, *_RESTORE_STATE)):
-            raise CaptureError(f"{name} advances an iterator, {what}, which cannot be put back. Count by a number.")
+            raise CaptureError(f"{name} advances an iterator, {what}, which cannot be restored. Count with a number.")
         only_cause = results_differ and not any([*writers, *readers])
         if "" in readers or ("" in writers and (only_cause or issubclass(type(thing), RandomNumbers))):
             raise CaptureError(
-                f"{name}.forward changes {what}, and reads it, so no graph can hold what "
-                "follows. Keep it outside of the model and pass it as an argument, or move what reads and "
-                "changes it to a submodule, which then runs as it is, as one operator."
+                f"{name}.forward changes {what}, and reads it, so no graph can be specialized to it. Keep it outside of the "
+                "model and pass it as an argument, or move what reads and changes it to a submodule, which then runs "
+                "as one opaque operator."
             )
         if "" in writers:
-            _warn(self._model, f"forward changes {what}, and does not read it. Steps do not do so: it stays as it was")
+            _warn(self._model, f"forward changes {what}, and does not read it. Steps do not change it")
 
     def check_set(self, made: Collection[tuple[Name, str, str]], operators: Collection[str]) -> None:
         """Raises CaptureError where code outside of the operators sets something inside of one: no step would do so.
@@ -593,8 +593,8 @@ class _Attribution:
             line = next(filter(None, (self._line(each, identifier) for each in outside)), None)
             if line is not None and _is_inside(path, operators):
                 raise CaptureError(
-                    f"{type(self._model).__name__}.forward sets {label}, at {line}, for a submodule that runs as it "
-                    "is, as one operator, since it keeps what changes with each call. Pass it to that as an argument."
+                    f"{type(self._model).__name__}.forward sets {label}, at {line}, for a submodule that runs as "
+                    "one opaque operator, since its state changes at each call. Pass it to that submodule as an argument."
                 )
 
     def _line(self, path: str, identifier: str) -> str | None:
