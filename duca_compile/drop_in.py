@@ -358,7 +358,7 @@ def check_parts(model: nn.Module) -> None:
     """Raises UsageError where ``model`` is compiled, or a submodule is an optimized model: no trace holds its state."""
     if isinstance(model, CompiledModule):
         raise UsageError(
-            f"this is a {type(model._orig_mod).__name__} compiled by torch.compile; pass the original model, which is its "
+            f"this is a {type(model._orig_mod).__name__} compiled by torch.compile; pass the original model, its "
             "attribute _orig_mod: duca_compile compiles the graphs that it derives"
         )
     inner = next((path for path, part in model.named_modules() if isinstance(part, OptimizedModel)), None)

@@ -147,7 +147,8 @@ def _report(tried: list[Fit], budget: int) -> None:
     asked, found = tried[0], tried[-1]
     if found is not asked:
         log.warning(
-            "the caches of %s would hold %d bytes, more than cache_budget_bytes=%d; running %s with caches in %s, which hold %d",
+            "the caches of %s would hold %d bytes, more than cache_budget_bytes=%d; running %s with caches in %s, "
+            "which hold %d",
             asked.policy.name,
             asked.bytes,
             budget,

@@ -316,8 +316,8 @@ class CaptureCache:
         self._changes += 1
         if self._changes == MAX_CHANGES:
             log.warning(
-                "%s has changed before each of the last %d captures (now %s), each of which takes long; set it once before "
-                "the loop, or make it an argument of forward",
+                "%s has changed before each of the last %d captures (now %s), each of which takes long; set it once "
+                "before the loop, or make it an argument of forward",
                 name,
                 MAX_CHANGES,
                 changed,

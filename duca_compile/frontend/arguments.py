@@ -87,8 +87,8 @@ def check_kinds(model: nn.Module, arguments: dict[str, Any]) -> None:
             tree_flatten_with_path(value)
         except ValueError as error:  # torch can flatten it, but has no names for its parts
             raise CaptureError(
-                f"the argument {name} of {type(model).__name__}.forward is or holds a container that torch.export cannot "
-                f"take: {first_line(error)} Use a plain dictionary."
+                f"the argument {name} of {type(model).__name__}.forward is or holds a container that torch.export "
+                f"cannot take: {first_line(error)} Use a plain dictionary."
             ) from error
     for path, leaf in tree_flatten_with_path(arguments)[0]:
         if not isinstance(leaf, _LEAVES):

@@ -266,9 +266,9 @@ class SideEffects:
             source = None if id(tensor) in weights else self.activations.source(tensor)
             if source is not None and storage_key(tensor) not in self.keepers:
                 raise CaptureError(
-                    f"{type(model).__name__} keeps an activation of one call, computed at {source}, and reads it in the "
-                    "next, so a graph would hold it for ever. What keeps it was not found. Switch that off, or pass the "
-                    "value as an argument."
+                    f"{type(model).__name__} keeps an activation of one call, computed at {source}, and reads it in "
+                    "the next, so a graph would hold it for ever. What keeps it was not found. Switch that off, or "
+                    "pass the value as an argument."
                 )
 
 
@@ -390,10 +390,10 @@ def _check_repeats(model: nn.Module, call: Call, effects: SideEffects, made: Seq
         _warn(model, f"{what} results that differ in rounding from call to call, so steps can differ from the model's")
         return
     raise CaptureError(
-        f"{what} other results when {name} is called again with the same arguments. They depend on something that is not "
-        "an argument, and that was not found where the model can reach it: the time, for example, the environment, or "
-        "the state of an object that cannot be inspected. A graph cannot follow that: keep it in an attribute of the "
-        "module, as a number or a small tensor, or pass it as an argument."
+        f"{what} other results when {name} is called again with the same arguments. They depend on something that is "
+        "not an argument, and that was not found where the model can reach it: the time, for example, the environment, "
+        "or the state of an object that cannot be inspected. A graph cannot follow that: keep it in an attribute of "
+        "the module, as a number or a small tensor, or pass it as an argument."
     )
 
 
@@ -448,8 +448,8 @@ def _warn_of_kept(model: nn.Module, kept: Mapping[int, str], keepers: Collection
         more = f" and {len(others) - 1} more" if len(others) > 1 else ""
         _warn(
             model,
-            f"something keeps values that are computed from its arguments, at {others[0]}{more}. What keeps them was not "
-            "found: steps do not do so, and what was kept remains that of the captured call",
+            f"something keeps values that are computed from its arguments, at {others[0]}{more}. What keeps them was "
+            "not found: steps do not do so, and what was kept remains that of the captured call",
         )
 
 
@@ -576,9 +576,9 @@ class _Attribution:
         only_cause = results_differ and not any([*writers, *readers])
         if "" in readers or ("" in writers and (only_cause or issubclass(type(thing), RandomNumbers))):
             raise CaptureError(
-                f"{name}.forward changes {what}, and reads it, so no graph can be specialized to it. Keep it outside of the "
-                "model and pass it as an argument, or move what reads and changes it to a submodule, which then runs "
-                "as one opaque operator."
+                f"{name}.forward changes {what}, and reads it, so no graph can be specialized to it. Keep it outside of "
+                "the model and pass it as an argument, or move what reads and changes it to a submodule, which then "
+                "runs as one opaque operator."
             )
         if "" in writers:
             _warn(self._model, f"forward changes {what}, and does not read it. Steps do not change it")
@@ -594,7 +594,7 @@ class _Attribution:
             if line is not None and _is_inside(path, operators):
                 raise CaptureError(
                     f"{type(self._model).__name__}.forward sets {label}, at {line}, for a submodule that runs as "
-                    "one opaque operator, since its state changes at each call. Pass it to that submodule as an argument."
+                    "one opaque operator, since its state changes at each call. Pass it there as an argument."
                 )
 
     def _line(self, path: str, identifier: str) -> str | None:

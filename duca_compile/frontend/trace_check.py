@@ -89,8 +89,8 @@ def find_mismatch(
     results, calls = _recorded_calls(model, arguments)
     if ulp_distance(results, run.results) > max_ulps:
         log.warning(
-            "%s gives other results each time it is called, so its trace could not be compared with it: the cause is not "
-            "followed, unless it is a random operator of PyTorch",
+            "%s gives other results each time it is called, so its trace could not be compared with it: the cause is "
+            "not followed, unless it is a random operator of PyTorch",
             type(model).__name__,
         )
         return None
