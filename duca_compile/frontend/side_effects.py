@@ -576,8 +576,8 @@ class _Attribution:
         only_cause = results_differ and not any([*writers, *readers])
         if "" in readers or ("" in writers and (only_cause or issubclass(type(thing), RandomNumbers))):
             raise CaptureError(
-                f"{name}.forward changes {what}, and reads it, so no graph can be specialized to it. Keep it outside of "
-                "the model and pass it as an argument, or move what reads and changes it to a submodule, which then "
+                f"{name}.forward changes {what}, and reads it, so no graph can be specialized to it. Keep it outside "
+                "of the model and pass it as an argument, or move what reads and changes it to a submodule, which then "
                 "runs as one opaque operator."
             )
         if "" in writers:
