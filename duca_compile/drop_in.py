@@ -82,7 +82,7 @@ class _EagerRun(NamedTuple):
     results: tuple[Any, ...]
 
     def is_consistent_with(self, call: Call, output: Any, exact: bool) -> bool:
-        """Whether a full step gave the model's results, but for rounding; True for another call."""
+        """Whether a full step gave the model's results, up to rounding; True for another call."""
         if len(call.tensors) != len(self.tensors) or not all(map(is_, call.tensors, self.tensors)):
             return True
         leaves = tree_leaves(output)
@@ -346,7 +346,7 @@ def _takes(function: Callable[..., Any], name: str) -> bool:
 
 
 def check_plain(model: Any) -> None:
-    """Raises UsageError where ``model`` cannot be optimized as it is."""
+    """Raises UsageError where ``model`` cannot be optimized in its present state."""
     check_model(model, "an nn.Module or a diffusers pipeline")
     if isinstance(model, OptimizedModel):
         raise UsageError("this model is optimized already; call duca_compile.restore on it first")

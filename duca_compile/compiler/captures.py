@@ -39,7 +39,7 @@ class _Recent(NamedTuple):
 class CaptureCache:
     """Keeps captures, each for one kind of call and one state of the model, at most ``MAX_CAPTURES`` for each state.
 
-    ``capture`` makes one, given the submodules that run as they are in the others, with the reasons. What capturing
+    ``capture`` makes one, given the submodules that are opaque in the others, with the reasons. What capturing
     itself changes on the model, such as tables made at first use, invalidates nothing. Where a change of the model
     turns out to leave the graph as it was, nothing is compiled; and if a plain value that forward itself changes was
     the only difference, it is ignored from then on.
@@ -71,7 +71,7 @@ class CaptureCache:
         return len(self._kept)
 
     def find(self, call: Call) -> Compiled:
-        """The capture for ``call``, going by the last look at the model and by its current weights.
+        """The capture for ``call``, going by the last snapshot of the model and by its current weights.
 
         Raises what capturing raises.
         """
@@ -93,7 +93,7 @@ class CaptureCache:
         return compiled
 
     def _changed(self) -> bool:
-        """Whether the model has changed since the last look.
+        """Whether the model has changed since the last snapshot.
 
         Never while another thread captures it, which sets some attributes and restores them.
         """
@@ -126,7 +126,7 @@ class CaptureCache:
         return compiled
 
     def find_revalidated(self, call: Call) -> Compiled:
-        """Like ``find``, after a look at the whole model; for the start of a request."""
+        """Like ``find``, after a new snapshot of the model; for the start of a request."""
         with self._lock:
             self._recent = _Recent()  # its capture may be dropped
             now = self._look()
@@ -146,7 +146,7 @@ class CaptureCache:
         return None
 
     def _look(self) -> Snapshot:
-        """The model as it is now. Captures that are still valid get its new tensors in place of the old ones."""
+        """A new snapshot of the model. Captures that are still valid get its new tensors in place of the old ones."""
         seen = take(self._model, self._ignored, self._opaque())
         if seen.weights.traced():
             with COMPILING:
@@ -169,7 +169,7 @@ class CaptureCache:
             )
 
     def _opaque(self) -> frozenset[str]:
-        """Paths of the submodules that run as they are: what they hold is part of no capture."""
+        """Paths of the opaque submodules, whose state is part of no capture."""
         return frozenset(site.path for compiled in self._kept.values() for site in compiled.captured.opaque)
 
     def forget(self, compiled: Compiled) -> None:
@@ -212,7 +212,7 @@ class CaptureCache:
         self._evict(now.structure)
         numbers = {kind[1] for kind, structure in self._kept if kind[0] == call.key and structure == now.structure}
         self._kept[(call.key, min({*range(MAX_CAPTURES)} - numbers)), now.structure] = compiled
-        if compiled.captured.opaque:  # what these submodules hold counts no longer, which is no change
+        if compiled.captured.opaque:  # from now on the state of these submodules is ignored, which is no change
             self._replace(now.structure, self._look().structure)
         return compiled
 
@@ -241,7 +241,7 @@ class CaptureCache:
         _trim(self._evicted)
 
     def _operators(self, structure: Structure) -> dict[str, str]:
-        """The submodules that run as they are in the captures of this state of the model, with the reasons."""
+        """The opaque submodules in the captures of this state of the model, with the reasons."""
         kept = [compiled.captured.opaque for (_, known), compiled in self._kept.items() if known == structure]
         return {site.path: site.reason for sites in kept for site in sites}
 
@@ -255,7 +255,7 @@ class CaptureCache:
                 log.info("dropping a capture that is specialized to what changes in %s", ", ".join(sorted(more)))
 
     def _reuse(self, key: tuple[Kind, Structure], before: Snapshot, now: Snapshot) -> Compiled:
-        """An earlier capture whose graph turned out to be that of the model as it is now."""
+        """An earlier capture whose graph turned out to fit the current model as well."""
         log.info("the graph is the same as before, so nothing is compiled")
         compiled = self._kept.pop(key)
         compiled.rebind(live_tensors(self._model))

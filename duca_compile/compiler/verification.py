@@ -129,9 +129,9 @@ class _Expected:
 
 
 def _results(variant: Variant, value_of: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Runs a variant, and gives each of its results by name as soon as it is there.
+    """Runs a variant, and yields each of its results by name as soon as it is computed.
 
-    An input is asked for at its first use, and no value is kept behind its last one. Raises _NodeError.
+    An input is requested at its first use, and no value is kept after its last use. Raises _NodeError.
     """
     graph, runner = variant.module.graph, fx.Interpreter(variant.module)
     nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]

@@ -1,4 +1,4 @@
-"""Messages that are given once."""
+"""Reports each message once."""
 
 from __future__ import annotations
 

@@ -235,10 +235,10 @@ class Offloading:
 
     weights: dict[int, list[FetchedWeight]]  # by the id of the module whose call materializes them
     hooks: list[Hook]
-    operators: dict[str, str]  # paths of the modules that must run as they are, with the reasons
+    operators: dict[str, str]  # paths of the modules that must be opaque, with the reasons
 
     def around(self, module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """``forward`` of a module that runs as it is, with the weights that hooks of enclosing modules materialize."""
+        """``forward`` of an opaque module, with the weights that hooks of enclosing modules materialize."""
         inside = set(map(id, module.modules()))
         outer = [each for key, weights in self.weights.items() if key not in inside for each in weights]
         needed = [weight for weight in outer if id(weight.location.module) in inside]
@@ -314,7 +314,7 @@ def has_hooks(model: nn.Module) -> bool:
 def as_fetches(model: nn.Module, offloading: Offloading, operators: Collection[str]) -> Iterator[None]:
     """While open, these hooks do nothing, and forward gets their weights as results of ``fetch`` operators.
 
-    Modules at the paths ``operators``, which run as they are, keep their hooks.
+    The modules at the paths ``operators``, which are opaque, keep their hooks.
     """
     opaque = {id(module) for path in operators for module in model.get_submodule(path).modules()}
     with ExitStack() as undo:

@@ -1,7 +1,7 @@
-"""Submodules that run as one operator each, since no trace can hold them.
+"""Opaque submodules: they run as one operator each, since no trace can hold them.
 
 A mixture of experts that counts its tokens on the host cannot be a graph, nor can a kernel that torch does not know.
-Such a module runs as it is, called by an operator of which only the results' shapes are known.
+Such a module runs unchanged, called by an operator of which only the results' shapes are known.
 """
 
 from __future__ import annotations

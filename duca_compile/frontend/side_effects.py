@@ -1,7 +1,7 @@
 """Side effects of forward: found by running the model, followed or refused, and undone after a capture.
 
 What forward creates at its first use stays. What it changes at each call (a counter, collected features) cannot be part
-of a graph: submodules that change or read it run as one opaque operator each, and capturing undoes the change.
+of a graph: submodules that change or read it become one opaque operator each, and capturing undoes the change.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ class SideEffects:
         activations: what was computed from the call's tensors, as far as that could be observed.
         keepers: storages of activations, and the attributes that keep them.
         recurring: attributes that change at each call.
-        write_only: those that are plain values and that nothing reads, outside of the operators.
+        write_only: those that are plain values and that nothing outside of the operators reads.
         state_before: what the model held before the call.
     """
 
@@ -546,7 +546,7 @@ class _Attribution:
             self._codes.setdefault(self._running[-1], {})[id(code)] = code
 
     def operators(self, changes: Collection[Change], results_differ: bool) -> dict[str, str]:
-        """The modules that change or read what changes, and why each must run as it is.
+        """The modules that change or read what changes, and why each must be opaque.
 
         ``results_differ`` says whether the next call gave other results.
 

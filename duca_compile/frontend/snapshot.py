@@ -180,7 +180,7 @@ class Snapshot:
 def take(model: nn.Module, without: frozenset[Name] = frozenset(), opaque: frozenset[str] = frozenset()) -> Snapshot:
     """A snapshot of ``model``, without the attributes named by ``without``.
 
-    Of the modules at the paths ``opaque``, which run as they are, only the hooks and the types of attributes count.
+    Of the opaque modules, at the paths ``opaque``, only the hooks and the types of attributes count.
     """
     walk = _Walk(opaque)
     walk.tree(model)
@@ -381,7 +381,9 @@ class _Walk:
         self.hooks: list[Mapping[Any, Any]] = []
         self.over_budget: list[Name] = []
         self._opaque = opaque
-        self._numbers: dict[int, tuple[Name, int]] = {}  # counted within each attribute: another one changes none
+        self._numbers: dict[
+            int, tuple[Name, int]
+        ] = {}  # by id; numbers start anew in each attribute, so that one does not affect another
         self._weight_numbers: dict[int, int] = {}
         self._module_numbers: dict[int, int] = {}
         self._open: set[int] = set()  # containers being inspected: one may contain itself
@@ -436,7 +438,7 @@ class _Walk:
             self._attribute((path, cls.__name__), cls, parent, None, self._class)
 
     def _opaque_module(self, path: str, module: nn.Module) -> None:
-        """A module that runs as it is, or one inside of it."""
+        """An opaque module, or one inside of it."""
         entries, cls = self.entries, type(module)
         entries[path, ""] = _Identity(module) if path in self._opaque else cls
         for name, value in tuple(vars(module).items()):
