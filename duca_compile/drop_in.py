@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from operator import is_
+from types import MethodType
 from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
@@ -38,6 +39,7 @@ from duca_compile.errors import UsageError
 from duca_compile.frontend import away, casts
 from duca_compile.frontend.binder import Binder, Call
 from duca_compile.frontend.capture import live_tensors
+from duca_compile.frontend.methods import FORWARD, calls_forward, runs_blocks, with_step
 from duca_compile.frontend.reproduce import COMPILED, ROUNDING, apart, relative
 from duca_compile.frontend.state import Held
 from duca_compile.policies import Policy
@@ -93,10 +95,13 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
 
     It shares the source's parameter, buffer and submodule tables, so ``state_dict``, ``load_state_dict``, ``to`` and
     the like act on the source's own weights. Everything that it does not have itself is read, set and deleted on the
-    source, and ``isinstance`` takes it for one of the source's class. What wraps its ``forward`` is its own.
+    source, and ``isinstance`` takes it for one of the source's class. What wraps its ``forward`` is its own. Methods of
+    the source that call forward run on it, so that their steps are cached too.
     """
 
     source: nn.Module
+    callee: nn.Module  # whose forward is the step: the source, or what has another of its methods as forward
+    method: str  # of the source, that is the step
     policy: Policy
     timestep_name: str | None
     cache_options: CacheOptions
@@ -107,6 +112,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
     _told: bool  # whether it was said what partial steps cannot do
     _careful: bool  # whether a step was once not what the model gives, so that captures are made with all checks
     _first: _First | None  # of the last capture, until a step was compared with it
+    _uncached: set[str]  # methods that were told to run without caches
 
     def __new__(cls, model: nn.Module, *_: Any) -> OptimizedModel:
         source = type(model)
@@ -121,14 +127,16 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         requests: Requests,
         timestep: str | None,
         cache_options: CacheOptions,
+        method: str = FORWARD,
     ) -> None:
+        callee = with_step(model, method)
         super().__init__()
         self.__dict__.update({name: model.__dict__[name] for name in _SHARED})
         own = {"source": model, "policy": policy, "_backend": backend, "_requests": requests, "timestep_name": timestep}
-        self.__dict__.update(own, cache_options=cache_options)
-        self.__dict__["_bind"] = Binder(model, timestep)
-        self.__dict__["_compiled"] = Captures(model, self._capture)
-        self.__dict__.update(_told=False, _careful=False, _first=None)
+        self.__dict__.update(own, cache_options=cache_options, callee=callee, method=method)
+        self.__dict__["_bind"] = Binder(callee, timestep)
+        self.__dict__["_compiled"] = Captures(callee, self._capture)
+        self.__dict__.update(_told=False, _careful=False, _first=None, _uncached=set())
         self.training = model.training
         self._set_forward()
 
@@ -136,9 +144,11 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         call = functools.partial(self._call)
         call.__name__ = "forward"  # type: ignore[attr-defined]  # asked for at every call
         forward = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
-        functools.update_wrapper(forward, self.source.forward)
+        functools.update_wrapper(forward, self.callee.forward)
         forward.__signature__ = self._bind.signature
-        self.__dict__["forward"] = forward
+        self.__dict__[self.method] = forward
+        if self.method != FORWARD:  # which may call the step, and is else the source's own
+            self.__dict__[FORWARD] = MethodType(type(self.source).forward, self)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -151,7 +161,34 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         value = getattr(source, name)
         if type(value) not in _READ_ONLY and name != "config":  # through anything else the model can be changed
             self._touch()
-        return value
+        return self._method(value) if type(value) is MethodType and value.__self__ is source else value
+
+    def _method(self, method: MethodType) -> Callable[..., Any]:
+        """A method of the source: one that calls forward runs on this model, another that runs blocks is told of."""
+        if calls_forward(method):
+            return MethodType(method.__func__, self)
+        if method.__name__ in self._uncached or not runs_blocks(method):
+            return method
+
+        @functools.wraps(method)
+        def told(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(each, Tensor) for each in tree_leaves((args, kwargs))):
+                self._tell_uncached(method.__name__)
+            return method(*args, **kwargs)
+
+        return told
+
+    def _tell_uncached(self, method: str) -> None:
+        if method not in self._uncached:
+            self._uncached.add(method)
+            log.warning(
+                "%s.%s runs without caches: %s is what is optimized. If a sampler calls it at each step, say "
+                "optimize(model, ..., method=%r)",
+                type(self.source).__name__,
+                method,
+                self.method,
+                method,
+            )
 
     def _touch(self) -> None:
         compiled = self.__dict__.get("_compiled")
@@ -273,7 +310,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
 
     def _capture(self, call: Call, known: Mapping[str, str]) -> Compiled:
         with self._source_context():
-            captured, facts, prologue = analyze_call(self.source, call, self.timestep_name, known, self._careful)
+            captured, facts, prologue = analyze_call(self.callee, call, self.timestep_name, known, self._careful)
         self.__dict__["_first"] = None if self._careful else _First(call.tensors, captured.results)
         captured = replace(captured, results=())
         limit = not_recomputed(facts, self.policy)
@@ -308,12 +345,16 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
         """An optimized copy of the source, which captures anew."""
         source, requests = copy.deepcopy(self.source, memo), copy.deepcopy(self._requests, memo)
-        return OptimizedModel(source, self.policy, self._backend, requests, self.timestep_name, self.cache_options)
+        return self._another(source, requests)
 
     def __copy__(self) -> OptimizedModel:
         """Another optimized model of the same source, with requests of its own, which captures anew."""
         requests = copy.deepcopy(self._requests)
-        return OptimizedModel(self.source, self.policy, self._backend, requests, self.timestep_name, self.cache_options)
+        return self._another(self.source, requests)
+
+    def _another(self, source: nn.Module, requests: Requests) -> OptimizedModel:
+        options = self.timestep_name, self.cache_options, self.method
+        return OptimizedModel(source, self.policy, self._backend, requests, *options)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise UsageError(

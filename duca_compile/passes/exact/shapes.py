@@ -1,4 +1,4 @@
-"""Gives operators that read only a tensor's shape, type and device these as numbers, so that its values do not count."""
+"""Gives operators that read only a tensor's shape, type and device these as numbers: its values do not count."""
 
 from __future__ import annotations
 
