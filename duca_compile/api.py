@@ -29,6 +29,7 @@ def optimize(
     mode: str = "default",
     cache_dtype: torch.dtype | None = None,
     cache_budget_bytes: int | None = None,
+    method: str = "forward",
 ) -> Any:
     """A drop-in for ``model`` that reuses features from step to step of a denoising loop.
 
@@ -52,6 +53,7 @@ def optimize(
             policy needs more, caches are kept in bfloat16; where that is still too much, steps that would read the
             branches' caches skip the blocks instead, which takes a single cached tensor. A warning says so, at the
             first call of each shape.
+        method: name of the method that a sampler calls at each step. Methods that call forward need not be named.
 
     Returns:
         An ``OptimizedModel``: an nn.Module with the same call signature, outputs, config, dtype, device and
@@ -67,12 +69,12 @@ def optimize(
     chosen, engine = resolve_policy(policy), make_backend(backend, strict, mode)
     options = CacheOptions(cache_dtype, cache_budget_bytes)
     if is_pipeline(model):
-        return _optimize_pipeline(model, chosen, engine, num_inference_steps, timestep, options)
+        return _optimize_pipeline(model, chosen, engine, num_inference_steps, timestep, options, method)
     check_plain(model)
     if num_inference_steps is not None:
         check_whole("num_inference_steps", num_inference_steps, least=1)
     next(chosen.steps(num_inference_steps))  # a policy that cannot plan raises now, not at the first call
-    return OptimizedModel(model, chosen, engine, Requests(chosen, num_inference_steps), timestep, options)
+    return OptimizedModel(model, chosen, engine, Requests(chosen, num_inference_steps), timestep, options, method)
 
 
 def _optimize_pipeline(
@@ -82,6 +84,7 @@ def _optimize_pipeline(
     num_inference_steps: int | None,
     timestep: str | None,
     options: CacheOptions,
+    method: str,
 ) -> Any:
     """Replaces the transformers of ``pipe``, which share their requests, since one loop calls all of them."""
     if num_inference_steps is not None:
@@ -91,7 +94,7 @@ def _optimize_pipeline(
         check_plain(model)
     requests = Requests(policy, None, PipelineSchedule(pipe))
     for name, model in found.items():
-        set_component(pipe, name, OptimizedModel(model, policy, backend, requests, timestep, options))
+        set_component(pipe, name, OptimizedModel(model, policy, backend, requests, timestep, options, method))
     return pipe
 
 

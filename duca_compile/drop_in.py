@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from operator import is_
+from types import MethodType
 from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
@@ -39,6 +40,7 @@ from duca_compile.errors import UsageError
 from duca_compile.frontend import casts, offloading
 from duca_compile.frontend.binder import Binder, Call
 from duca_compile.frontend.capture import live_tensors
+from duca_compile.frontend.methods import FORWARD, calls_forward, runs_blocks, with_step
 from duca_compile.frontend.side_effects import ModelState
 from duca_compile.frontend.trace_check import COMPILED_TOLERANCE, MAX_ULPS, relative_distance, ulp_distance
 from duca_compile.policies import Policy
@@ -97,10 +99,12 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
     It shares the source's tables of parameters, buffers and submodules, so ``state_dict``, ``load_state_dict``, ``to``
     and the like act on the source's own weights. Attributes that it does not have itself are read, set and deleted on
     the source, and ``isinstance`` takes it for an instance of the source's class. A wrapper around its ``forward``
-    belongs to it alone.
+    belongs to it alone. Methods of the source that call forward run on it, so that their steps are cached too.
     """
 
     source: nn.Module
+    callee: nn.Module  # whose forward is the step: the source, or what has another of its methods as forward
+    method: str  # of the source, that is the step
     policy: Policy
     timestep_name: str | None
     cache_options: CacheOptions
@@ -125,12 +129,15 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
         requests: Requests,
         timestep: str | None,
         cache_options: CacheOptions,
+        method: str = FORWARD,
     ) -> None:
+        callee = with_step(model, method)
         super().__init__()
         self.__dict__.update({name: model.__dict__[name] for name in _SHARED})
         self.__dict__.update(source=model, policy=policy, timestep_name=timestep, cache_options=cache_options)
-        self.__dict__.update(_backend=backend, _requests=requests, _bind=Binder(model, timestep))
-        self.__dict__.update(_compiled=CaptureCache(model, self._capture))
+        self.__dict__.update(callee=callee, method=method)
+        self.__dict__.update(_backend=backend, _requests=requests, _bind=Binder(callee, timestep))
+        self.__dict__.update(_compiled=CaptureCache(callee, self._capture))
         self.__dict__.update(_warned=Once(), _careful=False, _unverified=None)
         self.training = model.training
         self._set_forward()
@@ -139,9 +146,11 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
         call = functools.partial(self._call)
         call.__name__ = "forward"  # type: ignore[attr-defined]  # asked for at every call
         forward = torch.compiler.disable(call)  # type: ignore[no-untyped-call]
-        functools.update_wrapper(forward, self.source.forward)
+        functools.update_wrapper(forward, self.callee.forward)
         forward.__signature__ = self._bind.signature
-        self.__dict__["forward"] = forward
+        self.__dict__[self.method] = forward
+        if self.method != FORWARD:  # which may call the step, and is else the source's own
+            self.__dict__[FORWARD] = MethodType(type(self.source).forward, self)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -154,7 +163,33 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
         value = getattr(source, name)
         if type(value) not in _READ_ONLY and name != "config":  # the caller may change the model through any other
             self._touch()
-        return value
+        return self._method(value) if type(value) is MethodType and value.__self__ is source else value
+
+    def _method(self, method: MethodType) -> Callable[..., Any]:
+        """A method of the source. One that calls forward runs on this model; one that runs blocks itself warns."""
+        if calls_forward(method):
+            return MethodType(method.__func__, self)
+        if not runs_blocks(method):
+            return method
+
+        @functools.wraps(method)
+        def with_warning(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(leaf, Tensor) for leaf in tree_leaves((args, kwargs))):
+                self._warn_uncached(method.__name__)
+            return method(*args, **kwargs)
+
+        return with_warning
+
+    def _warn_uncached(self, method: str) -> None:
+        if self._warned.first(method):
+            log.warning(
+                "%s.%s runs without caches: %s is what is optimized. If a sampler calls it at each step, say "
+                "optimize(model, ..., method=%r)",
+                type(self.source).__name__,
+                method,
+                self.method,
+                method,
+            )
 
     def _touch(self) -> None:
         compiled = self.__dict__.get("_compiled")
@@ -318,12 +353,16 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
         """An optimized copy of the source, without captures."""
         source, requests = copy.deepcopy(self.source, memo), copy.deepcopy(self._requests, memo)
-        return OptimizedModel(source, self.policy, self._backend, requests, self.timestep_name, self.cache_options)
+        return self._another(source, requests)
 
     def __copy__(self) -> OptimizedModel:
         """Another optimized model of the same source, with requests of its own and without captures."""
         requests = copy.deepcopy(self._requests)
-        return OptimizedModel(self.source, self.policy, self._backend, requests, self.timestep_name, self.cache_options)
+        return self._another(self.source, requests)
+
+    def _another(self, source: nn.Module, requests: Requests) -> OptimizedModel:
+        options = self.timestep_name, self.cache_options, self.method
+        return OptimizedModel(source, self.policy, self._backend, requests, *options)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise UsageError(

@@ -274,7 +274,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """
     policy = model.policy if isinstance(model, OptimizedModel) else None
     timestep = model.timestep_name if isinstance(model, OptimizedModel) else None
-    source = model.source if isinstance(model, OptimizedModel) else model
+    source = model.callee if isinstance(model, OptimizedModel) else model
     if is_pipeline(source):
         raise UsageError("explain takes one model of a pipeline and a call of it: explain(pipe.transformer, ...)")
     check_model(source)

@@ -78,7 +78,7 @@ class Traced:
             raise UsageError(
                 "an artifact has no cache_dtype and no cache_budget_bytes: optimize the model without them"
             )
-        self.model: torch.nn.Module = model.source
+        self.model: torch.nn.Module = model.callee
         self.policy: Policy = model.policy
         self._total = model._requests.total if num_inference_steps is None else num_inference_steps
         self._timestep = model.timestep_name
