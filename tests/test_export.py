@@ -269,7 +269,7 @@ def path_of_full(path: str) -> Callable[[dict[str, Any]], None]:
         (lambda c: c["inputs"][0].update(dtype=3), r"inputs\[0\].dtype must be str, not 3"),
         (lambda c: c["inputs"][0].update(shape=["batch*2"]), "must be a size such as"),
         (lambda c: c["schedule"]["steps"].append(99), "a place that is not among the plans"),
-        (lambda c: c["schedule"]["plans"][0]["step"].update(kind="leap"), "must be StepKind, not 'leap'"),
+        (lambda c: c["schedule"]["plans"][0]["step"].update(kind="leap"), "must be one of .*'reuse'.*, not 'leap'"),
         (lambda c: c["policy"]["selection"].update(patch=0), "patch=0 is impossible"),
         (lambda c: c["variants"]["full"].update(graph="none"), "there is no graph 'none'"),
         (lambda c: c["weights"]["chunks"][0].update(start=10**12), "is out of range"),

@@ -22,6 +22,7 @@ from duca_compile.errors import ArtifactError
 SCHEMA = 1  # the newest format of these files that this version reads, and the one that it writes
 MAX_DEPTH = 64  # objects and lists within each other; recursive code reads them later
 _SHOWN = 80  # characters of a wrong value that a message quotes
+_LONGEST = 500  # characters of a message
 _MISSING = "Object missing required field "
 
 T = TypeVar("T")
@@ -29,6 +30,11 @@ T = TypeVar("T")
 
 class ImpossibleError(ValueError):
     """A dataclass cannot have such values; the message begins with the name of one of its fields."""
+
+
+def problem(file: str, what: str) -> ArtifactError:
+    """The error that something is wrong in a file; quotes no more of a long text than anybody reads."""
+    return ArtifactError(f"{file}: {what if len(what) <= _LONGEST else f'{what[:_LONGEST]}...'}")
 
 
 def parse(text: str, file: str) -> Any:
@@ -43,7 +49,7 @@ def parse(text: str, file: str) -> Any:
         if len(entries) < len(pairs):
             names = [name for name, _ in pairs]
             repeated = next(name for name in entries if names.count(name) > 1)
-            raise ArtifactError(f"{file}: an object has more than one field named {repeated!r}")
+            raise problem(file, f"an object has more than one field named {repeated!r}")
         return entries
 
     def refuse(constant: str) -> Any:
@@ -87,7 +93,7 @@ def decode(value: Any, kind: type[T], file: str, place: str = "") -> T:
         raise _explained(value, kind, file, place, error) from error
     unknown = next(_unknown(value, kind, place), None)
     if unknown is not None:
-        raise ArtifactError(f"{file}: {unknown} is unknown in schema {SCHEMA}")
+        raise problem(file, f"{unknown} is unknown in schema {SCHEMA}")
     return made
 
 
@@ -129,14 +135,14 @@ def _explained(value: Any, kind: Any, file: str, place: str, error: msgspec.Vali
             return _explained(part, part_kind, file, path, inner)
     reason = str(error)
     if isinstance(error.__cause__, ImpossibleError):
-        return ArtifactError(f"{file}: {_join(place, reason)}")
+        return problem(file, _join(place, reason))
     if error.__cause__ is not None:  # raised by a dataclass of another package
-        return ArtifactError(f"{file}: {place}: {reason}" if place else f"{file}: {reason}")
+        return problem(file, f"{place}: {reason}" if place else reason)
     if reason.startswith(_MISSING):
-        return ArtifactError(f"{file}: {_join(place, reason.removeprefix(_MISSING).strip('`'))} is missing")
+        return problem(file, f"{_join(place, reason.removeprefix(_MISSING).strip('`'))} is missing")
     shown = repr(value)
     shown = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
-    return ArtifactError(f"{file}: {place or 'all of it'} must be {_wanted(kind, reason)}, not {shown}")
+    return problem(file, f"{place or 'the content'} must be {_wanted(kind, reason)}, not {shown}")
 
 
 def _wanted(kind: Any, reason: str) -> str:

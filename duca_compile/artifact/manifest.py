@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from duca_compile.artifact.decoding import SCHEMA, decode, parse
+from duca_compile.artifact.decoding import SCHEMA, decode, parse, problem
 from duca_compile.artifact.schema import (
     BATCH,
     DECIDING,
@@ -115,9 +115,9 @@ class Manifest:
                 f"{FILE} is of schema {schema}, and this version of duca_compile knows {SCHEMA} and older; update it"
             )
         manifest = decode(value, Manifest, FILE)
-        problem = next(_problems(manifest), None)
-        if problem is not None:
-            raise ArtifactError(f"{FILE}: {problem}")
+        first = next(_problems(manifest), None)
+        if first is not None:
+            raise problem(FILE, first)
         return manifest
 
 
@@ -179,7 +179,7 @@ def _names_without_graphs(manifest: Manifest) -> Iterator[str]:
     graphs, variants = manifest.graphs, manifest.variants
     for name in graphs:
         if not _GRAPH_NAME.fullmatch(name):
-            yield f"graphs: {name[:200]!r} cannot be the name of a graph"
+            yield f"graphs: {name!r} cannot be the name of a graph"
     if manifest.prologue not in graphs:
         yield f"prologue: there is no graph {manifest.prologue!r}"
     for name, variant in variants.items():

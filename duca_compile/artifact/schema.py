@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 import numpy as np
 from msgspec import Meta
 
-from duca_compile.artifact.decoding import ImpossibleError, decode
+from duca_compile.artifact.decoding import ImpossibleError, decode, problem
 from duca_compile.core.steps import Step, StepKind
-from duca_compile.errors import ArtifactError, ExportError
+from duca_compile.errors import ExportError
 from duca_compile.policies import RFC, ResidualGate, SpeCa
 from duca_compile.policies.adaptive import AdaptivePolicy
 from duca_compile.policies.base import Forecast, Selection
@@ -75,7 +75,7 @@ class Size:
         match = _SIZE.fullmatch(text)
         factor = 0 if match is None else int(match[1] or 1)
         if match is None or not factor:
-            raise ValueError(f"must be a size such as 2*{BATCH}+1, not {text[:80]!r}")
+            raise ValueError(f"must be a size such as 2*{BATCH}+1, not {text!r}")
         return Size(match[2], factor, int(match[3] or 0))
 
     def at(self, value: int) -> int:
@@ -126,7 +126,7 @@ class File:
     sha256: str
 
     def __post_init__(self) -> None:
-        _need(_HASH.fullmatch(self.sha256) is not None, f"sha256: {self.sha256[:80]!r} is no SHA-256")
+        _need(_HASH.fullmatch(self.sha256) is not None, f"sha256: {self.sha256!r} is no SHA-256")
 
 
 @dataclass(frozen=True)
@@ -301,9 +301,10 @@ class Rule:
         """The policy. Raises ArtifactError where there is no such class here, or where it has no such fields."""
         kind = DECIDING.get(self.policy)
         if kind is None:
-            raise ArtifactError(
-                f"{FILE}: policy.rule.policy: {self.policy!r} decides its steps while it runs, and this version of "
-                f"duca_compile knows only {sorted(DECIDING)}; update it"
+            raise problem(
+                FILE,
+                f"policy.rule.policy: {self.policy!r} decides its steps while it runs, and this version of "
+                f"duca_compile knows only {sorted(DECIDING)}; update it",
             )
         return decode(self.fields, kind, FILE, "policy.rule.fields")
 
