@@ -44,11 +44,11 @@ from duca_compile.policies import Policy
 from duca_compile.runtime.dispatcher import Plan
 from duca_compile.runtime.planning import not_recomputed
 from duca_compile.runtime.request import Request
-from duca_compile.runtime.session import HasSessions, Requests, current_pass, named_pass
+from duca_compile.runtime.session import HasSessions, Requests, current_pass
 
 log = logging.getLogger("duca_compile")
 
-LOOKED_AHEAD = 1000  # steps that a warm-up looks at for variants that they need
+PLANNED_STEPS = 1000  # how many steps of a schedule, which may be endless, are searched for the variants they need
 _SHARED = (  # tables that an optimized model has in common with its source
     "_parameters",
     "_buffers",
@@ -267,7 +267,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         with torch.no_grad(), casts.none_for(compiled.captured):
             call_by_name = compiled.named(call.tensors)
             held = Held(self.source) if compiled.captured.opaque else None
-            compiled.dispatcher.warm_up(requests.new(), call_by_name, islice(steps, LOOKED_AHEAD), watch)
+            compiled.dispatcher.warm_up(requests.new(), call_by_name, islice(steps, PLANNED_STEPS), watch)
             if held is not None:
                 held.put_back()
 
@@ -292,18 +292,6 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         if not _takes(own, "step_index"):
             options.pop("step_index", None)
         return cast(AbstractContextManager[None], own(named.name, **options))
-
-    def cache_context(self, name: str, **options: Any) -> AbstractContextManager[None]:
-        """Calls inside, ``with model.cache_context("cond"):``, are of the pass called ``name``, with caches of its own.
-
-        As in diffusers, whose pipelines use it; ``options`` go to the source's own ``cache_context``. One of them says
-        at which step the calls are: ``step_index``, counted from 0 at the loop's start, or None where the timestep is
-        to tell. One that is smaller than the last starts a request.
-
-        Raises:
-            UsageError: when it is entered, if ``step_index`` is neither None nor a whole number from 0 on.
-        """
-        return named_pass(self, name, options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
         """An optimized copy of the source, which captures anew."""

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from duca_compile.core.fx_utils import op_name
 from duca_compile.frontend.opaque import opaque, site_flops
 
-_PRODUCTS = {
+# What FLOPs are counted of.
+_COUNTED = {
     "_int_mm", "_scaled_mm", "addmm", "baddbmm", "bilinear", "bmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
     "conv_transpose2d", "conv_transpose3d", "convolution", "einsum", "linear", "matmul", "mm",
     "scaled_dot_product_attention",
@@ -34,7 +35,7 @@ def node_flops(graph: fx.Graph) -> dict[str, int]:
         if node.target is opaque:
             found[node.name] = site_flops(node)
             continue
-        if op_name(node) not in _PRODUCTS:
+        if op_name(node) not in _COUNTED:
             found[node.name] = 0
             continue
         args, kwargs = tree_map_only(fx.Node, _as_meta, (node.args, node.kwargs))

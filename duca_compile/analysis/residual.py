@@ -23,7 +23,8 @@ from duca_compile.frontend.operators import as_carried
 
 _SUMS = {"add", "addcmul"}
 _SOFTMAX = {"softmax", "_softmax"}
-_PRODUCTS = {"scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum"}
+# Products that may be of two activations, as in attention.
+_ACTIVATION_PRODUCTS = {"scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum"}
 _PASSTHROUGH = {"to", "_to_copy", "clone", "contiguous", "dropout", "alias", "detach", "clamp", "clip"}
 
 
@@ -353,7 +354,7 @@ def _weighs(node: fx.Node) -> bool:
     """Whether it is an attention, or a product with weights from a softmax."""
     if op_name(node) == "scaled_dot_product_attention":
         return True
-    return op_name(node) in _PRODUCTS and any(op_name(_origin(n)) in _SOFTMAX for n in node.all_input_nodes)
+    return op_name(node) in _ACTIVATION_PRODUCTS and any(op_name(_origin(n)) in _SOFTMAX for n in node.all_input_nodes)
 
 
 def _kind(residual: _Residual, inside: list[fx.Node], places: Places | None) -> str:
@@ -362,7 +363,7 @@ def _kind(residual: _Residual, inside: list[fx.Node], places: Places | None) -> 
     if places is not None:
         return "cross_attention" if weighed else "mlp"
     own = {residual.stream, *inside}
-    if not any(op_name(n) in _PRODUCTS and len(own.intersection(n.all_input_nodes)) > 1 for n in inside):
+    if not any(op_name(n) in _ACTIVATION_PRODUCTS and len(own.intersection(n.all_input_nodes)) > 1 for n in inside):
         return "cross_attention" if weighed else "mixing"
     wide = sum(op_name(n) in ("gelu", "silu", "relu") for n in inside)
     return "attention+mlp" if weighed and wide else "self_attention"
