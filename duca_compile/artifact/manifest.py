@@ -51,6 +51,7 @@ __all__ = [
     "BATCH",
     "DECIDING",
     "FILE",
+    "ITEM_BYTES",
     "SCHEMA",
     "Argument",
     "Branch",
@@ -75,6 +76,7 @@ __all__ = [
     "sha256",
 ]
 
+OUTPUT = "output_"  # what the names of the model's own outputs begin with
 _LARGEST = 2**26  # bytes of a manifest
 _GRAPH_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")  # names of files are made of it
 
@@ -171,6 +173,7 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     yield from _problems_of_branches(manifest)
     for name, variant in manifest.variants.items():
         yield from _problems_of_variant(manifest, name, variant)
+    yield from _problems_of_the_result(manifest)
     if manifest.policy.rule is not None:
         yield from _problems_of_rule(manifest, manifest.policy.rule.rebuilt())
 
@@ -236,6 +239,14 @@ def _problems_of_variant(manifest: Manifest, name: str, variant: Variant) -> Ite
         unknown = next((size for size in spec.shape if isinstance(size, Size) and size.name not in sizes), None)
         if unknown is not None:
             yield f"graphs.{variant.graph}: {str(unknown)!r} of {spec.name!r} is neither the batch nor a token count"
+
+
+def _problems_of_the_result(manifest: Manifest) -> Iterator[str]:
+    needed = manifest.signature.outputs
+    for variant in dict.fromkeys(plan.variant for plan in manifest.schedule.plans):
+        outputs = sum(spec.name.startswith(OUTPUT) for spec in _graph(manifest, variant).outputs)
+        if outputs < needed:
+            yield f"variants.{variant}: its graph has {outputs} outputs of the model, and signature.result {needed}"
 
 
 def _problems_of_rule(manifest: Manifest, policy: AdaptivePolicy) -> Iterator[str]:

@@ -415,11 +415,11 @@ def _check_result(structure: Any, place: str = "result") -> None:
         _need(type(index) is int and 0 <= index < 2**31, f"{place}.output: {index!r} is no index of an output")
         return
     _need({"type", "items"} <= keys <= {"type", "items", "names"}, f"{place} must have an output, a value or items")
-    kind, items, names = structure["type"], structure["items"], structure.get("names")
+    kind, items = structure["type"], structure["items"]
     _need(_is_name(kind), f"{place}.type: {kind!r} is no name of a class")
     _need(isinstance(items, list), f"{place}.items must be a list")
-    if names is not None:
-        _check_names(kind, names, len(items), place)
+    if "names" in structure:
+        _check_names(kind, structure["names"], len(items), place)
     for i, item in enumerate(items):
         _check_result(item, f"{place}.items[{i}]")
 

@@ -85,12 +85,12 @@ class HasSessions(HasRequest):
         return Session(cast(Callable[..., Any], self), self._requests)
 
     def cache_context(self, name: str, **options: Any) -> AbstractContextManager[None]:
-        """Inside ``with model.cache_context("cond"):``, calls belong to the guidance pass ``name``, with its own caches.
+        """Calls inside ``with model.cache_context("cond"):`` belong to the guidance pass "cond", which has its own caches.
 
         This is the interface that diffusers' pipelines use.
 
         Args:
-            name: of the guidance pass.
+            name: the name of the guidance pass.
             options: passed to the ``cache_context`` of the source model, if it has one, while it is captured. The
                 option ``step_index`` says at which step the calls are, counted from 0; None leaves that to the
                 timestep. A smaller index than the last one starts a new request.

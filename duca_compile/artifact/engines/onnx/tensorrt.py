@@ -30,7 +30,7 @@ def open_engine(folder: Path, manifest: Manifest, options: Options) -> TensorRTE
 
 
 class TensorRTEngine:
-    """One engine for each graph, built by ``duca_compile.export.tensorrt.build``; all read one copy of the weights.
+    """One engine for each graph, built by ``duca_compile.export.tensorrt.build``; all share one copy of the weights.
 
     Raises:
         BackendError: the library is missing, or is not the version that built the engines.
@@ -80,15 +80,15 @@ class _Function:
         self._no_memory = torch.empty(1, device=DEVICE)  # for empty tensors: TensorRT takes no null address
 
     def __call__(self, *values: Array) -> list[Array]:
-        given = [_tensor(value) for value in values]
-        batch = self._graph.batch([tensor.shape for tensor in given])
+        inputs = [_tensor(value) for value in values]
+        batch = self._graph.batch([tensor.shape for tensor in inputs])
         results = [
             torch.empty(spec.at(batch), dtype=getattr(torch, spec.dtype), device=DEVICE) for spec in self._graph.outputs
         ]
         stream = _stream()
         idle = self._idle.setdefault(stream, [])
         context = idle.pop() if idle else self._context()
-        for spec, tensor in zip(self._graph.inputs, given, strict=True):
+        for spec, tensor in zip(self._graph.inputs, inputs, strict=True):
             self._bind_input(context, spec.name, tensor)
         for spec, result in zip(self._graph.outputs, results, strict=True):
             context.set_tensor_address(spec.name, result.data_ptr())
