@@ -19,7 +19,7 @@ RECORD = "engines.json"
 
 
 @dataclass(frozen=True)
-class Options:
+class BuildOptions:
     """What engines are built for.
 
     Attributes:
@@ -37,7 +37,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Engine:
+class BuiltEngine:
     """A built graph.
 
     Attributes:
@@ -59,8 +59,8 @@ class Build:
     """The engines of an artifact by the names of its graphs: what ``engines.json`` in their folder holds."""
 
     version: str  # of the library
-    options: Options
-    engines: dict[str, Engine]
+    options: BuildOptions
+    engines: dict[str, BuiltEngine]
 
     @property
     def weights(self) -> dict[str, Weight]:

@@ -85,7 +85,7 @@ class HasSessions(HasRequest):
         return Session(cast(Callable[..., Any], self), self._requests)
 
     def cache_context(self, name: str, **options: Any) -> AbstractContextManager[None]:
-        """Calls inside ``with model.cache_context("cond"):`` belong to the guidance pass "cond", which has its own caches.
+        """Calls inside ``with model.cache_context("cond"):`` belong to the guidance pass "cond", with its own caches.
 
         This is the interface that diffusers' pipelines use.
 

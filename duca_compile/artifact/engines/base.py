@@ -16,7 +16,7 @@ SCORE = "score_"
 HOST = ("output_", SCORE, PROBE_CHANGE, VERIFY_ERROR)
 
 # Maps values in the order of a graph's inputs to values in the order of its outputs. Inputs are numpy arrays, torch
-# tensors, or values that a function of the same engine returned. Outputs that HOST names are numpy arrays; outputs of the
+# tensors, or values that a function of the same engine returned. Outputs that HOST names are numpy arrays; those of the
 # model may be torch tensors instead.
 GraphFunction = Callable[..., Sequence[Array]]
 
