@@ -22,6 +22,7 @@ from duca_compile.artifact.schema import (
     DECIDING,
     FILE,
     ITEM_BYTES,
+    OUTPUT,
     Argument,
     Branch,
     Chunk,
@@ -76,7 +77,6 @@ __all__ = [
     "sha256",
 ]
 
-OUTPUT = "output_"  # what the names of the model's own outputs begin with
 _LARGEST = 2**26  # bytes of a manifest
 _GRAPH_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")  # names of files are made of it
 

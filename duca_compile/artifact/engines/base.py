@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from duca_compile.artifact import manifest
+from duca_compile.artifact.schema import OUTPUT
 from duca_compile.core.ports import PROBE_CHANGE, VERIFY_ERROR
 from duca_compile.core.tensors import Array
 from duca_compile.errors import UsageError
 
 SCORE = "score_"
 # What the names of outputs that leave the engine begin with; all others are only read by later steps.
-HOST = ("output_", SCORE, PROBE_CHANGE, VERIFY_ERROR)
+HOST = (OUTPUT, SCORE, PROBE_CHANGE, VERIFY_ERROR)
 
 # Maps values in the order of a graph's inputs to values in the order of its outputs. Inputs are numpy arrays, torch
 # tensors, or values that a function of the same engine returned. Outputs that HOST names are numpy arrays; those of the
