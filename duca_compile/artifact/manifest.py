@@ -73,6 +73,7 @@ __all__ = [
     "TensorSpec",
     "Variant",
     "inside",
+    "problems",
     "read_manifest",
     "sha256",
 ]
@@ -83,7 +84,7 @@ _GRAPH_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")  # names of files 
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that an artifact's folder says of itself; see the module."""
+    """What an artifact's folder holds; see the module."""
 
     schema: Annotated[int, Meta(ge=1)]
     source: Source
@@ -103,11 +104,16 @@ class Manifest:
     weights: Pool
 
     def dumps(self) -> str:
+        """The text of ``manifest.json``."""
         return json.dumps(plain(self), indent=1, allow_nan=False) + "\n"
 
     @staticmethod
     def loads(text: str) -> Manifest:
-        """Raises ArtifactError where the text is no manifest that this version can run; says which field is wrong."""
+        """Reads what ``dumps`` wrote.
+
+        Raises:
+            ArtifactError: this version cannot run it; says which field is wrong, what it must be and what it is.
+        """
         value = parse(text, FILE)
         schema = value.get("schema") if isinstance(value, dict) else None
         if not isinstance(schema, int):
@@ -117,14 +123,14 @@ class Manifest:
                 f"{FILE} is of schema {schema}, and this version of duca_compile knows {SCHEMA} and older; update it"
             )
         manifest = decode(value, Manifest, FILE)
-        first = next(_problems(manifest), None)
+        first = next(problems(manifest), None)
         if first is not None:
             raise problem(FILE, first)
         return manifest
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises ArtifactError where there is none, or a wrong one."""
+    """The manifest in a folder. Raises ArtifactError where there is none, or it is wrong."""
     path = folder / FILE
     try:
         size = path.stat().st_size
@@ -137,9 +143,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def inside(folder: Path, file: File | str, named_in: str = FILE) -> Path:
-    """The path of a file of the artifact.
+    """The path of a file of the artifact, which ``named_in`` names.
 
-    Raises ArtifactError where it leaves the folder, by dots, as an absolute path or through a link.
+    Raises:
+        ArtifactError: the path leaves the folder, by dots, as an absolute path or through a link.
     """
     name = file if isinstance(file, str) else file.path
     relative = PurePosixPath(name)
@@ -163,14 +170,15 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _problems(manifest: Manifest) -> Iterator[str]:
-    """What is wrong between the parts, each of which is right by itself.
+def problems(manifest: Manifest) -> Iterator[str]:
+    """Contradictions between parts that are valid by themselves, in words that begin with the field.
 
-    Later checks rely on earlier ones, so only the first problem is to be trusted.
+    Later checks rely on earlier ones, so nothing behind the first problem is to be trusted.
     """
     yield from _names_without_graphs(manifest)
     yield from _problems_of_the_call(manifest)
     yield from _problems_of_branches(manifest)
+    yield from _names_without_branches(manifest)
     for name, variant in manifest.variants.items():
         yield from _problems_of_variant(manifest, name, variant)
     yield from _problems_of_the_result(manifest)
@@ -212,20 +220,28 @@ def _problems_of_the_call(manifest: Manifest) -> Iterator[str]:
 
 
 def _problems_of_branches(manifest: Manifest) -> Iterator[str]:
-    tokens = {branch.index: branch.tokens for branch in manifest.branches}
-    if len(tokens) < len(manifest.branches):
+    if len({branch.index for branch in manifest.branches}) < len(manifest.branches):
         yield "branches: two have the same index"
-    known = {str(index): count for index, count in tokens.items()}
+    selection = manifest.policy.selection
+    for branch in manifest.branches:
+        if selection is None or not selection.patch_bonus or branch.grid is None:
+            continue
+        if any(size % selection.patch for size in branch.grid[-2:]):
+            yield f"branches: patches of {selection.patch} do not tile the grid {branch.grid} of branch {branch.index}"
+
+
+def _names_without_branches(manifest: Manifest) -> Iterator[str]:
+    tokens = {str(branch.index): branch.tokens for branch in manifest.branches}
     for i, plan in enumerate(manifest.schedule.plans):
         for index, count in plan.counts.items():
-            if index not in known:
+            if index not in tokens:
                 yield f"schedule.plans[{i}].counts: there is no branch {index!r}"
-            if count > known[index]:
-                yield f"schedule.plans[{i}].counts: branch {index} has {known[index]} tokens, not {count}"
+            elif count > tokens[index]:
+                yield f"schedule.plans[{i}].counts: branch {index} has {tokens[index]} tokens, not {count}"
     for name, variant in manifest.variants.items():
-        for branch in chain(map(str, variant.waiting), variant.computed):
-            if branch not in known:
-                yield f"variants.{name}: there is no branch {branch!r}"
+        for index in chain(map(str, variant.waiting), variant.computed):
+            if index not in tokens:
+                yield f"variants.{name}: there is no branch {index!r}"
 
 
 def _problems_of_variant(manifest: Manifest, name: str, variant: Variant) -> Iterator[str]:

@@ -72,6 +72,7 @@ def save(
     temporary.mkdir(parents=True)
     try:
         written = _write(traced, make(temporary, opset))
+        _check(written)
         (temporary / FILE).write_text(written.dumps(), "utf-8")
         os.rename(temporary, target)
     except ImpossibleError as error:
@@ -79,6 +80,13 @@ def save(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return written
+
+
+def _check(written: Manifest) -> None:
+    """Raises ImpossibleError where ``load`` would refuse the artifact."""
+    problem = next(manifest.problems(written), None)
+    if problem is not None:
+        raise ImpossibleError(problem)
 
 
 class Writer(Protocol):
