@@ -20,10 +20,10 @@ import onnx_ir
 from rich.progress import Progress, TaskID
 
 from duca_compile.artifact.lowered import PRECISIONS, Lowered, lower
-from duca_compile.artifact.manifest import BATCH, Graph, Manifest, Size, TensorSpec, inside, read_manifest
+from duca_compile.artifact.manifest import BATCH, FILE, Graph, Manifest, Size, TensorSpec, inside, read_manifest
 from duca_compile.artifact.tensorrt_build import FOLDER, RECORD, Build, BuildOptions, BuiltEngine, find_library
 from duca_compile.core.files import replacing
-from duca_compile.errors import BackendError, ExportError, UsageError
+from duca_compile.errors import ArtifactError, BackendError, ExportError, UsageError
 from duca_compile.export.onnx import MODULE
 
 TIMINGS = "timing.cache"
@@ -134,6 +134,8 @@ class _Builder:
         def at(size: int | Size, which: int) -> int:
             if not isinstance(size, Size):
                 return size
+            if size.name != BATCH and size.name not in counts:
+                raise ArtifactError(f"{FILE}: no step of the schedule recomputes the tokens that {spec.name!r} names")
             return size.at(rows[which] if size.name == BATCH else counts[size.name][which])
 
         return [[at(size, which) for size in spec.shape] for which in range(3)]
