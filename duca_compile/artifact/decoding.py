@@ -20,7 +20,7 @@ import msgspec
 from duca_compile.errors import ArtifactError
 
 SCHEMA = 1  # the newest format of these files that this version reads, and the one that it writes
-MAX_DEPTH = 64  # objects and lists within each other; recursive code reads them later
+MAX_DEPTH = 64  # of nested objects and lists, which recursive code reads later
 _SHOWN = 80  # characters of a wrong value that a message quotes
 _LONGEST = 500  # characters of a message
 _MISSING = "Object missing required field "
@@ -33,15 +33,15 @@ class ImpossibleError(ValueError):
 
 
 def problem(file: str, what: str) -> ArtifactError:
-    """The error that something is wrong in a file; quotes no more of a long text than anybody reads."""
+    """An error about the content of a file; cuts a long description short."""
     return ArtifactError(f"{file}: {what if len(what) <= _LONGEST else f'{what[:_LONGEST]}...'}")
 
 
 def parse(text: str, file: str) -> Any:
-    """The JSON value that ``text`` holds: finite numbers, and each name of an object once.
+    """The JSON value in ``text``, in which numbers are finite and no object repeats a name.
 
     Raises:
-        ArtifactError: it is something else; the message begins with ``file``.
+        ArtifactError: the text holds anything else; the message begins with ``file``.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _too_deep(file: str) -> ArtifactError:
 def _deeper_than(levels: int, value: Any) -> bool:
     level = [value]
     for _ in range(levels + 1):
-        level = [part for each in level for part in _children(each)]
+        level = [child for parent in level for child in _children(parent)]
         if not level:
             return False
     return True
@@ -127,7 +127,7 @@ def _unknown(value: Any, kind: Any, place: str) -> Iterator[str]:
 
 
 def _explained(value: Any, kind: Any, file: str, place: str, error: msgspec.ValidationError) -> ArtifactError:
-    """The error of the innermost wrong part. msgspec's own path leaves out the keys of dictionaries, and the value."""
+    """The error of the innermost wrong part. msgspec's own message lacks the value, and keys of dictionaries."""
     for path, part, part_kind in _parts(value, kind, place):
         try:
             msgspec.convert(part, part_kind)
@@ -151,13 +151,13 @@ def _wanted(kind: Any, reason: str) -> str:
         return f"one of {tuple(member.value for member in kind.__members__.values())}"
     if get_origin(kind) is Literal:
         return f"one of {get_args(kind)}"
-    if not reason.startswith("Expected "):  # an integer that no float can hold
+    if not reason.startswith("Expected "):  # an integer too large for a float
         return "a number of another size"
     return reason.removeprefix("Expected ").partition(", got ")[0].replace("`", "")
 
 
 def _parts(value: Any, kind: Any, place: str) -> list[tuple[str, Any, Any]]:
-    """The parts of a value that have types of their own, with their paths and these types."""
+    """The parts of a value, with their paths and the types that they must have."""
     kind = _plain_type(kind)
     hints, origin, arguments = _hints(kind), get_origin(kind), get_args(kind)
     if hints is not None and isinstance(value, dict):
@@ -181,7 +181,7 @@ def _plain_type(kind: Any) -> Any:
     if get_origin(kind) is Annotated:
         return _plain_type(get_args(kind)[0])
     if get_origin(kind) in (Union, types.UnionType):
-        rest = [each for each in get_args(kind) if each is not types.NoneType]
+        rest = [alternative for alternative in get_args(kind) if alternative is not types.NoneType]
         return _plain_type(rest[0]) if len(rest) == 1 else kind
     return kind
 

@@ -30,7 +30,7 @@ ITEM_BYTES = {
     "bfloat16": 2, "uint32": 4, "int32": 4, "float32": 4, "uint64": 8, "int64": 8, "float64": 8, "complex64": 8,
     "complex128": 16,
 }  # fmt: skip
-# Policies that decide while they run, of which an artifact holds the class and the fields.
+# Policies that decide while they run. An artifact holds the name of the class and the values of its fields.
 DECIDING: dict[str, type[AdaptivePolicy]] = {policy.__name__: policy for policy in (RFC, ResidualGate, SpeCa)}
 
 _SIZE = re.compile(r"(?:([0-9]{1,10})\*)?([a-z_][a-z_0-9]*)(?:\+([0-9]{1,10}))?")
@@ -38,7 +38,7 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 _MOST_AXES = 64  # of a tensor, as in numpy
 _MOST_ELEMENTS = 2**40  # of a tensor at a batch of one
 
-# Bounds that msgspec checks.
+# Numbers with bounds, which msgspec checks.
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Real = Annotated[float, Meta(ge=-1e30, le=1e30)]
@@ -85,7 +85,7 @@ class Size:
 
 if TYPE_CHECKING:
     Dimension: TypeAlias = int | Size
-else:  # what msgspec reads, which takes no class of our own as an alternative; _dimension makes a Size of text
+else:  # what msgspec reads: a union cannot hold a type that it does not know. _dimension turns text into a Size
     Dimension = Annotated[int, Meta(ge=0, le=2**31 - 1)] | str
 
 
@@ -111,7 +111,8 @@ class TensorSpec:
         _need(len(self.shape) <= _MOST_AXES, f"shape: {len(self.shape)} axes are too many")
         shape = tuple(_dimension(size, f"shape[{i}]") for i, size in enumerate(self.shape))
         object.__setattr__(self, "shape", shape)
-        _need(prod(self.at(1)) <= _MOST_ELEMENTS, f"shape: {tuple(map(str, shape))} is too large for a tensor")
+        if prod(self.at(1)) > _MOST_ELEMENTS:
+            raise ImpossibleError(f"shape: {tuple(map(str, shape))} is too large for a tensor")
 
     def at(self, batch: int) -> tuple[int, ...]:
         """The shape in a call with this many batch rows."""
@@ -141,7 +142,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Pool:
-    """The weights of all graphs, each once. ``chunks`` are in the order of the file."""
+    """The weights of all graphs, without repetition. ``chunks`` are in the order of the file."""
 
     file: File
     alignment: Positive  # where chunks of at least ``aligned_from`` bytes start
@@ -159,8 +160,8 @@ class Graph:
     """One ONNX file, or one model of an AOTInductor package: flat tensors in, flat tensors out.
 
     Attributes:
-        in_place: outputs that may take the memory of an input, since nothing else reads that input.
-        operators: how many nodes of each operator it has.
+        in_place: for each output that may take the memory of an input, that input; nothing else reads it.
+        operators: the number of nodes of each operator.
     """
 
     file: File
@@ -204,11 +205,11 @@ class Variant:
     """A graph that a step may run.
 
     Attributes:
-        graph: its name among the graphs.
-        rows: the graph that computes the timestep-only values that it reads, or None.
+        graph: the name of the graph.
+        rows: the name of the graph that computes the timestep-only values that it reads; None where it reads none.
         waiting: selectable branches of which a partial step recomputes some tokens or none.
-        tokens: for each of these the name of the input that says which tokens; branches may share one.
-        computed: selectable branches that are computed in full, with the output that holds their scores, or None.
+        tokens: for each of these branches, the name of the input that selects its tokens; branches may share one.
+        computed: selectable branches that are computed in full, each with the output that holds its scores, or None.
     """
 
     graph: str
@@ -337,7 +338,7 @@ def _check_forecast(forecast: Forecast) -> None:
 
 @dataclass(frozen=True)
 class Branch:
-    """A residual branch whose tokens can be recomputed on their own: ``rows`` batch rows of ``tokens`` tokens."""
+    """A residual branch whose tokens can be recomputed separately: ``rows`` batch rows of ``tokens`` tokens."""
 
     index: Count
     rows: Dimension
@@ -372,10 +373,10 @@ class Signature:
     """How the model is called, and what it returns.
 
     Attributes:
-        parameters: names of its arguments in order.
+        parameters: the names of its arguments, in order.
         arguments: where the tensors are among them.
-        options: the values of the others, which are built into the graphs; those that JSON has no form for as text.
-        latent, timestep: names of these inputs.
+        options: the values of all other arguments, which are built into the graphs; text for what JSON cannot express.
+        latent, timestep: the names of these inputs.
         result: the structure of what is returned: ``{"output": index of an output}``, ``{"value": constant}``, or
             ``{"type": name, "items": parts}``, with ``"names"`` of the parts where they have some.
     """
@@ -395,7 +396,7 @@ class Signature:
 
     @cached_property
     def changing(self) -> frozenset[str]:
-        """The inputs that change from step to step: the timestep and the latent, all of it where it is a list."""
+        """The inputs that change from step to step: the timestep and the latent, which may be a list of tensors."""
         latent = next((argument.home for argument in self.arguments if argument.input == self.latent), None)
         in_latent = (argument.input for argument in self.arguments if argument.home == latent)
         return frozenset({self.latent, self.timestep, *in_latent})
