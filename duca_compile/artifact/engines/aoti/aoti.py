@@ -14,6 +14,7 @@ from duca_compile.errors import ArtifactError, BackendError, first_line, missing
 
 with missing_package("export"):
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
 
@@ -31,13 +32,17 @@ class AOTIEngine:
         weights: by name. Writing into them takes effect at the next call.
 
     Raises:
-        ArtifactError: the package cannot be loaded on this machine.
+        ArtifactError: the package cannot be loaded on this machine, or the weights are damaged.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._package = inside(folder, manifest.graphs[manifest.prologue].file)
         self._device = torch.device(self._load(manifest.prologue).get_metadata()["AOTI_DEVICE_KEY"])
-        self.weights = load_file(inside(folder, manifest.weights.file), device=str(self._device))
+        path = inside(folder, manifest.weights.file)
+        try:
+            self.weights = load_file(path, device=str(self._device))
+        except SafetensorError as error:
+            raise ArtifactError(f"{path} holds no weights: {first_line(error)}; export the model again") from error
 
     def _load(self, name: str) -> Any:
         # Not torch's load_package, which compiles a program to compare this processor with that of the package.
