@@ -47,7 +47,7 @@ from duca_compile.policies import Policy
 from duca_compile.runtime.dispatcher import Plan
 from duca_compile.runtime.planning import not_recomputed
 from duca_compile.runtime.request import Request
-from duca_compile.runtime.session import HasSessions, Requests, current_pass, named_pass
+from duca_compile.runtime.session import HasSessions, Requests, current_pass
 
 log = logging.getLogger("duca_compile")
 
@@ -333,22 +333,6 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
         if not _takes(enter, "step_index"):
             options.pop("step_index", None)
         return cast(AbstractContextManager[None], enter(guidance_pass.name, **options))
-
-    def cache_context(self, name: str, **options: Any) -> AbstractContextManager[None]:
-        """Calls inside belong to the guidance pass called ``name``, which has caches of its own.
-
-        Used as in diffusers, by its pipelines too: ``with model.cache_context("cond"): ...``
-
-        Args:
-            name: the guidance pass.
-            options: passed to the source's own ``cache_context``. One of them, ``step_index``, says at which step the
-                calls are, counted from 0 at the start of the loop; where it is None, the timestep tells. A smaller
-                index than the last starts a request.
-
-        Raises:
-            UsageError: when it is entered, if ``step_index`` is neither None nor a whole number from 0 on.
-        """
-        return named_pass(self, name, options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
         """An optimized copy of the source, without captures."""

@@ -90,7 +90,7 @@ def test_a_step_without_a_graph_is_full_and_said(
     for _ in range(2):
         assert planner.plan(Step(StepKind.PARTIAL)).step.kind is StepKind.FULL
     (record,) = caplog.records
-    assert "no graph of partial steps" in record.getMessage()
+    assert "no graph for the partial steps" in record.getMessage()
 
 
 def rewritten(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], str]:

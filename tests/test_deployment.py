@@ -255,7 +255,7 @@ def test_an_environment_without_torch_runs_an_artifact(folder: Path, tmp_path: P
     """A virtual environment with this package's runtime needs alone, made from the installed packages."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
     site = next((tmp_path / "venv").glob("lib/python*/site-packages"))
-    for package in ("numpy", "onnxruntime", "flatbuffers", "protobuf", "packaging"):
+    for package in ("numpy", "msgspec", "onnxruntime", "flatbuffers", "protobuf", "packaging"):
         for file in importlib.metadata.files(package) or ():
             top = site / file.parts[0]
             if file.parts[0] != ".." and not top.exists():

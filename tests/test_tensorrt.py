@@ -179,7 +179,7 @@ def test_a_weight_too_large_for_float16_is_named(artifact: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"targets": ("sm90",)}, UsageError, "target 'sm90' is unknown to tensorrt_rtx; choose of .*'sm89'"),
+        ({"targets": ("sm90",)}, UsageError, "target 'sm90' is unknown to tensorrt_rtx; choose from .*'sm89'"),
         ({"precision": "int8"}, UsageError, "precision='int8' is unknown"),
         ({"batch": (2, 1, 4)}, UsageError, r"batch=\(2, 1, 4\) must be"),
         ({"library": "tensorflow"}, UsageError, "library='tensorflow' is unknown"),
@@ -276,7 +276,7 @@ def stand_in(artifact: Path, built: tensorrt_build.Build, monkeypatch: pytest.Mo
         built.version,
         built.options,
         {
-            name: tensorrt_build.Engine(
+            name: tensorrt_build.BuiltEngine(
                 e.file, e.graph, e.key, e.bytes, lower(artifact / f"{name}.onnx", "float32").weights
             )
             for name, e in built.engines.items()
@@ -320,7 +320,8 @@ def test_engines_of_another_artifact_or_version_are_refused(
     with pytest.raises(ArtifactError, match="build them: duca-compile build"):
         tensorrt_build.read_build(record.parent)
     engines = {
-        name: tensorrt_build.Engine(e.file, "0" * 64, e.key, e.bytes, e.weights) for name, e in built.engines.items()
+        name: tensorrt_build.BuiltEngine(e.file, "0" * 64, e.key, e.bytes, e.weights)
+        for name, e in built.engines.items()
     }
     changed = tensorrt_build.Build(built.version, built.options, engines)
     monkeypatch.setattr(runtime, "read_build", lambda folder: (changed, stand_in))

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from duca_compile.core.fx_utils import op_name
 from duca_compile.frontend.opaque import opaque, site_flops
 
+# What FLOPs are counted of.
 _COUNTED = {
     "_int_mm", "_scaled_mm", "addmm", "baddbmm", "bilinear", "bmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
     "conv_transpose2d", "conv_transpose3d", "convolution", "einsum", "linear", "matmul", "mm",

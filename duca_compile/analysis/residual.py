@@ -23,6 +23,7 @@ from duca_compile.frontend.operators import carried_value
 
 _SUMS = {"add", "addcmul"}
 _SOFTMAX = {"softmax", "_softmax"}
+# Products that may be of two activations, as in attention.
 _ACTIVATION_PRODUCTS = {"scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum"}
 _PASSTHROUGH = {"to", "_to_copy", "clone", "contiguous", "dropout", "alias", "detach", "clamp", "clip"}
 

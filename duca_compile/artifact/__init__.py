@@ -1,1 +1,1 @@
-"""Runs a folder that ``duca_compile.save`` wrote. Needs neither torch nor the compiler."""
+"""Runs folders that ``duca_compile.save`` wrote. Needs neither torch nor the compiler."""

@@ -1,4 +1,4 @@
-"""The tensors of a call of an artifact, and the model's own structure of what is returned."""
+"""Finds the tensors of a call of an artifact, and gives its outputs the structure that the model returns."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from duca_compile.errors import UsageError
 
 
 class Binder:
-    """Finds the tensors of a call by the names of the graphs' inputs, and checks their kinds."""
+    """Finds the tensors of a call by the names of the graphs' inputs, and checks their types and shapes."""
 
-    def __init__(self, found: Manifest) -> None:
-        self._signature = found.signature
-        self._specs = {spec.name: spec for spec in found.inputs}
-        self._arguments = [each for each in found.signature.arguments if each.input in self._specs]
-        self._latent = self._specs[found.signature.latent]
-        self._tensors = {each.path for each in found.signature.arguments}
+    def __init__(self, manifest: Manifest) -> None:
+        self._signature = manifest.signature
+        self._specs = {spec.name: spec for spec in manifest.inputs}
+        self._arguments = [argument for argument in manifest.signature.arguments if argument.input in self._specs]
+        self._latent = self._specs[manifest.signature.latent]
+        self._tensors = {argument.path for argument in manifest.signature.arguments}
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Array], int]:
-        """The tensors of one call, and its batch size. Raises UsageError where they are of other kinds."""
+        """The tensors of one call, and its batch size. Raises UsageError where the arguments are of other kinds."""
         parameters = self._signature.parameters
         if len(args) > len(parameters):
             raise UsageError(f"{len(args)} arguments are too many; the model takes {', '.join(parameters)}")
-        given = {**dict(zip(parameters, args, strict=False)), **kwargs}
-        if len(given) < len(args) + len(kwargs):
+        call = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        if len(call) < len(args) + len(kwargs):
             raise UsageError("an argument is given twice, by place and by name")
-        self._check_options(given)
-        values = {each.input: _follow(given, each.path) for each in self._arguments}
+        self._check_options(call)
+        values = {argument.input: _follow(call, argument.path) for argument in self._arguments}
         values[self._latent.name] = _contiguous(values[self._latent.name])
         batch = self._batch(values[self._latent.name])
         return {name: _checked(self._specs[name], value, batch) for name, value in values.items()}, batch
@@ -44,38 +44,39 @@ class Binder:
         if not isinstance(first, Size):
             return first
         if not latent.ndim:
-            raise UsageError(f"{self._latent.name} has no rows")
+            raise UsageError(f"{self._latent.name} has no batch dimension")
         return int(latent.shape[0])
 
-    def _check_options(self, given: Mapping[str, Any]) -> None:
-        for path, value in _leaves(given):
+    def _check_options(self, call: Mapping[str, Any]) -> None:
+        """Raises UsageError where an argument other than a tensor is unknown, or not what was exported."""
+        for path, value in _leaves(call):
             if path in self._tensors:
                 continue
             name = ".".join(map(str, path))
             if name not in self._signature.options:
                 raise UsageError(f"unknown argument {name!r}; the model takes {', '.join(self._signature.parameters)}")
-            built_in = self._signature.options[name]
-            if value != built_in:
-                raise UsageError(f"{name}={value!r}: the artifact was exported with {built_in!r}, which is built in")
+            exported = self._signature.options[name]
+            if value != exported:
+                raise UsageError(f"{name}={value!r}: the artifact was exported with {exported!r}, which is built in")
 
 
 def _leaves(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
-    """What is in dictionaries, lists and tuples, with the way to it."""
+    """The values in nested dictionaries, lists and tuples, each with its path."""
     if isinstance(value, Mapping | list | tuple):
-        for key, each in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _leaves(each, (*path, key))
+        for key, part in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _leaves(part, (*path, key))
     else:
         yield path, value
 
 
-def _follow(given: Mapping[str, Any], path: tuple[str | int, ...]) -> Any:
-    found: Any = given
+def _follow(call: Mapping[str, Any], path: tuple[str | int, ...]) -> Any:
+    value: Any = call
     for key in path:
         try:
-            found = found[key]
+            value = value[key]
         except (KeyError, IndexError, TypeError):
             raise UsageError(f"the argument {'.'.join(map(str, path))} is missing") from None
-    return found
+    return value
 
 
 def _contiguous(value: Any) -> Array:
@@ -91,7 +92,7 @@ def _contiguous(value: Any) -> Array:
 
 
 def _checked(spec: TensorSpec, value: Any, batch: int) -> Array:
-    """``value`` as a contiguous array of the kind of ``spec``; a number stands for an array of it."""
+    """``value`` as a contiguous array of the type and shape of ``spec``; a number fills an array."""
     shape = spec.at(batch)
     if isinstance(value, Real) and not isinstance(value, bool | np.generic):
         if isinstance(value, Integral) or spec.dtype.startswith("float"):
@@ -99,7 +100,7 @@ def _checked(spec: TensorSpec, value: Any, batch: int) -> Array:
         raise UsageError(f"{spec.name} must be of type {spec.dtype}, not the number {value!r}")
     array = _contiguous(value)
     dtype = str(array.dtype).removeprefix("torch.")
-    if array.ndim == 0 and shape and dtype == spec.dtype:  # one timestep for all rows
+    if array.ndim == 0 and shape and dtype == spec.dtype:  # one timestep for all batch rows
         array = np.full(shape, array.item(), dtype)
     if dtype != spec.dtype or tuple(array.shape) != shape:
         wanted = f"{spec.dtype} of shape ({', '.join(map(str, spec.shape))})"
@@ -111,13 +112,13 @@ def _checked(spec: TensorSpec, value: Any, batch: int) -> Array:
 
 
 def like_call(output: Array, call: Mapping[str, Array]) -> Array:
-    """The output as a torch tensor where the call's values are such, on their device; else as a numpy array."""
+    """The output as a torch tensor on the device of the call's tensors where there are any, else as a numpy array."""
     torch = sys.modules.get("torch")
     if torch is None:
         return output
-    given = next((value for value in call.values() if isinstance(value, torch.Tensor)), None)
-    if given is not None:
-        return torch.from_dlpack(output).to(given.device)
+    tensor = next((value for value in call.values() if isinstance(value, torch.Tensor)), None)
+    if tensor is not None:
+        return torch.from_dlpack(output).to(tensor.device)
     return output.cpu().numpy() if isinstance(output, torch.Tensor) else output
 
 
@@ -125,7 +126,7 @@ _TYPES: dict[tuple[str, tuple[str, ...]], Any] = {}
 
 
 def result(structure: Mapping[str, Any], outputs: Sequence[Array]) -> Any:
-    """Outputs in the structure that the manifest describes."""
+    """Outputs in the structure that the manifest describes; see ``Signature``."""
     if "output" in structure:
         return outputs[structure["output"]]
     if "value" in structure:

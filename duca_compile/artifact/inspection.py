@@ -6,47 +6,47 @@ from math import prod
 
 from rich.console import Group
 
-from duca_compile.artifact.manifest import Graph, Manifest, TensorSpec
+from duca_compile.artifact.manifest import ITEM_BYTES, Graph, Manifest, TensorSpec
 from duca_compile.core.tables import Fields, FigureTable
 
-_BYTES = {"float64": 8, "int64": 8, "float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "int16": 2}  # else 1
-_OPERATORS = 5  # the most frequent ones, which are listed
+_OPERATORS = 5  # how many are listed, the most frequent first
+_STEPS = 100  # how many letters of a schedule are shown
 
 
-def describe(found: Manifest) -> Group:
-    """The model, its call, the schedule, and a table of the graphs."""
-    source, schedule, weights = found.source, found.schedule, found.weights
+def describe(manifest: Manifest) -> Group:
+    """The model, how it is called, the schedule, and a table of the graphs."""
+    source, schedule, weights = manifest.source, manifest.schedule, manifest.weights
     letters = "".join(schedule.plans[place].step.kind.letter for place in schedule.steps)
-    cheapest = "; decided while they run, these are the cheapest" if found.policy.rule is not None else ""
-    graphs = sum(graph.file.bytes for graph in found.graphs.values())
-    per_row = _cache_bytes(found)
+    cheapest = "; decided while they run; these are the cheapest" if manifest.policy.rule is not None else ""
+    graphs = sum(graph.file.bytes for graph in manifest.graphs.values())
+    per_row = _cache_bytes(manifest)
     lines = {
-        "model": f"{source.model}, {source.parameters:,} parameters, {found.precision}",
-        "made with": ", ".join(f"{name} {version}" for name, version in found.versions.items()),
-        "format": found.format if found.opset is None else f"{found.format}, opset {found.opset}",
-        "call": ", ".join(f"{spec.name}: {_kind(spec)}" for spec in found.inputs),
-        "built in": ", ".join(f"{name}={value!r}" for name, value in found.signature.options.items()) or "-",
-        "policy": found.policy.name,
-        "schedule": f"{letters[:100]}{'...' * (len(letters) > 100)} ({len(letters)} steps{cheapest})",
+        "model": f"{source.model}, {source.parameters:,} parameters, {manifest.precision}",
+        "made with": ", ".join(f"{name} {version}" for name, version in manifest.versions.items()),
+        "format": manifest.format if manifest.opset is None else f"{manifest.format}, opset {manifest.opset}",
+        "call": ", ".join(f"{spec.name}: {_kind(spec)}" for spec in manifest.inputs),
+        "built in": ", ".join(f"{name}={value!r}" for name, value in manifest.signature.options.items()) or "-",
+        "policy": manifest.policy.name,
+        "schedule": f"{letters[:_STEPS]}{'...' * (len(letters) > _STEPS)} ({len(letters)} steps{cheapest})",
         "weights": f"{weights.file.bytes:,} bytes, {len(weights.chunks)} tensors (the model: {source.weight_bytes:,})",
         "graphs": f"{graphs:,} bytes",
-        "caches": f"{len(found.caches)} tensors, {per_row:,} bytes for each row of a call",
+        "caches": f"{len(manifest.caches)} tensors, {per_row:,} bytes for each row of a call",
     }
-    return Group(Fields(lines), _graphs(found))
+    return Group(Fields(lines), _graphs(manifest))
 
 
-def _graphs(found: Manifest) -> FigureTable:
+def _graphs(manifest: Manifest) -> FigureTable:
     names = ("graph", "bytes", "nodes", "inputs", "outputs", "FLOPs per row", "operators")
     table = FigureTable(*names, wrapped={"operators"})
-    for name, graph in found.graphs.items():
-        flops = [run.flops for run in found.schedule.runs if found.variants[run.variant].graph == name]
+    for name, graph in manifest.graphs.items():
+        flops = [run.flops for run in manifest.schedule.runs if manifest.variants[run.variant].graph == name]
         table.add_row(
             name,
             f"{graph.file.bytes:,}",
             str(sum(graph.operators.values())),
             str(len(graph.inputs)),
             str(len(graph.outputs)),
-            f"{max(each.fixed + each.per_row for each in flops):.3g}" if flops else "-",
+            f"{max(cost.fixed + cost.per_row for cost in flops):.3g}" if flops else "-",
             _operators(graph),
         )
     return table
@@ -63,6 +63,6 @@ def _kind(spec: TensorSpec) -> str:
     return f"{spec.dtype}[{', '.join(map(str, spec.shape))}]"
 
 
-def _cache_bytes(found: Manifest) -> int:
-    """What one more row adds; a cache without rows counts as a whole."""
-    return sum(prod(spec.at(1)) * _BYTES.get(spec.dtype, 1) for spec in found.caches)
+def _cache_bytes(manifest: Manifest) -> int:
+    """What one more batch row adds; a cache without batch rows counts as a whole."""
+    return sum(prod(spec.at(1)) * ITEM_BYTES[spec.dtype] for spec in manifest.caches)

@@ -1,6 +1,6 @@
 """An artifact's graphs as a GPU engine takes them: products in half precision, and weights as inputs.
 
-All of it happens in ONNX, so that the result can be run and compared without a GPU. Only products (matrix products,
+All of it happens in ONNX, so the result can be run and compared without a GPU. Only products (matrix products,
 convolutions, attention) change their type; norms, softmax, embeddings, the residual streams and the caches stay in
 float32, with casts between. Weights of matrix products become inputs named after their place in the pool, so that the
 engines of all variants read one copy.
@@ -9,6 +9,7 @@ engines of all variants read one copy.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import numpy as np
@@ -16,34 +17,58 @@ import onnx
 import onnx_ir
 from onnx_ir import DataType, Node, Value
 
-from duca_compile.errors import ExportError
+from duca_compile.artifact.decoding import ImpossibleError
+from duca_compile.artifact.schema import ITEM_BYTES, Count, Positive
+from duca_compile.errors import ArtifactError, ExportError, InternalError
 
 PRECISIONS = {"float32": DataType.FLOAT, "float16": DataType.FLOAT16, "bfloat16": DataType.BFLOAT16}
-_PRODUCTS = ("MatMul", "Gemm", "Conv", "Attention")
+_CAST_OPERATORS = ("MatMul", "Gemm", "Conv", "Attention")  # whose operands and results change their type
 _SHARED_BY = ("MatMul", "Gemm")  # whose weights an engine takes as inputs; a convolution's kernel must be a constant
 _SHARED_FROM = 2**12  # bytes; smaller weights stay in the graph
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight that is an input of an engine: ``bytes`` from ``start`` in the pool, as ``shape`` of ``stored``."""
+    """A weight that is an input of an engine: ``bytes`` from ``start`` in the pool, as ``shape`` of ``stored``.
+
+    Raises:
+        ImpossibleError: the bytes are not those of the shape, or a type is not one of ``PRECISIONS``.
+    """
 
     name: str
-    start: int
-    bytes: int
-    shape: tuple[int, ...]
+    start: Count
+    bytes: Count
+    shape: tuple[Positive, ...]
     stored: str  # its type in the pool, by numpy's name
     dtype: str  # what the engine takes
 
+    def __post_init__(self) -> None:
+        if not {self.stored, self.dtype} <= PRECISIONS.keys():
+            raise ImpossibleError(
+                f"stored: it and dtype must be of {tuple(PRECISIONS)}, not {self.stored}, {self.dtype}"
+            )
+        if len(self.shape) > 8 or prod(self.shape) * ITEM_BYTES[self.stored] != self.bytes:
+            raise ImpossibleError(f"bytes: {self.bytes} are not those of {self.stored} of shape {self.shape}")
+
+    def check_inside(self, pool: np.ndarray) -> None:
+        """Raises ArtifactError where the bytes of a pool end before the weight does."""
+        if self.start + self.bytes > pool.size:
+            raise ArtifactError(f"the weight {self.name!r} is outside of the weights' {pool.size} bytes")
+
     def array(self, pool: np.ndarray) -> np.ndarray:
-        """It in a pool's bytes, as it is stored; no copy."""
+        """The weight in the bytes of a pool, in the type in which it is stored; no copy.
+
+        Raises:
+            ArtifactError: the pool ends before the weight does.
+        """
+        self.check_inside(pool)
         stored = PRECISIONS[self.stored].numpy()
         return pool[self.start : self.start + self.bytes].view(stored).reshape(self.shape)
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """A model that has all that it needs in itself, but for its shared weights."""
+    """A model that is complete but for its shared weights."""
 
     model: onnx_ir.Model
     weights: tuple[Weight, ...]
@@ -54,6 +79,10 @@ class Lowered:
 
 def lower(path: Path, precision: str) -> Lowered:
     """The graph of an artifact's ONNX file; what is in half precision there stays so.
+
+    Args:
+        path: the file.
+        precision: of products, one of ``PRECISIONS``.
 
     Raises:
         ExportError: a weight is too large for float16.
@@ -69,21 +98,23 @@ def lower(path: Path, precision: str) -> Lowered:
 
 
 def _share(graph: onnx_ir.Graph) -> dict[Value, onnx_ir.ExternalTensor]:
-    """Makes the weights of matrix products inputs, one for each place in the pool; returns them with their values."""
-    found: dict[str, Value] = {}
+    """Turns the weights of matrix products into inputs, one for each place in the pool; returns them with their values.
+
+    Two weights may share a place under different shapes; these are different inputs.
+    """
+    inputs: dict[str, Value] = {}
     tensors: dict[Value, onnx_ir.ExternalTensor] = {}
     for value in list(graph.initializers.values()):
         tensor = value.const_value
         if not isinstance(tensor, onnx_ir.ExternalTensor) or not _is_shared(value, tensor):
             continue
-        assert value.name is not None
-        graph.initializers.pop(value.name)
+        graph.initializers.pop(_value_name(value))
         name = "_".join(map(str, ("weight", tensor.offset, *tensor.shape)))
-        if name in found:
-            onnx_ir.convenience.replace_all_uses_with(value, found[name])
+        if name in inputs:
+            onnx_ir.convenience.replace_all_uses_with(value, inputs[name])
             continue
         value.name, value.const_value = name, None
-        found[name], tensors[value] = value, tensor
+        inputs[name], tensors[value] = value, tensor
         graph.inputs.append(value)
     return tensors
 
@@ -94,48 +125,63 @@ def _is_shared(value: Value, tensor: onnx_ir.ExternalTensor) -> bool:
     return products and tensor.dtype in PRECISIONS.values() and tensor.nbytes >= _SHARED_FROM
 
 
+def _value_name(value: Value) -> str:
+    if value.name is None:
+        raise InternalError("a value of an ONNX graph has no name")
+    return value.name
+
+
 def _weight(value: Value, tensor: onnx_ir.ExternalTensor) -> Weight:
-    dtype = value.dtype
-    assert value.name is not None
-    assert dtype is not None
+    name, dtype = _value_name(value), value.dtype
+    if dtype is None:
+        raise InternalError(f"the weight {name!r} has no type")
     if dtype is DataType.FLOAT16 and np.abs(tensor.numpy()).max() > np.finfo(np.float16).max:
         raise ExportError(f"the weight {tensor.name!r} is too large for float16; build with bfloat16 or float32")
     shape = tuple(int(size) for size in tensor.shape.numpy())
-    return Weight(value.name, tensor.offset or 0, tensor.nbytes, shape, _name(tensor.dtype), _name(dtype))
+    return Weight(name, tensor.offset or 0, tensor.nbytes, shape, _precision(tensor.dtype), _precision(dtype))
 
 
-def _name(dtype: DataType) -> str:
-    return next(name for name, each in PRECISIONS.items() if each is dtype)
+def _precision(dtype: DataType) -> str:
+    return next(name for name, known in PRECISIONS.items() if known is dtype)
 
 
 def _cast_products(model: onnx_ir.Model, dtype: DataType, weights: frozenset[Value]) -> None:
-    """Casts what products read to ``dtype``, each value once, and their results back."""
+    """Casts what products read to ``dtype``, each value once, and their results back to float32."""
     graph, casts = model.graph, dict[Value, Value]()
     opset = model.opset_imports[""]
     for node in list(graph):
-        if node.domain or node.op_type not in _PRODUCTS or not _takes(node.op_type, opset, dtype):
+        if node.domain or node.op_type not in _CAST_OPERATORS or not _takes(node.op_type, opset, dtype):
             continue
-        for place, value in enumerate(node.inputs):
-            if value is None or value.dtype is not DataType.FLOAT:
-                continue
-            if value in weights:
-                value.dtype = dtype
-                continue
-            if value not in casts:
-                cast = _cast(value, dtype)
-                graph.insert_before(node, cast)
-                casts[value] = cast.outputs[0]
-            node.replace_input_with(place, casts[value])
+        _narrow_inputs(graph, node, dtype, weights, casts)
         for output in node.outputs:
             if output.dtype is DataType.FLOAT:
                 _widen(graph, node, output, dtype)
+
+
+def _narrow_inputs(
+    graph: onnx_ir.Graph, node: Node, dtype: DataType, weights: frozenset[Value], casts: dict[Value, Value]
+) -> None:
+    """Has the node read ``dtype``: weights are given in it, and other values are cast; ``casts`` are the known ones."""
+    for place, value in enumerate(node.inputs):
+        if value is None or value.dtype is not DataType.FLOAT:
+            continue
+        if value in weights:
+            value.dtype = dtype
+            continue
+        if value not in casts:
+            cast = _cast(value, dtype)
+            graph.insert_before(node, cast)
+            casts[value] = cast.outputs[0]
+        node.replace_input_with(place, casts[value])
 
 
 def _takes(operator: str, opset: int, dtype: DataType) -> bool:
     """Whether this version of the operator has the type."""
     schema = onnx.defs.get_schema(operator, opset, "")
     first = schema.inputs[0].type_str
-    allowed = next(each.allowed_type_strs for each in schema.type_constraints if each.type_param_str == first)
+    allowed = next(
+        constraint.allowed_type_strs for constraint in schema.type_constraints if constraint.type_param_str == first
+    )
     return f"tensor({dtype.name.lower()})" in allowed
 
 
@@ -147,7 +193,7 @@ def _cast(value: Value, dtype: DataType) -> Node:
 
 
 def _widen(graph: onnx_ir.Graph, node: Node, output: Value, dtype: DataType) -> None:
-    """Has the node yield ``dtype``, and everybody else read its result in float32 under its old name."""
+    """Has the node return ``dtype``, and everything else read its result in float32 under its old name."""
     cast = _cast(output, DataType.FLOAT)
     (wide,) = cast.outputs
     onnx_ir.convenience.replace_all_uses_with(output, wide, replace_graph_outputs=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-from contextlib import AbstractContextManager
 from typing import Any
 
 from duca_compile.artifact.binder import Binder, like_call, result
@@ -14,7 +13,7 @@ from duca_compile.artifact.planner import Planner, Prologue, Recorded
 from duca_compile.policies.base import Policy
 from duca_compile.runtime.dispatcher import Dispatcher
 from duca_compile.runtime.planning import check_pairs
-from duca_compile.runtime.session import HasSessions, Requests, current_pass, named_pass
+from duca_compile.runtime.session import HasSessions, Requests, current_pass
 
 
 class Config(dict[str, Any]):
@@ -28,24 +27,24 @@ class Config(dict[str, Any]):
 
 
 class Artifact(HasSessions):
-    """A model that was exported: called like it, with numpy arrays or torch tensors, and returns what it is given.
+    """An exported model: called like the model, with numpy arrays or torch tensors, and returns the same kind.
 
-    Steps, passes and requests are told apart as by an optimized model. Threads have requests of their own, and so have
-    sessions. The result has the model's structure: fields by name and by place.
+    Steps, guidance passes and requests are told apart as by an optimized model. Each thread and each session has its
+    own request. The result has the model's structure: fields by name and by index.
 
     Attributes:
         manifest: what the folder holds.
-        policy: the steps, as they were recorded, or the policy itself, where it decides while it runs.
+        policy: the recorded steps; where the policy decides while it runs, the policy itself.
     """
 
-    def __init__(self, found: Manifest, engine: Engine) -> None:
-        self.manifest, self._engine = found, engine
-        rule = found.policy.rule
-        self.policy: Policy = Recorded(found.policy, found.schedule) if rule is None else rule.rebuilt()
-        self._functions = {name: engine.function(name, graph) for name, graph in found.graphs.items()}
-        self._prologue = Prologue(found.graphs[found.prologue], self._functions[found.prologue])
-        self._requests = Requests(self.policy, found.schedule.num_inference_steps)
-        self._bind = Binder(found)
+    def __init__(self, manifest: Manifest, engine: Engine) -> None:
+        self.manifest, self._engine = manifest, engine
+        rule = manifest.policy.rule
+        self.policy: Policy = Recorded(manifest.policy, manifest.schedule) if rule is None else rule.rebuilt()
+        self._functions = {name: engine.function(name, graph) for name, graph in manifest.graphs.items()}
+        self._prologue = Prologue(manifest.graphs[manifest.prologue], self._functions[manifest.prologue])
+        self._requests = Requests(self.policy, manifest.schedule.num_inference_steps)
+        self._bind = Binder(manifest)
         self._dispatchers: dict[int, Dispatcher] = {}  # by batch size
         self._lock = threading.Lock()
 
@@ -54,11 +53,11 @@ class Artifact(HasSessions):
 
         Raises:
             UsageError: the arguments are not of the kinds that were exported; names the argument.
-            PolicyError: pairs of rows are to decide together, and their number is odd.
+            PolicyError: pairs of rows are to decide together, and the number of rows is odd.
         """
         call, batch = self._bind(args, kwargs)
-        dispatcher, request, called = self._dispatcher(batch), self._requests.current(), current_pass(self)
-        name, step = (None, None) if called is None else (called.name, called.step_index)
+        dispatcher, request, named = self._dispatcher(batch), self._requests.current(), current_pass(self)
+        name, step = (None, None) if named is None else (named.name, named.step_index)
         try:
             tick = request.tick(self.manifest.signature, call, name, step)
             outputs = dispatcher(request, tick, call, name)
@@ -68,14 +67,14 @@ class Artifact(HasSessions):
         return result(self.manifest.signature.result, [like_call(output, call) for output in outputs])
 
     def _dispatcher(self, batch: int) -> Dispatcher:
-        found = self._dispatchers.get(batch)
-        if found is None:
+        dispatcher = self._dispatchers.get(batch)
+        if dispatcher is None:
             check_pairs(self.policy, batch)
             with self._lock:
                 planner = Planner(self.manifest, batch, self._engine, self._functions)
-                made = Dispatcher(planner, self.policy, self._prologue, foresees=False)
-                found = self._dispatchers.setdefault(batch, made)
-        return found
+                new = Dispatcher(planner, self.policy, self._prologue, foresees=False)
+                dispatcher = self._dispatchers.setdefault(batch, new)
+        return dispatcher
 
     @property
     def config(self) -> Config:
@@ -84,13 +83,5 @@ class Artifact(HasSessions):
 
     @property
     def dtype(self) -> Any:
-        """The type of most weights: torch's, where torch is loaded, else its name."""
+        """The type of most of the weights' bytes: torch's own where torch is loaded, else its name."""
         return getattr(sys.modules.get("torch"), self.manifest.precision, self.manifest.precision)
-
-    def cache_context(self, name: str, **options: Any) -> AbstractContextManager[None]:
-        """Calls inside are of the pass called ``name``, with caches of its own, at the step ``step_index``, if given.
-
-        Raises:
-            UsageError: when it is entered, if ``step_index`` is neither None nor a whole number from 0 on.
-        """
-        return named_pass(self, name, options)

@@ -1,4 +1,4 @@
-"""What each step of an artifact comes to: the plans at one batch size, as they were recorded."""
+"""The plans of an artifact at one batch size: what each step runs, as it was recorded at export."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger("duca_compile")
 
 
 class Recorded(Policy):
-    """The policy of an artifact whose steps are known before: they are as they were when it was exported."""
+    """The policy of an artifact whose steps were fixed when it was exported."""
 
     def __init__(self, recorded: manifest.Policy, schedule: manifest.Schedule) -> None:
         self._recorded, self._schedule = recorded, schedule
@@ -53,11 +53,11 @@ class Recorded(Policy):
             yield self._schedule.plans[place].step
 
     def planned(self, total: int | None) -> Iterator[Step]:
-        """They were recorded so."""
+        """The same as ``steps``, which were recorded as planned."""
         return self.steps(total)
 
 
-class _Rows:
+class _TimestepValues:
     """Computes the timestep-only values of one call."""
 
     def __init__(self, graph: manifest.Graph, run: GraphFunction) -> None:
@@ -65,11 +65,13 @@ class _Rows:
         self._inputs, self._run = [spec.name for spec in graph.inputs], run
 
     def compute(self, call: Mapping[str, Array], hoisted: Mapping[str, Array]) -> Sequence[Array]:
+        """The values in the order of ``outputs``."""
         return self._run(*[hoisted[name] if name in hoisted else call[name] for name in self._inputs])
 
     def compute_all(
         self, call: Mapping[str, Array], hoisted: Mapping[str, Array], times: tuple[float, ...]
     ) -> Mapping[float, Sequence[Array]]:
+        """None: artifacts compute these values step by step."""
         del call, hoisted, times
         return {}
 
@@ -82,22 +84,23 @@ class Prologue:
         self._outputs, self._run = [spec.name for spec in graph.outputs], run
 
     def compute(self, call: Mapping[str, Array]) -> dict[str, Array]:
+        """The values by name."""
         return dict(zip(self._outputs, self._run(*[call[name] for name in self.inputs]), strict=True))
 
 
 class Planner:
     """The plans of an artifact at one batch size."""
 
-    def __init__(self, found: Manifest, batch: int, engine: Engine, functions: Mapping[str, GraphFunction]) -> None:
-        self._manifest, self._batch, self._engine, self._functions = found, batch, engine, functions
+    def __init__(self, recorded: Manifest, batch: int, engine: Engine, functions: Mapping[str, GraphFunction]) -> None:
+        self._manifest, self._batch, self._engine, self._functions = recorded, batch, engine, functions
         self._plans: dict[Step, Plan] = {}
         self._look: Plan | None = None
-        self._recorded = {plan.step: plan for plan in found.schedule.plans}
-        self._position = {branch.index: i for i, branch in enumerate(found.branches)}
-        self._programs = {name: self._program(variant) for name, variant in found.variants.items()}
-        used = {variant.rows for variant in found.variants.values()} - {None}
-        self._rows = {name: _Rows(found.graphs[name], functions[name]) for name in used if name is not None}
-        look = found.schedule.look
+        self._recorded = {plan.step: plan for plan in recorded.schedule.plans}
+        self._position = {branch.index: i for i, branch in enumerate(recorded.branches)}
+        self._programs = {name: self._program(variant) for name, variant in recorded.variants.items()}
+        graphs = {variant.rows for variant in recorded.variants.values() if variant.rows is not None}
+        self._timestep_values = {name: _TimestepValues(recorded.graphs[name], functions[name]) for name in graphs}
+        look = recorded.schedule.look
         if look is not None:
             self._look = Plan(Step(StepKind.FULL), self._programs[look.variant], (), look.flops.at(batch))
 
@@ -107,26 +110,30 @@ class Planner:
 
     @property
     def tokens(self) -> list[Tokens]:
+        """The tokens of each selectable branch, in the order of the selector."""
         return [Tokens(_at(b.rows, self._batch), b.tokens, b.grid) for b in self._manifest.branches]
 
     def look(self) -> Plan | None:
+        """What measures before a step is decided; None where nothing does."""
         return self._look
 
     def arrays(self, like: Array) -> NumpyArrays:
         del like
         return NumpyArrays()
 
-    def rows(self, needed: str) -> _Rows:
-        return self._rows[needed]
+    def rows(self, needed: str) -> _TimestepValues:
+        """What computes the timestep-only values that a program with these ``pieces`` reads."""
+        return self._timestep_values[needed]
 
     def plan(self, step: Step) -> Plan:
+        """The recorded plan of a step; that of a full step, with a warning, where there is none."""
         plan = self._plans.get(step)
         if plan is None:
             recorded = self._recorded.get(step, self._manifest.schedule.plans[self._manifest.schedule.full])
             if recorded.step.kind is not step.kind:
                 log.warning(
-                    "the artifact has no graph of %s steps such as its policy %s decides on: they are computed in "
-                    "full. Export the model again, with this version of duca_compile",
+                    "the artifact has no graph for the %s steps that its policy %s may choose: they are computed in "
+                    "full. Export the model again with this version of duca_compile",
                     step.kind.value,
                     self._manifest.policy.name,
                 )
@@ -152,7 +159,7 @@ class Planner:
                 for index, score in variant.computed.items()
             },
         )
-        program.loose = program.aliases = ()  # every output is memory of its own
+        program.loose = program.aliases = ()  # each output has its own memory
         return program
 
     def _forecast(self, graph: manifest.Graph) -> ForecastInputs:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from duca_compile.artifact.lowered import Weight
+from duca_compile.artifact.decoding import decode, parse
+from duca_compile.artifact.lowered import PRECISIONS, Weight
+from duca_compile.artifact.manifest import inside
+from duca_compile.artifact.schema import Count, Positive
 from duca_compile.errors import ArtifactError, BackendError, UsageError
 
 LIBRARIES = ("tensorrt_rtx", "tensorrt")
@@ -17,90 +19,104 @@ RECORD = "engines.json"
 
 
 @dataclass(frozen=True)
-class Options:
+class BuildOptions:
     """What engines are built for.
 
     Attributes:
-        targets: GPU architectures such as "sm89", one engine for all of them; none for the GPU of this machine.
-        precision: of products: "bfloat16", "float16" or "float32". All else stays as the artifact has it.
-        batch: the least, the usual and the largest number of rows of a call, where the artifact leaves it open.
+        targets: GPU architectures such as "sm89", all served by one engine; none means the GPU of this machine.
+        precision: of products: "bfloat16", "float16" or "float32". Everything else keeps the artifact's types.
+        batch: the smallest, the usual and the largest number of batch rows of a call, where the artifact leaves it
+            open.
         library: "tensorrt_rtx" or "tensorrt".
     """
 
     targets: tuple[str, ...]
     precision: str
-    batch: tuple[int, int, int]
+    batch: tuple[Positive, Positive, Positive]
     library: str
 
 
 @dataclass(frozen=True)
-class Engine:
+class BuiltEngine:
     """A built graph.
 
     Attributes:
-        file: in the folder; ``bytes`` is its size.
+        file: its name in the folder; ``bytes`` is its size.
         graph: the hash of the ONNX file.
-        key: the hash of all that it was built from.
-        weights: its inputs that are not the graph's.
+        key: the hash of everything that it was built from.
+        weights: the inputs that it has beside those of the graph.
     """
 
     file: str
     graph: str
     key: str
-    bytes: int
+    bytes: Count
     weights: tuple[Weight, ...]
 
 
 @dataclass(frozen=True)
 class Build:
-    """The engines of an artifact, by the names of its graphs; ``engines.json`` in their folder."""
+    """The engines of an artifact by the names of its graphs: what ``engines.json`` in their folder holds."""
 
     version: str  # of the library
-    options: Options
-    engines: dict[str, Engine]
+    options: BuildOptions
+    engines: dict[str, BuiltEngine]
 
     @property
     def weights(self) -> dict[str, Weight]:
-        """Each weight that an engine takes, once."""
+        """Each weight that any engine takes, by name."""
         return {weight.name: weight for engine in self.engines.values() for weight in engine.weights}
 
 
 def read_build(folder: Path) -> tuple[Build, Any]:
-    """What was built in a folder, and the library that built it.
+    """The record of the engines in a folder, and the library that built them.
 
     Raises:
-        ArtifactError: nothing was.
+        ArtifactError: there is no record, or it or its files are damaged.
         BackendError: the library is not installed, or is of another version.
     """
     path = folder / RECORD
     try:
-        found = json.loads(path.read_text("utf-8"))
-        options = Options(**{**found["options"], **{k: tuple(found["options"][k]) for k in ("targets", "batch")}})
-        engines = {
-            name: Engine(
-                **{**each, "weights": tuple(Weight(**{**w, "shape": tuple(w["shape"])}) for w in each["weights"])}
-            )
-            for name, each in found["engines"].items()
-        }
-        build = Build(found["version"], options, engines)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        build = decode(parse(path.read_text("utf-8"), RECORD), Build, RECORD)
+        _check(build, folder)
+    except (OSError, ValueError, ArtifactError) as error:
         raise ArtifactError(f"{path} is no record of engines ({error}); build them: duca-compile build") from error
-    trt, _ = find_library(options.library)
+    trt, library = find_library(build.options.library)
     if trt.__version__ != build.version:
         raise BackendError(
-            f"the engines in {folder} were built by {options.library} {build.version}, and {trt.__version__} is "
-            "installed; build them again: duca-compile build"
+            f"the engines in {folder} were built by {library} {build.version}, and {trt.__version__} is installed; "
+            "build them again: duca-compile build"
         )
     return build, trt
 
 
+def _check(build: Build, folder: Path) -> None:
+    """Raises ValueError or ArtifactError for what the types cannot say."""
+    options = build.options
+    for name, value, choices in (
+        ("library", options.library, LIBRARIES),
+        ("precision", options.precision, tuple(PRECISIONS)),
+    ):
+        if value not in choices:
+            raise ValueError(f"options.{name} must be one of {choices}, not {value!r}")
+    for graph, engine in build.engines.items():
+        path = inside(folder, engine.file, RECORD)
+        if not path.is_file() or path.stat().st_size != engine.bytes:
+            raise ValueError(f"engines.{graph}.file: {engine.file!r} is not a file of {engine.bytes} bytes there")
+
+
 def find_library(name: str | None) -> tuple[Any, str]:
-    """The library of this name, or the first that is installed."""
+    """The library of this name, or the first one that is installed, with its name.
+
+    Raises:
+        UsageError: there is no such library.
+        BackendError: it, or every one, is missing.
+    """
     if name is not None and name not in LIBRARIES:
         raise UsageError(f"library={name!r} is unknown; choose one of {LIBRARIES}")
-    for each in LIBRARIES if name is None else (name,):
+    for candidate in LIBRARIES if name is None else (name,):
         try:
-            return import_module(each), each
+            return import_module(candidate), candidate
         except ImportError:
             continue
     raise BackendError(

@@ -1,1 +1,1 @@
-"""An optimized model as files: traces with open sizes, ONNX graphs over one pool of weights, and the manifest."""
+"""Writes an optimized model as an artifact: graphs with open sizes, their shared weights, and the manifest."""

@@ -1,4 +1,4 @@
-"""Graphs as one package of machine code from AOTInductor, with the weights beside it."""
+"""Writes graphs as one AOTInductor package of machine code, with the weights in a file beside it."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ PACKAGE = "model.pt2"
 WEIGHTS = "weights.safetensors"
 _OPTIONS = {
     "aot_inductor.package": True,
-    "aot_inductor.package_constants_in_so": False,  # all graphs are given the same tensors when they are loaded
-    "aot_inductor.check_lowerbound": False,  # batches and token counts of one, and counts of none, are right too
+    "aot_inductor.package_constants_in_so": False,  # at load time, all graphs get the same tensors
+    "aot_inductor.check_lowerbound": False,  # the code also holds for a batch of one, and for one token or none
 }
 
 
 class AOTIWriter:
-    """Compiles each graph to code without weights; weights are kept by their names in the model, each once."""
+    """Compiles each graph to code without weights; weights are written once each, by their names in the model."""
 
     format: Literal["onnx", "aoti"] = "aoti"
     opset: int | None = None
@@ -44,17 +44,19 @@ class AOTIWriter:
         self._weights: dict[str, Tensor] = {}
 
     def add(self, graph: OpenGraph) -> None:
-        """Raises ExportError where Inductor cannot compile it, or where no C++ compiler is found."""
+        """Raises ExportError where Inductor cannot compile the graph, or there is no C++ compiler."""
         program = graph.program()
         with COMPILING, torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch's own inner workings
+            warnings.simplefilter("ignore")  # about torch's internals
             try:
                 self._code[graph.name] = compile_ahead(program.module(), graph.example(), dict(_OPTIONS))
             except Exception as error:
                 raise ExportError(f"AOTInductor cannot compile graph {graph.name!r}: {first_line(error)}") from error
         for name, value in {**program.state_dict, **program.constants}.items():
             if isinstance(value, Tensor) and not self._same(name, value):
-                raise ExportError(f"graph {graph.name!r} has a constant {name!r} that is another one in other graphs")
+                raise ExportError(
+                    f"graph {graph.name!r} has a constant {name!r} that differs from that of other graphs"
+                )
         self._graphs.append(graph)
 
     def _same(self, name: str, value: Tensor) -> bool:
@@ -62,6 +64,7 @@ class AOTIWriter:
         return known is value or (known.shape == value.shape and torch.equal(known, value))
 
     def close(self) -> tuple[dict[str, Graph], Pool]:
+        """The graphs by name, and their weights."""
         code, weights = self._folder / PACKAGE, self._folder / WEIGHTS
         package(str(code), self._code)
         save_file(_apart(self._weights), weights)
@@ -70,14 +73,14 @@ class AOTIWriter:
 
 
 def _apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors that share no memory, as the file format wants them."""
-    found: dict[str, Tensor] = {}
+    """Contiguous tensors that share no memory, as the file format requires."""
+    tensors: dict[str, Tensor] = {}
     storages: set[int] = set()
     for name, weight in weights.items():
         dense = weight.detach().contiguous()
-        found[name] = dense.clone() if dense.untyped_storage().data_ptr() in storages else dense
+        tensors[name] = dense.clone() if dense.untyped_storage().data_ptr() in storages else dense
         storages.add(dense.untyped_storage().data_ptr())
-    return found
+    return tensors
 
 
 def _described(graph: OpenGraph, file: File) -> Graph:
@@ -90,7 +93,7 @@ def _file(path: Path) -> File:
 
 
 def _pool(path: Path) -> Pool:
-    """Where the tensors are in a safetensors file: behind the length of its header, and the header."""
+    """Finds the tensors in a safetensors file, which begins with the length of its header and the header."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

@@ -14,6 +14,7 @@ from torch.utils._pytree import MappingKey, SequenceKey, TreeSpec, tree_flatten_
 
 import duca_compile
 from duca_compile.artifact import manifest
+from duca_compile.artifact.decoding import ImpossibleError
 from duca_compile.artifact.manifest import FILE, SCHEMA, Manifest
 from duca_compile.core.ir import Branch
 from duca_compile.core.outputs import OutputLayout
@@ -36,25 +37,25 @@ def save(
     opset: int = 20,
     dynamic_batch: bool = True,
 ) -> Manifest:
-    """Exports an optimized model to a new folder at ``path``, which ``duca_compile.load`` runs.
+    """Exports an optimized model to a new folder, which ``duca_compile.load`` runs.
 
-    The folder has a manifest, one graph for each variant that the policy's steps need, and one file with the weights
-    that all of them share. It appears whole or not at all.
+    The folder holds a manifest, one graph for each variant that the policy's steps need, and one file with the weights
+    that all graphs share. It is written atomically.
 
     Args:
-        model: what ``duca_compile.optimize`` returned for a model, not for a pipeline. Its backend plays no part.
-        path: the folder, which must not exist.
-        example: the arguments of one call by name. Shapes other than the number of rows hold for the artifact.
-        num_inference_steps: steps of a request, where ``optimize`` was not told.
+        model: what ``duca_compile.optimize`` returned for a model, not for a pipeline. Its backend does not matter.
+        path: the folder, which must not exist yet.
+        example: the arguments of one call by name. The artifact takes these shapes only, but for the batch size.
+        num_inference_steps: the number of steps of a request, if ``optimize`` was not given it.
         format: "onnx", a file for each graph, or "aoti", one package that AOTInductor compiles for this machine.
-        opset: of ONNX. From 23 on attention and RMS norms stay whole.
-        dynamic_batch: whether calls may have any number of rows; else that of the example.
+        opset: the version of ONNX's operators. From 23 on, attention and RMS norms are single operators.
+        dynamic_batch: whether calls may have any batch size; otherwise only that of the example.
 
     Returns:
         The manifest.
 
     Raises:
-        UsageError: the model is not optimized, or there is something at ``path``.
+        UsageError: the model is not optimized, ``path`` exists, or an option is impossible.
         ExportError: the model or the policy cannot be exported; says which graph and why.
         PolicyError: the policy cannot plan without ``num_inference_steps``.
     """
@@ -70,12 +71,22 @@ def save(
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
-        found = _write(traced, make(temporary, opset))
-        (temporary / FILE).write_text(found.dumps(), "utf-8")
+        written = _write(traced, make(temporary, opset))
+        _check(written)
+        (temporary / FILE).write_text(written.dumps(), "utf-8")
         os.rename(temporary, target)
+    except ImpossibleError as error:
+        raise ExportError(f"{type(traced.model).__name__} does not fit into an artifact: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return found
+    return written
+
+
+def _check(written: Manifest) -> None:
+    """Raises ImpossibleError where ``load`` would refuse the artifact."""
+    problem = next(manifest.problems(written), None)
+    if problem is not None:
+        raise ImpossibleError(problem)
 
 
 class Writer(Protocol):
@@ -83,21 +94,21 @@ class Writer(Protocol):
 
     @property
     def format(self) -> Literal["onnx", "aoti"]:
-        """What the graphs are."""
+        """The format of the graphs."""
 
     @property
     def opset(self) -> int | None:
-        """Of ONNX, if they are that."""
+        """The version of ONNX's operators; None in another format."""
 
     @property
     def versions(self) -> Mapping[str, str]:
-        """Of the packages that it uses."""
+        """The versions of the packages that write the graphs."""
 
     def add(self, graph: OpenGraph) -> None:
-        """Raises ExportError where the graph has no such form."""
+        """Writes a graph. Raises ExportError where it cannot be expressed in the format."""
 
     def close(self) -> tuple[dict[str, manifest.Graph], manifest.Pool]:
-        """The graphs by name, and their weights."""
+        """Ends writing; returns the graphs by name, and their weights."""
 
 
 def _onnx() -> Callable[[Path, int], Writer]:
@@ -118,7 +129,7 @@ WRITERS = {"onnx": _onnx, "aoti": _aoti}
 def _write(traced: Traced, writer: Writer) -> Manifest:
     schedule = traced.schedule()
     writer.add(traced.prologue())
-    rows: dict[frozenset[str], str] = {}
+    rows: dict[frozenset[str], str] = {}  # the graphs that compute timestep-only values, by the values
     variants: dict[str, manifest.Variant] = {}
     for name, variant in traced.variants.items():
         writer.add(variant.graph)
@@ -128,30 +139,22 @@ def _write(traced: Traced, writer: Writer) -> Manifest:
             writer.add(traced.rows(rows[pieces], pieces))
         variants[name] = variant.describe(traced.facts, rows.get(pieces))
     graphs, weights = writer.close()
-    one = traced.one
-    caches = {s.name: s for g in graphs.values() for s in g.inputs if s.name.startswith(cache_input(""))}
-    inputs = {s.name: s for g in graphs.values() for s in g.inputs if s.name in one.graph.inputs}
-    parameters = dict(traced.model.named_parameters())
+    read = {spec.name: spec for graph in graphs.values() for spec in graph.inputs}
     return Manifest(
         schema=SCHEMA,
-        source=manifest.Source(
-            model=type(traced.model).__name__,
-            parameters=sum(p.numel() for p in parameters.values()),
-            weight_bytes=sum(p.numel() * p.element_size() for p in parameters.values()),
-            config=_json(dict(getattr(traced.model, "config", {}))),
-        ),
+        source=_source(traced.model),
         versions={"duca_compile": duca_compile.__version__, "torch": torch.__version__, **writer.versions},
         format=writer.format,
         precision=_precision(traced),
         opset=writer.opset,
-        inputs=tuple(inputs.values()),
+        inputs=tuple(spec for name, spec in read.items() if name in traced.one.graph.inputs),
         signature=_signature(traced),
         policy=manifest.Policy(
             traced.policy.name, traced.policy.caches, traced.policy.selection, traced.policy.forecast, traced.rule
         ),
         schedule=schedule,
         branches=_branches(traced),
-        caches=tuple(caches.values()),
+        caches=tuple(spec for name, spec in read.items() if name.startswith(cache_input(""))),
         prologue="prologue",
         variants=variants,
         graphs=graphs,
@@ -159,8 +162,18 @@ def _write(traced: Traced, writer: Writer) -> Manifest:
     )
 
 
+def _source(model: torch.nn.Module) -> manifest.Source:
+    parameters = list(model.parameters())
+    return manifest.Source(
+        model=type(model).__name__,
+        parameters=sum(p.numel() for p in parameters),
+        weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+        config=_json(dict(getattr(model, "config", {}))),
+    )
+
+
 def _signature(traced: Traced) -> manifest.Signature:
-    """How the model is called: its tensors by their paths in the arguments, everything else by value."""
+    """How the model is called: tensors by their paths in the arguments, everything else by value."""
     captured, call = traced.one.graph, traced.call
     arguments, options = [], dict[str, Any]()
     names = iter(captured.inputs)
@@ -189,9 +202,9 @@ def _key(key: Any) -> str | int:
 
 
 def _result(output: OutputLayout) -> Any:
-    """The structure of what the model returns: ``{"output": place}``, ``{"value": constant}``, or items with a type.
+    """The structure of what the model returns; see ``manifest.Signature``.
 
-    Items have names where the type gives them: as keys of a dictionary, or as fields of a class.
+    Items have names where their type has them: the keys of a dictionary, or the fields of a class.
     """
     tensors = iter(range(output.spec.num_leaves))
     leaves = iter(
@@ -207,7 +220,9 @@ def _result(output: OutputLayout) -> Any:
             return {"type": spec.type.__name__, "items": items}
         names = list(getattr(spec.context, "_fields", spec.context if isinstance(spec.context, list) else ()))
         if len(names) != len(items) or not all(isinstance(name, str) for name in names):
-            raise ExportError(f"the model returns a {spec.type}, of which no names are known; return a tuple or a dict")
+            raise ExportError(
+                f"the model returns a {spec.type}, whose fields have no known names; return a tuple or a dict"
+            )
         return {"type": spec.type.__name__, "names": names, "items": items}
 
     return describe(output.spec)
@@ -222,13 +237,13 @@ def _branches(traced: Traced) -> tuple[manifest.Branch, ...]:
     pairs = zip(traced.one.facts.branches, traced.other.facts.branches, strict=True)
     return tuple(
         manifest.Branch(
-            mine.index,
-            traced.size(mine.shape[0], theirs.shape[0], f"branch {mine.index}"),
-            mine.tokens,
-            grid(mine),
+            branch.index,
+            traced.size(branch.shape[0], other.shape[0], f"branch {branch.index}"),
+            branch.tokens,
+            grid(branch),
         )
-        for mine, theirs in pairs
-        if mine.pointwise
+        for branch, other in pairs
+        if branch.pointwise
     )
 
 
@@ -242,11 +257,11 @@ def _precision(traced: Traced) -> str:
 
 
 def _json(value: Any) -> Any:
-    """``value`` in JSON's types; what has no form there as text."""
+    """``value`` in JSON's types; whatever JSON cannot express becomes text."""
     if isinstance(value, Mapping):
-        return {str(key): _json(each) for key, each in value.items()}
+        return {str(key): _json(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_json(each) for each in value]
+        return [_json(part) for part in value]
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
     return value if isinstance(value, str | int | float | bool | None) else repr(value)

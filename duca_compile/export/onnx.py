@@ -1,4 +1,4 @@
-"""Graphs with open sizes to ONNX models, whose weights lie in one pool that all of them share."""
+"""Writes graphs with open sizes as ONNX models that share one pool of weights."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ import torch
 
 from duca_compile.artifact.manifest import Chunk, File, Graph, Pool, TensorSpec, sha256
 from duca_compile.core.lock import COMPILING
-from duca_compile.errors import ExportError, first_line
+from duca_compile.errors import ExportError, InternalError, first_line
 from duca_compile.export.batch import OpenGraph
 
 POOL = "weights.bin"
 ALIGNMENT = 2**16  # where large tensors start: what can be mapped into memory on every system
-ALIGNED_FROM = 2**21  # bytes; below, filling up to the alignment would cost more than 3 % of the pool
-LINE = 64  # where the others start
-MODULE = "module"  # a node's metadata: the path of the source model's module that it comes from
+ALIGNED_FROM = 2**21  # bytes; aligning smaller tensors would make the pool more than 3 % larger
+LINE = 64  # where smaller tensors start
+MODULE = "module"  # key of a node's metadata: the path of the module of the source model that the node comes from
 _SCOPES = "pkg.torch.onnx.name_scopes"
-INLINE = 256  # bytes; what is not larger stays in the ONNX file: sizes, axes, numbers
+INLINE = 256  # bytes; tensors up to this size, such as axes and numbers, stay in the ONNX file
 
 
 class PoolWriter:
-    """Writes weights to ``folder``, each content once."""
+    """Writes weights to a file in ``folder``; equal weights are written once."""
 
     def __init__(self, folder: Path) -> None:
         self._file = (folder / POOL).open("wb")
@@ -42,7 +42,7 @@ class PoolWriter:
         self._end = 0
 
     def add(self, data: bytes | memoryview) -> Chunk:
-        """Where these bytes are in the pool; they are written unless they are there."""
+        """The place of these bytes in the pool; writes them unless they are there already."""
         digest = hashlib.sha256(data).hexdigest()
         if digest not in self._chunks:
             unit = ALIGNMENT if len(data) >= ALIGNED_FROM else LINE
@@ -57,13 +57,14 @@ class PoolWriter:
         self._end += len(data)
 
     def close(self) -> Pool:
+        """Closes the file, and describes it."""
         self._file.close()
         file = File(POOL, self._end, self._hash.hexdigest())
         return Pool(file, ALIGNMENT, ALIGNED_FROM, tuple(self._chunks.values()))
 
 
 class OnnxWriter:
-    """Writes one ONNX file for each graph, over one pool of weights."""
+    """Writes one ONNX file for each graph, and one pool of weights for all."""
 
     format: Literal["onnx", "aoti"] = "onnx"
 
@@ -73,9 +74,11 @@ class OnnxWriter:
         self._pool, self._graphs = PoolWriter(folder), dict[str, Graph]()
 
     def add(self, graph: OpenGraph) -> None:
+        """Raises ExportError where the graph has no ONNX form."""
         self._graphs[graph.name] = write_graph(graph, self._folder, self._pool, self.opset)
 
     def close(self) -> tuple[dict[str, Graph], Pool]:
+        """The graphs by name, and their weights. Raises ExportError where a file is no valid ONNX model."""
         weights = self._pool.close()
         for graph in self._graphs.values():
             check_graph(self._folder / graph.file.path)
@@ -83,7 +86,7 @@ class OnnxWriter:
 
 
 def to_onnx(graph: OpenGraph, opset: int) -> onnx_ir.Model:
-    """The graph in ONNX; inputs, outputs and open sizes are named as in ``graph``, and weights are the model's own.
+    """The graph in ONNX, with the names of ``graph`` for inputs, outputs and open sizes; weights are not copied.
 
     Raises:
         ExportError: an operator has no form in this opset.
@@ -96,7 +99,8 @@ def to_onnx(graph: OpenGraph, opset: int) -> onnx_ir.Model:
             )
         except Exception as error:
             raise ExportError(f"graph {graph.name!r} has no ONNX form: {first_line(error)}") from error
-    assert exported is not None
+    if exported is None:
+        raise InternalError(f"torch.onnx.export returned nothing for graph {graph.name!r}")
     model = exported.model
     _strip(model)
     model.graph.name = graph.name
@@ -114,14 +118,14 @@ def _describe(value: Any, spec: TensorSpec) -> None:
 
 
 def _strip(model: onnx_ir.Model) -> None:
-    """Drops what the exporter notes of the source, most of the file, with paths of this machine; keeps module names."""
+    """Drops the exporter's notes, which hold local paths and are most of the file; keeps the paths of modules."""
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     for node in model.graph.all_nodes():
         node.doc_string = None
         scopes = ast.literal_eval(node.metadata_props.get(_SCOPES, "[]"))[:-1]  # the last one is the operator
         node.metadata_props.clear()
-        if scopes and scopes[-1] and not scopes[-1].startswith("_empty"):  # what torch added is in no module
+        if scopes and scopes[-1] and not scopes[-1].startswith("_empty"):  # torch's own nodes are in no module
             node.metadata_props[MODULE] = scopes[-1]
         for value in node.outputs:
             value.metadata_props.clear()
@@ -131,7 +135,7 @@ def _strip(model: onnx_ir.Model) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter prints, logs and warns of its own inner workings."""
+    """Silences torch's exporter, which prints, logs and warns about its own internals."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -146,10 +150,10 @@ def _quiet() -> Iterator[None]:
 
 
 def write_graph(graph: OpenGraph, folder: Path, pool: PoolWriter, opset: int) -> Graph:
-    """Writes ``<name>.onnx``, with its weights in the pool, and checks it.
+    """Writes ``<name>.onnx``, with its weights in the pool.
 
     Raises:
-        ExportError: it has no ONNX form, or what torch made of it is no valid model.
+        ExportError: the graph has no ONNX form.
     """
     model = to_onnx(graph, opset)
     for value in model.graph.initializers.values():
@@ -178,7 +182,7 @@ def write_graph(graph: OpenGraph, folder: Path, pool: PoolWriter, opset: int) ->
 
 
 def check_graph(path: Path) -> None:
-    """Raises ExportError where the file is no valid ONNX model; its weights must be there."""
+    """Raises ExportError where the file is no valid ONNX model. Reads the pool, which must be complete."""
     try:
         onnx.checker.check_model(path, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

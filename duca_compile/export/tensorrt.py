@@ -1,7 +1,7 @@
-"""TensorRT engines of an artifact: one adapter for TensorRT-RTX (``tensorrt_rtx``) and TensorRT (``tensorrt``, 10 on).
+"""Builds TensorRT engines of an artifact, with TensorRT-RTX (``tensorrt_rtx``) or TensorRT 10 and later (``tensorrt``).
 
-TensorRT-RTX builds for other GPUs, without any being there; TensorRT builds for the one that it runs on. The weights of
-matrix products are inputs of every engine, named after their place in the pool, so that all variants read one copy.
+TensorRT-RTX builds for any GPU and needs none; TensorRT builds for the GPU that it runs on. The weights of matrix
+products are inputs of every engine, named after their place in the pool, so that all variants read one copy.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import onnx_ir
 from rich.progress import Progress, TaskID
 
 from duca_compile.artifact.lowered import PRECISIONS, Lowered, lower
-from duca_compile.artifact.manifest import BATCH, Graph, Manifest, Size, TensorSpec, inside, read_manifest
-from duca_compile.artifact.tensorrt_build import FOLDER, RECORD, Build, Engine, Options, find_library
+from duca_compile.artifact.manifest import BATCH, FILE, Graph, Manifest, Size, TensorSpec, inside, read_manifest
+from duca_compile.artifact.tensorrt_build import FOLDER, RECORD, Build, BuildOptions, BuiltEngine, find_library
 from duca_compile.core.files import atomic_write
-from duca_compile.errors import BackendError, ExportError, UsageError
+from duca_compile.errors import ArtifactError, BackendError, ExportError, UsageError
 from duca_compile.export.onnx import MODULE
 
 TIMINGS = "timing.cache"
-_CHANGES = "1"  # of how engines are built here: a part of the key of each
+_CHANGES = "1"  # a part of every key, to be raised when engines are built in another way
 
 
 def build(
@@ -40,25 +40,25 @@ def build(
     folder: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Build:
-    """Builds an engine of each graph of an artifact, unless it is there from before.
+    """Builds an engine of each graph of an artifact, unless an earlier build left it there.
 
     Args:
         artifact: the folder that ``duca_compile.save`` wrote.
-        targets, precision, batch, library: see ``Options``. ``library`` is the installed one where it is None.
-        folder: where the engines go; ``tensorrt`` in the artifact where it is None.
+        targets, precision, batch, library: see ``BuildOptions``; for ``library``, None means the installed one.
+        folder: where the engines go; None means ``tensorrt`` in the artifact.
         progress: shows the phases of each build.
 
     Returns:
-        What was built, which ``engines.json`` in the folder says too.
+        What was built, which ``engines.json`` in the folder records.
 
     Raises:
-        BackendError: the library is missing, cannot build for a target, or fails.
-        ExportError: TensorRT has no form for an operator of a graph; names the module that it comes from.
-        UsageError: an option that makes no sense, or an artifact of another format.
-        ArtifactError: ``artifact`` is none.
+        BackendError: the library is missing, or fails.
+        ExportError: TensorRT does not support an operator of a graph; names the module that it comes from.
+        UsageError: an option is impossible, or the artifact has no ONNX graphs.
+        ArtifactError: ``artifact`` is no artifact.
     """
     trt, name = find_library(library)
-    options = Options(tuple(dict.fromkeys(map(str.lower, targets))), precision, batch, name)
+    options = BuildOptions(tuple(dict.fromkeys(map(str.lower, targets))), precision, batch, name)
     _check(trt, options)
     source = Path(artifact)
     manifest = read_manifest(source)
@@ -67,18 +67,20 @@ def build(
     target = source / FOLDER if folder is None else Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     builder = _Builder(trt, options, manifest, target, progress)
-    engines = {graph: builder.engine(graph, inside(source, found.file)) for graph, found in manifest.graphs.items()}
-    found = Build(trt.__version__, options, engines)
-    _replace(target / RECORD, (json.dumps(asdict(found), indent=1) + "\n").encode())
-    return found
+    engines = {graph: builder.engine(graph, inside(source, onnx.file)) for graph, onnx in manifest.graphs.items()}
+    record = Build(trt.__version__, options, engines)
+    _replace(target / RECORD, (json.dumps(asdict(record), indent=1) + "\n").encode())
+    return record
 
 
-def _check(trt: Any, options: Options) -> None:
+def _check(trt: Any, options: BuildOptions) -> None:
     if options.precision not in PRECISIONS:
         raise UsageError(f"precision={options.precision!r} is unknown; choose one of {tuple(PRECISIONS)}")
     least, usual, most = options.batch
     if not 1 <= least <= usual <= most:
-        raise UsageError(f"batch={options.batch} must be the least, the usual and the largest number of rows, in order")
+        raise UsageError(
+            f"batch={options.batch} must be the smallest, the usual and the largest number of batch rows, in this order"
+        )
     if not options.targets:
         return
     if not hasattr(trt, "ComputeCapability"):
@@ -86,31 +88,33 @@ def _check(trt: Any, options: Options) -> None:
     known = {name.lower() for name in trt.ComputeCapability.__members__ if name.startswith("SM")}
     for target in options.targets:
         if target not in known:
-            raise UsageError(f"target {target!r} is unknown to {options.library}; choose of {sorted(known)}")
+            raise UsageError(f"target {target!r} is unknown to {options.library}; choose from {sorted(known)}")
 
 
 class _Builder:
     """Builds the engines of one artifact."""
 
-    def __init__(self, trt: Any, options: Options, manifest: Manifest, folder: Path, progress: Progress | None) -> None:
+    def __init__(
+        self, trt: Any, options: BuildOptions, manifest: Manifest, folder: Path, progress: Progress | None
+    ) -> None:
         self._trt, self._options, self._manifest, self._folder = trt, options, manifest, folder
         self._progress = progress
         self._log = _log(trt)
         self._timings = folder / TIMINGS
         self._times_kernels = options.library == "tensorrt"  # TensorRT-RTX chooses kernels when it loads an engine
 
-    def engine(self, name: str, path: Path) -> Engine:
-        """The engine of one graph, from the cache where there is one of the same key."""
+    def engine(self, name: str, path: Path) -> BuiltEngine:
+        """The engine of one graph; builds it unless there is a file of the same key."""
         graph = self._manifest.graphs[name]
         key = self._key(graph)
         file = self._folder / f"{name}-{key[:16]}.engine"
         lowered = lower(path, self._options.precision)
         if not file.exists():
             _replace(file, self._built(name, graph, lowered))
-        return Engine(file.name, graph.file.sha256, key, file.stat().st_size, lowered.weights)
+        return BuiltEngine(file.name, graph.file.sha256, key, file.stat().st_size, lowered.weights)
 
     def _key(self, graph: Graph) -> str:
-        """Of all that the engine is built from. Plans of the same inputs differ in their bytes."""
+        """The hash of everything that the engine is built from; builds from the same inputs differ in their bytes."""
         inputs = {
             "graph": graph.file.sha256,
             "weights": self._manifest.weights.file.sha256,
@@ -121,7 +125,7 @@ class _Builder:
         return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
     def _profile(self, spec: TensorSpec) -> list[list[int]] | None:
-        """The least, the usual and the largest shape of an input; None where it has one."""
+        """The smallest, the usual and the largest shape of an input; None for an input of fixed shape."""
         if not any(isinstance(size, Size) for size in spec.shape):
             return None
         rows = self._options.batch
@@ -130,17 +134,19 @@ class _Builder:
         def at(size: int | Size, which: int) -> int:
             if not isinstance(size, Size):
                 return size
+            if size.name != BATCH and size.name not in counts:
+                raise ArtifactError(f"{FILE}: no step of the schedule recomputes the tokens that {spec.name!r} names")
             return size.at(rows[which] if size.name == BATCH else counts[size.name][which])
 
         return [[at(size, which) for size in spec.shape] for which in range(3)]
 
     def _token_counts(self) -> dict[str, tuple[int, int, int]]:
-        """How many tokens the schedule's steps recompute, by the input that names them: least, median and most."""
-        found: dict[str, list[int]] = {}
+        """The least, median and largest number of tokens that a step recomputes, by the input that names them."""
+        by_input: dict[str, list[int]] = {}
         for plan in self._manifest.schedule.plans:
             for branch, count in plan.counts.items():
-                found.setdefault(f"tokens_{branch}", []).append(count)
-        return {name: (min(each), sorted(each)[len(each) // 2], max(each)) for name, each in found.items()}
+                by_input.setdefault(f"tokens_{branch}", []).append(count)
+        return {name: (min(n), sorted(n)[len(n) // 2], max(n)) for name, n in by_input.items()}
 
     def _built(self, name: str, graph: Graph, lowered: Lowered) -> bytes:
         trt = self._trt
@@ -179,9 +185,9 @@ class _Builder:
         if not any(shapes.values()):
             return
         profile = builder.create_optimization_profile()
-        for name, each in shapes.items():
-            if each is not None:
-                profile.set_shape(name, *each)
+        for name, limits in shapes.items():
+            if limits is not None:
+                profile.set_shape(name, *limits)
         config.add_optimization_profile(profile)
 
 
@@ -189,24 +195,24 @@ def check(trt: Any, builder: Any, name: str, data: bytes, model: onnx_ir.Model) 
     """Asks TensorRT's parser about every node of a serialized model.
 
     Raises:
-        ExportError: it does not support one; says which, why, and of which module of the source model it is.
+        ExportError: a node is not supported; says which, why, and which module of the source model it comes from.
     """
-    network = _network(trt, builder)  # held: the parser does not
+    network = _network(trt, builder)  # kept alive: the parser does not hold it
     parser = trt.OnnxParser(network, _log(trt))
     if parser.supports_model_v2(data):
         return
     nodes = list(model.graph)
-    taken = {place for i in range(parser.num_subgraphs) for place in parser.get_subgraph_nodes(i)}
-    refused = [node for place, node in enumerate(nodes) if place not in taken]
-    found = [f"{node.op_type} of {node.metadata_props.get(MODULE) or 'no module'}" for node in refused]
+    supported = {place for i in range(parser.num_subgraphs) for place in parser.get_subgraph_nodes(i)}
+    refused = [node for place, node in enumerate(nodes) if place not in supported]
+    names = [f"{node.op_type} of {node.metadata_props.get(MODULE) or 'no module'}" for node in refused]
     raise ExportError(
-        f"TensorRT does not support {', '.join(dict.fromkeys(found)) or 'a node'} in graph {name!r}: "
+        f"TensorRT does not support {', '.join(dict.fromkeys(names)) or 'a node'} in graph {name!r}: "
         f"{_parser_errors(parser)}"
     )
 
 
 def _network(trt: Any, builder: Any) -> Any:
-    """An empty network whose types are those of the graph: the only kind that newer versions have."""
+    """An empty network that keeps the types of the graph, the only kind that newer versions have."""
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return builder.create_network(0 if typed is None else 1 << int(typed))
 
@@ -217,7 +223,7 @@ def _parser_errors(parser: Any) -> str:
 
 
 def _let_decompose(trt: Any, network: Any) -> None:
-    """An attention that no fused kernel is there for is computed in parts, instead of failing the build."""
+    """Lets TensorRT compute an attention without a fused kernel in parts, instead of failing the build."""
     kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
     for layer in (network.get_layer(i) for i in range(network.num_layers if kind is not None else 0)):
         if layer.type == kind:
@@ -229,7 +235,7 @@ _LOGS: dict[str, Any] = {}
 
 
 def _log(trt: Any) -> Any:
-    """The library's one log; it keeps errors for whoever collects them, and says nothing else."""
+    """The library's one log, which collects errors and drops everything else."""
     if trt.__name__ not in _LOGS:
 
         class Log(trt.ILogger):  # type: ignore[misc]
@@ -252,7 +258,7 @@ def _log(trt: Any) -> Any:
 
 @contextmanager
 def _watched(trt: Any, config: Any, progress: Progress | None, name: str) -> Iterator[None]:
-    """Shows the phases of a build, the nested ones indented."""
+    """Shows the phases of a build, nested ones indented."""
     if progress is None:
         yield
         return
@@ -277,11 +283,11 @@ def _watched(trt: Any, config: Any, progress: Progress | None, name: str) -> Ite
 
 
 class _Phases:
-    """The tasks of a progress display for phases that any thread reports."""
+    """The tasks of a progress display, for phases that any thread may report."""
 
     def __init__(self, progress: Progress, name: str) -> None:
         self._progress, self._name, self._lock = progress, name, threading.Lock()
-        self._tasks: dict[str, tuple[TaskID, int]] = {}  # with how deep they are nested
+        self._tasks: dict[str, tuple[TaskID, int]] = {}  # by phase, with the depth of nesting
 
     def start(self, phase: str, parent: str | None, steps: int) -> None:
         with self._lock:
@@ -298,7 +304,7 @@ class _Phases:
             self._progress.remove_task(self._tasks.pop(phase)[0])
 
     def close(self) -> None:
-        for phase in list(self._tasks):  # of a build that failed
+        for phase in list(self._tasks):  # left over from a build that failed
             self.finish(phase)
 
 

@@ -10,7 +10,7 @@ from operator import or_
 
 from duca_compile.core.steps import Kept, Step, StepKind
 
-LOOKED_AHEAD = 256
+LIVENESS_STEPS = 256  # how far ahead it is asked whether a cache is read again
 _READS = {
     StepKind.FULL: Kept.NOTHING,
     StepKind.PARTIAL: Kept.BRANCHES,
@@ -33,11 +33,11 @@ def with_liveness(steps: Iterator[Step]) -> Iterator[Step]:
     For all but forecast steps; a full step replaces all. A stretch without one that is longer than 256
     steps keeps everything.
     """
-    first = list(islice(steps, LOOKED_AHEAD))
+    first = list(islice(steps, LIVENESS_STEPS))
     kept = reduce(or_, _live(first), Kept.NOTHING)
     stretch: list[Step] = []
     for step in chain(first, steps):
-        if step.kind is StepKind.FULL or len(stretch) == LOOKED_AHEAD:
+        if step.kind is StepKind.FULL or len(stretch) == LIVENESS_STEPS:
             yield from _annotated(stretch, kept, Kept.NOTHING if step.kind is StepKind.FULL else Kept.ALL)
             stretch = []
         stretch.append(step)

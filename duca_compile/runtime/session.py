@@ -1,4 +1,4 @@
-"""Whose request a call belongs to: that of the session in use, else that of the thread."""
+"""Finds the request that a call belongs to: that of the innermost session, else that of the thread."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from types import TracebackType
@@ -18,9 +18,9 @@ from duca_compile.runtime.request import Executed, Loops, Request, Schedule
 
 
 class Requests:
-    """Makes and finds the requests of one optimized model, or of the several that one pipeline holds.
+    """Makes and finds the requests of one optimized model, or of the several models that one pipeline holds.
 
-    A session has a request of its own, and so has each thread for the calls outside of any session.
+    Each session has its own request, and so does each thread for calls outside of any session.
     """
 
     def __init__(self, policy: Policy, total: int | None, schedule: Schedule | None = None) -> None:
@@ -29,9 +29,11 @@ class Requests:
         self._local = threading.local()
 
     def new(self) -> Request:
+        """A request that no session and no thread has."""
         return Request(self._policy, self.total, self._schedule, self._loops)
 
     def current(self) -> Request:
+        """The request that a call in this context belongs to."""
         for session in reversed(_SESSIONS.get()):
             if session.requests is self:
                 return session.request
@@ -45,29 +47,29 @@ class Requests:
 
 
 class HasRequest:
-    """Whose calls belong to a request: an optimized model, an artifact, a session."""
+    """What an optimized model, an artifact and a session have in common: their calls belong to a request."""
 
     def _request(self) -> Request:
-        """The one that a call belongs to now."""
+        """The request that a call made now would belong to."""
         raise NotImplementedError
 
     def reset(self) -> None:
-        """Forgets all cached features: the next call starts a new request."""
+        """Drops all cached features; the next call starts a new request."""
         self._request().reset()
 
     @property
     def cache_bytes(self) -> int:
-        """The most bytes that the caches of the running, or last, request have held."""
+        """The peak size in bytes of the caches of the current request, or of the last one if none is running."""
         return self._request().cache_bytes
 
     @property
     def history(self) -> tuple[Executed, ...]:
-        """The calls of the running (or last) request as they ran."""
+        """What each call of the current request ran, in order; of the last request if none is running."""
         return tuple(self._request().history)
 
 
 class HasSessions(HasRequest):
-    """What has a request for each thread, and as many more as are asked for."""
+    """What an optimized model and an artifact have in common: a request for each thread, sessions, guidance passes."""
 
     _requests: Requests
 
@@ -75,19 +77,36 @@ class HasSessions(HasRequest):
         return self._requests.current()
 
     def session(self) -> Session:
-        """A request with caches of its own: one for each of several requests that run at once.
+        """A request with its own caches, for serving several requests at once.
 
-        ``with model.session() as session:`` makes all calls of the model inside, a pipeline's included, belong to it.
+        Inside ``with model.session() as session:`` all calls of the model belong to it, including those that a pipeline
+        makes.
         """
         return Session(cast(Callable[..., Any], self), self._requests)
 
+    def cache_context(self, name: str, **options: Any) -> AbstractContextManager[None]:
+        """Calls inside ``with model.cache_context("cond"):`` belong to the guidance pass "cond", with its own caches.
+
+        This is the interface that diffusers' pipelines use.
+
+        Args:
+            name: the name of the guidance pass.
+            options: passed to the ``cache_context`` of the source model, if it has one, while it is captured. The
+                option ``step_index`` says at which step the calls are, counted from 0; None leaves that to the
+                timestep. A smaller index than the last one starts a new request.
+
+        Raises:
+            UsageError: on entry, if ``step_index`` is neither None nor a whole number of at least 0.
+        """
+        return named_pass(self, name, options)
+
 
 class Session(HasRequest):
-    """A request with caches of its own, for one of several that share an optimized model.
+    """A request with its own caches, one of several that share an optimized model or an artifact.
 
-    It is called like the model. Inside ``with session:`` the model's own calls belong to it too, those of a pipeline
-    that holds the model included, in this thread or asyncio task; leaving the outermost such block drops its caches. A
-    session serves one thread at a time; any number of sessions may be in use.
+    It is called like the model. Inside ``with session:`` calls of the model in this thread or asyncio task belong to it
+    too, including those that a pipeline makes; leaving the outermost such block drops the caches. A session serves one
+    thread at a time; any number of sessions may be in use.
     """
 
     def __init__(self, model: Callable[..., Any], requests: Requests) -> None:
@@ -124,13 +143,13 @@ _SESSIONS: ContextVar[tuple[Session, ...]] = ContextVar("duca_compile_sessions",
 
 @dataclass(frozen=True)
 class NamedPass:
-    """What the caller said of the passes of ``model`` that run now."""
+    """What the caller has said about the guidance pass of ``model`` that is running."""
 
     model: object
     name: str
     options: Mapping[str, Any]
-    step_index: int | None = None  # the step, where the caller says it
-    outer: NamedPass | None = None  # what was said before, and holds for other models
+    step_index: int | None = None  # the step, if the caller gives it
+    outer: NamedPass | None = None  # of the enclosing block, which may be about another model
 
 
 _PASS: ContextVar[NamedPass | None] = ContextVar("duca_compile_pass", default=None)
@@ -138,10 +157,12 @@ _PASS: ContextVar[NamedPass | None] = ContextVar("duca_compile_pass", default=No
 
 @contextmanager
 def named_pass(model: object, name: str, options: Mapping[str, Any]) -> Iterator[None]:
-    """Calls of ``model`` inside are of the pass called ``name``, at the step ``step_index``, if this option is there.
+    """Inside the block, calls of ``model`` belong to the guidance pass ``name``.
+
+    The option ``step_index`` gives the step of these calls.
 
     Raises:
-        UsageError: ``step_index`` is neither None nor a whole number from 0 on.
+        UsageError: ``step_index`` is neither None nor a whole number of at least 0.
     """
     token = _PASS.set(NamedPass(model, name, options, _step_index(options.get("step_index")), _PASS.get()))
     try:
@@ -151,15 +172,15 @@ def named_pass(model: object, name: str, options: Mapping[str, Any]) -> Iterator
 
 
 def current_pass(model: object) -> NamedPass | None:
-    """The innermost named pass of ``model``."""
-    now = _PASS.get()
-    while now is not None and now.model is not model:
-        now = now.outer
-    return now
+    """The innermost named guidance pass of ``model``."""
+    named = _PASS.get()
+    while named is not None and named.model is not model:
+        named = named.outer
+    return named
 
 
 def _step_index(given: Any) -> int | None:
-    """A scheduler's is None before its first step; then the timestep tells."""
+    """The index as an int. A scheduler's is None before its first step, which leaves the step to the timestep."""
     if given is None:
         return None
     try:

@@ -1,7 +1,7 @@
-"""The engines that run artifacts: a package for each format of graphs, and in it a module for each engine.
+"""The engines that run artifacts: a package for each format of graphs, which has a module for each engine.
 
-A module has its engine's name, and a function ``open_engine``. Engines are found by these files, and each is imported
-when it is asked for, since what it runs on may not be installed.
+The module has the name of the engine, and a function ``open_engine``. The modules are listed, not imported: an engine
+is imported when it is asked for, since what it runs on may not be installed.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ _ENGINES = {
 BACKENDS = tuple(name for names in _ENGINES.values() for name in names)
 
 
-def open_engine(backend: str, folder: Path, found: Manifest, options: Options) -> Engine:
-    """The engine of this name, for the artifact in ``folder``.
+def open_engine(backend: str, folder: Path, manifest: Manifest, options: Options) -> Engine:
+    """The engine named ``backend``, for the artifact in ``folder``.
 
     Raises:
-        UsageError: it is unknown, or cannot run this format or with these options.
-        BackendError: what it needs is not installed.
+        ArtifactError: the engine cannot run what is in the folder.
+        UsageError: the engine is unknown, or does not support the format or the options.
+        BackendError: a package that it needs is not installed.
     """
     if backend not in BACKENDS:
         raise UsageError(f"backend={backend!r} is unknown; choose one of {BACKENDS}")
-    fitting = _ENGINES[found.format]
-    if backend not in fitting:
-        raise UsageError(f"backend={backend!r} cannot run an artifact of format {found.format!r}; choose of {fitting}")
-    module = import_module(f"{_FORMATS[found.format].__name__}.{backend}")
-    engine: Engine = module.open_engine(folder, found, options)
+    engines = _ENGINES[manifest.format]
+    if backend not in engines:
+        raise UsageError(
+            f"backend={backend!r} cannot run an artifact of format {manifest.format!r}; choose one of {engines}"
+        )
+    module = import_module(f"{_FORMATS[manifest.format].__name__}.{backend}")
+    engine: Engine = module.open_engine(folder, manifest, options)
     return engine

@@ -1,4 +1,4 @@
-"""What runs the graphs of an artifact: the engines' interface."""
+"""The interface of the engines that run the graphs of an artifact."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from duca_compile.artifact import manifest
+from duca_compile.artifact.schema import OUTPUT
 from duca_compile.core.ports import PROBE_CHANGE, VERIFY_ERROR
 from duca_compile.core.tensors import Array
 from duca_compile.errors import UsageError
 
 SCORE = "score_"
-# Outputs that leave the engine; all others only go into later steps.
-HOST = ("output_", SCORE, PROBE_CHANGE, VERIFY_ERROR)
+# What the names of outputs that leave the engine begin with; all others are only read by later steps.
+HOST = (OUTPUT, SCORE, PROBE_CHANGE, VERIFY_ERROR)
 
-# Flat values in the order of a graph's inputs to those of its outputs. Values are numpy arrays, torch tensors or what
-# an earlier function of the same engine returned; what HOST names is returned as numpy arrays, or outputs as tensors.
+# Maps values in the order of a graph's inputs to values in the order of its outputs. Inputs are numpy arrays, torch
+# tensors, or values that a function of the same engine returned. Outputs that HOST names are numpy arrays; those of the
+# model may be torch tensors instead.
 GraphFunction = Callable[..., Sequence[Array]]
 
 
@@ -24,27 +26,27 @@ class Engine(Protocol):
     """Runs the graphs of an artifact."""
 
     def function(self, name: str, graph: manifest.Graph) -> GraphFunction:
-        """What runs the graph of this name, in any number of threads. Raises BackendError where the engine cannot."""
+        """A thread-safe function that runs the graph. Raises BackendError where the engine cannot run it."""
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """A value of the engine's own."""
+        """Zeros, as a value of the engine."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How an engine is to run; see ``duca_compile.load``."""
+    """The options of ``duca_compile.load`` that engines read."""
 
     providers: Sequence[str] | None = None
     threads: int | None = None
     share_weights: bool = True
 
     def check_no_providers(self, backend: str) -> None:
-        """Raises UsageError where there are any."""
+        """Raises UsageError where providers are given."""
         if self.providers is not None:
             raise UsageError(f"providers are ONNX Runtime's; leave them out with backend={backend!r}")
 
     def check_no_threads(self, backend: str) -> None:
-        """Raises UsageError where their number is given."""
+        """Raises UsageError where a number of threads is given."""
         if self.threads is not None:
             raise UsageError(
                 f"threads are ONNX Runtime's and OpenVINO's; with {backend!r} set torch.set_num_threads instead"

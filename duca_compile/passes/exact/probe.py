@@ -19,7 +19,8 @@ from duca_compile.passes.series import Series
 
 aten = torch.ops.aten
 
-_PRODUCTS = {
+# The products that a branch may begin with, behind its norm and modulation.
+_FIRST_PRODUCTS = {
     "addmm",
     "bmm",
     "conv1d",
@@ -98,7 +99,7 @@ def _modulated(draft: VariantDraft) -> fx.Node:
     branch = _first_branches(draft)[0]
     stream = draft.node(branch.stream)
     for node in draft.graph.nodes:
-        if node.name in branch.body and op_name(node) in _PRODUCTS:
+        if node.name in branch.body and op_name(node) in _FIRST_PRODUCTS:
             read: list[fx.Node] = [n for n in node.all_input_nodes if n is stream or n.name in branch.body]
             return read[0]
     raise PolicyError(

@@ -1,1 +1,1 @@
-"""What runs artifacts of AOTInductor's code."""
+"""Engines that run AOTInductor's packages."""

@@ -1,4 +1,4 @@
-"""Runs the graphs of an artifact as code that AOTInductor compiled; nothing is compiled here."""
+"""Runs the graphs of an artifact from the machine code of an AOTInductor package; compiles nothing."""
 
 from __future__ import annotations
 
@@ -14,33 +14,38 @@ from duca_compile.errors import ArtifactError, BackendError, first_line, missing
 
 with missing_package("export"):
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
 
-def open_engine(folder: Path, found: Manifest, options: Options) -> AOTIEngine:
-    """AOTInductor's code for an artifact; it has neither providers nor threads of its own."""
+def open_engine(folder: Path, manifest: Manifest, options: Options) -> AOTIEngine:
+    """The engine for an artifact. Raises UsageError for providers or threads, which it does not have."""
     options.check_no_providers("aoti")
     options.check_no_threads("aoti")
-    return AOTIEngine(folder, found)
+    return AOTIEngine(folder, manifest)
 
 
 class AOTIEngine:
-    """One model of a package for each graph, all of which read the same weights.
+    """One model of the package for each graph; all models read the same weights.
 
     Attributes:
-        weights: by name; what is written into them takes effect from the next call on.
+        weights: by name. Writing into them takes effect at the next call.
 
     Raises:
-        ArtifactError: the package cannot be loaded on this machine.
+        ArtifactError: the package cannot be loaded on this machine, or the weights are damaged.
     """
 
-    def __init__(self, folder: Path, found: Manifest) -> None:
-        self._package = inside(folder, found.graphs[found.prologue].file)
-        self._device = torch.device(self._load(found.prologue).get_metadata()["AOTI_DEVICE_KEY"])
-        self.weights = load_file(inside(folder, found.weights.file), device=str(self._device))
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._package = inside(folder, manifest.graphs[manifest.prologue].file)
+        self._device = torch.device(self._load(manifest.prologue).get_metadata()["AOTI_DEVICE_KEY"])
+        path = inside(folder, manifest.weights.file)
+        try:
+            self.weights = load_file(path, device=str(self._device))
+        except SafetensorError as error:
+            raise ArtifactError(f"{path} holds no weights: {first_line(error)}; export the model again") from error
 
     def _load(self, name: str) -> Any:
-        # Not torch's load_package: that compares the processor with the one it was compiled for, by compiling for it.
+        # Not torch's load_package, which compiles a program to compare this processor with that of the package.
         try:
             return torch._C._aoti.AOTIModelPackageLoader(str(self._package), name, False, 1, -1)
         except RuntimeError as error:
@@ -51,34 +56,34 @@ class AOTIEngine:
         names = model.get_constant_fqns()
         if missing := sorted({*names} - self.weights.keys()):
             raise ArtifactError(f"the weights that model {name!r} needs lack {missing}")
-        own = {each: self.weights[each] for each in names}
-        model.load_constants(own, use_inactive=False, check_full_update=True, user_managed=True)
-        return _Function(model, graph, self._device, own)
+        weights = {name: self.weights[name] for name in names}
+        model.load_constants(weights, use_inactive=False, check_full_update=True, user_managed=True)
+        return _Function(model, graph, self._device, weights)
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
         return torch.zeros(shape, dtype=getattr(torch, dtype), device=self._device)
 
 
 class _Function:
-    """Runs one graph; what it returns is memory of its own."""
+    """Runs one graph; each result has its own memory."""
 
     def __init__(self, loader: Any, graph: Graph, device: torch.device, weights: dict[str, torch.Tensor]) -> None:
         self._loader, self._graph, self._device = loader, graph, device
-        self._weights = weights  # held: the loader has their addresses alone
+        self._weights = weights  # keeps them alive: the loader has only their addresses
 
     def __call__(self, *values: Array) -> list[Array]:
-        given = [_tensor(value).to(self._device).contiguous() for value in values]
+        inputs = [_tensor(value).to(self._device).contiguous() for value in values]
         try:
-            results = self._loader.run(given)
+            results = self._loader.run(inputs)
         except RuntimeError as error:
             raise BackendError(f"AOTInductor's code of {self._graph.file.path} failed: {first_line(error)}") from error
-        taken = {tensor.untyped_storage().data_ptr() for tensor in given}
-        found: list[Array] = []
+        used = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+        outputs: list[Array] = []
         for spec, result in zip(self._graph.outputs, results, strict=True):
-            own = result.clone() if result.untyped_storage().data_ptr() in taken else result
-            taken.add(own.untyped_storage().data_ptr())
-            found.append(own.cpu().numpy() if spec.name.startswith(SCORE) else own)
-        return found
+            output = result.clone() if result.untyped_storage().data_ptr() in used else result
+            used.add(output.untyped_storage().data_ptr())
+            outputs.append(output.cpu().numpy() if spec.name.startswith(SCORE) else output)
+        return outputs
 
 
 def _tensor(value: Array) -> torch.Tensor:

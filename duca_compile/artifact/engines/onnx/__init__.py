@@ -1,1 +1,1 @@
-"""Engines that run artifacts of ONNX graphs."""
+"""Engines that run ONNX graphs."""

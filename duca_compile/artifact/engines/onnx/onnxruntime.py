@@ -1,4 +1,4 @@
-"""Runs the graphs of an artifact with ONNX Runtime, whose values stay in its memory from step to step."""
+"""Runs the graphs of an artifact with ONNX Runtime; values stay in its memory from step to step."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _DEVICES = {"CUDAExecutionProvider": "cuda", "TensorrtExecutionProvider": "cuda"
 _NUMPY = {"float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"}
 
 
-def open_engine(folder: Path, found: Manifest, options: Options) -> OnnxEngine:
+def open_engine(folder: Path, manifest: Manifest, options: Options) -> OnnxEngine:
     """ONNX Runtime for an artifact."""
-    del found
+    del manifest
     return OnnxEngine(folder, options.providers, options.threads, options.share_weights)
 
 
 class OnnxEngine:
-    """One session for each graph, all over the artifact's one file of weights.
+    """One session for each graph; all sessions read the artifact's one file of weights.
 
     Raises:
         UsageError: a provider is unknown to this build of ONNX Runtime.
@@ -44,7 +44,7 @@ class OnnxEngine:
         self._options.log_severity_level = 3
         if threads is not None:
             self._options.intra_op_num_threads = threads
-        # Sessions take turns, so the threads of one must not wait busily while another runs.
+        # Sessions take turns, so the threads of one must not spin while another runs.
         self._options.add_session_config_entry("session.force_spinning_stop", "1")
         self._options.add_session_config_entry("session.disable_prepacking", str(int(share_weights)))
 
@@ -68,7 +68,7 @@ class OnnxEngine:
 
 
 class _Function:
-    """Runs one graph; what it returns is memory of its own, or of an input that may be written to."""
+    """Runs one graph; each result has its own memory, or that of an input that may be overwritten."""
 
     def __init__(self, session: Any, graph: Graph, device: str) -> None:
         self._session, self._graph, self._device = session, graph, device
@@ -80,15 +80,15 @@ class _Function:
 
     def __call__(self, *values: Array) -> list[Array]:
         binding = self._session.io_binding()
-        given = [value if isinstance(value, ort.OrtValue) else _shared(value) for value in values]
-        for name, value in zip(self._inputs, given, strict=True):
+        inputs = [value if isinstance(value, ort.OrtValue) else _shared(value) for value in values]
+        for name, value in zip(self._inputs, inputs, strict=True):
             binding.bind_ortvalue_input(name, value)
         arrays: dict[int, np.ndarray] = {}
         for i, (spec, place) in enumerate(self._results):
             if place is not None:
-                binding.bind_ortvalue_output(spec.name, given[place])
+                binding.bind_ortvalue_output(spec.name, inputs[place])
             elif spec.name.startswith(HOST) and spec.dtype in _NUMPY:
-                arrays[i] = np.empty(spec.at(self._graph.batch([value.shape() for value in given])), spec.dtype)
+                arrays[i] = np.empty(spec.at(self._graph.batch([value.shape() for value in inputs])), spec.dtype)
                 binding.bind_ortvalue_output(spec.name, _shared(arrays[i]))
             else:
                 binding.bind_output(spec.name, self._device)
@@ -99,6 +99,6 @@ class _Function:
 
 def _shared(array: Array) -> ort.OrtValue:
     """The same memory as a value of the runtime."""
-    if isinstance(array, np.ndarray) and not array.flags.writeable:  # numpy does not hand these out
+    if isinstance(array, np.ndarray) and not array.flags.writeable:  # numpy exports no read-only memory
         array = array.copy()
     return ort.OrtValue.from_dlpack(array)

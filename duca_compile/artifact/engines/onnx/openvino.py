@@ -16,25 +16,25 @@ from duca_compile.runtime.openvino import Requests, cpu_options
 with missing_package("openvino"):
     import openvino
 
-_BITS = np.dtype(np.int16)  # of bfloat16; nothing else here is of that type
+_BITS = np.dtype(np.int16)  # stands in for bfloat16, which numpy lacks; nothing else here has this type
 
 
-def open_engine(folder: Path, found: Manifest, options: Options) -> OpenVINOEngine:
-    """OpenVINO for an artifact; it has no providers."""
+def open_engine(folder: Path, manifest: Manifest, options: Options) -> OpenVINOEngine:
+    """OpenVINO for an artifact. Raises UsageError for providers, which it does not have."""
     options.check_no_providers("openvino")
-    return OpenVINOEngine(folder, found.weights.file, options.threads, options.share_weights)
+    return OpenVINOEngine(folder, manifest.weights.file, options.threads, options.share_weights)
 
 
 class OpenVINOEngine:
     """One compiled model for each graph.
 
-    With ``share_weights`` the weights of matrix products are inputs, mapped from the artifact's file, and held once.
-    Else OpenVINO makes a copy for each graph in the order that suits it.
+    With ``share_weights``, the weights of matrix products are inputs, mapped from the artifact's file and held once.
+    Otherwise OpenVINO copies them for each graph, in the layout that it prefers.
     """
 
     def __init__(self, folder: Path, pool: File, threads: int | None, share_weights: bool) -> None:
         self._folder = folder
-        self._pool = np.memmap(inside(folder, pool), mode="c") if share_weights else None  # numpy hands out no "r"
+        self._pool = np.memmap(inside(folder, pool), mode="c") if share_weights else None  # "r" is not exported
         self._core, self._options = openvino.Core(), cpu_options(threads)
 
     def function(self, name: str, graph: Graph) -> GraphFunction:
@@ -51,13 +51,13 @@ class OpenVINOEngine:
         return _Function(compiled, graph, weights)
 
     def _read(self, path: Path) -> tuple[Any, dict[str, Any]]:
-        """The model, and its weights by the names of its inputs."""
+        """The model, and the weights that are its inputs, by name."""
         if self._pool is None:
             return self._core.read_model(path), {}
         with missing_package("export"):
             from duca_compile.artifact.lowered import lower
         lowered = lower(path, "float32")
-        weights = {each.name: openvino.Tensor(each.array(self._pool), shared_memory=True) for each in lowered.weights}
+        weights = {w.name: openvino.Tensor(w.array(self._pool), shared_memory=True) for w in lowered.weights}
         return self._core.read_model(lowered.serialized()), weights
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
@@ -65,13 +65,13 @@ class OpenVINOEngine:
 
 
 class _Function:
-    """Runs one graph; what it returns is memory of its own."""
+    """Runs one graph; each result has its own memory."""
 
     def __init__(self, model: Any, graph: Graph, weights: dict[str, Any]) -> None:
         self._requests, self._graph = Requests(model), graph
         names = [spec.name for spec in graph.inputs]
-        places = {name: i for i, each in enumerate(model.inputs) for name in each.get_names()}
-        self._inputs = [(places[name], i) for i, name in enumerate(names) if name in places]  # those that it reads
+        places = {name: i for i, port in enumerate(model.inputs) for name in port.get_names()}
+        self._inputs = [(places[name], i) for i, name in enumerate(names) if name in places]  # the compiled model's own
         self._weights = [(places[name], tensor) for name, tensor in weights.items()]
 
     def __call__(self, *values: Array) -> list[Array]:
@@ -89,7 +89,7 @@ class _Function:
 
 
 def _numpy(dtype: str) -> np.dtype:
-    """numpy's type of this name; it has none for bfloat16, which caches may be: their bits stand for them."""
+    """numpy's type of this name; for bfloat16, which numpy lacks and caches may be, a type of as many bits."""
     return np.dtype(_BITS if dtype == "bfloat16" else dtype)
 
 

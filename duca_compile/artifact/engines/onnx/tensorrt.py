@@ -1,4 +1,4 @@
-"""Runs the TensorRT engines of an artifact on an NVIDIA GPU, whose values stay there from step to step."""
+"""Runs the TensorRT engines of an artifact on an NVIDIA GPU; values stay there from step to step."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ with missing_package("export"):
 DEVICE = "cuda"
 
 
-def open_engine(folder: Path, found: Manifest, options: Options) -> TensorRTEngine:
-    """TensorRT for an artifact; it has neither providers nor threads of its own."""
+def open_engine(folder: Path, manifest: Manifest, options: Options) -> TensorRTEngine:
+    """TensorRT for an artifact. Raises UsageError for providers or threads, which it does not have."""
     options.check_no_providers("tensorrt")
     options.check_no_threads("tensorrt")
-    return TensorRTEngine(folder, found)
+    return TensorRTEngine(folder, manifest)
 
 
 class TensorRTEngine:
-    """One engine for each graph, built by ``duca_compile.export.tensorrt.build``; all read one copy of the weights.
+    """One engine for each graph, built by ``duca_compile.export.tensorrt.build``; all share one copy of the weights.
 
     Raises:
         BackendError: the library is missing, or is not the version that built the engines.
-        ArtifactError: there are no engines, or they are of another artifact.
+        ArtifactError: there are no engines, they are damaged, or they are of another artifact.
     """
 
-    def __init__(self, folder: Path, found: Manifest, engines: Path | None = None) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, engines: Path | None = None) -> None:
         self._engines = folder / FOLDER if engines is None else engines
         self._build, self._trt = read_build(self._engines)
         self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.ERROR))
-        pool = np.memmap(inside(folder, found.weights.file), mode="c")
+        pool = np.memmap(inside(folder, manifest.weights.file), mode="c")
         self._weights = {name: _on_device(weight, pool) for name, weight in self._build.weights.items()}
 
     def function(self, name: str, graph: Graph) -> GraphFunction:
@@ -64,30 +64,31 @@ class TensorRTEngine:
 
 
 def _on_device(weight: Weight, pool: np.ndarray) -> torch.Tensor:
-    """A weight as the engines take it."""
+    """A weight as the engines take it. Raises ArtifactError where the pool ends before the weight does."""
+    weight.check_inside(pool)
     count = math.prod(weight.shape)
     stored = torch.frombuffer(pool, dtype=getattr(torch, weight.stored), count=count, offset=weight.start)
     return stored.view(weight.shape).to(DEVICE, getattr(torch, weight.dtype))
 
 
 class _Function:
-    """Runs one graph on the current stream; what it returns is memory of its own."""
+    """Runs one graph on the current stream; each result has its own memory."""
 
     def __init__(self, engine: Any, graph: Graph, weights: dict[str, torch.Tensor]) -> None:
         self._engine, self._graph, self._weights = engine, graph, weights
-        self._idle: dict[int, list[Any]] = {}  # by stream: contexts, each of which has activations of its own
-        self._no_memory = torch.empty(1, device=DEVICE)  # stands in for what has none: TensorRT takes no null address
+        self._idle: dict[int, list[Any]] = {}  # unused contexts by stream; each holds its own activations
+        self._no_memory = torch.empty(1, device=DEVICE)  # for empty tensors: TensorRT takes no null address
 
     def __call__(self, *values: Array) -> list[Array]:
-        given = [_tensor(value) for value in values]
-        batch = self._graph.batch([tensor.shape for tensor in given])
+        inputs = [_tensor(value) for value in values]
+        batch = self._graph.batch([tensor.shape for tensor in inputs])
         results = [
             torch.empty(spec.at(batch), dtype=getattr(torch, spec.dtype), device=DEVICE) for spec in self._graph.outputs
         ]
         stream = _stream()
         idle = self._idle.setdefault(stream, [])
         context = idle.pop() if idle else self._context()
-        for spec, tensor in zip(self._graph.inputs, given, strict=True):
+        for spec, tensor in zip(self._graph.inputs, inputs, strict=True):
             self._bind_input(context, spec.name, tensor)
         for spec, result in zip(self._graph.outputs, results, strict=True):
             context.set_tensor_address(spec.name, result.data_ptr())
