@@ -315,7 +315,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
 
     def _capture(self, call: Call, known: Mapping[str, str]) -> Compiled:
         with self._source_context():
-            captured, facts, prologue = analyze_call(self.source, call, self.timestep_name, known, self._careful)
+            captured, facts, prologue = analyze_call(self.callee, call, self.timestep_name, known, self._careful)
         self.__dict__["_unverified"] = None if self._careful else _EagerRun(call.tensors, captured.eager_results)
         captured = replace(captured, eager_results=())
         limit = not_recomputed(facts, self.policy)
