@@ -68,14 +68,14 @@ class Sample:
         return self.distance(other) > APART * together
 
 
-class Slot:
+class GuidancePass:
     """One pass of a loop, as it was when last called; holds what it was called with, so that identities last."""
 
     def __init__(self, index: int, place: int, call: Named) -> None:
         self.name, self.index, self.place = call.name, index, place  # ``place`` among all calls of the first step
         self.step = -1
         self.sample: Sample | None = None
-        self.former: list[Slot] = []  # the passes that its first call might have been of
+        self.former: list[GuidancePass] = []  # the passes that its first call might have been of
         self._condition(call)
 
     def _condition(self, call: Named) -> None:
@@ -123,7 +123,7 @@ class Slot:
         known = dict(zip(self._inputs, zip(self.sight.tensors, self.sight.versions, strict=True), strict=True))
         return ((name, now, known[name]) for name, now in zip(call.inputs, call.others, strict=True) if name in known)
 
-    def differs_in(self, other: Slot) -> set[str]:
+    def differs_in(self, other: GuidancePass) -> set[str]:
         """The names of the inputs that are other objects there."""
         theirs = dict(zip(other._inputs, other.sight.tensors, strict=True))
         return {
@@ -157,12 +157,12 @@ class Slot:
         return mine is not None and Sample(latent).is_apart(mine)
 
 
-class Slots:
+class GuidancePasses:
     """The passes of one loop, in the order of their first calls."""
 
     def __init__(self) -> None:
-        self.all: list[Slot] = []
-        self._named: dict[str | None, list[Slot]] = {}
+        self.all: list[GuidancePass] = []
+        self._named: dict[str | None, list[GuidancePass]] = {}
         self.tiled = False  # whether passes are told by their latents
 
     def clear(self) -> None:
@@ -170,59 +170,59 @@ class Slots:
         self._named.clear()
         self.tiled = False
 
-    def of(self, name: str | None) -> Sequence[Slot]:
+    def of(self, name: str | None) -> Sequence[GuidancePass]:
         return self._named.get(name, ())
 
-    def get(self, key: PassKey) -> Slot | None:
-        slots = self._named.get(key[0], ())
-        return slots[key[1]] if key[1] < len(slots) else None
+    def get(self, key: PassKey) -> GuidancePass | None:
+        passes = self._named.get(key[0], ())
+        return passes[key[1]] if key[1] < len(passes) else None
 
-    def add(self, call: Named) -> Slot:
-        slots = self._named.setdefault(call.name, [])
-        slot = Slot(len(slots), len(self.all), call)
-        slots.append(slot)
-        self.all.append(slot)
-        return slot
+    def add(self, call: Named) -> GuidancePass:
+        passes = self._named.setdefault(call.name, [])
+        pass_ = GuidancePass(len(passes), len(self.all), call)
+        passes.append(pass_)
+        self.all.append(pass_)
+        return pass_
 
-    def put(self, slots: Iterable[Slot]) -> None:
+    def put(self, passes: Iterable[GuidancePass]) -> None:
         """These are all from now on."""
-        self.all = list(slots)
+        self.all = list(passes)
         self._named = {}
-        for place, slot in enumerate(self.all):
-            named = self._named.setdefault(slot.name, [])
-            slot.place, slot.index = place, len(named)
-            named.append(slot)
+        for place, pass_ in enumerate(self.all):
+            named = self._named.setdefault(pass_.name, [])
+            pass_.place, pass_.index = place, len(named)
+            named.append(pass_)
 
-    def find(self, call: Named, step: int, reads: bool) -> Slot | None:
+    def find(self, call: Named, step: int, reads: bool) -> GuidancePass | None:
         """The pass that a call at ``step`` is, by all that tells; it may have been called at that step already.
 
         None where there is no pass of its name, or, of tiles, none with a latent like it. Objects count first; where
         they do not tell the passes apart, values are compared, on an accelerator only if ``reads`` says so. Of equals,
         it is the first that is still to come.
         """
-        slots = self.of(call.name)
-        if len(slots) < 2:
-            return slots[0] if slots else None
+        passes = self.of(call.name)
+        if len(passes) < 2:
+            return passes[0] if passes else None
         if not self.tiled:
-            coming = _coming(slots, step)
+            coming = _coming(passes, step)
             if coming.step != step and coming.is_as(call):
                 return coming
-        alike = _best(slots, [slot.likeness(call) for slot in slots])
-        telling = {name for slot in alike[1:] for name in alike[0].differs_in(slot)}
+        alike = _best(passes, [pass_.likeness(call) for pass_ in passes])
+        telling = {name for pass_ in alike[1:] for name in alike[0].differs_in(pass_)}
         if telling:
-            alike = _best(alike, [-len(slot.changes(call.only(telling), reads)) for slot in alike])
+            alike = _best(alike, [-len(pass_.changes(call.only(telling), reads)) for pass_ in alike])
         return self._nearest(alike, call.latent, step) if self.tiled else _coming(alike, step)
 
-    def _nearest(self, slots: Sequence[Slot], latent: Array, step: int) -> Slot | None:
+    def _nearest(self, passes: Sequence[GuidancePass], latent: Array, step: int) -> GuidancePass | None:
         """By latent, if any is like it; one that was called at the step already only if it is much nearer."""
         now = Sample(latent)
 
-        def far(slot: Slot) -> float:
-            then = slot.sampled()
-            weight = APART if slot.step != step else 1.0
+        def far(pass_: GuidancePass) -> float:
+            then = pass_.sampled()
+            weight = APART if pass_.step != step else 1.0
             return float("inf") if then is None else weight * then.distance(now)
 
-        found = min(slots, key=far)
+        found = min(passes, key=far)
         return None if found.step != step and found.is_apart_from(latent) else found
 
 
@@ -234,14 +234,14 @@ def _differs(tensor: Array, known: Array, at_version: int, reads: bool) -> bool:
     return not equal(tensor, known, at_version)
 
 
-def _best(slots: Sequence[Slot], scores: Sequence[int]) -> list[Slot]:
+def _best(passes: Sequence[GuidancePass], scores: Sequence[int]) -> list[GuidancePass]:
     most = max(scores)
-    return [slot for slot, score in zip(slots, scores, strict=True) if score == most]
+    return [pass_ for pass_, score in zip(passes, scores, strict=True) if score == most]
 
 
-def _coming(slots: Sequence[Slot], step: int) -> Slot:
+def _coming(passes: Sequence[GuidancePass], step: int) -> GuidancePass:
     """The first that was not called at the step yet, of those that were called last."""
-    for slot in slots:
-        if slot.step == step - 1:  # as most often
-            return slot
-    return max(slots, key=lambda slot: -1 if slot.step == step else slot.step)
+    for pass_ in passes:
+        if pass_.step == step - 1:  # as most often
+            return pass_
+    return max(passes, key=lambda pass_: -1 if pass_.step == step else pass_.step)

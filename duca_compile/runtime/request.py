@@ -17,7 +17,7 @@ from duca_compile.core.tensors import Array, Sight
 from duca_compile.policies.base import Policy
 from duca_compile.runtime.adaptive import Decisions
 from duca_compile.runtime.arrays import size
-from duca_compile.runtime.calls import APART, Named, PassKey, Sample, Slot, Slots, chosen
+from duca_compile.runtime.calls import APART, Named, PassKey, Sample, GuidancePass, GuidancePasses, chosen
 from duca_compile.runtime.clock import AGAIN, NEXT, START, Move, Place, StepClock, Tick
 from duca_compile.runtime.past import Past
 from duca_compile.runtime.selection import TokenSelector
@@ -180,9 +180,9 @@ class Schedule(Protocol):
 class _Aside(NamedTuple):
     """Passes that seem to be of the request before, as long as they may turn out not to be."""
 
-    slots: list[Slot]
+    passes: list[GuidancePass]
     history: list[Executed]
-    states: list[tuple[object, Slot, CacheState]]
+    states: list[tuple[object, GuidancePass, CacheState]]
 
 
 class Request:
@@ -207,25 +207,25 @@ class Request:
         self._clock = StepClock(total)
         self._run: object | None = None  # held, so that its identity is not handed to the next run
         self._warned = set[str]()
-        self._states = WeakKeyDictionary[object, dict[Slot | None, CacheState]]()
+        self._states = WeakKeyDictionary[object, dict[GuidancePass | None, CacheState]]()
         self.history: list[Executed] = []
         self._total = total
         self._steps: PlannedSteps | None = None
         self._names: Names | None = None  # of the last call, and the inputs that passes are conditioned on
         self._inputs: tuple[str, ...] = ()
         self._chosen = chosen(())
-        self._slots = Slots()
+        self._passes = GuidancePasses()
         self._aside: _Aside | None = None
         self._openings: list[Sample] = []  # latents of the requests before, of one step each, at this timestep
         self._varying = set[str]()  # the inputs that change from step to step, as far as that was seen
-        self._former: list[Slot] = []  # passes that a call might have been of, and turned out not to be
+        self._former: list[GuidancePass] = []  # passes that a call might have been of, and turned out not to be
         self._turns = 0  # requests in a row that started where timesteps turned back in mid-loop
 
     def reset(self) -> None:
         """Drops every cache; the next call starts a new request."""
         self._clock.reset()
         self._states.clear()
-        self._slots.clear()
+        self._passes.clear()
         self._openings.clear()
         self._aside = None
 
@@ -244,9 +244,9 @@ class Request:
         states = self._states.get(owner)
         if states is None:
             states = self._states[owner] = {}
-        state = states.get(slot := self._slots.get(key))
+        state = states.get(pass_ := self._passes.get(key))
         if state is None:
-            state = states[slot] = CacheState()
+            state = states[pass_] = CacheState()
         return state
 
     def tick(
@@ -262,7 +262,7 @@ class Request:
             self._run = run
             clock.reset()
         said = schedule is not None or step_index is not None
-        move, slot = clock.look(timestep, self._place(step_index) if said else None), None
+        move, pass_ = clock.look(timestep, self._place(step_index) if said else None), None
         if move is NEXT and (only := self._only_pass(names, call, name)) is not None:
             return self._go_on(only, call[names.latent])
         if names is not self._names:
@@ -270,9 +270,9 @@ class Request:
             self._chosen = chosen(self._inputs)
         given = Named(name, names, call[names.latent], self._inputs, self._chosen(call))
         if move is NEXT:
-            move, slot = self._first_of_step(given)
+            move, pass_ = self._first_of_step(given)
         elif move is AGAIN:
-            move, slot = self._again(given)
+            move, pass_ = self._again(given)
         else:
             self._turn_back(given)
         time = clock.go(move)
@@ -281,37 +281,37 @@ class Request:
             self._start(timestep, time)
         if step == len(self._times):
             self._times.append(time)
-        if slot is None:
-            slot = self._slots.add(given)
-            slot.former, self._former = self._former, []
-        slot.called(step, given, samples=step == 0 or self._slots.tiled)
-        return Tick(step, slot.index, move is START, time, slot.sight)
+        if pass_ is None:
+            pass_ = self._passes.add(given)
+            pass_.former, self._former = self._former, []
+        pass_.called(step, given, samples=step == 0 or self._passes.tiled)
+        return Tick(step, pass_.index, move is START, time, pass_.sight)
 
-    def _only_pass(self, names: Names, call: Mapping[str, Array], name: str | None) -> Slot | None:
+    def _only_pass(self, names: Names, call: Mapping[str, Array], name: str | None) -> GuidancePass | None:
         """The pass of a call at another timestep, where the loop has no other and it is conditioned as it was.
 
         That is so most often, and then no more has to be asked.
         """
-        slots = self._slots
-        if len(slots.all) != 1 or slots.tiled or self._openings or self._aside is not None:
+        passes = self._passes
+        if len(passes.all) != 1 or passes.tiled or self._openings or self._aside is not None:
             return None
-        slot = slots.all[0]
-        known = names is self._names and slot.kind is names and slot.name == name
-        return slot if known and slot.sight.holds_of(self._chosen(call)) else None
+        pass_ = passes.all[0]
+        known = names is self._names and pass_.kind is names and pass_.name == name
+        return pass_ if known and pass_.sight.holds_of(self._chosen(call)) else None
 
-    def _go_on(self, slot: Slot, latent: Array) -> Tick:
+    def _go_on(self, pass_: GuidancePass, latent: Array) -> Tick:
         """The next step, of the only pass."""
         time = self._clock.go(NEXT)
         step = self._clock.step
         if step == len(self._times):
             self._times.append(time)
-        slot.at(step, latent)
-        return Tick(step, 0, False, time, slot.sight)
+        pass_.at(step, latent)
+        return Tick(step, 0, False, time, pass_.sight)
 
     def captured(self, names: Names) -> None:
         """Notes that the call that started the request is of this kind, as a closer look at the model showed."""
-        for slot in self._slots.all:
-            slot.kind = names
+        for pass_ in self._passes.all:
+            pass_.kind = names
 
     def _place(self, step_index: int | None) -> Place | None:
         if step_index is not None:
@@ -323,7 +323,7 @@ class Request:
         self._loops.remember(self._times)
         self._times.clear()
         self._states.clear()
-        self._slots.clear()
+        self._passes.clear()
         self.history.clear()
         self._total, monotone = self._given, True
         if self._schedule is not None and self._run is not None:
@@ -340,7 +340,7 @@ class Request:
         self._openings.clear()
         self._aside = None
         midway = self._clock.is_midway(start=self._turns > 0)
-        midway = midway and any(slot.is_as(call) for slot in self._slots.of(call.name))
+        midway = midway and any(pass_.is_as(call) for pass_ in self._passes.of(call.name))
         self._turns = self._turns + 1 if midway else 0
         if self._turns == RESTLESS:
             self._warn(
@@ -350,7 +350,7 @@ class Request:
                 RESTLESS,
             )
 
-    def _first_of_step(self, call: Named) -> tuple[Move, Slot | None]:
+    def _first_of_step(self, call: Named) -> tuple[Move, GuidancePass | None]:
         """What the first call at another timestep is, behind a request's first step."""
         self._aside = None
         step = self._clock.step + 1
@@ -358,78 +358,78 @@ class Request:
             if self._is_of_an_earlier_one(call):
                 self._go_on_with_tiles()
             self._openings.clear()
-        slot = self._slots.find(call, step, reads=step == 1)
-        if slot is None or self._run is not None or self._slots.tiled:
-            return NEXT, slot
-        if step == 1 and slot.place > 0:  # those before it were another request's, it seems
-            self._aside = self._drop_before(slot.place)
-        if not slot.is_as(call) and self._is_another(slot, call, step):
+        pass_ = self._passes.find(call, step, reads=step == 1)
+        if pass_ is None or self._run is not None or self._passes.tiled:
+            return NEXT, pass_
+        if step == 1 and pass_.place > 0:  # those before it were another request's, it seems
+            self._aside = self._drop_before(pass_.place)
+        if not pass_.is_as(call) and self._is_another(pass_, call, step):
             return (START if step == 1 and self._total in (None, 1) else NEXT), None
-        return NEXT, slot
+        return NEXT, pass_
 
-    def _is_another(self, slot: Slot, call: Named, step: int) -> bool:
+    def _is_another(self, pass_: GuidancePass, call: Named, step: int) -> bool:
         """Whether a call is of another pass, or of another request, than seems: it is conditioned on something else.
 
         Inputs that change from step to step do not count. They are known once they have changed twice, each time to
         what no pass had, while others stayed; of a pass with a name, its name says that it is the same.
         """
-        if self._clock.told or not slot.is_alike(call):  # calls of other kinds share no caches anyway
+        if self._clock.told or not pass_.is_alike(call):  # calls of other kinds share no caches anyway
             return False
-        changed = slot.changes(call, reads=step == 1) - self._varying
-        if slot.former and (call.name is not None or len(changed) < len(call.inputs)):
-            self._varying |= changed.intersection(*[former.changes(call, reads=step == 1) for former in slot.former])
+        changed = pass_.changes(call, reads=step == 1) - self._varying
+        if pass_.former and (call.name is not None or len(changed) < len(call.inputs)):
+            self._varying |= changed.intersection(*[former.changes(call, reads=step == 1) for former in pass_.former])
         if changed <= self._varying:
-            slot.former = []
+            pass_.former = []
             return False
-        if len(slot.former) > 1:
+        if len(pass_.former) > 1:
             self._warn(
                 "all that the model is conditioned on changes at each step, so each is computed in full. If these are "
                 "steps of one pass, name it: with model.cache_context(name, step_index=i)"
             )
-        self._former = [*self._slots.all, *slot.former][:MAX_PASSES]
+        self._former = [*self._passes.all, *pass_.former][:MAX_PASSES]
         for former in self._former:
             former.former = []  # whose own are dropped, so that they are bounded
         return True
 
-    def _again(self, call: Named) -> tuple[Move, Slot | None]:
+    def _again(self, call: Named) -> tuple[Move, GuidancePass | None]:
         """What a call at the same timestep is: of which pass of this step, or of the next step or request."""
         step = self._clock.step
         first = step == 0 and self._run is None
-        slot = self._slots.find(call, step, reads=step <= 1)
-        if self._aside is not None and not (slot is not None and slot.is_for(call)):
-            slot = self._taken_back(call) or slot
-        if slot is None:
-            own = call.name is not None or not first or self._slots.all[-1].has(call.latent)
+        pass_ = self._passes.find(call, step, reads=step <= 1)
+        if self._aside is not None and not (pass_ is not None and pass_.is_for(call)):
+            pass_ = self._taken_back(call) or pass_
+        if pass_ is None:
+            own = call.name is not None or not first or self._passes.all[-1].has(call.latent)
             return (self._further(call) if own else self._begin_again()), None
-        if slot.step != step:
-            other = not (self._run is not None or self._slots.tiled or slot.is_as(call))
-            other = other and self._is_another(slot, call, step)
-            return (self._further(call), None) if other else (AGAIN, slot)
+        if pass_.step != step:
+            other = not (self._run is not None or self._passes.tiled or pass_.is_as(call))
+            other = other and self._is_another(pass_, call, step)
+            return (self._further(call), None) if other else (AGAIN, pass_)
         if first:
-            return self._first_again(slot, call)
-        if not slot.has(call.latent):
-            if self._clock.rounded and (self._clock.advances or slot.goes_on_with(call.latent)):
-                return NEXT, slot
-            self._slots.tiled |= slot.is_apart_from(call.latent) and slot.is_for(call)
+            return self._first_again(pass_, call)
+        if not pass_.has(call.latent):
+            if self._clock.rounded and (self._clock.advances or pass_.goes_on_with(call.latent)):
+                return NEXT, pass_
+            self._passes.tiled |= pass_.is_apart_from(call.latent) and pass_.is_for(call)
         return self._further(call), None
 
-    def _first_again(self, slot: Slot, call: Named) -> tuple[Move, Slot | None]:
+    def _first_again(self, pass_: GuidancePass, call: Named) -> tuple[Move, GuidancePass | None]:
         """The same without a schedule at the first timestep, where nothing tells yet what passes the loop has."""
-        if slot.has(call.latent):
-            if not slot.is_for(call):
+        if pass_.has(call.latent):
+            if not pass_.is_for(call):
                 return self._further(call), None
-            names = [each.name for each in self._slots.all]
-            start = len(names) - slot.place  # where a request must have started that has come to this pass
-            if not 0 < slot.place < start or names[start:] != names[: slot.place]:
+            names = [pass_.name for pass_ in self._passes.all]
+            start = len(names) - pass_.place  # where a request must have started that has come to this pass
+            if not 0 < pass_.place < start or names[start:] != names[: pass_.place]:
                 return START, None
             self._drop_before(start)
             return AGAIN, None
         if self._clock.rounded is None:
             if self._clock.advances:
-                return NEXT, slot
-            if slot.is_for(call) and slot.goes_on_with(call.latent):
+                return NEXT, pass_
+            if pass_.is_for(call) and pass_.goes_on_with(call.latent):
                 if self._total is not None and self._total > 1:
-                    return NEXT, slot
+                    return NEXT, pass_
                 self._warn(
                     "the first timestep, which is rounded, came again with a latent much like the last: taken for the "
                     "start of another request. If it is the next step of a loop, say optimize(..., "
@@ -439,17 +439,17 @@ class Request:
 
     def _begin_again(self) -> Move:
         """Another request of the same first timestep; a tile, should this come out later."""
-        opening = self._slots.all[0].sample
+        opening = self._passes.all[0].sample
         if opening is not None:
             self._openings = [*self._openings[1 - MAX_TILES :], opening]
         return START
 
     def _further(self, call: Named) -> Move:
         """Another pass of this step, unless there are too many that nothing tells apart."""
-        most = MAX_TILES if self._slots.tiled else MAX_PASSES
-        if len(self._slots.of(call.name)) < most and len(self._slots.all) < MAX_TILES:
+        most = MAX_TILES if self._passes.tiled else MAX_PASSES
+        if len(self._passes.of(call.name)) < most and len(self._passes.all) < MAX_TILES:
             return AGAIN
-        if self._clock.step > 0 or self._run is not None or len(self._slots.all) >= MAX_TILES:
+        if self._clock.step > 0 or self._run is not None or len(self._passes.all) >= MAX_TILES:
             self._warn(
                 "there are more calls at one timestep than are kept apart (%d of one name, %d in all): a request "
                 "starts, and all caches are dropped. Name passes and tiles, each by its own name: "
@@ -464,14 +464,14 @@ class Request:
     def _is_of_an_earlier_one(self, call: Named) -> bool:
         """Whether the latent is nearer to that of an earlier request than to that of this one."""
         now = Sample(call.latent)
-        own = min(slot.sample.distance(now) for slot in self._slots.all if slot.sample is not None)
+        own = min(pass_.sample.distance(now) for pass_ in self._passes.all if pass_.sample is not None)
         return min(opening.distance(now) for opening in self._openings) < APART * own
 
     def _go_on_with_tiles(self) -> None:
         """What seemed to be requests were tiles: nobody's caches are this call's."""
         self._states.clear()
-        self._slots.clear()
-        self._slots.tiled = True
+        self._passes.clear()
+        self._passes.tiled = True
         self._warn(
             "calls at one timestep have different latents, as tiles and context windows have. The first step of each "
             "but the last was forgotten, so the second step is computed in full. Name them, and say where the loop "
@@ -480,32 +480,32 @@ class Request:
 
     def _drop_before(self, place: int) -> _Aside:
         """Takes out the passes of the first step before the one of that place, which were another request's."""
-        gone, kept = self._slots.all[:place], self._slots.all[place:]
+        gone, kept = self._passes.all[:place], self._passes.all[place:]
         states = [
-            (owner, slot, states.pop(slot))
+            (owner, pass_, states.pop(pass_))
             for owner, states in [*self._states.items()]
-            for slot in gone
-            if slot in states
+            for pass_ in gone
+            if pass_ in states
         ]
         history = self.history[:place]
-        self._slots.put(kept)
+        self._passes.put(kept)
         self.history[:] = _renumbered(self.history[place:], gone, -1)
         return _Aside(gone, history, states)
 
-    def _taken_back(self, call: Named) -> Slot | None:
+    def _taken_back(self, call: Named) -> GuidancePass | None:
         """The pass of a call, where it was taken out by mistake: with it, all are there again."""
         aside = self._aside
         assert aside is not None
-        named = call.name is not None and not self._slots.of(call.name)  # then that says it
-        known = [slot for slot in aside.slots if slot.name == call.name]
-        slot = next((slot for slot in reversed(known) if slot.is_for(call)), known[-1] if named and known else None)
-        if slot is not None:
+        named = call.name is not None and not self._passes.of(call.name)  # then that says it
+        known = [pass_ for pass_ in aside.passes if pass_.name == call.name]
+        pass_ = next((pass_ for pass_ in reversed(known) if pass_.is_for(call)), known[-1] if named and known else None)
+        if pass_ is not None:
             self._aside = None
-            self.history[:] = [*aside.history, *_renumbered(self.history, aside.slots, 1)]
-            self._slots.put([*aside.slots, *self._slots.all])
+            self.history[:] = [*aside.history, *_renumbered(self.history, aside.passes, 1)]
+            self._passes.put([*aside.passes, *self._passes.all])
             for owner, each, state in aside.states:
                 self._states.setdefault(owner, {})[each] = state
-        return slot
+        return pass_
 
     def step_at(self, index: int) -> Step:
         """The policy's step; beyond the planned ones a full step, with one warning."""
@@ -528,9 +528,9 @@ class Request:
             log.warning(message, *values)
 
 
-def _renumbered(history: Sequence[Executed], slots: Sequence[Slot], sign: int) -> list[Executed]:
-    """The same with pass indices shifted by the number of ``slots`` of their names."""
-    shift = Counter(slot.name for slot in slots)
+def _renumbered(history: Sequence[Executed], passes: Sequence[GuidancePass], sign: int) -> list[Executed]:
+    """The same with pass indices shifted by the number of ``passes`` of their names."""
+    shift = Counter(pass_.name for pass_ in passes)
     return [each._replace(pass_index=each.pass_index + sign * shift[each.pass_name]) for each in history]
 
 

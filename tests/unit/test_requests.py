@@ -325,7 +325,7 @@ def test_passes_that_differ_in_options_alone() -> None:
                 call = {"x": latent, "t": torch.tensor([900.0 - step]), "text": PROMPTS[prompt]}
                 tick = runs.request.tick(names, call)
                 assert tick.step == step
-                slot = runs.request._slots.get((None, tick.pass_index))
+                slot = runs.request._passes.get((None, tick.pass_index))
                 seen.add((request, names, prompt, id(slot)))
             latent = latent + 0.3 * noise(50 + step)
     assert len(seen) == 6
