@@ -15,7 +15,7 @@ APART = 0.9  # latents of one tile are nearer to each other than to those of oth
 PassKey = tuple[str | None, int]  # the pass's name, and which call of that name at the step
 
 
-class Named:
+class CallInputs:
     """The tensors of one call, but the timestep: its latent, and what it is conditioned on."""
 
     __slots__ = ("inputs", "kind", "latent", "name", "others")
@@ -27,10 +27,10 @@ class Named:
         self.latent = latent  # what it denoises
         self.inputs, self.others = inputs, others  # what it is conditioned on
 
-    def only(self, inputs: Collection[str]) -> Named:
+    def only(self, inputs: Collection[str]) -> CallInputs:
         """With these inputs and no others."""
         pairs = [(name, each) for name, each in zip(self.inputs, self.others, strict=True) if name in inputs]
-        return Named(self.name, self.kind, self.latent, tuple(name for name, _ in pairs), [each for _, each in pairs])
+        return CallInputs(self.name, self.kind, self.latent, tuple(name for name, _ in pairs), [each for _, each in pairs])
 
 
 def chosen(names: tuple[str, ...]) -> Callable[[Mapping[str, Array]], Sequence[Array]]:
@@ -71,18 +71,18 @@ class Sample:
 class GuidancePass:
     """One pass of a loop, as it was when last called; holds what it was called with, so that identities last."""
 
-    def __init__(self, index: int, place: int, call: Named) -> None:
+    def __init__(self, index: int, place: int, call: CallInputs) -> None:
         self.name, self.index, self.place = call.name, index, place  # ``place`` among all calls of the first step
         self.step = -1
         self.sample: Sample | None = None
         self.former: list[GuidancePass] = []  # the passes that its first call might have been of
         self._condition(call)
 
-    def _condition(self, call: Named) -> None:
+    def _condition(self, call: CallInputs) -> None:
         self.kind, self._inputs, self.sight = call.kind, call.inputs, Sight.of(call.others)
         self._met = call  # the last call that was found to be as this
 
-    def called(self, step: int, call: Named, samples: bool) -> None:
+    def called(self, step: int, call: CallInputs, samples: bool) -> None:
         """Notes its call at ``step``; with ``samples``, so that its latent can be held against others later."""
         self.at(step, call.latent)
         if samples:
@@ -94,7 +94,7 @@ class GuidancePass:
         self.step, self._latent, self._version = step, latent, version(latent)
         self.sample = None
 
-    def is_as(self, call: Named) -> bool:
+    def is_as(self, call: CallInputs) -> bool:
         """Whether it is conditioned on these very objects, as they were; asked at every call."""
         if self._met is not call:
             if call.kind is not self.kind or not self.sight.holds_of(call.others):
@@ -102,23 +102,23 @@ class GuidancePass:
             self._met = call
         return True
 
-    def is_alike(self, call: Named) -> bool:
+    def is_alike(self, call: CallInputs) -> bool:
         """Whether the two are of one kind: with the same options and shapes."""
         return call.kind is self.kind and all(now.shape == known.shape for _, now, (known, _) in self._common(call))
 
-    def is_for(self, call: Named) -> bool:
+    def is_for(self, call: CallInputs) -> bool:
         """The same by value."""
         return call.kind is self.kind and not self.changes(call, reads=True)
 
-    def likeness(self, call: Named) -> int:
+    def likeness(self, call: CallInputs) -> int:
         """How many of the objects that it is conditioned on are these; its kind is one more."""
         return (call.kind is self.kind) + sum(unchanged(now, *known) for _, now, known in self._common(call))
 
-    def changes(self, call: Named, reads: bool) -> set[str]:
+    def changes(self, call: CallInputs, reads: bool) -> set[str]:
         """The inputs that hold something else. What is on an accelerator is read only where ``reads`` says so."""
         return {name for name, now, known in self._common(call) if _differs(now, *known, reads)}
 
-    def _common(self, call: Named) -> Iterator[tuple[str, Array, tuple[Array, int]]]:
+    def _common(self, call: CallInputs) -> Iterator[tuple[str, Array, tuple[Array, int]]]:
         """The inputs that both have: now, and as they were with their versions."""
         known = dict(zip(self._inputs, zip(self.sight.tensors, self.sight.versions, strict=True), strict=True))
         return ((name, now, known[name]) for name, now in zip(call.inputs, call.others, strict=True) if name in known)
@@ -177,7 +177,7 @@ class GuidancePasses:
         passes = self._named.get(key[0], ())
         return passes[key[1]] if key[1] < len(passes) else None
 
-    def add(self, call: Named) -> GuidancePass:
+    def add(self, call: CallInputs) -> GuidancePass:
         passes = self._named.setdefault(call.name, [])
         pass_ = GuidancePass(len(passes), len(self.all), call)
         passes.append(pass_)
@@ -193,7 +193,7 @@ class GuidancePasses:
             pass_.place, pass_.index = place, len(named)
             named.append(pass_)
 
-    def find(self, call: Named, step: int, reads: bool) -> GuidancePass | None:
+    def find(self, call: CallInputs, step: int, reads: bool) -> GuidancePass | None:
         """The pass that a call at ``step`` is, by all that tells; it may have been called at that step already.
 
         None where there is no pass of its name, or, of tiles, none with a latent like it. Objects count first; where

@@ -17,7 +17,7 @@ from duca_compile.core.tensors import Array, Sight
 from duca_compile.policies.base import Policy
 from duca_compile.runtime.adaptive import Decisions
 from duca_compile.runtime.arrays import size
-from duca_compile.runtime.calls import APART, Named, PassKey, Sample, GuidancePass, GuidancePasses, chosen
+from duca_compile.runtime.calls import APART, CallInputs, PassKey, Sample, GuidancePass, GuidancePasses, chosen
 from duca_compile.runtime.clock import AGAIN, NEXT, START, Move, Place, StepClock, Tick
 from duca_compile.runtime.past import Past
 from duca_compile.runtime.selection import TokenSelector
@@ -268,7 +268,7 @@ class Request:
         if names is not self._names:
             self._names, self._inputs = names, tuple(n for n in call if n not in names.changing)
             self._chosen = chosen(self._inputs)
-        given = Named(name, names, call[names.latent], self._inputs, self._chosen(call))
+        given = CallInputs(name, names, call[names.latent], self._inputs, self._chosen(call))
         if move is NEXT:
             move, pass_ = self._first_of_step(given)
         elif move is AGAIN:
@@ -335,7 +335,7 @@ class Request:
         self._clock.expect(self._total, monotone)
         self._steps = self._loops.steps(self._policy, self._total)
 
-    def _turn_back(self, call: Named) -> None:
+    def _turn_back(self, call: CallInputs) -> None:
         """Notes that timesteps say that a request starts."""
         self._openings.clear()
         self._aside = None
@@ -350,7 +350,7 @@ class Request:
                 RESTLESS,
             )
 
-    def _first_of_step(self, call: Named) -> tuple[Move, GuidancePass | None]:
+    def _first_of_step(self, call: CallInputs) -> tuple[Move, GuidancePass | None]:
         """What the first call at another timestep is, behind a request's first step."""
         self._aside = None
         step = self._clock.step + 1
@@ -367,7 +367,7 @@ class Request:
             return (START if step == 1 and self._total in (None, 1) else NEXT), None
         return NEXT, pass_
 
-    def _is_another(self, pass_: GuidancePass, call: Named, step: int) -> bool:
+    def _is_another(self, pass_: GuidancePass, call: CallInputs, step: int) -> bool:
         """Whether a call is of another pass, or of another request, than seems: it is conditioned on something else.
 
         Inputs that change from step to step do not count. They are known once they have changed twice, each time to
@@ -391,7 +391,7 @@ class Request:
             former.former = []  # whose own are dropped, so that they are bounded
         return True
 
-    def _again(self, call: Named) -> tuple[Move, GuidancePass | None]:
+    def _again(self, call: CallInputs) -> tuple[Move, GuidancePass | None]:
         """What a call at the same timestep is: of which pass of this step, or of the next step or request."""
         step = self._clock.step
         first = step == 0 and self._run is None
@@ -413,7 +413,7 @@ class Request:
             self._passes.tiled |= pass_.is_apart_from(call.latent) and pass_.is_for(call)
         return self._further(call), None
 
-    def _first_again(self, pass_: GuidancePass, call: Named) -> tuple[Move, GuidancePass | None]:
+    def _first_again(self, pass_: GuidancePass, call: CallInputs) -> tuple[Move, GuidancePass | None]:
         """The same without a schedule at the first timestep, where nothing tells yet what passes the loop has."""
         if pass_.has(call.latent):
             if not pass_.is_for(call):
@@ -444,7 +444,7 @@ class Request:
             self._openings = [*self._openings[1 - MAX_TILES :], opening]
         return START
 
-    def _further(self, call: Named) -> Move:
+    def _further(self, call: CallInputs) -> Move:
         """Another pass of this step, unless there are too many that nothing tells apart."""
         most = MAX_TILES if self._passes.tiled else MAX_PASSES
         if len(self._passes.of(call.name)) < most and len(self._passes.all) < MAX_TILES:
@@ -461,7 +461,7 @@ class Request:
         self._drop_before(1)
         return AGAIN
 
-    def _is_of_an_earlier_one(self, call: Named) -> bool:
+    def _is_of_an_earlier_one(self, call: CallInputs) -> bool:
         """Whether the latent is nearer to that of an earlier request than to that of this one."""
         now = Sample(call.latent)
         own = min(pass_.sample.distance(now) for pass_ in self._passes.all if pass_.sample is not None)
@@ -492,7 +492,7 @@ class Request:
         self.history[:] = _renumbered(self.history[place:], gone, -1)
         return _Aside(gone, history, states)
 
-    def _taken_back(self, call: Named) -> GuidancePass | None:
+    def _taken_back(self, call: CallInputs) -> GuidancePass | None:
         """The pass of a call, where it was taken out by mistake: with it, all are there again."""
         aside = self._aside
         assert aside is not None
