@@ -38,7 +38,7 @@ def chosen(names: tuple[str, ...]) -> Callable[[Mapping[str, Array]], Sequence[A
     return itemgetter(*names) if len(names) > 1 else lambda call: [call[name] for name in names]
 
 
-class Sample:
+class LatentSample:
     """Some values of a latent as it was; read when they are first compared."""
 
     def __init__(self, latent: Array) -> None:
@@ -54,15 +54,15 @@ class Sample:
             self._values = array.astype(np.float32)
         return self._values
 
-    def distance(self, other: Sample) -> float:
+    def distance(self, other: LatentSample) -> float:
         """The norm of the difference; infinite where the sizes are different."""
         one, two = self.values, other.values
         return float(np.linalg.norm(one - two)) if one.shape == two.shape else float("inf")
 
-    def is_near(self, other: Sample) -> bool:
+    def is_near(self, other: LatentSample) -> bool:
         return self.distance(other) <= NEAR * float(np.linalg.norm(other.values))
 
-    def is_apart(self, other: Sample) -> bool:
+    def is_apart(self, other: LatentSample) -> bool:
         """Whether they have nothing in common, as the noise of two tiles has not."""
         together = float(np.hypot(np.linalg.norm(self.values), np.linalg.norm(other.values)))
         return self.distance(other) > APART * together
@@ -74,7 +74,7 @@ class GuidancePass:
     def __init__(self, index: int, place: int, call: CallInputs) -> None:
         self.name, self.index, self.place = call.name, index, place  # ``place`` among all calls of the first step
         self.step = -1
-        self.sample: Sample | None = None
+        self.sample: LatentSample | None = None
         self.former: list[GuidancePass] = []  # the passes that its first call might have been of
         self._condition(call)
 
@@ -86,7 +86,7 @@ class GuidancePass:
         """Notes its call at ``step``; with ``samples``, so that its latent can be held against others later."""
         self.at(step, call.latent)
         if samples:
-            self.sample = Sample(call.latent)
+            self.sample = LatentSample(call.latent)
         if self._met is not call and not self.is_as(call):
             self._condition(call)
 
@@ -135,26 +135,26 @@ class GuidancePass:
         known, at_version = self._latent, self._version
         if latent is known and version(latent) == at_version >= 0:
             return True
-        if self.sample is not None and self.sample.distance(Sample(latent)) > 0:
+        if self.sample is not None and self.sample.distance(LatentSample(latent)) > 0:
             return False
         if latent is known:  # written over: with the same, as far as a sample of it says, or unknown
             return self.sample is not None or at_version < 0
         return version(known) == at_version and same_values(latent, known)
 
-    def sampled(self) -> Sample | None:
+    def sampled(self) -> LatentSample | None:
         """Of its latent; None where that is lost."""
         if self.sample is None and version(self._latent) == self._version:
-            self.sample = Sample(self._latent)
+            self.sample = LatentSample(self._latent)
         return self.sample
 
     def goes_on_with(self, latent: Array) -> bool:
         """Whether this is its latent one small step on: near it, or written over it."""
         mine = self.sampled()
-        return latent is self._latent if mine is None else Sample(latent).is_near(mine)
+        return latent is self._latent if mine is None else LatentSample(latent).is_near(mine)
 
     def is_apart_from(self, latent: Array) -> bool:
         mine = self.sampled()
-        return mine is not None and Sample(latent).is_apart(mine)
+        return mine is not None and LatentSample(latent).is_apart(mine)
 
 
 class GuidancePasses:
@@ -215,7 +215,7 @@ class GuidancePasses:
 
     def _nearest(self, passes: Sequence[GuidancePass], latent: Array, step: int) -> GuidancePass | None:
         """By latent, if any is like it; one that was called at the step already only if it is much nearer."""
-        now = Sample(latent)
+        now = LatentSample(latent)
 
         def far(pass_: GuidancePass) -> float:
             then = pass_.sampled()

@@ -17,7 +17,7 @@ from duca_compile.core.tensors import Array, Sight
 from duca_compile.policies.base import Policy
 from duca_compile.runtime.adaptive import Decisions
 from duca_compile.runtime.arrays import size
-from duca_compile.runtime.calls import APART, CallInputs, PassKey, Sample, GuidancePass, GuidancePasses, chosen
+from duca_compile.runtime.calls import APART, CallInputs, PassKey, LatentSample, GuidancePass, GuidancePasses, chosen
 from duca_compile.runtime.clock import AGAIN, NEXT, START, Move, Place, StepClock, Tick
 from duca_compile.runtime.past import Past
 from duca_compile.runtime.selection import TokenSelector
@@ -147,7 +147,7 @@ class CacheState:
             self.drop(dead_caches(live, self.caches))
 
 
-class Names(Protocol):
+class InputNames(Protocol):
     """The names of the inputs that tell steps and requests apart."""
 
     @property
@@ -161,7 +161,7 @@ class Names(Protocol):
         """Those two, and what else the latent is made of where it is a list of tensors."""
 
 
-class Schedule(Protocol):
+class LoopSchedule(Protocol):
     """Knows the timesteps of each run of the loop before it starts: a pipeline's scheduler."""
 
     def run(self) -> object | None:
@@ -197,11 +197,11 @@ class Request:
         self,
         policy: Policy,
         total: int | None,
-        schedule: Schedule | None = None,
-        loops: Loops | None = None,
+        schedule: LoopSchedule | None = None,
+        loops: LoopMemory | None = None,
     ) -> None:
         self._policy, self._given, self._schedule = policy, total, schedule
-        self._loops = Loops() if loops is None else loops
+        self._loops = LoopMemory() if loops is None else loops
         self._times: list[float | None] = []  # of this request, as they came
         self.coming_times: tuple[float, ...] = ()  # of this request, as far as they are known when it starts
         self._clock = StepClock(total)
@@ -211,12 +211,12 @@ class Request:
         self.history: list[Executed] = []
         self._total = total
         self._steps: PlannedSteps | None = None
-        self._names: Names | None = None  # of the last call, and the inputs that passes are conditioned on
+        self._names: InputNames | None = None  # of the last call, and the inputs that passes are conditioned on
         self._inputs: tuple[str, ...] = ()
         self._chosen = chosen(())
         self._passes = GuidancePasses()
         self._aside: _Aside | None = None
-        self._openings: list[Sample] = []  # latents of the requests before, of one step each, at this timestep
+        self._openings: list[LatentSample] = []  # latents of the requests before, of one step each, at this timestep
         self._varying = set[str]()  # the inputs that change from step to step, as far as that was seen
         self._former: list[GuidancePass] = []  # passes that a call might have been of, and turned out not to be
         self._turns = 0  # requests in a row that started where timesteps turned back in mid-loop
@@ -250,7 +250,7 @@ class Request:
         return state
 
     def tick(
-        self, names: Names, call: Mapping[str, Array], name: str | None = None, step_index: int | None = None
+        self, names: InputNames, call: Mapping[str, Array], name: str | None = None, step_index: int | None = None
     ) -> Tick:
         """Where the call falls; ``pass_index`` counts the passes called ``name``.
 
@@ -287,7 +287,7 @@ class Request:
         pass_.called(step, given, samples=step == 0 or self._passes.tiled)
         return Tick(step, pass_.index, move is START, time, pass_.sight)
 
-    def _only_pass(self, names: Names, call: Mapping[str, Array], name: str | None) -> GuidancePass | None:
+    def _only_pass(self, names: InputNames, call: Mapping[str, Array], name: str | None) -> GuidancePass | None:
         """The pass of a call at another timestep, where the loop has no other and it is conditioned as it was.
 
         That is so most often, and then no more has to be asked.
@@ -308,7 +308,7 @@ class Request:
         pass_.at(step, latent)
         return Tick(step, 0, False, time, pass_.sight)
 
-    def captured(self, names: Names) -> None:
+    def captured(self, names: InputNames) -> None:
         """Notes that the call that started the request is of this kind, as a closer look at the model showed."""
         for pass_ in self._passes.all:
             pass_.kind = names
@@ -463,7 +463,7 @@ class Request:
 
     def _is_of_an_earlier_one(self, call: CallInputs) -> bool:
         """Whether the latent is nearer to that of an earlier request than to that of this one."""
-        now = Sample(call.latent)
+        now = LatentSample(call.latent)
         own = min(pass_.sample.distance(now) for pass_ in self._passes.all if pass_.sample is not None)
         return min(opening.distance(now) for opening in self._openings) < APART * own
 
@@ -565,7 +565,7 @@ class PlannedSteps:
             raise
 
 
-class Loops:
+class LoopMemory:
     """The timesteps of earlier requests: a loop that starts as one before will go on as that did, most often.
 
     And the steps of one policy, which are planned once for each number of them.

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from duca_compile.errors import UsageError
 from duca_compile.policies.base import Policy
-from duca_compile.runtime.request import Executed, Loops, Request, Schedule
+from duca_compile.runtime.request import Executed, LoopMemory, Request, LoopSchedule
 
 
 class Requests:
@@ -23,9 +23,9 @@ class Requests:
     A session has a request of its own, and so has each thread for the calls outside of any session.
     """
 
-    def __init__(self, policy: Policy, total: int | None, schedule: Schedule | None = None) -> None:
+    def __init__(self, policy: Policy, total: int | None, schedule: LoopSchedule | None = None) -> None:
         self._policy, self.total, self._schedule = policy, total, schedule
-        self._loops = Loops()
+        self._loops = LoopMemory()
         self._local = threading.local()
 
     def new(self) -> Request:
