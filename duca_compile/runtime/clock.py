@@ -30,18 +30,18 @@ class Tick(NamedTuple):
     condition: Sight | None = None
 
 
-class Move(Enum):
+class Transition(Enum):
     """What a call is to the one before it."""
 
-    START = "the first of a request"
-    AGAIN = "another one of the same step"
-    NEXT = "the first of the next step"
+    NEW_REQUEST = "the first of a request"
+    SAME_STEP = "another one of the same step"
+    NEXT_STEP = "the first of the next step"
 
 
-START, AGAIN, NEXT = Move.START, Move.AGAIN, Move.NEXT  # looking one up takes a while in some versions of Python
+NEW_REQUEST, SAME_STEP, NEXT_STEP = Transition.NEW_REQUEST, Transition.SAME_STEP, Transition.NEXT_STEP  # looking one up takes a while in some versions of Python
 
 
-class Place(NamedTuple):
+class ReportedStep(NamedTuple):
     """Where the loop is, as far as it is said: ``step`` counts from 0."""
 
     step: int
@@ -74,42 +74,42 @@ class StepClock:
         self._now: _Seen | None = None
         self._scale = 0.0  # the first timestep
         self._sense = 0  # the sign of the timesteps' change, once two values were read
-        self._place: Place | None = None
-        self._said: Place | None = None  # of the call that is looked at
+        self._place: ReportedStep | None = None
+        self._said: ReportedStep | None = None  # of the call that is looked at
 
-    def tick(self, timestep: Array, place: Place | None = None) -> Tick:
+    def tick(self, timestep: Array, place: ReportedStep | None = None) -> Tick:
         """By timesteps and what is said alone."""
-        move = self.look(timestep, place)
-        time = self.go(move)
-        return Tick(self.step, self._pass, move is START, time)
+        transition = self.look(timestep, place)
+        time = self.go(transition)
+        return Tick(self.step, self._pass, transition is NEW_REQUEST, time)
 
-    def look(self, timestep: Array, place: Place | None = None) -> Move:
+    def look(self, timestep: Array, place: ReportedStep | None = None) -> Transition:
         """What the call is, by its timestep and by what is said; ``go`` has to follow."""
         now = self._now = _Seen(timestep)
         self._said = place
         if self._last is None:
-            return START
+            return NEW_REQUEST
         if place is not None:
             if place.by_caller:
                 return _compared(place.step, self.step)
             if self._place is not None and place.step != self._place.step:
                 back = self._direction(now)[0] and self._goes_back(now, _order(self._last, now, None, self._scale))
-                return START if back else _compared(place.step, self._place.step)
+                return NEW_REQUEST if back else _compared(place.step, self._place.step)
         order = _order(self._last, now, None, self._scale)
         if order == 0:
-            return AGAIN
+            return SAME_STEP
         if order == self._sense and now.single is not None:  # as most often
-            return NEXT
-        return START if self._turns_back(now, order) else NEXT
+            return NEXT_STEP
+        return NEW_REQUEST if self._turns_back(now, order) else NEXT_STEP
 
-    def go(self, move: Move) -> float | None:
+    def go(self, transition: Transition) -> float | None:
         """Goes where the call that was looked at is. Returns its timestep, if it is one for all rows and was read."""
         now = self._now
         assert now is not None
-        if move is AGAIN:
+        if transition is SAME_STEP:
             self._pass += 1
             return now.single
-        if move is START:
+        if transition is NEW_REQUEST:
             said, self.step = self._said, 0
             self._first, self._before, self._sense = now, None, 0
             self._scale = now.single or 0.0
@@ -194,10 +194,10 @@ class StepClock:
         return _order(first, last, by_memory), by_memory
 
 
-def _compared(now: int, before: int) -> Move:
+def _compared(now: int, before: int) -> Transition:
     if now == before:
-        return AGAIN
-    return NEXT if now > before else START
+        return SAME_STEP
+    return NEXT_STEP if now > before else NEW_REQUEST
 
 
 class _Seen:

@@ -18,7 +18,7 @@ from duca_compile.policies.base import Policy
 from duca_compile.runtime.adaptive import Decisions
 from duca_compile.runtime.arrays import size
 from duca_compile.runtime.calls import APART, CallInputs, PassKey, LatentSample, GuidancePass, GuidancePasses, chosen
-from duca_compile.runtime.clock import AGAIN, NEXT, START, Move, Place, StepClock, Tick
+from duca_compile.runtime.clock import SAME_STEP, NEXT_STEP, NEW_REQUEST, Transition, ReportedStep, StepClock, Tick
 from duca_compile.runtime.past import Past
 from duca_compile.runtime.selection import TokenSelector
 
@@ -262,22 +262,22 @@ class Request:
             self._run = run
             clock.reset()
         said = schedule is not None or step_index is not None
-        move, pass_ = clock.look(timestep, self._place(step_index) if said else None), None
-        if move is NEXT and (only := self._only_pass(names, call, name)) is not None:
+        transition, pass_ = clock.look(timestep, self._place(step_index) if said else None), None
+        if transition is NEXT_STEP and (only := self._only_pass(names, call, name)) is not None:
             return self._go_on(only, call[names.latent])
         if names is not self._names:
             self._names, self._inputs = names, tuple(n for n in call if n not in names.changing)
             self._chosen = chosen(self._inputs)
         given = CallInputs(name, names, call[names.latent], self._inputs, self._chosen(call))
-        if move is NEXT:
-            move, pass_ = self._first_of_step(given)
-        elif move is AGAIN:
-            move, pass_ = self._again(given)
+        if transition is NEXT_STEP:
+            transition, pass_ = self._first_of_step(given)
+        elif transition is SAME_STEP:
+            transition, pass_ = self._again(given)
         else:
             self._turn_back(given)
-        time = clock.go(move)
+        time = clock.go(transition)
         step = clock.step
-        if move is START:
+        if transition is NEW_REQUEST:
             self._start(timestep, time)
         if step == len(self._times):
             self._times.append(time)
@@ -285,7 +285,7 @@ class Request:
             pass_ = self._passes.add(given)
             pass_.former, self._former = self._former, []
         pass_.called(step, given, samples=step == 0 or self._passes.tiled)
-        return Tick(step, pass_.index, move is START, time, pass_.sight)
+        return Tick(step, pass_.index, transition is NEW_REQUEST, time, pass_.sight)
 
     def _only_pass(self, names: InputNames, call: Mapping[str, Array], name: str | None) -> GuidancePass | None:
         """The pass of a call at another timestep, where the loop has no other and it is conditioned as it was.
@@ -301,7 +301,7 @@ class Request:
 
     def _go_on(self, pass_: GuidancePass, latent: Array) -> Tick:
         """The next step, of the only pass."""
-        time = self._clock.go(NEXT)
+        time = self._clock.go(NEXT_STEP)
         step = self._clock.step
         if step == len(self._times):
             self._times.append(time)
@@ -313,11 +313,11 @@ class Request:
         for pass_ in self._passes.all:
             pass_.kind = names
 
-    def _place(self, step_index: int | None) -> Place | None:
+    def _place(self, step_index: int | None) -> ReportedStep | None:
         if step_index is not None:
-            return Place(step_index, by_caller=True)
+            return ReportedStep(step_index, by_caller=True)
         step = None if self._schedule is None or self._run is None else self._schedule.step()
-        return None if step is None else Place(step, by_caller=False)
+        return None if step is None else ReportedStep(step, by_caller=False)
 
     def _start(self, timestep: Array, first: float | None) -> None:
         self._loops.remember(self._times)
@@ -350,7 +350,7 @@ class Request:
                 RESTLESS,
             )
 
-    def _first_of_step(self, call: CallInputs) -> tuple[Move, GuidancePass | None]:
+    def _first_of_step(self, call: CallInputs) -> tuple[Transition, GuidancePass | None]:
         """What the first call at another timestep is, behind a request's first step."""
         self._aside = None
         step = self._clock.step + 1
@@ -360,12 +360,12 @@ class Request:
             self._openings.clear()
         pass_ = self._passes.find(call, step, reads=step == 1)
         if pass_ is None or self._run is not None or self._passes.tiled:
-            return NEXT, pass_
+            return NEXT_STEP, pass_
         if step == 1 and pass_.place > 0:  # those before it were another request's, it seems
             self._aside = self._drop_before(pass_.place)
         if not pass_.is_as(call) and self._is_another(pass_, call, step):
-            return (START if step == 1 and self._total in (None, 1) else NEXT), None
-        return NEXT, pass_
+            return (NEW_REQUEST if step == 1 and self._total in (None, 1) else NEXT_STEP), None
+        return NEXT_STEP, pass_
 
     def _is_another(self, pass_: GuidancePass, call: CallInputs, step: int) -> bool:
         """Whether a call is of another pass, or of another request, than seems: it is conditioned on something else.
@@ -391,7 +391,7 @@ class Request:
             former.former = []  # whose own are dropped, so that they are bounded
         return True
 
-    def _again(self, call: CallInputs) -> tuple[Move, GuidancePass | None]:
+    def _again(self, call: CallInputs) -> tuple[Transition, GuidancePass | None]:
         """What a call at the same timestep is: of which pass of this step, or of the next step or request."""
         step = self._clock.step
         first = step == 0 and self._run is None
@@ -404,16 +404,16 @@ class Request:
         if pass_.step != step:
             other = not (self._run is not None or self._passes.tiled or pass_.is_as(call))
             other = other and self._is_another(pass_, call, step)
-            return (self._further(call), None) if other else (AGAIN, pass_)
+            return (self._further(call), None) if other else (SAME_STEP, pass_)
         if first:
             return self._first_again(pass_, call)
         if not pass_.has(call.latent):
             if self._clock.rounded and (self._clock.advances or pass_.goes_on_with(call.latent)):
-                return NEXT, pass_
+                return NEXT_STEP, pass_
             self._passes.tiled |= pass_.is_apart_from(call.latent) and pass_.is_for(call)
         return self._further(call), None
 
-    def _first_again(self, pass_: GuidancePass, call: CallInputs) -> tuple[Move, GuidancePass | None]:
+    def _first_again(self, pass_: GuidancePass, call: CallInputs) -> tuple[Transition, GuidancePass | None]:
         """The same without a schedule at the first timestep, where nothing tells yet what passes the loop has."""
         if pass_.has(call.latent):
             if not pass_.is_for(call):
@@ -421,15 +421,15 @@ class Request:
             names = [pass_.name for pass_ in self._passes.all]
             start = len(names) - pass_.place  # where a request must have started that has come to this pass
             if not 0 < pass_.place < start or names[start:] != names[: pass_.place]:
-                return START, None
+                return NEW_REQUEST, None
             self._drop_before(start)
-            return AGAIN, None
+            return SAME_STEP, None
         if self._clock.rounded is None:
             if self._clock.advances:
-                return NEXT, pass_
+                return NEXT_STEP, pass_
             if pass_.is_for(call) and pass_.goes_on_with(call.latent):
                 if self._total is not None and self._total > 1:
-                    return NEXT, pass_
+                    return NEXT_STEP, pass_
                 self._warn(
                     "the first timestep, which is rounded, came again with a latent much like the last: taken for the "
                     "start of another request. If it is the next step of a loop, say optimize(..., "
@@ -437,18 +437,18 @@ class Request:
                 )
         return self._begin_again(), None
 
-    def _begin_again(self) -> Move:
+    def _begin_again(self) -> Transition:
         """Another request of the same first timestep; a tile, should this come out later."""
         opening = self._passes.all[0].sample
         if opening is not None:
             self._openings = [*self._openings[1 - MAX_TILES :], opening]
-        return START
+        return NEW_REQUEST
 
-    def _further(self, call: CallInputs) -> Move:
+    def _further(self, call: CallInputs) -> Transition:
         """Another pass of this step, unless there are too many that nothing tells apart."""
         most = MAX_TILES if self._passes.tiled else MAX_PASSES
         if len(self._passes.of(call.name)) < most and len(self._passes.all) < MAX_TILES:
-            return AGAIN
+            return SAME_STEP
         if self._clock.step > 0 or self._run is not None or len(self._passes.all) >= MAX_TILES:
             self._warn(
                 "there are more calls at one timestep than are kept apart (%d of one name, %d in all): a request "
@@ -457,9 +457,9 @@ class Request:
                 most,
                 MAX_TILES,
             )
-            return START
+            return NEW_REQUEST
         self._drop_before(1)
-        return AGAIN
+        return SAME_STEP
 
     def _is_of_an_earlier_one(self, call: CallInputs) -> bool:
         """Whether the latent is nearer to that of an earlier request than to that of this one."""
