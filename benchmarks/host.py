@@ -40,7 +40,7 @@ IDLE = ", nothing computed"  # the same calls, where graphs return what they ret
 STAGES = {
     "binding the arguments": (Binder, "__call__"),
     "finding the capture": (Captures, "find"),
-    "telling step, pass and request": (Request, "tick"),
+    "telling step, pass and request": (Request, "locate"),
     "what the pass carries": (Request, "state"),
     "loop-invariant values": (Dispatcher, "_hoist"),
     "the step's plan, and the caches that it reads": (Dispatcher, "_plan"),

@@ -215,19 +215,19 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         name, step = (None, None) if called is None else (called.name, called.step_index)
         try:
             named = compiled.named(call.tensors)
-            tick = request.tick(compiled.facts, named, name, step)
-            if tick.new_request:
+            position = request.locate(compiled.facts, named, name, step)
+            if position.new_request:
                 compiled = self._compiled.find_anew(call)
                 named = compiled.named(call.tensors)
                 request.captured(compiled.facts)
             if (captured := compiled.captured).casts or torch.is_inference_mode_enabled():
                 with _outside_of_modes(captured):
-                    output = compiled.run(request, tick, named, name)
+                    output = compiled.run(request, position, named, name)
             elif records:
                 with torch.no_grad():
-                    output = compiled.run(request, tick, named, name)
+                    output = compiled.run(request, position, named, name)
             else:
-                output = compiled.run(request, tick, named, name)
+                output = compiled.run(request, position, named, name)
         except BaseException:
             request.reset()
             raise

@@ -60,8 +60,8 @@ class Artifact(HasSessions):
         dispatcher, request, called = self._dispatcher(batch), self._requests.current(), current_pass(self)
         name, step = (None, None) if called is None else (called.name, called.step_index)
         try:
-            tick = request.tick(self.manifest.signature, call, name, step)
-            outputs = dispatcher(request, tick, call, name)
+            position = request.locate(self.manifest.signature, call, name, step)
+            outputs = dispatcher(request, position, call, name)
         except BaseException:
             request.reset()
             raise

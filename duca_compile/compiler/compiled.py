@@ -23,7 +23,7 @@ from duca_compile.frontend.snapshot import kind
 from duca_compile.passes.caching.predict import with_predictor
 from duca_compile.passes.pipeline import build_variant
 from duca_compile.policies.base import Policy
-from duca_compile.runtime.clock import Tick
+from duca_compile.runtime.clock import CallPosition
 from duca_compile.runtime.dispatcher import Dispatcher
 from duca_compile.runtime.request import Request
 from duca_compile.runtime.torch.programs import Programs
@@ -150,9 +150,9 @@ class Compiled:
         """The tensors of a call by their names in the graph."""
         return dict(zip(self._inputs, tensors, strict=True))
 
-    def run(self, request: Request, tick: Tick, call: Mapping[str, Tensor], name: str | None) -> Any:
-        """What the model returns for a call, with its tensors by name, where ``tick`` says, in the pass ``name``."""
-        return self.captured.output.rebuild(self.dispatcher(request, tick, call, name))
+    def run(self, request: Request, position: CallPosition, call: Mapping[str, Tensor], name: str | None) -> Any:
+        """What the model returns for a call, with its tensors by name, where ``position`` says, in the pass ``name``."""
+        return self.captured.output.rebuild(self.dispatcher(request, position, call, name))
 
     def rebind(self, live: Mapping[str, Tensor]) -> None:
         """Puts the model's tensors of now in the place of those it was captured with, which are of the same kinds."""

@@ -30,7 +30,9 @@ class CallInputs:
     def only(self, inputs: Collection[str]) -> CallInputs:
         """With these inputs and no others."""
         pairs = [(name, each) for name, each in zip(self.inputs, self.others, strict=True) if name in inputs]
-        return CallInputs(self.name, self.kind, self.latent, tuple(name for name, _ in pairs), [each for _, each in pairs])
+        return CallInputs(
+            self.name, self.kind, self.latent, tuple(name for name, _ in pairs), [each for _, each in pairs]
+        )
 
 
 def chosen(names: tuple[str, ...]) -> Callable[[Mapping[str, Array]], Sequence[Array]]:

@@ -16,7 +16,7 @@ _BITS = {"bfloat16": 8, "float16": 11}  # of a number, its first one included
 _ROUNDED = 2  # neighbours that rounding may make equal are no farther apart than this many of its spacings
 
 
-class Tick(NamedTuple):
+class CallPosition(NamedTuple):
     """Where one call falls: ``step`` of the request and ``pass_index`` among the calls at that timestep.
 
     ``timestep`` is its value, the same for all rows; None where it differs by row or was not read. ``condition`` is
@@ -38,7 +38,11 @@ class Transition(Enum):
     NEXT_STEP = "the first of the next step"
 
 
-NEW_REQUEST, SAME_STEP, NEXT_STEP = Transition.NEW_REQUEST, Transition.SAME_STEP, Transition.NEXT_STEP  # looking one up takes a while in some versions of Python
+NEW_REQUEST, SAME_STEP, NEXT_STEP = (
+    Transition.NEW_REQUEST,
+    Transition.SAME_STEP,
+    Transition.NEXT_STEP,
+)  # looking one up takes a while in some versions of Python
 
 
 class ReportedStep(NamedTuple):
@@ -77,11 +81,11 @@ class StepClock:
         self._place: ReportedStep | None = None
         self._said: ReportedStep | None = None  # of the call that is looked at
 
-    def tick(self, timestep: Array, place: ReportedStep | None = None) -> Tick:
+    def locate(self, timestep: Array, place: ReportedStep | None = None) -> CallPosition:
         """By timesteps and what is said alone."""
         transition = self.look(timestep, place)
         time = self.go(transition)
-        return Tick(self.step, self._pass, transition is NEW_REQUEST, time)
+        return CallPosition(self.step, self._pass, transition is NEW_REQUEST, time)
 
     def look(self, timestep: Array, place: ReportedStep | None = None) -> Transition:
         """What the call is, by its timestep and by what is said; ``go`` has to follow."""

@@ -25,7 +25,7 @@ from duca_compile.policies.adaptive import AdaptivePolicy
 from duca_compile.policies.base import Policy
 from duca_compile.runtime.adaptive import Decisions, merged
 from duca_compile.runtime.arrays import Arrays
-from duca_compile.runtime.clock import Tick
+from duca_compile.runtime.clock import CallPosition
 from duca_compile.runtime.forecasting import ForecastInputs
 from duca_compile.runtime.request import CacheState, Executed, Request
 from duca_compile.runtime.selection import Tokens, TokenSelector
@@ -173,31 +173,36 @@ class Dispatcher:
         self._warned = False
 
     def __call__(
-        self, request: Request, tick: Tick, call: Mapping[str, Array], name: str | None = None
+        self, request: Request, position: CallPosition, call: Mapping[str, Array], name: str | None = None
     ) -> Sequence[Array]:
-        """Runs one call, with its tensors by name, where ``tick`` says, in the pass called ``name``."""
+        """Runs one call, with its tensors by name, where ``position`` says, in the pass called ``name``."""
         started = perf_counter()
-        state = request.state(self, (name, tick.pass_index))
-        self._hoist(state, call, tick.condition)
+        state = request.state(self, (name, position.pass_index))
+        self._hoist(state, call, position.condition)
         if self._adaptive is not None:
-            outputs, kind, flops, measured, rows = self._decided(self._adaptive, state, call, request, tick)
+            outputs, kind, flops, measured, rows = self._decided(self._adaptive, state, call, request, position)
         else:
-            plan = self._plan(request.step_at(tick.step), tick.step, state)
-            outputs = self._run(plan, state, self._given(plan, state, call, request, tick))
+            plan = self._plan(request.step_at(position.step), position.step, state)
+            outputs = self._run(plan, state, self._given(plan, state, call, request, position))
             kind, flops, measured, rows = plan.step.kind, plan.flops, (), ()
-        state.last_step = tick.step
+        state.last_step = position.step
         seconds = perf_counter() - started
-        request.history.append(Executed(tick.step, tick.pass_index, kind, flops, seconds, name, measured, rows))
+        request.history.append(Executed(position.step, position.pass_index, kind, flops, seconds, name, measured, rows))
         return outputs
 
     def _decided(
-        self, policy: AdaptivePolicy, state: CacheState, call: Mapping[str, Array], request: Request, tick: Tick
+        self,
+        policy: AdaptivePolicy,
+        state: CacheState,
+        call: Mapping[str, Array],
+        request: Request,
+        position: CallPosition,
     ) -> tuple[Sequence[Array], StepKind, float, tuple[float, ...], tuple[StepKind, ...]]:
         """Measures, decides, and runs what was decided: all within this step.
 
         Returns the outputs, and the step's kind, its FLOPs, what was measured and each row's kind for the history.
         """
-        if state.decisions is None or tick.step - state.last_step > 1:
+        if state.decisions is None or position.step - state.last_step > 1:
             state.decisions = Decisions(policy, request.total, self.planner.batch)
         flops = 0.0
 
@@ -205,20 +210,20 @@ class Dispatcher:
             nonlocal flops
             plan = self.planner.plan(step)
             flops += plan.flops
-            return self._run(plan, state, self._given(plan, state, call, request, tick, rows))
+            return self._run(plan, state, self._given(plan, state, call, request, position, rows))
 
-        proposed = state.decisions.propose(tick.step)
+        proposed = state.decisions.propose(position.step)
         drafts = sorted((s for s in proposed if s.kind is not StepKind.FULL), key=lambda s: s.verified)
         measured: list[float] = []
         cheap: Sequence[Array] | None = None
         if isinstance(policy.measure, Probe):
             known = bool(state.past) if policy.measure.of == "forecast" else cache_input(PROBE_SEEN) in state.caches
-            flops += self._look(state, call, request, tick)
+            flops += self._look(state, call, request, position)
             measured = state.measured[PROBE_CHANGE].tolist() if known else []
         elif drafts:
             cheap = run(drafts[-1])
             measured = state.measured[VERIFY_ERROR].tolist() if drafts[-1].verified else []
-        steps = state.decisions.decide(tick.step, proposed, measured)
+        steps = state.decisions.decide(position.step, proposed, measured)
         full = [step.kind is StepKind.FULL for step in steps]
         if cheap is None and not all(full):
             cheap = run(steps[full.index(False)])
@@ -233,17 +238,17 @@ class Dispatcher:
             assert cheap is not None
             outputs = cheap
         state.measured.clear()
-        if tick.step + 1 == request.total:
+        if position.step + 1 == request.total:
             state.end()
         kind = StepKind.FULL if any(full) else steps[0].kind
         rows = () if policy.per == "batch" else tuple(step.kind for step in steps)
         return outputs, kind, flops, tuple(measured), rows
 
-    def _look(self, state: CacheState, call: Mapping[str, Array], request: Request, tick: Tick) -> float:
+    def _look(self, state: CacheState, call: Mapping[str, Array], request: Request, position: CallPosition) -> float:
         """Runs the probe; what it found is in ``state.measured``. Returns its FLOPs."""
         plan = self.planner.look()
         assert plan is not None
-        self._run(plan, state, self._given(plan, state, call, request, tick))
+        self._run(plan, state, self._given(plan, state, call, request, position))
         return plan.flops
 
     def _remember_look(self, probe: Probe, state: CacheState, full: Sequence[bool]) -> None:
@@ -270,11 +275,11 @@ class Dispatcher:
         self._hoist(state, call)
         indices = {id(plan): index for index, plan in first.values()}
         if self.planner.look() is not None:
-            self._look(state, call, request, Tick(0, 0, False))
+            self._look(state, call, request, CallPosition(0, 0, False))
         for plan in watch([plan for _, plan in first.values()]):
-            tick = Tick(indices[id(plan)], 0, False)
-            self._run(plan, state, self._given(plan, state, call, request, tick))
-            state.last_step = tick.step
+            position = CallPosition(indices[id(plan)], 0, False)
+            self._run(plan, state, self._given(plan, state, call, request, position))
+            state.last_step = position.step
 
     def _hoist(self, state: CacheState, call: Mapping[str, Array], condition: Sight | None = None) -> None:
         """Computes loop-invariant values at the start of a request and when their inputs changed.
@@ -295,26 +300,26 @@ class Dispatcher:
         state: CacheState,
         call: Mapping[str, Array],
         request: Request,
-        tick: Tick,
+        position: CallPosition,
         rows: Sequence[bool] | None = None,
     ) -> dict[str, Array]:
         """The inputs that this step alone determines; a full step may be for some ``rows`` of the batch."""
         program = plan.program
         given = {**call, **state.measured} if state.measured else {**call}
         if program.pieces:
-            given.update(self._timestep_values(program.pieces, state, call, request, tick))
+            given.update(self._timestep_values(program.pieces, state, call, request, position))
         if program.forecast.needed:
-            given.update(program.forecast.values(self._policy.forecast, state, tick.step, rows))
+            given.update(program.forecast.values(self._policy.forecast, state, position.step, rows))
         return given
 
     def _timestep_values(
-        self, needed: Hashable, state: CacheState, call: Mapping[str, Array], request: Request, tick: Tick
+        self, needed: Hashable, state: CacheState, call: Mapping[str, Array], request: Request, position: CallPosition
     ) -> Iterable[tuple[str, Array]]:
         """The rows that a program with these pieces reads: those computed before the loop, else computed now."""
         if self._foresees and not state.foreseen:
             state.foreseen = True
             state.rows = self._foreseen(state, call, request.coming_times)
-        rows = None if tick.timestep is None else state.rows.get(tick.timestep)
+        rows = None if position.timestep is None else state.rows.get(position.timestep)
         known = self.planner.rows(needed)
         if rows is None:
             rows = known.compute(call, state.hoisted)

@@ -17,8 +17,16 @@ from duca_compile.core.tensors import Array, Sight
 from duca_compile.policies.base import Policy
 from duca_compile.runtime.adaptive import Decisions
 from duca_compile.runtime.arrays import size
-from duca_compile.runtime.calls import APART, CallInputs, PassKey, LatentSample, GuidancePass, GuidancePasses, chosen
-from duca_compile.runtime.clock import SAME_STEP, NEXT_STEP, NEW_REQUEST, Transition, ReportedStep, StepClock, Tick
+from duca_compile.runtime.calls import APART, CallInputs, GuidancePass, GuidancePasses, LatentSample, PassKey, chosen
+from duca_compile.runtime.clock import (
+    NEW_REQUEST,
+    NEXT_STEP,
+    SAME_STEP,
+    CallPosition,
+    ReportedStep,
+    StepClock,
+    Transition,
+)
 from duca_compile.runtime.past import Past
 from duca_compile.runtime.selection import TokenSelector
 
@@ -249,9 +257,9 @@ class Request:
             state = states[pass_] = CacheState()
         return state
 
-    def tick(
+    def locate(
         self, names: InputNames, call: Mapping[str, Array], name: str | None = None, step_index: int | None = None
-    ) -> Tick:
+    ) -> CallPosition:
         """Where the call falls; ``pass_index`` counts the passes called ``name``.
 
         What the caller says counts first, then the schedule, then timesteps. A new run of the schedule is a new
@@ -285,7 +293,7 @@ class Request:
             pass_ = self._passes.add(given)
             pass_.former, self._former = self._former, []
         pass_.called(step, given, samples=step == 0 or self._passes.tiled)
-        return Tick(step, pass_.index, transition is NEW_REQUEST, time, pass_.sight)
+        return CallPosition(step, pass_.index, transition is NEW_REQUEST, time, pass_.sight)
 
     def _only_pass(self, names: InputNames, call: Mapping[str, Array], name: str | None) -> GuidancePass | None:
         """The pass of a call at another timestep, where the loop has no other and it is conditioned as it was.
@@ -299,14 +307,14 @@ class Request:
         known = names is self._names and pass_.kind is names and pass_.name == name
         return pass_ if known and pass_.sight.holds_of(self._chosen(call)) else None
 
-    def _go_on(self, pass_: GuidancePass, latent: Array) -> Tick:
+    def _go_on(self, pass_: GuidancePass, latent: Array) -> CallPosition:
         """The next step, of the only pass."""
         time = self._clock.go(NEXT_STEP)
         step = self._clock.step
         if step == len(self._times):
             self._times.append(time)
         pass_.at(step, latent)
-        return Tick(step, 0, False, time, pass_.sight)
+        return CallPosition(step, 0, False, time, pass_.sight)
 
     def captured(self, names: InputNames) -> None:
         """Notes that the call that started the request is of this kind, as a closer look at the model showed."""

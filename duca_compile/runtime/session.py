@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from duca_compile.errors import UsageError
 from duca_compile.policies.base import Policy
-from duca_compile.runtime.request import Executed, LoopMemory, Request, LoopSchedule
+from duca_compile.runtime.request import Executed, LoopMemory, LoopSchedule, Request
 
 
 class Requests:
