@@ -20,7 +20,7 @@ from duca_compile.policies.base import Policy, Selection
 from duca_compile.runtime.arrays import NumpyArrays
 from duca_compile.runtime.dispatcher import Plan, Program
 from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
-from duca_compile.runtime.selection import Tokens
+from duca_compile.runtime.selection import TokenSet
 
 log = logging.getLogger("duca_compile")
 
@@ -106,8 +106,8 @@ class Planner:
         return self._batch
 
     @property
-    def tokens(self) -> list[Tokens]:
-        return [Tokens(_at(b.rows, self._batch), b.tokens, b.grid) for b in self._manifest.branches]
+    def tokens(self) -> list[TokenSet]:
+        return [TokenSet(_at(b.rows, self._batch), b.tokens, b.grid) for b in self._manifest.branches]
 
     def look(self) -> Plan | None:
         return self._look

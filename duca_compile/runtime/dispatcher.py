@@ -28,7 +28,7 @@ from duca_compile.runtime.arrays import Arrays
 from duca_compile.runtime.clock import CallPosition
 from duca_compile.runtime.forecasting import ForecastInputs
 from duca_compile.runtime.request import CacheState, Executed, Request
-from duca_compile.runtime.selection import Tokens, TokenSelector
+from duca_compile.runtime.selection import TokenSet, TokenSelector
 
 log = logging.getLogger("duca_compile")
 
@@ -133,7 +133,7 @@ class Planner(Protocol):
         """The rows of the latent."""
 
     @property
-    def tokens(self) -> Sequence[Tokens]:
+    def tokens(self) -> Sequence[TokenSet]:
         """The tokens of each branch whose tokens can be chosen."""
 
     def arrays(self, like: Array) -> Arrays:

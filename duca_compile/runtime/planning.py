@@ -11,7 +11,7 @@ from duca_compile.core.variants import Action, VariantSpec
 from duca_compile.errors import PolicyError
 from duca_compile.policies.adaptive import AdaptivePolicy
 from duca_compile.policies.base import Policy, Selection, TokenQuery
-from duca_compile.runtime.selection import Tokens, check_grid
+from duca_compile.runtime.selection import TokenSet, check_grid
 
 _ACTIONS = {
     StepKind.FULL: Action.COMPUTE,
@@ -175,7 +175,7 @@ def check_pairs(policy: Policy, rows: int) -> None:
         raise PolicyError(f"decide_per='pair' needs an even batch, and there are {rows} rows")
 
 
-def tokens_of(facts: Facts, selection: Selection, branch: Branch) -> Tokens:
+def tokens_of(facts: Facts, selection: Selection, branch: Branch) -> TokenSet:
     """The tokens that the branch chooses from. How they lie may be unknown, and is no question of text."""
     grid = None if branch.role is Role.TEXT else selection.grid or facts.grids.get(branch.tokens)
-    return Tokens(branch.shape[0], branch.tokens, grid if selection.patch_bonus else None)
+    return TokenSet(branch.shape[0], branch.tokens, grid if selection.patch_bonus else None)

@@ -15,7 +15,7 @@ from duca_compile.policies.base import Selection
 from duca_compile.runtime.arrays import Arrays
 
 
-class Tokens(NamedTuple):
+class TokenSet(NamedTuple):
     """A set of tokens that branches choose from. ``grid`` says how they lie, (frames,) height and width, where known.
 
     A patch bonus goes to tokens with a grid alone: text has none.
@@ -26,7 +26,7 @@ class Tokens(NamedTuple):
     grid: tuple[int, ...] | None = None
 
 
-def check_grid(selection: Selection, tokens: Tokens) -> None:
+def check_grid(selection: Selection, tokens: TokenSet) -> None:
     """Raises PolicyError where a patch bonus is asked for and the grid is unknown or not tiled by patches."""
     _, count, grid = tokens
     patch = selection.patch
@@ -57,7 +57,7 @@ class TokenSelector:
     are numpy's, whatever the arrays are, so that one seed makes the same choice in every runtime.
     """
 
-    def __init__(self, selection: Selection, tokens: Sequence[Tokens], arrays: Arrays) -> None:
+    def __init__(self, selection: Selection, tokens: Sequence[TokenSet], arrays: Arrays) -> None:
         groups = {each: _Group(selection, count, each, arrays) for each, count in Counter(tokens).items()}
         self._groups = list(groups.values())
         self._places = [(groups[each], tokens[:i].count(each)) for i, each in enumerate(tokens)]
@@ -101,7 +101,7 @@ class TokenSelector:
 class _Group:
     """Scores and staleness of branches over the same tokens, as (branches, batch, tokens) arrays."""
 
-    def __init__(self, selection: Selection, branches: int, tokens: Tokens, arrays: Arrays) -> None:
+    def __init__(self, selection: Selection, branches: int, tokens: TokenSet, arrays: Arrays) -> None:
         self._selection = selection
         self._shape = (branches, tokens.batch, tokens.number)
         self._grid = tokens.grid

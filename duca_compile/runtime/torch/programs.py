@@ -20,7 +20,7 @@ from duca_compile.policies.end_only import EndOnly
 from duca_compile.runtime.dispatcher import Plan, Program
 from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
 from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec, score_output, tokens_of
-from duca_compile.runtime.selection import Tokens
+from duca_compile.runtime.selection import TokenSet
 from duca_compile.runtime.torch.arrays import TorchArrays
 from duca_compile.runtime.torch.rows import Rows
 
@@ -59,7 +59,7 @@ class Programs:
         return self._facts.batch
 
     @property
-    def tokens(self) -> list[Tokens]:
+    def tokens(self) -> list[TokenSet]:
         """The tokens of each branch whose tokens can be chosen."""
         selection = self._policy.selection
         return [] if selection is None else [tokens_of(self._facts, selection, b) for b in self._selectable]
