@@ -21,7 +21,7 @@ from duca_compile.app.cli import app
 from duca_compile.methods.calibration import Calibration, _differences, _Products
 from duca_compile.policies import StepKind
 from duca_compile.policies.base import Forecast, Measured
-from duca_compile.runtime.past import Past
+from duca_compile.runtime.forecast_state import ForecastState
 from tests.artifacts import distance, loop, tiny_dit
 from tests.artifacts import export as saved
 from tests.pipelines import CASES, make, patterns, run
@@ -134,10 +134,10 @@ def test_its_error_is_that_of_the_forecasts_of_the_loop() -> None:
 def test_measured_factors_hold_behind_their_own_full_steps_alone() -> None:
     measured = (None, Measured(0, ()), None, Measured(2, (1.5,)), Measured(2, (2.5,)), None)
     forecast = Forecast(2, lite=True, first=0, measured=measured)
-    assert Past(2, 1).factors(4, forecast) == (2.5, 0.0)
-    assert Past(1, 1).factors(4, forecast) == (3.0, 4.5), "another full step"
-    assert Past(2, 0).factors(4, forecast) == (2.0, 2.0), "fewer differences"
-    assert Past(2, 1).factors(7, forecast) == (5.0, 12.5), "a step beyond"
+    assert ForecastState(2, 1).factors(4, forecast) == (2.5, 0.0)
+    assert ForecastState(1, 1).factors(4, forecast) == (3.0, 4.5), "another full step"
+    assert ForecastState(2, 0).factors(4, forecast) == (2.0, 2.0), "fewer differences"
+    assert ForecastState(2, 1).factors(7, forecast) == (5.0, 12.5), "a step beyond"
 
 
 def dit_loop(model: Any, number: int) -> list[Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from duca_compile.core.ports import FORECAST_FACTORS, FORECAST_GAP, FORECAST_ORDERS, FULL_ROWS
 from duca_compile.core.tensors import Array
 from duca_compile.policies.base import Forecast
-from duca_compile.runtime.past import Past
+from duca_compile.runtime.forecast_state import ForecastState
 from duca_compile.runtime.request import CacheState
 
 REMEMBERED = 256  # steps, of each program, whose numbers are remembered
@@ -42,9 +42,9 @@ class ForecastInputs:
         if not self.numbers:
             return {}
         full = (True,) * self.rows if rows is None or self.rows == 1 else tuple(rows)
-        past = state.past or (Past(),) * self.rows
+        past = state.past or (ForecastState(),) * self.rows
         if forecast is not None and FORECAST_FACTORS[0] not in self.numbers:
-            past = past if step - state.last_step <= 1 else (Past(),) * self.rows
+            past = past if step - state.last_step <= 1 else (ForecastState(),) * self.rows
             state.past = tuple(p.after(step, forecast) if f else p for p, f in zip(past, full, strict=True))
         key = step, full, past, state.past
         found = self._known.get(key)
@@ -59,8 +59,8 @@ class ForecastInputs:
         forecast: Forecast | None,
         step: int,
         full: tuple[float, ...],
-        past: tuple[Past, ...],
-        after: tuple[Past, ...],
+        past: tuple[ForecastState, ...],
+        after: tuple[ForecastState, ...],
     ) -> dict[str, Array]:
         numbers: dict[str, tuple[float, ...]] = {FULL_ROWS: full}
         if forecast is not None and FORECAST_FACTORS[0] in self.numbers:

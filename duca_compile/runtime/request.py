@@ -27,7 +27,7 @@ from duca_compile.runtime.clock import (
     StepClock,
     Transition,
 )
-from duca_compile.runtime.past import Past
+from duca_compile.runtime.forecast_state import ForecastState
 from duca_compile.runtime.selection import TokenSelector
 
 log = logging.getLogger("duca_compile")
@@ -80,7 +80,7 @@ class CacheState:
     rows: Mapping[float, Sequence[Array]] = field(default_factory=dict)  # timestep -> the values it alone determines
     foreseen: bool = False  # whether the rows of the coming timesteps were computed
     selector: TokenSelector | None = None
-    past: tuple[Past, ...] = ()  # of the batch, or of each row where rows decide for themselves
+    past: tuple[ForecastState, ...] = ()  # of the batch, or of each row where rows decide for themselves
     decisions: Decisions | None = None
     measured: dict[str, Array] = field(default_factory=dict)  # what this step's variants measured, by name
 

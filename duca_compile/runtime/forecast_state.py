@@ -8,7 +8,7 @@ from typing import NamedTuple
 from duca_compile.policies.base import Forecast
 
 
-class Past(NamedTuple):
+class ForecastState(NamedTuple):
     """The full steps of one pass, as far as its differences go."""
 
     last_full: int | None = None
@@ -29,7 +29,7 @@ class Past(NamedTuple):
         distance = self.distance(step)
         return tuple(distance**i / factorial(i) for i in range(1, forecast.order + 1))
 
-    def after(self, step: int, forecast: Forecast) -> Past:
+    def after(self, step: int, forecast: Forecast) -> ForecastState:
         """The same after a full step: one order more, if differences are built yet."""
         built = self.last_full is not None and step >= forecast.first
-        return Past(step, min(forecast.order, self.orders + 1) if built else 0)
+        return ForecastState(step, min(forecast.order, self.orders + 1) if built else 0)
