@@ -20,7 +20,7 @@ from duca_compile.app import demo
 from duca_compile.app.cli import app
 from duca_compile.methods.calibration import Calibration, _differences, _Products
 from duca_compile.policies import StepKind
-from duca_compile.policies.base import Forecast, Measured
+from duca_compile.policies.base import Forecast, FittedFactors
 from duca_compile.runtime.forecast_state import ForecastState
 from tests.artifacts import distance, loop, tiny_dit
 from tests.artifacts import export as saved
@@ -85,7 +85,7 @@ def test_factors_are_those_of_least_squares(seed: int, order: int, passes: int, 
     assert policy == Calibration([_Products.of([*loop]) for loop in loops]).policy(np.array(full), order)
     for step, each in enumerate(policy.measured):
         if each is None or step < full[1]:
-            assert each in (None, Measured(0, ()))
+            assert each in (None, FittedFactors(0, ()))
             continue
         last = tuple(s for s in full if s <= step)[-order - 1 :]
         sides, wanted = [], []
@@ -132,7 +132,7 @@ def test_its_error_is_that_of_the_forecasts_of_the_loop() -> None:
 
 
 def test_measured_factors_hold_behind_their_own_full_steps_alone() -> None:
-    measured = (None, Measured(0, ()), None, Measured(2, (1.5,)), Measured(2, (2.5,)), None)
+    measured = (None, FittedFactors(0, ()), None, FittedFactors(2, (1.5,)), FittedFactors(2, (2.5,)), None)
     forecast = Forecast(2, lite=True, first=0, measured=measured)
     assert ForecastState(2, 1).factors(4, forecast) == (2.5, 0.0)
     assert ForecastState(1, 1).factors(4, forecast) == (3.0, 4.5), "another full step"
@@ -205,10 +205,10 @@ def test_a_file_that_is_none_is_refused(text: str, reason: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("measured", "reason"),
     [
-        ((Measured(0, ()),), r"measured\[0\].*the full step before it is missing"),
-        ((None, Measured(1, ())), r"measured\[1\].*the full step before it is 0"),
-        ((None, Measured(0, (1.0, 2.0, 3.0))), "2 orders at most"),
-        ((None, Measured(0, (float("nan"),))), r"measured\[1\].factors\[0\]=nan is impossible"),
+        ((FittedFactors(0, ()),), r"measured\[0\].*the full step before it is missing"),
+        ((None, FittedFactors(1, ())), r"measured\[1\].*the full step before it is 0"),
+        ((None, FittedFactors(0, (1.0, 2.0, 3.0))), "2 orders at most"),
+        ((None, FittedFactors(0, (float("nan"),))), r"measured\[1\].factors\[0\]=nan is impossible"),
         ((), "no full step"),
     ],
 )

@@ -23,7 +23,7 @@ from duca_compile.backends.eager import EagerBackend
 from duca_compile.backends.inductor import private
 from duca_compile.backends.inductor.backend import InductorBackend
 from duca_compile.compiler import verification as verify
-from duca_compile.policies.base import Measured
+from duca_compile.policies.base import FittedFactors
 from duca_compile.runtime.torch import rows
 from tests import models
 from tests.unit.tracing import module
@@ -242,7 +242,7 @@ def test_branches_that_the_check_of_values_finds_wrong_are_named(
 
 
 def test_steps_beyond_a_calibrated_policy_are_said(said: Callable[[str], int]) -> None:
-    policy = Calibrated((None, None, Measured(1, (0.5,))), max_order=1)
+    policy = Calibrated((None, None, FittedFactors(1, (0.5,))), max_order=1)
     optimized = duca_compile.optimize(models.build(), policy, "eager")
     loop(optimized, 5)
     assert letters(optimized) == "FFTFF"

@@ -30,7 +30,7 @@ from duca_compile import (
 from duca_compile.analysis.memory import peak_bytes
 from duca_compile.core.steps import Kept
 from duca_compile.policies import Step, StepKind
-from duca_compile.policies.base import Measured
+from duca_compile.policies.base import FittedFactors
 from duca_compile.policies.liveness import until_the_last, with_liveness
 from tests.support import Shared
 from tests.test_optimize import build, kinds, latent, loop
@@ -191,7 +191,7 @@ def test_a_stretch_of_skips_keeps_one_tensor_and_the_last_step_none(model: nn.Mo
     [
         TaylorSeer(interval=3, max_order=1),
         TaylorSeer(interval=3, max_order=2, relational=True),
-        Calibrated((None, None, Measured(1, (0.5,)), None, Measured(3, (0.5,))), max_order=1),
+        Calibrated((None, None, FittedFactors(1, (0.5,)), None, FittedFactors(3, (0.5,))), max_order=1),
         RFC(),
         SpeCa(decay_rate=1.0, first_full_steps=1),
         SpeCa(decay_rate=1.0, decide_per="row"),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from duca_compile.errors import UsageError
 from duca_compile.methods.recording import Recorder, Sample
-from duca_compile.policies.base import Measured
+from duca_compile.policies.base import FittedFactors
 from duca_compile.policies.calibrated import Calibrated
 from duca_compile.policies.checks import check_full_steps, check_whole
 
@@ -114,7 +114,7 @@ class _Search:
         else:
             check_whole("full_steps", full_steps, least=1, most=self._steps)
             chosen = self._placed(int(full_steps))
-        measured: list[Measured | None] = []
+        measured: list[FittedFactors | None] = []
         total = 0.0
         for step in range(self._steps):
             if step in chosen:
@@ -123,7 +123,7 @@ class _Search:
             last = tuple(each for each in chosen if each < step)[-self._order - 1 :]
             errors, factors = self._behind(last)
             total += errors[step]
-            measured.append(Measured(last[-1], tuple(map(float, factors[step]))))
+            measured.append(FittedFactors(last[-1], tuple(map(float, factors[step]))))
         forecasts = max(1, self._steps - len(chosen))
         return Calibrated(tuple(measured), self._order, float(np.sqrt(total / forecasts)))
 

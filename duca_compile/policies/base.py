@@ -80,7 +80,7 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Measured:
+class FittedFactors:
     """What the differences of orders 1, 2, ... count in a step's forecast; ``last_full`` is the full step before."""
 
     last_full: int
@@ -104,9 +104,9 @@ class Forecast:
     lite: bool = False
     first: int = 1
     relational: bool = False
-    measured: tuple[Measured | None, ...] = ()
+    measured: tuple[FittedFactors | None, ...] = ()
 
-    def measured_at(self, step: int) -> Measured | None:
+    def measured_at(self, step: int) -> FittedFactors | None:
         return self.measured[step] if step < len(self.measured) else None
 
 

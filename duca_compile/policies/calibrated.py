@@ -11,7 +11,7 @@ from pathlib import Path
 from duca_compile.core.files import replacing
 from duca_compile.core.steps import Step, StepKind
 from duca_compile.errors import PolicyError, UsageError
-from duca_compile.policies.base import Forecast, Measured, Policy
+from duca_compile.policies.base import Forecast, FittedFactors, Policy
 from duca_compile.policies.checks import check_number, check_whole
 
 FORMAT = 1
@@ -35,7 +35,7 @@ class Calibrated(Policy):
         PolicyError: impossible numbers.
     """
 
-    measured: tuple[Measured | None, ...]
+    measured: tuple[FittedFactors | None, ...]
     max_order: int = 2
     error: float = 0.0
 
@@ -100,7 +100,7 @@ class Calibrated(Policy):
             found = json.loads(Path(path).read_text())
             if found.pop("format") != FORMAT:
                 raise ValueError("it is of another version of duca_compile")
-            steps = (each and Measured(each["last_full"], tuple(each["factors"])) for each in found.pop("measured"))
+            steps = (each and FittedFactors(each["last_full"], tuple(each["factors"])) for each in found.pop("measured"))
             return Calibrated(tuple(steps), **found)
         except OSError as error:
             raise UsageError(f"cannot read {path}: {error.strerror}") from error
