@@ -41,7 +41,7 @@ from duca_compile.frontend.capture import live_tensors
 from duca_compile.frontend.reproduce import COMPILED, ROUNDING, apart, relative
 from duca_compile.frontend.state import Held
 from duca_compile.policies import Policy
-from duca_compile.runtime.dispatcher import Plan
+from duca_compile.runtime.dispatcher import StepPlan
 from duca_compile.runtime.planning import not_recomputed
 from duca_compile.runtime.request import Request
 from duca_compile.runtime.session import HasSessions, Requests, current_pass, named_pass
@@ -261,7 +261,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         steps = self.policy.planned(requests.total)
         console = Console(stderr=True)
 
-        def watch(plans: Sequence[Plan]) -> Iterable[Plan]:
+        def watch(plans: Sequence[StepPlan]) -> Iterable[StepPlan]:
             return track(plans, f"compiling {type(self.source).__name__}", console=console, transient=True)
 
         with torch.no_grad(), casts.none_for(compiled.captured):

@@ -18,7 +18,7 @@ from duca_compile.core.tensors import Array
 from duca_compile.policies.base import Forecast as ForecastOptions
 from duca_compile.policies.base import Policy, Selection
 from duca_compile.runtime.arrays import NumpyArrays
-from duca_compile.runtime.dispatcher import Plan, Program
+from duca_compile.runtime.dispatcher import StepPlan, Program
 from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
 from duca_compile.runtime.selection import TokenSet
 
@@ -90,8 +90,8 @@ class Planner:
 
     def __init__(self, found: Manifest, batch: int, engine: Engine, functions: Mapping[str, GraphFunction]) -> None:
         self._manifest, self._batch, self._engine, self._functions = found, batch, engine, functions
-        self._plans: dict[Step, Plan] = {}
-        self._look: Plan | None = None
+        self._plans: dict[Step, StepPlan] = {}
+        self._look: StepPlan | None = None
         self._recorded = {plan.step: plan for plan in found.schedule.plans}
         self._position = {branch.index: i for i, branch in enumerate(found.branches)}
         self._programs = {name: self._program(variant) for name, variant in found.variants.items()}
@@ -99,7 +99,7 @@ class Planner:
         self._rows = {name: _Rows(found.graphs[name], functions[name]) for name in used if name is not None}
         look = found.schedule.look
         if look is not None:
-            self._look = Plan(Step(StepKind.FULL), self._programs[look.variant], (), look.flops.at(batch))
+            self._look = StepPlan(Step(StepKind.FULL), self._programs[look.variant], (), look.flops.at(batch))
 
     @property
     def batch(self) -> int:
@@ -109,7 +109,7 @@ class Planner:
     def tokens(self) -> list[TokenSet]:
         return [TokenSet(_at(b.rows, self._batch), b.tokens, b.grid) for b in self._manifest.branches]
 
-    def look(self) -> Plan | None:
+    def look(self) -> StepPlan | None:
         return self._look
 
     def arrays(self, like: Array) -> NumpyArrays:
@@ -119,7 +119,7 @@ class Planner:
     def rows(self, needed: str) -> _Rows:
         return self._rows[needed]
 
-    def plan(self, step: Step) -> Plan:
+    def plan(self, step: Step) -> StepPlan:
         plan = self._plans.get(step)
         if plan is None:
             recorded = self._recorded.get(step, self._manifest.schedule.plans[self._manifest.schedule.full])
@@ -132,7 +132,7 @@ class Planner:
                 )
             program = self._programs[recorded.variant]
             counts = tuple(recorded.counts.get(str(index), 0) for index in program.waiting)
-            plan = self._plans[step] = Plan(recorded.step, program, counts, recorded.flops.at(self._batch))
+            plan = self._plans[step] = StepPlan(recorded.step, program, counts, recorded.flops.at(self._batch))
         return plan
 
     def _program(self, variant: manifest.Variant) -> Program:

@@ -92,7 +92,7 @@ class Program:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepPlan:
     """What a policy's step comes to for one captured shape."""
 
     step: Step
@@ -139,10 +139,10 @@ class Planner(Protocol):
     def arrays(self, like: Array) -> Arrays:
         """What chooses tokens by scores such as ``like``."""
 
-    def plan(self, step: Step) -> Plan:
+    def plan(self, step: Step) -> StepPlan:
         """The same object for the same step."""
 
-    def look(self) -> Plan | None:
+    def look(self) -> StepPlan | None:
         """What measures before a step is decided; None where the policy does not ask for it."""
 
     def rows(self, needed: Any) -> TimestepRows:
@@ -264,10 +264,10 @@ class Dispatcher:
         request: Request,
         call: Mapping[str, Array],
         steps: Iterable[Step],
-        watch: Callable[[Sequence[Plan]], Iterable[Plan]],
+        watch: Callable[[Sequence[StepPlan]], Iterable[StepPlan]],
     ) -> None:
         """Runs each program that ``steps`` need once, on a state of its own; ``watch`` hands the plans out."""
-        first: dict[Program, tuple[int, Plan]] = {}
+        first: dict[Program, tuple[int, StepPlan]] = {}
         for index, step in enumerate(steps):
             plan = self.planner.plan(step)
             first.setdefault(plan.program, (index, plan))
@@ -296,7 +296,7 @@ class Dispatcher:
 
     def _given(
         self,
-        plan: Plan,
+        plan: StepPlan,
         state: CacheState,
         call: Mapping[str, Array],
         request: Request,
@@ -348,7 +348,7 @@ class Dispatcher:
             )
         return {}
 
-    def _plan(self, step: Step, index: int, state: CacheState) -> Plan:
+    def _plan(self, step: Step, index: int, state: CacheState) -> StepPlan:
         """The plan of ``step``, or of a full one for a pass that has just joined or has missed steps."""
         plan = self.planner.plan(step)
         program = plan.program
@@ -356,7 +356,7 @@ class Dispatcher:
             return plan
         return self.planner.plan(Step(StepKind.FULL, kept=step.kept, live=step.live))
 
-    def _run(self, plan: Plan, state: CacheState, given: dict[str, Array]) -> Sequence[Array]:
+    def _run(self, plan: StepPlan, state: CacheState, given: dict[str, Array]) -> Sequence[Array]:
         program = plan.program
         if program.replaces:  # free before they are computed anew, so that there are never two of them
             state.drop(program.replaces)
@@ -386,7 +386,7 @@ class Dispatcher:
             written[name] = value.clone() if value.is_contiguous() else value.contiguous()
         return written
 
-    def _tokens(self, plan: Plan, state: CacheState) -> dict[str, Array | None]:
+    def _tokens(self, plan: StepPlan, state: CacheState) -> dict[str, Array | None]:
         """The tokens that the waiting branches of a partial step recompute, by the name of the input."""
         program = plan.program
         if state.selector is None or not program.waiting:

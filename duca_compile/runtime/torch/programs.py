@@ -17,7 +17,7 @@ from duca_compile.core.steps import Step, StepKind
 from duca_compile.core.variants import Action, Variant, VariantFunction, VariantSpec
 from duca_compile.policies.base import Policy
 from duca_compile.policies.end_only import EndOnly
-from duca_compile.runtime.dispatcher import Plan, Program
+from duca_compile.runtime.dispatcher import StepPlan, Program
 from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
 from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec, score_output, tokens_of
 from duca_compile.runtime.selection import TokenSet
@@ -47,8 +47,8 @@ class Programs:
         check_rows(facts, policy)
         self._facts, self._policy, self._builder, self._cache_dtype = facts, policy, builder, cache_dtype
         self._rows: dict[frozenset[str] | None, Rows] = {}
-        self._plans: dict[Step, Plan] = {}
-        self._look: Plan | None = None
+        self._plans: dict[Step, StepPlan] = {}
+        self._look: StepPlan | None = None
         self.by_spec: dict[VariantSpec, tuple[Variant, Program]] = {}
         self._selectable = [b for b in facts.branches if b.pointwise]
         self._position = {b.index: i for i, b in enumerate(self._selectable)}
@@ -74,7 +74,7 @@ class Programs:
                 self._rows[needed] = self._builder.build_rows(needed)
         return self._rows[needed]
 
-    def plan(self, step: Step) -> Plan:
+    def plan(self, step: Step) -> StepPlan:
         plan = self._plans.get(step)
         if plan is not None:
             return plan
@@ -83,16 +83,16 @@ class Programs:
             spec, counts = plan_step(self._facts, self._policy, run)
             variant, program = self._program(replace(spec, cache_dtype=self._cache_dtype))
             waiting = tuple(counts.get(index, 0) for index in program.waiting)
-            plan = self._plans[step] = Plan(run, program, waiting, variant.flops(counts))
+            plan = self._plans[step] = StepPlan(run, program, waiting, variant.flops(counts))
         return plan
 
-    def look(self) -> Plan | None:
+    def look(self) -> StepPlan | None:
         """What measures before a step is decided; None where the policy does not ask for it."""
         spec = probe_spec(self._facts, self._policy)
         if self._look is None and spec is not None:
             with COMPILING:
                 variant, program = self._program(replace(spec, cache_dtype=self._cache_dtype))
-            self._look = Plan(Step(StepKind.FULL), program, (), variant.flops({}))
+            self._look = StepPlan(Step(StepKind.FULL), program, (), variant.flops({}))
         return self._look
 
     def _program(self, spec: VariantSpec) -> tuple[Variant, Program]:
