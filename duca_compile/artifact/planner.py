@@ -91,7 +91,7 @@ class Planner:
     def __init__(self, found: Manifest, batch: int, engine: Engine, functions: Mapping[str, GraphFunction]) -> None:
         self._manifest, self._batch, self._engine, self._functions = found, batch, engine, functions
         self._plans: dict[Step, StepPlan] = {}
-        self._look: StepPlan | None = None
+        self._probe_plan: StepPlan | None = None
         self._recorded = {plan.step: plan for plan in found.schedule.plans}
         self._position = {branch.index: i for i, branch in enumerate(found.branches)}
         self._programs = {name: self._program(variant) for name, variant in found.variants.items()}
@@ -99,7 +99,7 @@ class Planner:
         self._rows = {name: _Rows(found.graphs[name], functions[name]) for name in used if name is not None}
         look = found.schedule.look
         if look is not None:
-            self._look = StepPlan(Step(StepKind.FULL), self._programs[look.variant], (), look.flops.at(batch))
+            self._probe_plan = StepPlan(Step(StepKind.FULL), self._programs[look.variant], (), look.flops.at(batch))
 
     @property
     def batch(self) -> int:
@@ -109,14 +109,14 @@ class Planner:
     def tokens(self) -> list[TokenSet]:
         return [TokenSet(_at(b.rows, self._batch), b.tokens, b.grid) for b in self._manifest.branches]
 
-    def look(self) -> StepPlan | None:
-        return self._look
+    def probe_plan(self) -> StepPlan | None:
+        return self._probe_plan
 
     def arrays(self, like: Array) -> NumpyArrays:
         del like
         return NumpyArrays()
 
-    def rows(self, needed: str) -> _Rows:
+    def timestep_rows(self, needed: str) -> _Rows:
         return self._rows[needed]
 
     def plan(self, step: Step) -> StepPlan:

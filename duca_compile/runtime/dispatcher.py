@@ -142,10 +142,10 @@ class Planner(Protocol):
     def plan(self, step: Step) -> StepPlan:
         """The same object for the same step."""
 
-    def look(self) -> StepPlan | None:
+    def probe_plan(self) -> StepPlan | None:
         """What measures before a step is decided; None where the policy does not ask for it."""
 
-    def rows(self, needed: Any) -> TimestepRows:
+    def timestep_rows(self, needed: Any) -> TimestepRows:
         """What computes the timestep-only values that ``needed``, a program's pieces, stands for; of None, all."""
 
 
@@ -246,7 +246,7 @@ class Dispatcher:
 
     def _look(self, state: CacheState, call: Mapping[str, Array], request: Request, position: CallPosition) -> float:
         """Runs the probe; what it found is in ``state.measured``. Returns its FLOPs."""
-        plan = self.planner.look()
+        plan = self.planner.probe_plan()
         assert plan is not None
         self._run(plan, state, self._given(plan, state, call, request, position))
         return plan.flops
@@ -274,7 +274,7 @@ class Dispatcher:
         state = CacheState()
         self._hoist(state, call)
         indices = {id(plan): index for index, plan in first.values()}
-        if self.planner.look() is not None:
+        if self.planner.probe_plan() is not None:
             self._look(state, call, request, CallPosition(0, 0, False))
         for plan in watch([plan for _, plan in first.values()]):
             position = CallPosition(indices[id(plan)], 0, False)
@@ -320,7 +320,7 @@ class Dispatcher:
             state.foreseen = True
             state.rows = self._foreseen(state, call, request.coming_times)
         rows = None if position.timestep is None else state.rows.get(position.timestep)
-        known = self.planner.rows(needed)
+        known = self.planner.timestep_rows(needed)
         if rows is None:
             rows = known.compute(call, state.hoisted)
         return zip(known.outputs, rows, strict=True)
@@ -331,7 +331,7 @@ class Dispatcher:
         import torch
 
         try:
-            return self.planner.rows(None).compute_all(call, state.hoisted, times)
+            return self.planner.timestep_rows(None).compute_all(call, state.hoisted, times)
         except torch.OutOfMemoryError:
             raise
         except RowsTooLargeError as error:

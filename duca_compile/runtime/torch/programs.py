@@ -48,7 +48,7 @@ class Programs:
         self._facts, self._policy, self._builder, self._cache_dtype = facts, policy, builder, cache_dtype
         self._rows: dict[frozenset[str] | None, Rows] = {}
         self._plans: dict[Step, StepPlan] = {}
-        self._look: StepPlan | None = None
+        self._probe_plan: StepPlan | None = None
         self.by_spec: dict[VariantSpec, tuple[Variant, Program]] = {}
         self._selectable = [b for b in facts.branches if b.pointwise]
         self._position = {b.index: i for i, b in enumerate(self._selectable)}
@@ -67,7 +67,7 @@ class Programs:
     def arrays(self, like: Tensor) -> TorchArrays:
         return TorchArrays(like.device)
 
-    def rows(self, needed: frozenset[str] | None) -> Rows:
+    def timestep_rows(self, needed: frozenset[str] | None) -> Rows:
         """What computes the timestep-only values called ``needed``, or all."""
         if needed not in self._rows:
             with COMPILING:
@@ -86,14 +86,14 @@ class Programs:
             plan = self._plans[step] = StepPlan(run, program, waiting, variant.flops(counts))
         return plan
 
-    def look(self) -> StepPlan | None:
+    def probe_plan(self) -> StepPlan | None:
         """What measures before a step is decided; None where the policy does not ask for it."""
         spec = probe_spec(self._facts, self._policy)
-        if self._look is None and spec is not None:
+        if self._probe_plan is None and spec is not None:
             with COMPILING:
                 variant, program = self._program(replace(spec, cache_dtype=self._cache_dtype))
-            self._look = StepPlan(Step(StepKind.FULL), program, (), variant.flops({}))
-        return self._look
+            self._probe_plan = StepPlan(Step(StepKind.FULL), program, (), variant.flops({}))
+        return self._probe_plan
 
     def _program(self, spec: VariantSpec) -> tuple[Variant, Program]:
         if spec not in self.by_spec:
