@@ -131,7 +131,7 @@ class Planner:
                     self._manifest.policy.name,
                 )
             program = self._programs[recorded.variant]
-            counts = tuple(recorded.counts.get(str(index), 0) for index in program.waiting)
+            counts = tuple(recorded.counts.get(str(index), 0) for index in program.cached_branches)
             plan = self._plans[step] = StepPlan(recorded.step, program, counts, recorded.flops.at(self._batch))
         return plan
 
@@ -144,15 +144,15 @@ class Planner:
             outputs,
             variant.rows,
             forecast=self._forecast(graph),
-            waiting=variant.waiting,
-            rows=tuple(self._position[index] for index in variant.waiting),
+            cached_branches=variant.waiting,
+            selector_positions=tuple(self._position[index] for index in variant.waiting),
             tokens=variant.tokens,
             computed={
                 self._position[int(index)]: None if score is None else outputs.index(score)
                 for index, score in variant.computed.items()
             },
         )
-        program.loose = program.aliases = ()  # every output is memory of its own
+        program.copied_caches = program.aliased_outputs = ()  # every output is memory of its own
         return program
 
     def _forecast(self, graph: manifest.Graph) -> ForecastInputs:

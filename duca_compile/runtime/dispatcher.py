@@ -83,7 +83,7 @@ class Program:
             own=own,
             writes=writes,
             replaces=frozenset(writes.keys() - set(inputs)),
-            waiting=waiting,
+            cached_branches=waiting,
             rows=rows,
             tokens={name: tokens.index(name) for name in tokens if name in inputs},
             computed=computed,
@@ -379,9 +379,9 @@ class Dispatcher:
     def _written(self, program: Program, results: Sequence[Array]) -> dict[str, Array]:
         """The caches that a program fills: contiguous, as compiled code wants them, and as large as they seem."""
         written = {name: results[i] for name, i in program.writes.items()}
-        if program.loose is None:  # a property of the variant, so looked up once
-            program.loose = tuple(name for name, value in written.items() if _is_loose(value))
-        for name in program.loose:
+        if program.copied_caches is None:  # a property of the variant, so looked up once
+            program.copied_caches = tuple(name for name, value in written.items() if _is_loose(value))
+        for name in program.copied_caches:
             value = written[name]
             written[name] = value.clone() if value.is_contiguous() else value.contiguous()
         return written
@@ -389,20 +389,20 @@ class Dispatcher:
     def _tokens(self, plan: StepPlan, state: CacheState) -> dict[str, Array | None]:
         """The tokens that the waiting branches of a partial step recompute, by the name of the input."""
         program = plan.program
-        if state.selector is None or not program.waiting:
+        if state.selector is None or not program.cached_branches:
             return {}
         chosen = state.selector.select(program.rows, plan.counts, plan.step.interval)
         return {name: chosen[place] for name, place in program.tokens.items()}
 
     def _unaliased(self, program: Program, outputs: Sequence[Array], state: CacheState) -> Sequence[Array]:
         """The outputs, copied where the caller's changing one in place would change the state or another output."""
-        if program.aliases is None:  # a property of the variant, so looked up once
+        if program.aliased_outputs is None:  # a property of the variant, so looked up once
             held = {_memory(t) for t in (*state.caches.values(), *state.hoisted.values())}
             memory = [_memory(output) for output in outputs]
-            program.aliases = tuple(i for i, each in enumerate(memory) if each in held or each in memory[:i])
-        if not program.aliases:
+            program.aliased_outputs = tuple(i for i, each in enumerate(memory) if each in held or each in memory[:i])
+        if not program.aliased_outputs:
             return outputs
-        return tuple(output.clone() if i in program.aliases else output for i, output in enumerate(outputs))
+        return tuple(output.clone() if i in program.aliased_outputs else output for i, output in enumerate(outputs))
 
     def _refresh(self, computed: Mapping[int, int | None], results: Sequence[Array], state: CacheState) -> None:
         """Hands the scores of computed branches to the selector, and marks their tokens fresh."""

@@ -82,7 +82,7 @@ class Programs:
             run = self._policy.instead_of(step) if isinstance(self._policy, EndOnly) else step
             spec, counts = plan_step(self._facts, self._policy, run)
             variant, program = self._program(replace(spec, cache_dtype=self._cache_dtype))
-            waiting = tuple(counts.get(index, 0) for index in program.waiting)
+            waiting = tuple(counts.get(index, 0) for index in program.cached_branches)
             plan = self._plans[step] = StepPlan(run, program, waiting, variant.flops(counts))
         return plan
 
@@ -105,8 +105,8 @@ class Programs:
                 variant.outputs,
                 variant.pieces,
                 forecast=_forecast_inputs(variant),
-                waiting=waiting,
-                rows=tuple(self._position[index] for index in waiting),
+                cached_branches=waiting,
+                selector_positions=tuple(self._position[index] for index in waiting),
                 tokens=tuple(map(spec.tokens_input, waiting)),
                 computed=self._computed(variant),
             )
