@@ -73,7 +73,7 @@ class Artifact(HasSessions):
             check_pairs(self.policy, batch)
             with self._lock:
                 planner = Planner(self.manifest, batch, self._engine, self._functions)
-                made = Dispatcher(planner, self.policy, self._prologue, foresees=False)
+                made = Dispatcher(planner, self.policy, self._prologue, precomputes_timesteps=False)
                 found = self._dispatchers.setdefault(batch, made)
         return found
 

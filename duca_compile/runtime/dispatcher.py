@@ -161,14 +161,14 @@ class Hoister(Protocol):
 class Dispatcher:
     """Chooses, runs and accounts for one variant per call of one captured shape.
 
-    It holds nothing of any request: any number of threads may call it, each with a request of its own. ``foresees``
+    It holds nothing of any request: any number of threads may call it, each with a request of its own. ``precomputes_timesteps``
     says whether the values of timesteps that are known are computed together: another size of products may round
     differently.
     """
 
-    def __init__(self, planner: Planner, policy: Policy, prologue: Hoister, foresees: bool) -> None:
+    def __init__(self, planner: Planner, policy: Policy, prologue: Hoister, precomputes_timesteps: bool) -> None:
         self.planner = planner
-        self._policy, self._prologue, self._foresees = policy, prologue, foresees
+        self._policy, self._prologue, self._foresees = policy, prologue, precomputes_timesteps
         self._adaptive = policy if isinstance(policy, AdaptivePolicy) else None
         self._warned = False
 
