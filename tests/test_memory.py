@@ -28,7 +28,7 @@ from duca_compile import (
     UsageError,
 )
 from duca_compile.analysis.memory import peak_bytes
-from duca_compile.core.steps import Kept
+from duca_compile.core.steps import CacheKinds
 from duca_compile.policies import Step, StepKind
 from duca_compile.policies.base import FittedFactors
 from duca_compile.policies.liveness import until_the_last, with_liveness
@@ -158,14 +158,14 @@ def test_what_is_live_is_what_the_steps_up_to_the_next_full_one_read(kinds: list
 
 def test_where_features_are_forecast_all_is_kept_but_behind_the_last_step() -> None:
     steps = [Step(StepKind.FULL), Step(StepKind.FORECAST), Step(StepKind.FULL)]
-    assert [step.live for step in until_the_last(iter(steps))] == [Kept.ALL, Kept.ALL, Kept.NOTHING]
+    assert [step.live for step in until_the_last(iter(steps))] == [CacheKinds.ALL, CacheKinds.ALL, CacheKinds.NOTHING]
     assert [*until_the_last(iter([]))] == []
-    assert {step.live for step in islice(TaylorSeer().planned(None), 600)} == {Kept.ALL}
+    assert {step.live for step in islice(TaylorSeer().planned(None), 600)} == {CacheKinds.ALL}
 
 
 def test_schedules_without_end_are_read_as_they_come() -> None:
     endless = islice(with_liveness(Step(StepKind.REUSE) for _ in iter(int, 1)), 600)
-    assert {step.live for step in endless} == {Kept.ALL, Kept.BRANCHES}
+    assert {step.live for step in endless} == {CacheKinds.ALL, CacheKinds.BRANCHES}
 
 
 @torch.no_grad()

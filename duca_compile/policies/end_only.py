@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from duca_compile.core.steps import Kept, Step, StepKind
+from duca_compile.core.steps import CacheKinds, Step, StepKind
 from duca_compile.policies.base import Forecast, Policy
 
 
@@ -32,8 +32,8 @@ class EndOnly(Policy):
 
     def instead_of(self, step: Step) -> Step:
         """The step to run where ``of`` has ``step``."""
-        live = Kept.END if step.live is not Kept.NOTHING else Kept.NOTHING
-        step = replace(step, kept=Kept.END, live=live)
+        live = CacheKinds.END if step.live is not CacheKinds.NOTHING else CacheKinds.NOTHING
+        step = replace(step, kept=CacheKinds.END, live=live)
         if step.kind in (StepKind.PARTIAL, StepKind.REUSE):
             return replace(step, kind=StepKind.SKIP, ratio=0.0, leading_full=0)
         return step

@@ -8,22 +8,22 @@ from functools import reduce
 from itertools import chain, islice
 from operator import or_
 
-from duca_compile.core.steps import Kept, Step, StepKind
+from duca_compile.core.steps import CacheKinds, Step, StepKind
 
 LOOKED_AHEAD = 256
 _READS = {
-    StepKind.FULL: Kept.NOTHING,
-    StepKind.PARTIAL: Kept.BRANCHES,
-    StepKind.REUSE: Kept.BRANCHES,
-    StepKind.SKIP: Kept.END,
-    StepKind.PREDICT: Kept.END,
+    StepKind.FULL: CacheKinds.NOTHING,
+    StepKind.PARTIAL: CacheKinds.BRANCHES,
+    StepKind.REUSE: CacheKinds.BRANCHES,
+    StepKind.SKIP: CacheKinds.END,
+    StepKind.PREDICT: CacheKinds.END,
 }
 _REPLACES = {
-    StepKind.FULL: Kept.ALL,
-    StepKind.PARTIAL: Kept.END,
-    StepKind.REUSE: Kept.END,
-    StepKind.SKIP: Kept.NOTHING,
-    StepKind.PREDICT: Kept.NOTHING,
+    StepKind.FULL: CacheKinds.ALL,
+    StepKind.PARTIAL: CacheKinds.END,
+    StepKind.REUSE: CacheKinds.END,
+    StepKind.SKIP: CacheKinds.NOTHING,
+    StepKind.PREDICT: CacheKinds.NOTHING,
 }
 
 
@@ -34,14 +34,14 @@ def with_liveness(steps: Iterator[Step]) -> Iterator[Step]:
     steps keeps everything.
     """
     first = list(islice(steps, LOOKED_AHEAD))
-    kept = reduce(or_, _live(first), Kept.NOTHING)
+    kept = reduce(or_, _live(first), CacheKinds.NOTHING)
     stretch: list[Step] = []
     for step in chain(first, steps):
         if step.kind is StepKind.FULL or len(stretch) == LOOKED_AHEAD:
-            yield from _annotated(stretch, kept, Kept.NOTHING if step.kind is StepKind.FULL else Kept.ALL)
+            yield from _annotated(stretch, kept, CacheKinds.NOTHING if step.kind is StepKind.FULL else CacheKinds.ALL)
             stretch = []
         stretch.append(step)
-    yield from _annotated(stretch, kept, Kept.NOTHING)
+    yield from _annotated(stretch, kept, CacheKinds.NOTHING)
 
 
 def until_the_last(steps: Iterator[Step]) -> Iterator[Step]:
@@ -49,16 +49,16 @@ def until_the_last(steps: Iterator[Step]) -> Iterator[Step]:
     known = next(steps, None)
     while known is not None:
         coming = next(steps, None)
-        yield known if coming is not None else replace(known, live=Kept.NOTHING)
+        yield known if coming is not None else replace(known, live=CacheKinds.NOTHING)
         known = coming
 
 
-def _annotated(stretch: Sequence[Step], kept: Kept, after: Kept) -> Iterator[Step]:
+def _annotated(stretch: Sequence[Step], kept: CacheKinds, after: CacheKinds) -> Iterator[Step]:
     for step, live in zip(stretch, _live(stretch, after), strict=True):
         yield replace(step, kept=kept, live=live)
 
 
-def _live(steps: Sequence[Step], after: Kept = Kept.NOTHING) -> list[Kept]:
+def _live(steps: Sequence[Step], after: CacheKinds = CacheKinds.NOTHING) -> list[CacheKinds]:
     """What is read after each step, where ``after`` is read after the last."""
     found = []
     for step in reversed(steps):

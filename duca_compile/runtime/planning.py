@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from duca_compile.core.ir import Branch, Facts, Role
-from duca_compile.core.steps import Kept, Probe, Step, StepKind
+from duca_compile.core.steps import CacheKinds, Probe, Step, StepKind
 from duca_compile.core.variants import Action, VariantSpec
 from duca_compile.errors import PolicyError
 from duca_compile.policies.adaptive import AdaptivePolicy
@@ -45,7 +45,7 @@ def plan_step(facts: Facts, policy: Policy, step: Step) -> tuple[VariantSpec, di
         lite=lite,
         relational=forecast is not None and forecast.relational,
         chosen_with=_shared(facts, counts) if selection is not None and selection.shared else (),
-        keeps=Kept.BRANCHES if adaptive else step.kept,
+        keeps=CacheKinds.BRANCHES if adaptive else step.kept,
     )
     return (_adapted(spec, policy, step) if isinstance(policy, AdaptivePolicy) else spec), counts
 

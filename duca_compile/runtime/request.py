@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 from duca_compile.core.ports import dead_caches
-from duca_compile.core.steps import Kept, Step, StepKind
+from duca_compile.core.steps import CacheKinds, Step, StepKind
 from duca_compile.core.tensors import Array, Sight
 from duca_compile.policies.base import Policy
 from duca_compile.runtime.adaptive import Decisions
@@ -84,7 +84,7 @@ class CacheState:
     decisions: Decisions | None = None
     measured: dict[str, Array] = field(default_factory=dict)  # what this step's variants measured, by name
 
-    kept: Kept = Kept.ALL  # the kinds of caches that were kept behind the last step
+    kept: CacheKinds = CacheKinds.ALL  # the kinds of caches that were kept behind the last step
     _most: tuple[int, int] = (0, 0)  # how many caches there were at most, and their bytes
 
     def store(self, values: Mapping[str, Array]) -> None:
@@ -138,17 +138,17 @@ class CacheState:
 
     def end(self) -> None:
         """Drops all that decisions have kept behind the last step; should there be another, it starts anew."""
-        self.keep(Kept.NOTHING)
+        self.keep(CacheKinds.NOTHING)
         self.decisions, self.past = None, ()
 
-    def keep(self, live: Kept) -> None:
+    def keep(self, live: CacheKinds) -> None:
         """Drops the caches that no later step reads."""
         self.kept = live
-        if live is Kept.ALL:
+        if live is CacheKinds.ALL:
             return
         if len(self.caches) > self._most[0]:
             self.most_bytes  # noqa: B018 - remembers it
-        if live is Kept.NOTHING:
+        if live is CacheKinds.NOTHING:
             self.caches.clear()
             self.gathered = {reader: gathered for reader, gathered in self.gathered.items() if not reader.caches}
         else:
