@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from duca_compile.errors import UsageError
-from duca_compile.methods.recording import Recorder, Sample
+from duca_compile.methods.recording import Recorder, SampleLoop
 from duca_compile.policies.base import FittedFactors
 from duca_compile.policies.calibrated import Calibrated
 from duca_compile.policies.checks import check_full_steps, check_whole
@@ -29,7 +29,7 @@ _TINY = 1e-300  # divides in the place of zero
 _CHUNK = 1 << 18  # values of each step whose inner products are taken at once
 
 
-def calibrate(model: nn.Module, sample: Sample, *, loops: int = 1, timestep: str | None = None) -> Calibration:
+def calibrate(model: nn.Module, sample: SampleLoop, *, loops: int = 1, timestep: str | None = None) -> Calibration:
     """Measures ``model``'s own uncached denoising loop.
 
     Args:

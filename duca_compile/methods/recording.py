@@ -18,11 +18,11 @@ from duca_compile.errors import UsageError
 from duca_compile.policies import TaylorSeer
 from duca_compile.runtime.session import Requests
 
-Sample = Callable[[Any, int], Any]  # runs the denoising loop of this number, with this in the place of the model
+SampleLoop = Callable[[Any, int], Any]  # runs the denoising loop of this number, with this in the place of the model
 
 
 @dataclass(frozen=True)
-class Call:
+class RecordedCall:
     """One call of the model: what its graph read, by name, what it returned, and its last hidden state."""
 
     inputs: Mapping[str, Tensor]
@@ -31,22 +31,22 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Pass:
+class RecordedPass:
     """The calls of one pass of a loop, in order, the steps that they were made at, and the capture that they ran on."""
 
     compiled: Compiled
     steps: Sequence[int]
-    calls: Sequence[Call]
+    calls: Sequence[RecordedCall]
 
 
 class Recorder(EagerBackend):
     """Runs loops of the model in full, and keeps the hidden states, and if ``whole`` what goes in and comes out."""
 
-    def __init__(self, model: nn.Module, sample: Sample, timestep: str | None = None, whole: bool = True) -> None:
+    def __init__(self, model: nn.Module, sample: SampleLoop, timestep: str | None = None, whole: bool = True) -> None:
         check_plain(model)
         self._whole, self.steps = whole, 0  # steps of the last loop
         self.model_name = type(model).__name__
-        self._sample, self._calls = sample, list[tuple[Variant, Call]]()
+        self._sample, self._calls = sample, list[tuple[Variant, RecordedCall]]()
         policy = TaylorSeer(1, max_order=0, first_full_steps=1, lite=True)  # full steps that keep the end of the stream
         self._model = OptimizedModel(model, policy, self, Requests(policy, None), timestep, CacheOptions())
 
@@ -56,7 +56,7 @@ class Recorder(EagerBackend):
         def recorded(*tensors: Tensor) -> tuple[Tensor, ...]:
             results = run(*tensors)
             found = dict(zip(variant.outputs, results, strict=True))
-            call = Call({}, (), found[STREAM_END])
+            call = RecordedCall({}, (), found[STREAM_END])
             if self._whole:
                 outputs = tuple(value.clone() for name, value in found.items() if name.startswith("output_"))
                 inputs = {name: tensor.clone() for name, tensor in zip(variant.inputs, tensors, strict=True)}
@@ -66,7 +66,7 @@ class Recorder(EagerBackend):
 
         return recorded
 
-    def passes(self, number: int) -> list[Pass]:
+    def passes(self, number: int) -> list[RecordedPass]:
         """The passes of the loop of this number.
 
         Raises:
@@ -83,9 +83,9 @@ class Recorder(EagerBackend):
                 f"given; it made {len(self._calls)} calls, and the last loop has {len(history)} of them"
             )
         owners = {id(v): c for c in self._model._compiled.values() for v, _ in c.programs.by_spec.values()}
-        found: dict[tuple[int, str | None, int], list[tuple[int, Call]]] = {}
+        found: dict[tuple[int, str | None, int], list[tuple[int, RecordedCall]]] = {}
         for (variant, call), executed in zip(self._calls, history, strict=True):
             key = id(variant), executed.pass_name, executed.pass_index
             found.setdefault(key, []).append((executed.step, call))
         self._calls.clear()
-        return [Pass(owners[key[0]], *zip(*made, strict=True)) for key, made in found.items() if len(made) > 1]
+        return [RecordedPass(owners[key[0]], *zip(*made, strict=True)) for key, made in found.items() if len(made) > 1]

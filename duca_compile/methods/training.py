@@ -19,7 +19,7 @@ from duca_compile.compiler.compiled import Compiled
 from duca_compile.core.ports import STREAM_END, cache_input
 from duca_compile.core.variants import Action, Variant, VariantSpec
 from duca_compile.errors import UsageError
-from duca_compile.methods.recording import Call, Pass, Recorder, Sample
+from duca_compile.methods.recording import RecordedCall, RecordedPass, Recorder, SampleLoop
 from duca_compile.passes.caching.predict import last_products, named, trained_weights, with_predictor
 from duca_compile.passes.pipeline import build_variant
 from duca_compile.policies.checks import check_number, check_whole
@@ -70,7 +70,7 @@ def checkpoint_path(path: str | os.PathLike[str]) -> Path:
 
 def train_predictor(
     model: nn.Module,
-    sample: Sample,
+    sample: SampleLoop,
     path: str | os.PathLike[str],
     settings: TrainingSettings | None = None,
     *,
@@ -120,7 +120,7 @@ class _Graphs:
         self._config = config
         self._variants: dict[int, tuple[Compiled, Variant]] = {}  # by the identity of the capture, which is kept
 
-    def predict(self, compiled: Compiled, weights: Mapping[str, Tensor], start: Call, end: Call) -> tuple[Tensor, ...]:
+    def predict(self, compiled: Compiled, weights: Mapping[str, Tensor], start: RecordedCall, end: RecordedCall) -> tuple[Tensor, ...]:
         """What the model would return at ``end``, from the hidden state of ``start``."""
         variant = self._variant(compiled, weights)
         values = {**end.inputs, cache_input(STREAM_END): start.hidden}
@@ -161,7 +161,7 @@ def _at(module: fx.GraphModule, name: str) -> Tensor:
 
 
 def prediction_error(
-    model: nn.Module, sample: Sample, predictor: Predictor, distance: int, number: int, timestep: str | None = None
+    model: nn.Module, sample: SampleLoop, predictor: Predictor, distance: int, number: int, timestep: str | None = None
 ) -> float:
     """How far predictions ``distance`` steps behind a full step are from the model's own outputs.
 
@@ -287,7 +287,7 @@ class _Trainer:
         assert predictor is not None
         return predictor
 
-    def _update(self, one: Pass, choice: random.Random) -> float:
+    def _update(self, one: RecordedPass, choice: random.Random) -> float:
         """One gradient step; returns the squared error relative to the outputs' squares."""
         reach = max(1, round(self._settings.reach * len(one.calls)))
         end = choice.randrange(1, len(one.calls))
