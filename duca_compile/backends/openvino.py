@@ -23,7 +23,7 @@ from duca_compile.core.fx_utils import copy_graph
 from duca_compile.core.lock import COMPILING
 from duca_compile.core.tensors import version
 from duca_compile.errors import BackendError, first_line, missing_package
-from duca_compile.runtime.openvino import Requests, cpu_options
+from duca_compile.runtime.openvino import InferRequests, cpu_options
 
 with missing_package("openvino"):
     import openvino
@@ -102,7 +102,7 @@ class _Model:
     """Runs a compiled variant; ``seen`` tells what the weights that are constants in it were then."""
 
     def __init__(self, compiled: _Compiled, weights: int, seen: list[tuple[int, int]]) -> None:
-        self._requests, self._outputs, self.seen = Requests(compiled.model), compiled.outputs, seen
+        self._requests, self._outputs, self.seen = InferRequests(compiled.model), compiled.outputs, seen
         places = list(enumerate(compiled.inputs))
         self._weights = [(i, place) for i, place in places if place < weights]
         self._tensors = [(i, place) for i, place in places if place >= weights]

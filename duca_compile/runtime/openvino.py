@@ -12,7 +12,7 @@ def cpu_options(threads: int | None) -> dict[str, Any]:
     return options if threads is None else options | {"INFERENCE_NUM_THREADS": threads}
 
 
-class Requests:
+class InferRequests:
     """The requests of one compiled model; any number of threads may run it.
 
     Each request has activations of its own. Inputs that stay where they are from call to call, the weights, are bound
