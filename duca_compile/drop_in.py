@@ -48,7 +48,7 @@ from duca_compile.runtime.session import HasSessions, Requests, current_pass, na
 
 log = logging.getLogger("duca_compile")
 
-LOOKED_AHEAD = 1000  # steps that a warm-up looks at for variants that they need
+WARM_UP_HORIZON = 1000  # steps that a warm-up looks at for variants that they need
 _SHARED = (  # tables that an optimized model has in common with its source
     "_parameters",
     "_buffers",
@@ -267,7 +267,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         with torch.no_grad(), casts.none_for(compiled.captured):
             call_by_name = compiled.named(call.tensors)
             held = Held(self.source) if compiled.captured.opaque else None
-            compiled.dispatcher.warm_up(requests.new(), call_by_name, islice(steps, LOOKED_AHEAD), watch)
+            compiled.dispatcher.warm_up(requests.new(), call_by_name, islice(steps, WARM_UP_HORIZON), watch)
             if held is not None:
                 held.put_back()
 

@@ -31,7 +31,7 @@ from duca_compile.analysis.memory import peak_bytes
 from duca_compile.core.steps import CacheKinds
 from duca_compile.policies import Step, StepKind
 from duca_compile.policies.base import FittedFactors
-from duca_compile.policies.liveness import until_the_last, with_liveness
+from duca_compile.policies.liveness import kept_until_last, with_liveness
 from tests.support import Shared
 from tests.test_optimize import build, kinds, latent, loop
 
@@ -158,8 +158,8 @@ def test_what_is_live_is_what_the_steps_up_to_the_next_full_one_read(kinds: list
 
 def test_where_features_are_forecast_all_is_kept_but_behind_the_last_step() -> None:
     steps = [Step(StepKind.FULL), Step(StepKind.FORECAST), Step(StepKind.FULL)]
-    assert [step.live for step in until_the_last(iter(steps))] == [CacheKinds.ALL, CacheKinds.ALL, CacheKinds.NOTHING]
-    assert [*until_the_last(iter([]))] == []
+    assert [step.live for step in kept_until_last(iter(steps))] == [CacheKinds.ALL, CacheKinds.ALL, CacheKinds.NOTHING]
+    assert [*kept_until_last(iter([]))] == []
     assert {step.live for step in islice(TaylorSeer().planned(None), 600)} == {CacheKinds.ALL}
 
 

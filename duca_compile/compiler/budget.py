@@ -21,7 +21,7 @@ from duca_compile.policies.adaptive import AdaptivePolicy
 from duca_compile.policies.base import Policy
 from duca_compile.policies.checks import check_whole
 from duca_compile.policies.end_only import EndOnly
-from duca_compile.policies.liveness import LOOKED_AHEAD
+from duca_compile.policies.liveness import LIVENESS_HORIZON
 from duca_compile.runtime.planning import plan_step, probe_spec, score_kind
 from duca_compile.runtime.selection import SCORE_BYTES
 
@@ -89,7 +89,7 @@ def variants(
 ) -> list[Variant]:
     """All that the policy's steps need, built and not compiled."""
     captured = with_predictor(captured, facts, policy.predictor)
-    steps = dict.fromkeys(islice(policy.planned(total), LOOKED_AHEAD))
+    steps = dict.fromkeys(islice(policy.planned(total), LIVENESS_HORIZON))
     look = probe_spec(facts, policy)
     specs = [plan_step(facts, policy, step)[0] for step in steps] + ([] if look is None else [look])
     return [build_variant(captured, facts, replace(spec, cache_dtype=dtype)) for spec in dict.fromkeys(specs)]

@@ -19,7 +19,7 @@ from duca_compile.compiler.outside import make_rows
 from duca_compile.core.ir import CapturedGraph, Facts
 from duca_compile.core.steps import Step, StepKind
 from duca_compile.core.variants import Action, Variant, VariantSpec
-from duca_compile.drop_in import LOOKED_AHEAD, OptimizedModel
+from duca_compile.drop_in import WARM_UP_HORIZON, OptimizedModel
 from duca_compile.errors import ExportError, UsageError
 from duca_compile.export.batch import Fit, OpenGraph, Seen, open_graph
 from duca_compile.frontend.binder import Binder, Call
@@ -127,7 +127,7 @@ class Traced:
     def schedule(self) -> manifest.Schedule:
         """The policy's steps; the variants that they need are in ``variants`` afterwards."""
         plans: dict[Step, manifest.Plan] = {}
-        steps = list(islice(self.policy.planned(self._total), LOOKED_AHEAD))
+        steps = list(islice(self.policy.planned(self._total), WARM_UP_HORIZON))
         full = Step(StepKind.FULL, kept=steps[0].kept)
         choices = self.policy.choices if isinstance(self.policy, AdaptivePolicy) else ()
         for step in (*steps, *choices, full):

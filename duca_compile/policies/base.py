@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from duca_compile.core.steps import Step
 from duca_compile.errors import PolicyError
 from duca_compile.policies.checks import check_number, check_whole
-from duca_compile.policies.liveness import until_the_last, with_liveness
+from duca_compile.policies.liveness import kept_until_last, with_liveness
 from duca_compile.policies.predictor import Predictor
 
 SelectionKind = Literal["v_norm", "attention", "entropy", "random"]
@@ -148,7 +148,7 @@ class Policy(ABC):
 
     def planned(self, total: int | None) -> Iterator[Step]:
         """The same steps, with what later ones read of each. Where features are forecast, all is until the last one."""
-        return (with_liveness if self.forecast is None else until_the_last)(self.steps(total))
+        return (with_liveness if self.forecast is None else kept_until_last)(self.steps(total))
 
     def fresh_tokens(self, step: Step, query: TokenQuery) -> int:
         """How many tokens of a branch to recompute in a partial step; 0 reuses the branch."""

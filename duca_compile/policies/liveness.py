@@ -10,7 +10,7 @@ from operator import or_
 
 from duca_compile.core.steps import CacheKinds, Step, StepKind
 
-LOOKED_AHEAD = 256
+LIVENESS_HORIZON = 256
 _READS = {
     StepKind.FULL: CacheKinds.NOTHING,
     StepKind.PARTIAL: CacheKinds.BRANCHES,
@@ -33,18 +33,18 @@ def with_liveness(steps: Iterator[Step]) -> Iterator[Step]:
     For all but forecast steps; a full step replaces all. A stretch without one that is longer than 256
     steps keeps everything.
     """
-    first = list(islice(steps, LOOKED_AHEAD))
+    first = list(islice(steps, LIVENESS_HORIZON))
     kept = reduce(or_, _live(first), CacheKinds.NOTHING)
     stretch: list[Step] = []
     for step in chain(first, steps):
-        if step.kind is StepKind.FULL or len(stretch) == LOOKED_AHEAD:
+        if step.kind is StepKind.FULL or len(stretch) == LIVENESS_HORIZON:
             yield from _annotated(stretch, kept, CacheKinds.NOTHING if step.kind is StepKind.FULL else CacheKinds.ALL)
             stretch = []
         stretch.append(step)
     yield from _annotated(stretch, kept, CacheKinds.NOTHING)
 
 
-def until_the_last(steps: Iterator[Step]) -> Iterator[Step]:
+def kept_until_last(steps: Iterator[Step]) -> Iterator[Step]:
     """The steps, where all is kept behind each but the last: full steps make differences of what they replace."""
     known = next(steps, None)
     while known is not None:
