@@ -28,9 +28,9 @@ class EndOnly(Policy):
         return None if self.of.forecast is None else replace(self.of.forecast, lite=True, relational=False)
 
     def steps(self, total: int | None) -> Iterator[Step]:
-        return map(self.instead_of, self.of.planned(total))
+        return map(self.replacement_for, self.of.planned(total))
 
-    def instead_of(self, step: Step) -> Step:
+    def replacement_for(self, step: Step) -> Step:
         """The step to run where ``of`` has ``step``."""
         live = CacheKinds.END if step.live is not CacheKinds.NOTHING else CacheKinds.NOTHING
         step = replace(step, kept=CacheKinds.END, live=live)

@@ -79,7 +79,7 @@ class Programs:
         if plan is not None:
             return plan
         with COMPILING:
-            run = self._policy.instead_of(step) if isinstance(self._policy, EndOnly) else step
+            run = self._policy.replacement_for(step) if isinstance(self._policy, EndOnly) else step
             spec, counts = plan_step(self._facts, self._policy, run)
             variant, program = self._program(replace(spec, cache_dtype=self._cache_dtype))
             waiting = tuple(counts.get(index, 0) for index in program.cached_branches)
