@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, fx
 
-from duca_compile.backends.cuda_graphs import Replayed
+from duca_compile.backends.cuda_graphs import GraphReplay
 from duca_compile.core.lock import COMPILING
 from duca_compile.core.ports import PROBE_SEEN, cache_input
 from duca_compile.core.variants import Variant, VariantFunction
@@ -47,11 +47,11 @@ class CompilingBackend(ABC):
     def __init__(self, strict: bool = False, mode: str = "default") -> None:
         self._strict = strict
         self._told = set[str]()
-        self.hopeless = False  # whether no variant can be compiled
+        self.unusable = False  # whether no variant can be compiled
         self.replays = mode == "reduce-overhead"
 
     def compile(self, variant: Variant, cuts: frozenset[str] = frozenset()) -> VariantFunction:
-        if self.hopeless:
+        if self.unusable:
             log.info("the variant of %s runs under eager: %s can compile nothing", variant.spec.kind, self.label)
             return variant.module.forward
         return _FirstCall(self, variant, cuts)
@@ -63,7 +63,7 @@ class CompilingBackend(ABC):
     def reason(self, error: Exception) -> str:
         return first_line(error)
 
-    def is_hopeless(self, error: Exception) -> bool:
+    def makes_unusable(self, error: Exception) -> bool:
         """Whether what failed is no matter of the variant."""
         del error
         return False
@@ -77,14 +77,14 @@ class CompilingBackend(ABC):
         reason = self.reason(error)
         if self._strict:
             raise BackendError(f"{self.label} could not compile a variant: {reason}. It is that of {kind}") from error
-        self.hopeless = self.is_hopeless(error)
+        self.unusable = self.makes_unusable(error)
         if reason in self._told:
             log.info("%s could not compile that of %s either, for the same reason", self.label, kind)
             return
         self._told.add(reason)
         log.info("%s could not compile that of %s: %s", self.label, kind, reason)
-        which = "all are" if self.hopeless else f"that of {kind} is"
-        advice = self.advice if self.hopeless else "Others are tried on their own; strict=True makes it an error."
+        which = "all are" if self.unusable else f"that of {kind} is"
+        advice = self.advice if self.unusable else "Others are tried on their own; strict=True makes it an error."
         warnings.warn(
             f"{self.label} could not compile a variant ({reason}); {which} running under eager instead, at that speed. "
             f"{advice}",
@@ -107,7 +107,7 @@ class _FirstCall:
     def __init__(self, backend: CompilingBackend, variant: Variant, cuts: frozenset[str]) -> None:
         self._backend, self._module, self._kind = backend, variant.module, variant.spec.kind
         self._compiled: Callable[..., Any] | None = None
-        self._replayed: Replayed | None = None
+        self._replayed: GraphReplay | None = None
         self._lifted = _lift(variant, cuts)
         self._foreign = [place for place, name in enumerate(variant.inputs) if _is_foreign(name)]
         self._weights: list[Tensor] = []
@@ -123,7 +123,7 @@ class _FirstCall:
                 if self._compiled is None:
                     self._compiled = self._compile(tensors)
         if self._backend.replays and tensors[0].device.type == "cuda":
-            self._replayed = self._replayed or Replayed(self._run)
+            self._replayed = self._replayed or GraphReplay(self._run)
             return self._replayed(*tensors)
         return self._run(*tensors)
 
@@ -138,7 +138,7 @@ class _FirstCall:
 
     def _compile(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
         self.refresh()
-        if not self._backend.hopeless:
+        if not self._backend.unusable:
             started = perf_counter()
             try:
                 compiled = self._backend.lower(self._lifted, self._weights, tensors)

@@ -36,7 +36,7 @@ class _Recording:
     results: Results
 
 
-class Replayed:
+class GraphReplay:
     """Runs ``run`` by copying inputs into buffers, replaying, and copying the results out.
 
     One recording serves each combination of shapes, as token counts differ. Inputs that ``run`` writes to are written

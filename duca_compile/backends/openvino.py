@@ -56,7 +56,7 @@ class OpenVINOBackend(CompilingBackend):
             raise BackendError(f"its tensors are on {sorted(devices)}, and this backend runs on the CPU")
         return _Program(lifted, weights, tensors)
 
-    def is_hopeless(self, error: Exception) -> bool:
+    def makes_unusable(self, error: Exception) -> bool:
         return isinstance(error, BackendError)  # of tensors that are not on the CPU
 
     def reason(self, error: Exception) -> str:

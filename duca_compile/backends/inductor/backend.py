@@ -18,7 +18,7 @@ class InductorBackend(CompilingBackend):
     label = "Inductor"
     advice = "Install a C++ compiler (Debian: apt-get install g++) or set CXX, or ask for backend='eager'."
 
-    def is_hopeless(self, error: Exception) -> bool:
+    def makes_unusable(self, error: Exception) -> bool:
         """Whether it is for want of a C++ compiler that works."""
         return lacks_compiler(error)
 
