@@ -56,4 +56,4 @@ def merged(arrays: Arrays, full: Sequence[bool], computed: Sequence[Array], chea
                 f"decide_per needs outputs with one row for each of the {len(full)} rows of the latent, and there is "
                 f"one of {tuple(each.shape)}; use decide_per='batch'"
             )
-    return [arrays.choose(full, new, old) for new, old in zip(computed, cheap, strict=True)]
+    return [arrays.select_rows(full, new, old) for new, old in zip(computed, cheap, strict=True)]

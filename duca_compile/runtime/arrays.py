@@ -16,16 +16,16 @@ class Arrays(Protocol):
     def zeros(self, shape: tuple[int, ...]) -> Array:
         """float32."""
 
-    def of(self, values: np.ndarray) -> Array:
+    def from_numpy(self, values: np.ndarray) -> Array:
         """A copy on the device, or the same memory."""
 
-    def dense(self, array: Array) -> Array:
+    def contiguous(self, array: Array) -> Array:
         """It with contiguous memory."""
 
-    def unit(self, rows: Sequence[Array]) -> Array:
+    def normalized(self, rows: Sequence[Array]) -> Array:
         """Stacked as float32, each divided by its norm along the last axis."""
 
-    def top(self, scores: Array, count: int) -> Array:
+    def top_indices(self, scores: Array, count: int) -> Array:
         """The places of the ``count`` highest along the last axis, the highest first."""
 
     def one_hot(self, places: Array, count: int) -> Array:
@@ -37,7 +37,7 @@ class Arrays(Protocol):
     def put(self, array: Array, places: Array, values: Array) -> Array:
         """A copy, with ``values`` at ``places`` along the last axis."""
 
-    def choose(self, rows: Sequence[bool], new: Array, old: Array) -> Array:
+    def select_rows(self, rows: Sequence[bool], new: Array, old: Array) -> Array:
         """The rows of ``new`` where ``rows`` says so, and of ``old`` elsewhere; what an engine returned will do."""
 
 
@@ -47,17 +47,17 @@ class NumpyArrays:
     def zeros(self, shape: tuple[int, ...]) -> Array:
         return np.zeros(shape, np.float32)
 
-    def of(self, values: np.ndarray) -> Array:
+    def from_numpy(self, values: np.ndarray) -> Array:
         return values
 
-    def dense(self, array: Array) -> Array:
+    def contiguous(self, array: Array) -> Array:
         return np.ascontiguousarray(array)
 
-    def unit(self, rows: Sequence[Array]) -> Array:
+    def normalized(self, rows: Sequence[Array]) -> Array:
         stacked = np.stack(rows).astype(np.float32)
         return stacked / np.maximum(np.linalg.norm(stacked, axis=-1, keepdims=True), np.float32(1e-12))
 
-    def top(self, scores: Array, count: int) -> Array:
+    def top_indices(self, scores: Array, count: int) -> Array:
         return np.argsort(-scores, axis=-1, kind="stable")[..., :count]
 
     def one_hot(self, places: Array, count: int) -> Array:
@@ -71,7 +71,7 @@ class NumpyArrays:
         np.put_along_axis(copy, places, values, -1)
         return copy
 
-    def choose(self, rows: Sequence[bool], new: Array, old: Array) -> Array:
+    def select_rows(self, rows: Sequence[bool], new: Array, old: Array) -> Array:
         one, other = _host(new), _host(old)
         return np.where(np.array(rows).reshape(-1, *[1] * (one.ndim - 1)), one, other)
 

@@ -256,7 +256,7 @@ class Dispatcher:
         name, seen = cache_input(PROBE_SEEN), state.measured[PROBE_SEEN]
         if probe.to_last_full and not all(full):
             old = state.caches[name]
-            seen = self.planner.arrays(seen).choose(full, seen, old) if any(full) else old
+            seen = self.planner.arrays(seen).select_rows(full, seen, old) if any(full) else old
         state.store({name: seen})
 
     def warm_up(

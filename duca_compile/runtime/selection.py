@@ -125,7 +125,7 @@ class _Group:
             return
         if self._scores is None:
             self._scores = self._arrays.zeros(self._shape)
-        self._scores[self._rows(list(scores))] = self._arrays.unit(list(scores.values()))
+        self._scores[self._rows(list(scores))] = self._arrays.normalized(list(scores.values()))
 
     def select(self, positions: list[int], counts: list[int], interval: int) -> Sequence[Array]:
         most = max(counts)
@@ -147,13 +147,13 @@ class _Group:
             score = self._arrays.zeros(score.shape) + score.mean(0)
         if bonus and most:
             score = self._favour_patches(score)
-        order = self._arrays.top(score, most)
+        order = self._arrays.top_indices(score, most)
         if stale is not None:
             self._age(stale, rows, order, counts)
         return [self._first(chosen, count) for chosen, count in zip(order, counts, strict=True)]
 
     def _first(self, tokens: Array, count: int) -> Array:
-        return self._arrays.dense(tokens if count == tokens.shape[1] else tokens[:, :count])
+        return self._arrays.contiguous(tokens if count == tokens.shape[1] else tokens[:, :count])
 
     def _drawn(self, count: int) -> tuple[Array, ...]:
         """Random tokens, (batch, count) for each branch. Drawing for many steps takes little longer than for one."""
@@ -164,12 +164,12 @@ class _Group:
             draws = self._random.random((steps, branches, 1, tokens), np.float32)
             order = np.argsort(draws, axis=-1)[..., :count]
             shared = np.repeat(order, batch, axis=2)
-            self._stock, self._stocked = [tuple(step) for step in self._arrays.of(shared)], count
+            self._stock, self._stocked = [tuple(step) for step in self._arrays.from_numpy(shared)], count
         return self._stock.pop()
 
     def _age(self, staleness: Array, rows: list[int] | slice, order: Array, counts: Sequence[int]) -> None:
-        limit = self._arrays.of(np.array(counts).reshape(-1, 1, 1))
-        rank = self._arrays.of(np.arange(order.shape[-1]))
+        limit = self._arrays.from_numpy(np.array(counts).reshape(-1, 1, 1))
+        rank = self._arrays.from_numpy(np.arange(order.shape[-1]))
         stale = staleness[rows] + 1
         kept = self._arrays.take(stale, order) * (rank >= limit)
         staleness[rows] = self._arrays.put(stale, order, kept)
@@ -183,7 +183,7 @@ class _Group:
             return self._scores
         branches, _, tokens = self._shape
         draw = self._random.random((branches, 1, tokens), np.float32)
-        return self._arrays.of(np.broadcast_to(draw, self._shape).copy())
+        return self._arrays.from_numpy(np.broadcast_to(draw, self._shape).copy())
 
     def _favour_patches(self, score: Array) -> Array:
         """Multiplies the highest score of each patch, of each frame where there are several, by 1 + patch_bonus."""

@@ -19,16 +19,16 @@ class TorchArrays:
     def zeros(self, shape: tuple[int, ...]) -> Array:
         return torch.zeros(shape, device=self._device)
 
-    def of(self, values: np.ndarray) -> Array:
+    def from_numpy(self, values: np.ndarray) -> Array:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
 
-    def dense(self, array: Array) -> Array:
+    def contiguous(self, array: Array) -> Array:
         return array.contiguous()
 
-    def unit(self, rows: Sequence[Array]) -> Array:
+    def normalized(self, rows: Sequence[Array]) -> Array:
         return torch.nn.functional.normalize(torch.stack(list(rows)).float(), dim=-1)
 
-    def top(self, scores: Array, count: int) -> Array:
+    def top_indices(self, scores: Array, count: int) -> Array:
         return scores.topk(count, dim=-1).indices
 
     def one_hot(self, places: Array, count: int) -> Array:
@@ -40,6 +40,6 @@ class TorchArrays:
     def put(self, array: Array, places: Array, values: Array) -> Array:
         return array.scatter(-1, places, values)
 
-    def choose(self, rows: Sequence[bool], new: Array, old: Array) -> Array:
+    def select_rows(self, rows: Sequence[bool], new: Array, old: Array) -> Array:
         chosen = torch.tensor(rows).to(self._device)
         return torch.where(chosen.view(-1, *[1] * (new.dim() - 1)), new, old)
