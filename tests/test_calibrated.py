@@ -20,7 +20,7 @@ from duca_compile.app import demo
 from duca_compile.app.cli import app
 from duca_compile.methods.calibration import Calibration, _differences, _Products
 from duca_compile.policies import StepKind
-from duca_compile.policies.base import Forecast, FittedFactors
+from duca_compile.policies.base import FittedFactors, Forecast
 from duca_compile.runtime.forecast_state import ForecastState
 from tests.artifacts import distance, loop, tiny_dit
 from tests.artifacts import export as saved

@@ -41,7 +41,9 @@ def measured(*full: int) -> tuple[FittedFactors | None, ...]:
     """Factors as if they had been measured, for ``STEPS`` steps."""
     last = [max(each for each in full if each <= step) for step in range(STEPS)]
     orders = [min(2, sum(each <= step for each in full) - 1) for step in range(STEPS)]
-    return tuple(None if step in full else FittedFactors(last[step], (0.4, 0.1)[: orders[step]]) for step in range(STEPS))
+    return tuple(
+        None if step in full else FittedFactors(last[step], (0.4, 0.1)[: orders[step]]) for step in range(STEPS)
+    )
 
 
 METHODS: dict[str, tuple[Policy, str]] = {  # and the model that it is compiled on in CI

@@ -18,7 +18,7 @@ from duca_compile.core.tensors import Array
 from duca_compile.policies.base import Forecast as ForecastOptions
 from duca_compile.policies.base import Policy, Selection
 from duca_compile.runtime.arrays import NumpyArrays
-from duca_compile.runtime.dispatcher import StepPlan, Program
+from duca_compile.runtime.dispatcher import Program, StepPlan
 from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
 from duca_compile.runtime.selection import TokenSet
 

@@ -120,7 +120,9 @@ class _Graphs:
         self._config = config
         self._variants: dict[int, tuple[Compiled, Variant]] = {}  # by the identity of the capture, which is kept
 
-    def predict(self, compiled: Compiled, weights: Mapping[str, Tensor], start: RecordedCall, end: RecordedCall) -> tuple[Tensor, ...]:
+    def predict(
+        self, compiled: Compiled, weights: Mapping[str, Tensor], start: RecordedCall, end: RecordedCall
+    ) -> tuple[Tensor, ...]:
         """What the model would return at ``end``, from the hidden state of ``start``."""
         variant = self._variant(compiled, weights)
         values = {**end.inputs, cache_input(STREAM_END): start.hidden}

@@ -11,7 +11,7 @@ from pathlib import Path
 from duca_compile.core.files import replacing
 from duca_compile.core.steps import Step, StepKind
 from duca_compile.errors import PolicyError, UsageError
-from duca_compile.policies.base import Forecast, FittedFactors, Policy
+from duca_compile.policies.base import FittedFactors, Forecast, Policy
 from duca_compile.policies.checks import check_number, check_whole
 
 FORMAT = 1
@@ -100,7 +100,9 @@ class Calibrated(Policy):
             found = json.loads(Path(path).read_text())
             if found.pop("format") != FORMAT:
                 raise ValueError("it is of another version of duca_compile")
-            steps = (each and FittedFactors(each["last_full"], tuple(each["factors"])) for each in found.pop("measured"))
+            steps = (
+                each and FittedFactors(each["last_full"], tuple(each["factors"])) for each in found.pop("measured")
+            )
             return Calibrated(tuple(steps), **found)
         except OSError as error:
             raise UsageError(f"cannot read {path}: {error.strerror}") from error

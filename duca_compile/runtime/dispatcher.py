@@ -28,7 +28,7 @@ from duca_compile.runtime.arrays import Arrays
 from duca_compile.runtime.clock import CallPosition
 from duca_compile.runtime.forecasting import ForecastInputs
 from duca_compile.runtime.request import CacheState, Executed, Request
-from duca_compile.runtime.selection import TokenSet, TokenSelector
+from duca_compile.runtime.selection import TokenSelector, TokenSet
 
 log = logging.getLogger("duca_compile")
 

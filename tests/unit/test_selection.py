@@ -13,7 +13,7 @@ from duca_compile.errors import PolicyError
 from duca_compile.policies import Selection
 from duca_compile.policies.base import SelectionKind
 from duca_compile.runtime.arrays import NumpyArrays
-from duca_compile.runtime.selection import TokenSet, TokenSelector, check_grid
+from duca_compile.runtime.selection import TokenSelector, TokenSet, check_grid
 from duca_compile.runtime.torch.arrays import TorchArrays
 
 BATCH, TOKENS = 2, 16

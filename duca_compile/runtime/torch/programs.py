@@ -17,7 +17,7 @@ from duca_compile.core.steps import Step, StepKind
 from duca_compile.core.variants import Action, Variant, VariantFunction, VariantSpec
 from duca_compile.policies.base import Policy
 from duca_compile.policies.end_only import EndOnly
-from duca_compile.runtime.dispatcher import StepPlan, Program
+from duca_compile.runtime.dispatcher import Program, StepPlan
 from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
 from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec, score_output, tokens_of
 from duca_compile.runtime.selection import TokenSet
