@@ -26,8 +26,9 @@ from duca_compile import OptimizedModel, Policy
 from duca_compile.compiler.captures import Captures
 from duca_compile.core.outputs import OutputLayout
 from duca_compile.frontend.binder import Binder
+from duca_compile.runtime.cache_state import CacheState
 from duca_compile.runtime.dispatcher import Dispatcher
-from duca_compile.runtime.request import CacheState, Request
+from duca_compile.runtime.request import Request
 
 DOUBLE, SINGLE, TEXT, SIDE = 19, 38, 8, 4
 LOOP = 20  # steps of a request of ours; it has the timesteps of the one before, as those of a schedule have
@@ -44,7 +45,7 @@ STAGES = {
     "what the pass carries": (Request, "state"),
     "loop-invariant values": (Dispatcher, "_hoist"),
     "the step's plan, and the caches that it reads": (Dispatcher, "_plan"),
-    "what the timestep and the forecast give": (Dispatcher, "_given"),
+    "what the timestep and the forecast give": (Dispatcher, "_step_inputs"),
     "choosing tokens": (Dispatcher, "_tokens"),
     "the inputs in their order": (CacheState, "inputs"),
     "what the graph returned": (Dispatcher, "_written"),

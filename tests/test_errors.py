@@ -188,7 +188,7 @@ def test_scores_that_the_graph_cannot_give() -> None:
 
 def test_a_patch_bonus_needs_a_grid() -> None:
     policy = DuCa(interval=3, selection=Selection("random", patch_bonus=0.5, patch=2))
-    with pytest.raises(PolicyError, match="patch_bonus needs to know how the 6 tokens lie"):
+    with pytest.raises(PolicyError, match="patch_bonus needs the layout of the 6 tokens"):
         call(optimize(TinyDiT(), policy), tokens=6)
 
 

@@ -25,6 +25,7 @@ from duca_compile.backends.inductor.backend import InductorBackend
 from duca_compile.compiler import verification as verify
 from duca_compile.policies.base import FittedFactors
 from duca_compile.runtime.torch import rows
+from duca_compile.runtime.torch.programs import Programs
 from tests import models
 from tests.unit.tracing import module
 
@@ -187,7 +188,8 @@ def test_kinds_of_call_that_push_each_other_out_are_warned_about_once(said: Call
 
 
 @pytest.mark.parametrize(
-    ("most", "reason"), [(0, "for 6 steps they would take"), (2**28, "torch.func.vmap cannot (no rule for it)")]
+    ("most", "reason"),
+    [(0, "for 6 steps they would take"), (2**28, "torch.func.vmap does not support them (no rule for it)")],
 )
 def test_timesteps_that_cannot_be_computed_at_once_are_warned_about_once(
     said: Callable[[str], int], monkeypatch: pytest.MonkeyPatch, most: int, reason: str
@@ -201,7 +203,17 @@ def test_timesteps_that_cannot_be_computed_at_once_are_warned_about_once(
     optimized = duca_compile.optimize(models.build(), Uncached(), "eager")
     for _ in range(3):  # the loops behind the first one are expected to go as that went
         loop(optimized)
-    assert said(reason) == said("is computed step by step") == 1
+    assert said(reason) == said("computed at each step, not for all steps at once") == 1
+
+
+def test_timestep_values_that_cannot_be_built_are_an_error_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timestep_rows(self: Programs, needed: object) -> Any:
+        raise RuntimeError("a bug in building")
+
+    monkeypatch.setattr(Programs, "timestep_rows", timestep_rows)
+    monkeypatch.setattr(EagerBackend, "exact", False)
+    with pytest.raises(RuntimeError, match="a bug in building"):
+        loop(duca_compile.optimize(models.build(), Uncached(), "eager"))
 
 
 def convolved() -> nn.Module:

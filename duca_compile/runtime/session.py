@@ -14,7 +14,8 @@ from typing import Any, cast
 
 from duca_compile.errors import UsageError
 from duca_compile.policies.base import Policy
-from duca_compile.runtime.request import Executed, LoopMemory, LoopSchedule, Request
+from duca_compile.runtime.loops import LoopMemory, LoopSchedule
+from duca_compile.runtime.request import Executed, Request
 
 
 class Requests:
@@ -25,11 +26,11 @@ class Requests:
 
     def __init__(self, policy: Policy, total: int | None, schedule: LoopSchedule | None = None) -> None:
         self._policy, self.total, self._schedule = policy, total, schedule
-        self._loops = LoopMemory()
+        self._memory = LoopMemory()
         self._local = threading.local()
 
     def new(self) -> Request:
-        return Request(self._policy, self.total, self._schedule, self._loops)
+        return Request(self._policy, self.total, self._schedule, self._memory)
 
     def current(self) -> Request:
         for session in reversed(_SESSIONS.get()):

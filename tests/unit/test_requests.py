@@ -21,8 +21,9 @@ from torch import Tensor
 
 from duca_compile import FORA
 from duca_compile.core.steps import StepKind
+from duca_compile.runtime.cache_state import CacheState
 from duca_compile.runtime.clock import CallPosition
-from duca_compile.runtime.request import MAX_PASSES, CacheState, Executed, Request
+from duca_compile.runtime.request import MAX_PASSES, Executed, Request
 
 LINEAGES = dict[int, tuple[object, int]]
 

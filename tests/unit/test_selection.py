@@ -185,10 +185,10 @@ class TestPatchBonus:
     @pytest.mark.parametrize(
         ("tokens", "message"),
         [
-            (TokenSet(2, 16), "how the 16 tokens lie, which this model's graph does not show; say Selection"),
-            (TokenSet(2, 15, (3, 5)), "that 2x2 patches tile, and the 15 tokens lie as 3 x 5"),
+            (TokenSet(2, 16), "layout of the 16 tokens, which this model's graph does not show; say Selection"),
+            (TokenSet(2, 15, (3, 5)), "that 2x2 patches tile, and the grid of the 15 tokens is 3 x 5"),
             (TokenSet(2, 24, (3, 2, 4)), None),
-            (TokenSet(2, 24, (4, 2, 3)), "that 2x2 patches tile, and the 24 tokens lie as 4 x 2 x 3"),
+            (TokenSet(2, 24, (4, 2, 3)), "that 2x2 patches tile, and the grid of the 24 tokens is 4 x 2 x 3"),
             (TokenSet(2, 16, (4, 6)), r"grid=\(4, 6\) has 24 places, and the model has 16 tokens"),
         ],
     )

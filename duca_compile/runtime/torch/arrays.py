@@ -31,15 +31,15 @@ class TorchArrays:
     def top_indices(self, scores: Array, count: int) -> Array:
         return scores.topk(count, dim=-1).indices
 
-    def one_hot(self, places: Array, count: int) -> Array:
-        return torch.nn.functional.one_hot(places, count).float()
+    def one_hot(self, indices: Array, count: int) -> Array:
+        return torch.nn.functional.one_hot(indices, count).float()
 
-    def take(self, array: Array, places: Array) -> Array:
-        return array.gather(-1, places)
+    def take(self, array: Array, indices: Array) -> Array:
+        return array.gather(-1, indices)
 
-    def put(self, array: Array, places: Array, values: Array) -> Array:
-        return array.scatter(-1, places, values)
+    def put(self, array: Array, indices: Array, values: Array) -> Array:
+        return array.scatter(-1, indices, values)
 
-    def select_rows(self, rows: Sequence[bool], new: Array, old: Array) -> Array:
-        chosen = torch.tensor(rows).to(self._device)
+    def select_rows(self, mask: Sequence[bool], new: Array, old: Array) -> Array:
+        chosen = torch.tensor(mask).to(self._device)
         return torch.where(chosen.view(-1, *[1] * (new.dim() - 1)), new, old)
