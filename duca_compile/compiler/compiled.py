@@ -151,7 +151,7 @@ class Compiled:
         return dict(zip(self._inputs, tensors, strict=True))
 
     def run(self, request: Request, position: CallPosition, call: Mapping[str, Tensor], name: str | None) -> Any:
-        """What the model returns for a call at ``position``, with its tensors by name, in the guidance pass ``name``."""
+        """What the model returns for a call at ``position``, with its tensors by name, in the pass called ``name``."""
         return self.captured.output.rebuild(self.dispatcher(request, position, call, name))
 
     def rebind(self, live: Mapping[str, Tensor]) -> None:
