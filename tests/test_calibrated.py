@@ -190,7 +190,7 @@ def test_it_is_saved_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ('{"format": 2}', "another version"),
         ('{"format": 1, "measured": [null], "speed": 3}', "speed"),
         ('{"format": 1, "measured": []}', "no full step"),
-        ('{"format": 1, "measured": [null, {"last_full": 0, "factors": ["x"]}]}', "factors.0.='x' is impossible"),
+        ('{"format": 1, "measured": [null, {"last_full": 0, "factors": ["x"]}]}', "factors.0.='x' is invalid"),
     ],
 )
 def test_a_file_that_is_none_is_refused(text: str, reason: str, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_file_that_is_none_is_refused(text: str, reason: str, tmp_path: Path) 
         ((FittedFactors(0, ()),), r"measured\[0\].*the full step before it is missing"),
         ((None, FittedFactors(1, ())), r"measured\[1\].*the full step before it is 0"),
         ((None, FittedFactors(0, (1.0, 2.0, 3.0))), "2 orders at most"),
-        ((None, FittedFactors(0, (float("nan"),))), r"measured\[1\].factors\[0\]=nan is impossible"),
+        ((None, FittedFactors(0, (float("nan"),))), r"measured\[1\].factors\[0\]=nan is invalid"),
         ((), "no full step"),
     ],
 )

@@ -337,7 +337,7 @@ def test_full_steps_are_listed_or_in_intervals(trained: Path) -> None:
     assert DisCa(trained, full_steps=(0, 3)).name == "DisCa (2 full)"
     with pytest.raises(PolicyError, match=r"full_steps=\(1, 2\) lacks step 0"):
         DisCa(trained, full_steps=(1, 2))
-    with pytest.raises(PolicyError, match="interval=0 is impossible"):
+    with pytest.raises(PolicyError, match="interval=0 is invalid"):
         DisCa(trained, 0)
 
 

@@ -164,14 +164,14 @@ def test_wrong_shapes_later_on_raise_the_models_own_reason() -> None:
 def test_impossible_numbers() -> None:
     for settings, message in [
         ({"interval": 0}, "interval"),
-        ({"fresh_ratio": 1.5}, r"fresh_ratio=1.5 is impossible"),
-        ({"fresh_ratio": -0.1}, r"fresh_ratio=-0.1 is impossible"),
+        ({"fresh_ratio": 1.5}, r"fresh_ratio=1.5 is invalid"),
+        ({"fresh_ratio": -0.1}, r"fresh_ratio=-0.1 is invalid"),
         ({"selection": "best"}, "selection='best' is unknown"),
         ({"first": "last"}, "first='last' is unknown"),
     ]:
         with pytest.raises(PolicyError, match=message):
             DuCa(**settings)  # type: ignore[arg-type]
-    with pytest.raises(PolicyError, match="num_inference_steps=0 is impossible"):
+    with pytest.raises(PolicyError, match="num_inference_steps=0 is invalid"):
         optimize(TinyDiT(), num_inference_steps=0)
     with pytest.raises(PolicyError, match="policy='fast' is unknown"):
         optimize(TinyDiT(), "fast")

@@ -270,7 +270,7 @@ def path_of_full(path: str) -> Callable[[dict[str, Any]], None]:
         (lambda c: c["inputs"][0].update(shape=["batch*2"]), "must be a size such as"),
         (lambda c: c["schedule"]["steps"].append(99), "a place that is not among the plans"),
         (lambda c: c["schedule"]["plans"][0]["step"].update(kind="leap"), "must be StepKind, not 'leap'"),
-        (lambda c: c["policy"]["selection"].update(patch=0), "patch=0 is impossible"),
+        (lambda c: c["policy"]["selection"].update(patch=0), "patch=0 is invalid"),
         (lambda c: c["variants"]["full"].update(graph="none"), "there is no graph 'none'"),
         (lambda c: c["weights"]["chunks"][0].update(start=10**12), "is out of range"),
         (path_of_full("../full.onnx"), "is not in the folder"),
@@ -338,7 +338,7 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(
         export(model, folder)
     with pytest.raises(UsageError, match=r"expected a model from duca_compile\.optimize"):
         duca_compile.save(tiny_dit(), tmp_path / "a", example(2))
-    with pytest.raises(UsageError, match="opset=3 is impossible"):
+    with pytest.raises(UsageError, match="opset=3 is invalid"):
         export(model, tmp_path / "a", opset=3)
 
     def broken(*_: Any, **__: Any) -> None:

@@ -44,7 +44,7 @@ class CacheOptions:
 
     def __post_init__(self) -> None:
         if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
-            raise UsageError(f"cache_dtype={self.dtype!r} is impossible: it must be a floating torch.dtype")
+            raise UsageError(f"cache_dtype={self.dtype!r} is invalid: it must be a floating torch.dtype")
         if self.budget is not None:
             check_whole("cache_budget_bytes", self.budget, least=0)
 

@@ -73,7 +73,7 @@ class Calibration:
             max_order: the highest difference used, 1 to 4.
 
         Raises:
-            PolicyError: impossible numbers, or no full step at the start.
+            PolicyError: an invalid parameter, or no full step at the start.
         """
         check_whole("max_order", max_order, least=1, most=4)
         return _Search(self._recorded, max_order).policy(full_steps)

@@ -46,7 +46,7 @@ class TrainingSettings:
         seed: of the choice of steps.
 
     Raises:
-        PolicyError: impossible numbers.
+        PolicyError: an invalid parameter.
     """
 
     loops: int = 50

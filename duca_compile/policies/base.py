@@ -49,7 +49,7 @@ class Selection:
             then cost one pass over the caches instead of one for each layer.
 
     Raises:
-        PolicyError: an unknown kind or impossible numbers.
+        PolicyError: an unknown kind or invalid parameters.
     """
 
     kind: SelectionKind
@@ -70,11 +70,11 @@ class Selection:
         check_whole("seed", self.seed, least=0)
         if self.grid is not None:
             if len(self.grid) not in (2, 3):
-                raise PolicyError(f"grid={self.grid!r} is impossible: it is (height, width) or (frames, height, width)")
+                raise PolicyError(f"grid={self.grid!r} is invalid: it is (height, width) or (frames, height, width)")
             for i, size in enumerate(self.grid):
                 check_whole(f"grid[{i}]", size, least=1)
         if not isinstance(self.paired, bool):
-            raise PolicyError(f"paired={self.paired!r} is impossible: it must be True or False")
+            raise PolicyError(f"paired={self.paired!r} is invalid: it must be True or False")
         if self.shared is None:
             object.__setattr__(self, "shared", self.kind == "random")
 

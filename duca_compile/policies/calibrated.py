@@ -32,7 +32,7 @@ class Calibrated(Policy):
         error: root of the mean squared relative error of the forecasts in the loops that were measured.
 
     Raises:
-        PolicyError: impossible numbers.
+        PolicyError: an invalid parameter.
     """
 
     measured: tuple[FittedFactors | None, ...]
@@ -49,7 +49,7 @@ class Calibrated(Policy):
                 check_number(f"measured[{step}].factors[{order}]", factor)
             if each is not None and (each.last_full != last or last < 0 or len(each.factors) > self.max_order):
                 raise PolicyError(
-                    f"measured[{step}]={each} is impossible: the full step before it is "
+                    f"measured[{step}]={each} is invalid: the full step before it is "
                     f"{last if last >= 0 else 'missing'}, and there are {self.max_order} orders at most"
                 )
         if last < 0:

@@ -14,7 +14,7 @@ def check_whole(name: str, value: Any, least: int, most: float = inf) -> None:
     """Raises PolicyError where ``value`` is not a whole number from ``least`` to ``most``."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
         limits = f"of at least {least}" if most == inf else f"from {least} to {most}"
-        raise PolicyError(f"{name}={value!r} is impossible: it must be a whole number {limits}")
+        raise PolicyError(f"{name}={value!r} is invalid: it must be a whole number {limits}")
 
 
 def check_number(name: str, value: Any, least: float = -inf, most: float = inf) -> None:
@@ -26,7 +26,7 @@ def check_number(name: str, value: Any, least: float = -inf, most: float = inf) 
         or not least <= float(value) <= most
     ):
         limits = {-inf: "", 0: " of at least 0"}[least] if most == inf else f" from {least} to {most}"
-        raise PolicyError(f"{name}={value!r} is impossible: it must be a finite number{limits}")
+        raise PolicyError(f"{name}={value!r} is invalid: it must be a finite number{limits}")
 
 
 def check_full_steps(full_steps: Sequence[int], most: float = inf) -> None:

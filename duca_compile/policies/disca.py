@@ -23,7 +23,7 @@ class DisCa(Policy):
         full_steps: where set, the full steps by number, from 0 on, and no interval. The first must be among them.
 
     Raises:
-        PolicyError: impossible numbers.
+        PolicyError: an invalid parameter.
         UsageError: the file cannot be read or is no predictor.
     """
 

@@ -20,7 +20,7 @@ class DuCa(TokenCaching):
         first: which of the two comes right after a full step when ``interval`` counts up.
 
     Raises:
-        PolicyError: impossible numbers.
+        PolicyError: an invalid parameter.
     """
 
     first: Literal["partial", "skip"] = "partial"

@@ -17,7 +17,7 @@ class FORA(Policy):
     interval: int | Interval = 3
 
     def __post_init__(self) -> None:
-        self._interval  # noqa: B018 - rejects impossible numbers now
+        self._interval  # noqa: B018 - rejects invalid parameters now
 
     @property
     def name(self) -> str:

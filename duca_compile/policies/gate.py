@@ -39,7 +39,7 @@ class ResidualGate(AdaptivePolicy):
         decide_per: as in ``SpeCa``: "batch", "row" or "pair".
 
     Raises:
-        PolicyError: impossible numbers.
+        PolicyError: an invalid parameter.
     """
 
     threshold: float = 0.1
@@ -65,7 +65,7 @@ class ResidualGate(AdaptivePolicy):
             check_whole("max_cached_steps", self.max_cached_steps, least=1)
         for name, value in (("accumulate", self.accumulate), ("last_full", self.last_full)):
             if not isinstance(value, bool):
-                raise PolicyError(f"{name}={value!r} is impossible: it must be True or False")
+                raise PolicyError(f"{name}={value!r} is invalid: it must be True or False")
         check_per(self.decide_per)
 
     @property

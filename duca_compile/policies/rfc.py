@@ -28,7 +28,7 @@ class RelationalFeatureCaching(AdaptivePolicy):
             halves of guidance together.
 
     Raises:
-        PolicyError: impossible numbers.
+        PolicyError: an invalid parameter.
     """
 
     threshold: float = 0.2

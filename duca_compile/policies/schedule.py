@@ -64,13 +64,13 @@ class Interval:
         check_whole("first_full", self.first_full, least=1)
         if self.descending and self.first_full > 1:
             raise PolicyError(
-                f"first_full={self.first_full} is impossible with descending=True: that pattern counts from the end"
+                f"first_full={self.first_full} is invalid with descending=True: that pattern counts from the end"
             )
         if self.factor is not None and min(self.factor(0.0), self.factor(1.0)) <= 0:
-            raise PolicyError(f"factor={self.factor} is impossible: it divides the interval, so it must stay above 0")
+            raise PolicyError(f"factor={self.factor} is invalid: it divides the interval, so it must stay above 0")
         if self.forced is not None:
             if len(self.forced) != 3:
-                raise PolicyError(f"forced={self.forced!r} is impossible: it is (from, to, interval)")
+                raise PolicyError(f"forced={self.forced!r} is invalid: it is (from, to, interval)")
             check_number("forced[0]", self.forced[0], least=0, most=1)
             check_number("forced[1]", self.forced[1], least=0, most=1)
             check_whole("forced[2]", self.forced[2], least=1)

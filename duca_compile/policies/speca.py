@@ -40,7 +40,7 @@ class SpeCa(AdaptivePolicy):
             A request's result then does not depend on what else is in the batch.
 
     Raises:
-        PolicyError: impossible numbers, or an unknown number of steps.
+        PolicyError: an invalid parameter, or an unknown number of steps.
     """
 
     max_order: int = 2

@@ -28,7 +28,7 @@ class TaylorSeer(Policy):
             estimation of relational feature caching (arXiv 2602.19506), at this interval. Caches hold the inputs too.
 
     Raises:
-        PolicyError: impossible numbers.
+        PolicyError: an invalid parameter.
     """
 
     interval: int = 5
@@ -42,10 +42,10 @@ class TaylorSeer(Policy):
         check_whole("max_order", self.max_order, least=0, most=4)
         check_whole("first_full_steps", self.first_full_steps, least=1)
         if not isinstance(self.lite, bool):
-            raise PolicyError(f"lite={self.lite!r} is impossible: it must be True or False")
+            raise PolicyError(f"lite={self.lite!r} is invalid: it must be True or False")
         if not isinstance(self.relational, bool) or (self.relational and (self.lite or self.max_order == 0)):
             raise PolicyError(
-                f"relational={self.relational!r} is impossible: it must be True or False, and needs branches "
+                f"relational={self.relational!r} is invalid: it must be True or False, and needs branches "
                 "(lite=False) and a direction (max_order of at least 1)"
             )
 

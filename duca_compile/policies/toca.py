@@ -22,7 +22,7 @@ class ToCa(TokenCaching):
             token of each patch (s4).
 
     Raises:
-        PolicyError: impossible numbers.
+        PolicyError: an invalid parameter.
     """
 
     staleness: ClassVar[float] = 0.25

@@ -32,7 +32,7 @@ class TokenCaching(Policy):
             interval so that it no longer counts as full, only its first block runs in full.
 
     Raises:
-        PolicyError: impossible numbers.
+        PolicyError: an invalid parameter.
     """
 
     staleness: ClassVar[float] = 0.0  # of a selection that is given by its name
