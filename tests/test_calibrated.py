@@ -196,7 +196,9 @@ def test_it_is_saved_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_file_that_is_none_is_refused(text: str, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "some.json"
     path.write_text(text)
-    with pytest.raises(UsageError, match=rf"(?s)some.json holds no calibrated policy: .*{reason}.*; make it with"):
+    with pytest.raises(
+        UsageError, match=rf"(?s)some.json does not hold a calibrated policy: .*{reason}.*; make one with"
+    ):
         Calibrated.load(path)
     with pytest.raises(UsageError, match=r"cannot read .*nowhere.json: No such file"):
         Calibrated.load(tmp_path / "nowhere.json")

@@ -209,7 +209,7 @@ def test_what_is_no_predictor_is_refused(tmp_path: Path, trained: Path, model: n
     (tmp_path / "text.safetensors").write_text("no weights")
     with pytest.raises(UsageError, match="cannot read"):
         DisCa(tmp_path / "text.safetensors")
-    with pytest.raises(UsageError, match="holds no predictor"):
+    with pytest.raises(UsageError, match="does not hold a predictor"):
         DisCa(checkpoint_path(trained))
     with pytest.raises(UsageError, match=r"must end in \.safetensors"):
         train_predictor(model, loop, tmp_path / "predictor.pt")

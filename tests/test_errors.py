@@ -177,7 +177,7 @@ def test_impossible_numbers() -> None:
         optimize(TinyDiT(), "fast")
     with pytest.raises(PolicyError, match=r"pass optimize\(\.\.\., num_inference_steps="):
         optimize(TinyDiT(), published("duca", "dit"))
-    with pytest.raises(PolicyError, match="nothing is published here for duca/unet; there is"):
+    with pytest.raises(PolicyError, match="there are no published settings for duca/unet, only for"):
         published("duca", "unet")
 
 

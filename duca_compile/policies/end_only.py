@@ -1,4 +1,4 @@
-"""A policy made to cache one tensor: what would read the branches' caches skips the blocks instead."""
+"""A policy restricted to one cached tensor: steps that would read branch caches skip the blocks instead."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from duca_compile.policies.base import Forecast, Policy
 
 @dataclass(frozen=True)
 class EndOnly(Policy):
-    """``of`` with the end of the stream as its only cache; partial and reuse steps are skip steps."""
+    """The policy ``of`` with the end of the stream as its only cache; partial and reuse steps become skip steps."""
 
     of: Policy
 
     @property
     def name(self) -> str:
-        return f"{self.of.name}, the stream's end alone"
+        return f"{self.of.name}, caching only the stream's end"
 
     @property
     def caches(self) -> bool:
@@ -31,7 +31,7 @@ class EndOnly(Policy):
         return map(self.replacement_for, self.of.planned(total))
 
     def replacement_for(self, step: Step) -> Step:
-        """The step to run where ``of`` has ``step``."""
+        """The step to run in place of a step of ``of``."""
         live = CacheKinds.END if step.live is not CacheKinds.NOTHING else CacheKinds.NOTHING
         step = replace(step, kept=CacheKinds.END, live=live)
         if step.kind in (StepKind.PARTIAL, StepKind.REUSE):

@@ -10,7 +10,7 @@ from operator import or_
 
 from duca_compile.core.steps import CacheKinds, Step, StepKind
 
-LIVENESS_HORIZON = 256
+LIVENESS_HORIZON = 256  # steps that are looked ahead
 _READS = {
     StepKind.FULL: CacheKinds.NOTHING,
     StepKind.PARTIAL: CacheKinds.BRANCHES,
@@ -28,13 +28,13 @@ _REPLACES = {
 
 
 def with_liveness(steps: Iterator[Step]) -> Iterator[Step]:
-    """The steps, each with what a later one reads, and with what any of the first 256 has to keep for later ones.
+    """The steps, each with the kinds of caches that later ones read, and those that any step has to fill.
 
-    For all but forecast steps; a full step replaces all. A stretch without one that is longer than 256
-    steps keeps everything.
+    The latter follow from the first ``LIVENESS_HORIZON`` steps. A full step replaces all caches; in a longer stretch
+    without one, all caches count as read. Not for forecast steps.
     """
     first = list(islice(steps, LIVENESS_HORIZON))
-    kept = reduce(or_, _live(first), CacheKinds.NOTHING)
+    kept = reduce(or_, _live_after(first), CacheKinds.NOTHING)
     stretch: list[Step] = []
     for step in chain(first, steps):
         if step.kind is StepKind.FULL or len(stretch) == LIVENESS_HORIZON:
@@ -45,23 +45,23 @@ def with_liveness(steps: Iterator[Step]) -> Iterator[Step]:
 
 
 def kept_until_last(steps: Iterator[Step]) -> Iterator[Step]:
-    """The steps, where all is kept behind each but the last: full steps make differences of what they replace."""
-    known = next(steps, None)
-    while known is not None:
-        coming = next(steps, None)
-        yield known if coming is not None else replace(known, live=CacheKinds.NOTHING)
-        known = coming
+    """The steps, with all caches live after each but the last: full steps need what they replace, for differences."""
+    step = next(steps, None)
+    while step is not None:
+        following = next(steps, None)
+        yield step if following is not None else replace(step, live=CacheKinds.NOTHING)
+        step = following
 
 
 def _annotated(stretch: Sequence[Step], kept: CacheKinds, after: CacheKinds) -> Iterator[Step]:
-    for step, live in zip(stretch, _live(stretch, after), strict=True):
+    for step, live in zip(stretch, _live_after(stretch, after), strict=True):
         yield replace(step, kept=kept, live=live)
 
 
-def _live(steps: Sequence[Step], after: CacheKinds = CacheKinds.NOTHING) -> list[CacheKinds]:
-    """What is read after each step, where ``after`` is read after the last."""
-    found = []
+def _live_after(steps: Sequence[Step], after: CacheKinds = CacheKinds.NOTHING) -> list[CacheKinds]:
+    """The kinds of caches that are read after each step, if those of ``after`` are read after the last."""
+    live = []
     for step in reversed(steps):
-        found.append(after)
+        live.append(after)
         after = (after & ~_REPLACES[step.kind]) | _READS[step.kind]
-    return found[::-1]
+    return live[::-1]

@@ -241,7 +241,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: DuCa(selection=None), "selection=None is unknown"),
     (lambda: Selection("norm"), "selection='norm' is unknown"),
     (lambda: DuCa(first="full"), "first='full' is unknown; choose 'partial' or 'skip'"),
-    (lambda: published("duca", "flux"), "nothing is published here for duca/flux; there is ['duca/dit', "
+    (lambda: published("duca", "flux"), "there are no published settings for duca/flux, only for ['duca/dit', "
      "'duca/hunyuanvideo', 'duca/pixart', 'fora/dit', "),
     (lambda: Interval(3, first_full=0), "first_full=0 is invalid"),
     (lambda: Interval(3, descending=True, first_full=2), "first_full=2 is invalid with descending=True"),
@@ -278,7 +278,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     *((lambda v=v: TaylorSeer(first_full_steps=v), f"first_full_steps={v!r} is invalid") for v in (0, -1, 1.5)),
     (lambda: TaylorSeer(lite="no"), "lite='no' is invalid: it must be True or False"),
     (lambda: published("taylorseer", "dit", lite=True), "published('taylorseer', 'dit'): "),
-    (lambda: published("taylor", "dit"), "nothing is published here for taylor/dit"),
+    (lambda: published("taylor", "dit"), "there are no published settings for taylor/dit"),
     (lambda: published("fora", "dit", fresh_ratio=0.1), "published('fora', 'dit'): "),
     (lambda: published("duca", "dit", interval=0), "interval=0 is invalid"),
 ]  # fmt: skip
