@@ -232,7 +232,7 @@ def test_it_is_for_loops_of_its_length() -> None:
 
 def test_loops_that_cannot_be_measured_are_refused() -> None:
     model = Decay().eval()
-    with pytest.raises(UsageError, match="must run one denoising loop of two steps or more"):
+    with pytest.raises(UsageError, match="must run one denoising loop of at least two steps"):
         calibrate(model, lambda drop_in, number: None)
     measured = calibrate(model, decaying())
     for full_steps, reason in ((13, "full_steps=13"), ((1, 2), "lacks step 0"), ((0, 12), r"full_steps\[1\]=12")):

@@ -175,7 +175,9 @@ def test_a_resumed_training_equals_an_uninterrupted_one(model: nn.Module, tmp_pa
     assert all(torch.equal(resumed.weights[name], weight) for name, weight in whole.weights.items())
     again = train_predictor(model, loop, path, settings, resume=True)
     assert all(torch.equal(again.weights[name], weight) for name, weight in whole.weights.items())
-    with pytest.raises(UsageError, match="is of a training with updates=5, and now it is 6; go on with the same"):
+    with pytest.raises(
+        UsageError, match="belongs to a training with updates=5, and now it is 6; continue with the same"
+    ):
         train_predictor(model, loop, path, TrainingSettings(loops=4, updates=6), resume=True)
 
 
@@ -215,7 +217,7 @@ def test_what_is_no_predictor_is_refused(tmp_path: Path, trained: Path, model: n
         train_predictor(model, loop, tmp_path / "predictor.pt")
     with pytest.raises(UsageError, match="there is no folder"):
         train_predictor(model, loop, tmp_path / "none" / "predictor.safetensors")
-    with pytest.raises(UsageError, match="must run one denoising loop of two steps or more"):
+    with pytest.raises(UsageError, match="must run one denoising loop of at least two steps"):
         train_predictor(model, lambda drop_in, number: None, tmp_path / "predictor.safetensors")
 
 
@@ -355,7 +357,7 @@ def test_the_command_trains_and_resumes(tmp_path: Path) -> None:
     assert Predictor.load(path).config.updates == 6
     other = CliRunner().invoke(app, [*arguments, "--resume", "--seed", "1"], env={"COLUMNS": "120"})
     assert other.exit_code == 2
-    assert "is of a training with seed=0" in " ".join(other.output.split())
+    assert "belongs to a training with seed=0" in " ".join(other.output.split())
 
 
 @pytest.mark.slow
