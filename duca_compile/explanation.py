@@ -31,7 +31,7 @@ from duca_compile.policies.named import resolve_policy
 from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec
 
 _UNCACHED = {
-    Role.TEXT: "only attention reads it, and that is",
+    Role.TEXT: "only attention reads it, and attention is cached",
     Role.ENCODER: "it does not depend on the latent",
     Role.REFINER: "nothing reads it",
     Role.MAIN: "nothing reads it",

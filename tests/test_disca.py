@@ -306,7 +306,7 @@ def test_caches_and_flops_are_as_announced(model: nn.Module, trained: Path) -> N
     embedder = (full - DEPTH * (block + gates) - embedding - skip) / (DEPTH - 1)
     fuse = 2 * rows * tokens * 3 * width**2
     assert plan.steps[1].flops == skip + embedding + fuse + 2 * (block + gates + embedder)
-    with pytest.raises(PolicyError, match="has predict steps, which the papers' count does not know"):
+    with pytest.raises(PolicyError, match="has predict steps, which the papers do not count"):
         paper_flops(Blocks.of(found.captured, found.facts), DisCa(trained, 3), STEPS)
 
 
