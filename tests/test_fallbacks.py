@@ -205,7 +205,7 @@ def test_timesteps_that_cannot_be_computed_at_once_are_warned_about_once(
     optimized = duca_compile.optimize(models.build(), Uncached(), "eager")
     for _ in range(3):  # the loops behind the first one are expected to go as that went
         loop(optimized)
-    assert said(reason) == said("computed at each step, not for all steps at once") == 1
+    assert said(reason) == said("computed step by step, not all at once") == 1
 
 
 def test_timestep_values_that_cannot_be_built_are_an_error_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -351,7 +351,7 @@ class Dispatcher:
         if not self._warned:
             self._warned = True
             log.warning(
-                "timestep-only values are computed at each step, not for all steps at once: %s. The result is the "
+                "timestep-only values are computed step by step, not all at once: %s. The result is the "
                 "same; each step takes slightly longer",
                 reason,
             )
