@@ -97,7 +97,7 @@ class PipelineSchedule:
         return ()
 
     def _levels(self, values: list[float]) -> list[tuple[float, ...]]:
-        """What tells one evaluation from another: its timestep and, where it is known, its sigma."""
+        """What distinguishes evaluations: the timestep of each and, if it is known, its sigma."""
         sigmas = getattr(self._scheduler, "sigmas", None)
         if not _counts(self._scheduler) or not isinstance(sigmas, Tensor) or not 0 <= len(sigmas) - len(values) <= 3:
             return [(value,) for value in values]

@@ -1,4 +1,4 @@
-"""Which guidance pass of a step a call belongs to: told by name, by conditions and, for tiles, by latent."""
+"""Finds the guidance pass that a call belongs to: by its name, its conditions and, for tiles, its latent."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ class GuidancePasses:
         return pass_
 
     def put(self, passes: Iterable[GuidancePass]) -> None:
-        """Replaces all passes by these, and numbers them anew."""
+        """Replaces all passes by these, and renumbers them."""
         self.all = list(passes)
         self._by_name = {}
         for place, pass_ in enumerate(self.all):
