@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import duca_compile
 from duca_compile import OptimizedModel, Policy
-from duca_compile.compiler.captures import Captures
+from duca_compile.compiler.captures import CaptureCache
 from duca_compile.core.outputs import OutputLayout
 from duca_compile.frontend.binder import Binder
 from duca_compile.runtime.cache_state import CacheState
@@ -40,7 +40,7 @@ IDLE = ", nothing computed"  # the same calls, with graphs that return earlier r
 # The stages of a call besides the graph, and the functions that do them; they do not overlap.
 STAGES = {
     "binding the arguments": (Binder, "__call__"),
-    "finding the capture": (Captures, "find"),
+    "finding the capture": (CaptureCache, "find"),
     "telling step, pass and request": (Request, "locate"),
     "what the pass carries": (Request, "state"),
     "loop-invariant values": (Dispatcher, "_hoist"),

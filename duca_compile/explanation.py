@@ -283,14 +283,14 @@ class Explanation:
 
     def _traced(self) -> Iterator[str]:
         """The values that the capture is specialized to, the modules that run untraced, and weights that hooks load."""
-        for name, read in self.captured.given.items():
+        for name, read in self.captured.guarded_inputs.items():
             source = _shown(read.source)
             yield f"specialized to what forward reads of {name} ({source}): other values are captured again"
         operators = {site.path: site.reason for site in self.captured.opaque}
         for reason, (first, *more) in _grouped(operators).items():
             like = f", and so does each of {len(more)} like it" if more else ""
-            yield f"{first} {_shown(reason)}: it runs as it is, as one operator{like}"
-        hooks = Counter(" and ".join(hook.name for hook in weight.hooks) for weight in self.captured.away)
+            yield f"{first} {_shown(reason)}: it runs as one opaque operator{like}"
+        hooks = Counter(" and ".join(hook.name for hook in weight.hooks) for weight in self.captured.fetched)
         for names, count in hooks.items():
             yield f"{count} weights that {names} load are read where they are stored, whenever a step needs them"
 
@@ -319,7 +319,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """
     policy = model.policy if isinstance(model, OptimizedModel) else None
     timestep = model.timestep_name if isinstance(model, OptimizedModel) else None
-    source = model.source if isinstance(model, OptimizedModel) else model
+    source = model.callee if isinstance(model, OptimizedModel) else model
     if is_pipeline(source):
         raise UsageError("explain takes one model of a pipeline and a call of it: explain(pipe.transformer, ...)")
     check_model(source)

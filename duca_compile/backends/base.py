@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from duca_compile.backends.cuda_graphs import GraphReplay
 from duca_compile.core.lock import COMPILING
+from duca_compile.core.once import Once
 from duca_compile.core.ports import PROBE_SEEN, cache_input
 from duca_compile.core.variants import Variant, VariantFunction
 from duca_compile.errors import BackendError, InternalError, first_line
@@ -71,7 +72,7 @@ class CompilingBackend(ABC):
 
     def __init__(self, strict: bool = False, mode: str = "default") -> None:
         self._strict = strict
-        self._reported = set[str]()  # reasons that were warned about
+        self._reasons = Once()
         self.unusable = False
         self.replays = mode == "reduce-overhead"
 
@@ -108,10 +109,9 @@ class CompilingBackend(ABC):
         if self._strict:
             raise BackendError(f"{self.label} could not compile the variant of {kind}: {reason}") from error
         self.unusable = self.makes_unusable(error)
-        if reason in self._reported:
+        if not self._reasons.first(reason):
             log.info("%s could not compile the variant of %s either, for the same reason", self.label, kind)
             return
-        self._reported.add(reason)
         log.info("%s could not compile the variant of %s: %s", self.label, kind, reason)
         which = "all variants run" if self.unusable else f"that of {kind} runs"
         advice = self.advice if self.unusable else "Other variants are still compiled; strict=True makes this an error."

@@ -15,7 +15,7 @@ from duca_compile.artifact import manifest
 from duca_compile.compiler.analyze import analyze_call
 from duca_compile.compiler.budget import CacheOptions
 from duca_compile.compiler.checks import check_model
-from duca_compile.compiler.outside import make_rows
+from duca_compile.compiler.precompute import make_rows
 from duca_compile.core.ir import CapturedGraph, Facts
 from duca_compile.core.steps import Step, StepKind
 from duca_compile.core.variants import Action, Variant, VariantSpec
@@ -78,7 +78,7 @@ class Traced:
             raise UsageError(
                 "an artifact has no cache_dtype and no cache_budget_bytes: optimize the model without them"
             )
-        self.model: torch.nn.Module = model.source
+        self.model: torch.nn.Module = model.callee
         self.policy: Policy = model.policy
         self._total = model._requests.total if num_inference_steps is None else num_inference_steps
         self._timestep = model.timestep_name
@@ -172,13 +172,13 @@ class Traced:
                 f"{name}.{graph.opaque[0].path} {graph.opaque[0].reason}, so it runs as it is and is in no graph; a "
                 "model with such a submodule cannot be exported"
             )
-        if graph.away:
+        if graph.fetched:
             raise ExportError(
-                f"{name}: {graph.away[0]} is brought for each call only; remove these hooks, or load the model without "
-                "them, to export it"
+                f"{name}: {graph.fetched[0]} is brought for each call only; remove these hooks, or load the model "
+                "without them, to export it"
             )
-        if graph.readings is not None:
-            argument, read = next(iter(graph.given.items()))
+        if graph.guards is not None:
+            argument, read = next(iter(graph.guarded_inputs.items()))
             raise ExportError(
                 f"{name}.forward reads {argument!r} in Python at {read.source}, so its graph holds for these values "
                 "only and cannot be exported; compute what it reads before the loop"

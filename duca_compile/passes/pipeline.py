@@ -35,10 +35,11 @@ from duca_compile.passes.exact.hoist import Hoist, invariant_graph
 from duca_compile.passes.exact.probe import EmitProbe
 from duca_compile.passes.exact.relate import EmitRelations
 from duca_compile.passes.exact.scores import EmitScores
+from duca_compile.passes.exact.shapes import StaticShapes
 from duca_compile.passes.exact.verification import VerifyForecast
 from duca_compile.passes.exact.write_last import WriteLast
 
-PREPARE: tuple[Pass[Draft], ...] = (Clean(), Deduplicate(), RemoveDeadCode())
+PREPARE: tuple[Pass[Draft], ...] = (Clean(), StaticShapes(), Deduplicate(), RemoveDeadCode())
 # Results are emitted before values are replaced, so that a replacement also reaches what is returned. Partial
 # branches come first of the replacements: their bodies are copied from the nodes that reuse leaves dead.
 REWRITE: tuple[Pass[VariantDraft], ...] = (

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from duca_compile.core.ports import dead_caches
 from duca_compile.core.steps import CacheKinds
-from duca_compile.core.tensors import Array, Sight
+from duca_compile.core.tensors import Array, TensorVersions
 from duca_compile.runtime.adaptive import Decisions
 from duca_compile.runtime.arrays import size
 from duca_compile.runtime.forecast_state import ForecastState
@@ -61,8 +61,8 @@ class CacheState:
     last_step: int = -1
     gathered: dict[Reader, Gathered] = field(default_factory=dict)
     hoisted: dict[str, Array] = field(default_factory=dict)
-    hoisted_from: Sight | None = None
-    condition: Sight | None = None
+    hoisted_from: TensorVersions | None = None
+    condition: TensorVersions | None = None
     timestep_rows: Mapping[float, Sequence[Array]] = field(default_factory=dict)
     timesteps_precomputed: bool = False
     selector: TokenSelector | None = None
@@ -90,7 +90,7 @@ class CacheState:
         for reader in [reader for reader in self.gathered if not reader.caches.isdisjoint(names)]:
             del self.gathered[reader]
 
-    def hoist(self, values: dict[str, Array], sources: Sight) -> None:
+    def hoist(self, values: dict[str, Array], sources: TensorVersions) -> None:
         """Stores the loop-invariant values of a call. Timestep-only values may depend on them, so they are dropped."""
         self.hoisted, self.hoisted_from = values, sources
         self.timestep_rows, self.timesteps_precomputed = {}, False

@@ -7,7 +7,7 @@ from operator import itemgetter
 
 import numpy as np
 
-from duca_compile.core.tensors import Array, Sight, equal, on_host, same_values, unchanged, version
+from duca_compile.core.tensors import Array, TensorVersions, equal, on_host, same_values, unchanged, version
 
 SAMPLED = 4096  # values of a latent that a sample holds
 NEAR = 0.25  # the relative change of a latent over one rounded timestep is smaller than this
@@ -100,7 +100,7 @@ class GuidancePass:
         self._set_conditions(call)
 
     def _set_conditions(self, call: CallInputs) -> None:
-        self.kind, self._names, self.conditions = call.kind, call.names, Sight.of(call.conditions)
+        self.kind, self._names, self.conditions = call.kind, call.names, TensorVersions.of(call.conditions)
         self._matched = call  # the last call with these very objects
 
     def record(self, step: int, call: CallInputs, samples: bool) -> None:
@@ -119,7 +119,7 @@ class GuidancePass:
     def has_same_objects(self, call: CallInputs) -> bool:
         """Whether a call has the same kind and the same, unchanged condition objects; runs at every call."""
         if self._matched is not call:
-            if call.kind is not self.kind or not self.conditions.holds_of(call.conditions):
+            if call.kind is not self.kind or not self.conditions.matches(call.conditions):
                 return False
             self._matched = call
         return True

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from numpy import ndarray
 
-from duca_compile.core.tensors import Array, Sight, version
+from duca_compile.core.tensors import Array, TensorVersions, version
 from duca_compile.errors import InternalError
 
 SAME_TIME = 4e-6  # timesteps with a smaller relative difference are equal: samplers recompute them with exp and log
@@ -33,7 +33,7 @@ class CallPosition(NamedTuple):
     pass_index: int
     new_request: bool
     timestep: float | None = None
-    condition: Sight | None = None
+    condition: TensorVersions | None = None
 
 
 class Transition(Enum):

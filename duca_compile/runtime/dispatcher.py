@@ -19,7 +19,7 @@ from duca_compile.core.ports import (
     is_written,
 )
 from duca_compile.core.steps import Probe, Step, StepKind
-from duca_compile.core.tensors import Array, Sight
+from duca_compile.core.tensors import Array, TensorVersions
 from duca_compile.errors import first_line, not_none
 from duca_compile.policies.adaptive import AdaptivePolicy
 from duca_compile.policies.base import Policy
@@ -282,7 +282,7 @@ class Dispatcher:
             self._run(plan, state, self._step_inputs(plan, state, call, request, position))
             state.last_step = position.step
 
-    def _hoist(self, state: CacheState, call: Mapping[str, Array], condition: Sight | None = None) -> None:
+    def _hoist(self, state: CacheState, call: Mapping[str, Array], condition: TensorVersions | None = None) -> None:
         """Computes the loop-invariant values, at the start of a request and again when their inputs have changed.
 
         They have not changed if ``condition``, what the guidance pass is conditioned on, is the same object as before.
@@ -291,8 +291,8 @@ class Dispatcher:
             return
         state.condition = condition
         sources = [call[name] for name in self._prologue.inputs]
-        if state.hoisted_from is None or not state.hoisted_from.holds_of(sources):
-            seen = Sight.of(sources)
+        if state.hoisted_from is None or not state.hoisted_from.matches(sources):
+            seen = TensorVersions.of(sources)
             state.hoist(self._prologue.compute(call), seen)
 
     def _step_inputs(

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
+from duca_compile.core.once import Once
 from duca_compile.core.steps import Step, StepKind
 from duca_compile.core.tensors import Array
 from duca_compile.errors import not_none
@@ -113,7 +114,7 @@ class Request:
         self.expected_times: tuple[float, ...] = ()  # those that are known when it starts
         self._clock = StepClock(total)
         self._run: object | None = None  # referenced, so that the next run cannot have the same identity
-        self._warned = set[str]()
+        self._warned = Once()
         self._states = WeakKeyDictionary[object, dict[GuidancePass | None, CacheState]]()
         self.history: list[Executed] = []
         self._total = total
@@ -213,7 +214,7 @@ class Request:
             return None
         pass_ = passes.all[0]
         known = names is self._names and pass_.kind is names and pass_.name == name
-        return pass_ if known and pass_.conditions.holds_of(self._get_conditions(call)) else None
+        return pass_ if known and pass_.conditions.matches(self._get_conditions(call)) else None
 
     def _advance_only_pass(self, pass_: GuidancePass, latent: Array) -> CallPosition:
         time = self._clock.advance(NEXT_STEP)
@@ -442,8 +443,7 @@ class Request:
 
     def _warn(self, message: str, *values: object) -> None:
         """Logs a warning once."""
-        if message not in self._warned:
-            self._warned.add(message)
+        if self._warned.first(message):
             log.warning(message, *values)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from duca_compile.core.ports import PROBE_STREAM
-from duca_compile.frontend.operators import as_carried
+from duca_compile.frontend.operators import carried_value
 from duca_compile.passes.base import CachingPass, VariantDraft
 from duca_compile.passes.exact.probe import probed_stream
 
@@ -18,7 +18,7 @@ class ResumeFromProbe(CachingPass):
         probe = draft.spec.probe
         if probe is None or draft.spec.probing:
             return False
-        stream = as_carried(probed_stream(draft, probe)[1])
+        stream = carried_value(probed_stream(draft, probe)[1])
         if not stream.users:
             return False
         stream.replace_all_uses_with(draft.add_input(PROBE_STREAM, stream.meta["val"]))

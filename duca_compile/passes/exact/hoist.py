@@ -16,7 +16,7 @@ from torch import fx
 from duca_compile.analysis.tokens import EXPANDS, RESHAPES
 from duca_compile.core.fx_utils import copy_graph, op_name, value_shape
 from duca_compile.core.ir import Facts, Variance
-from duca_compile.frontend.away import fetch
+from duca_compile.frontend.offloading import fetch
 from duca_compile.frontend.opaque import opaque
 from duca_compile.passes.base import ExactPass, VariantDraft
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from duca_compile.analysis.tokens import own_keys
+from duca_compile.analysis.tokens import key_offset
 from duca_compile.core.fx_utils import value_shape
 from duca_compile.core.ir import Branch
 from duca_compile.core.variants import Action
@@ -55,7 +55,7 @@ def _score(draft: VariantDraft, branch: Branch, scores: str) -> fx.Node:
     attention = draft.node(branch.attention or "")
     if scores == "entropy":
         return _repeated(draft, _entropy(draft, _both(draft, _mean_map(draft, attention), branch.shape[0])))
-    start = own_keys(attention, *branch.shape[:2])
+    start = key_offset(attention, *branch.shape[:2])
     if start is None:
         raise InternalError(f"the keys of {attention.name} are not the tokens of branch {branch.index}")
     if scores == "v_norm":
