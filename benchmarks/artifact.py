@@ -1,10 +1,11 @@
-"""An artifact in ONNX Runtime against the Inductor backend: time of a loop on one thread, and memory.
+"""Compares an artifact in ONNX Runtime with the Inductor backend: time of a loop on one thread, and memory.
 
     python benchmarks/artifact.py --out benchmarks/results/artifact.json
 
-The embedded model runs DuCa at its defaults over 50 steps of DDIM, all classes with both halves of guidance in one
-batch. Loops take turns, so that load falls on all alike; the first of each is not counted. Memory is the proportional
-set size that loading and running an artifact adds to a process of its own, in which another artifact has run before.
+The embedded model runs DuCa with its default parameters over 50 steps of DDIM, for all classes, with both halves of
+guidance in one batch. Loops take turns, so that load affects them equally; the first loop of each is not counted.
+Memory is the proportional set size that loading and running an artifact adds to a process of its own, in which another
+artifact has run before.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def export_demo(demo: DemoModel, path: Path) -> None:
 
 
 def export_wide(path: Path) -> None:
-    """Two wide blocks: weights enough for their copies to show."""
+    """A model of two wide blocks, with enough weights for copies of them to show."""
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
         num_attention_heads=16,
@@ -80,7 +81,7 @@ def export_wide(path: Path) -> None:
 
 
 def time_loops(demo: DemoModel, folder: Path, rounds: int) -> dict[str, Any]:
-    """Seconds of the model in each loop, and the median of a step of each kind in milliseconds, by way of running."""
+    """For each way of running, the model's seconds in each loop, and the median milliseconds of each kind of step."""
     ways: dict[str, Any] = {
         "inductor": duca_compile.optimize(demo.transformer, "duca", "inductor", STEPS, strict=True),
         "onnxruntime": duca_compile.load(folder, threads=1),

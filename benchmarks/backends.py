@@ -1,9 +1,9 @@
-"""The OpenVINO backend against Inductor and eager: time of a step of each kind on one thread.
+"""Compares the OpenVINO backend with Inductor and eager: time of each kind of step on one thread.
 
     python benchmarks/backends.py --out benchmarks/results/backends.json
 
-The models are those of workloads.py. The backends take turns within each round, so that load falls on all alike; each
-round is full, partial, reuse and skip steps in turn, and the first round, which compiles, is not counted.
+The models are those of workloads.py. The backends take turns within each round, so that load affects all of them
+equally. Each round has full, partial, reuse and skip steps in turn; the first round, which compiles, is not counted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KINDS = ("full", "partial", "reuse", "skip")
 
 @torch.no_grad()
 def time_steps(workload: Workload, rounds: int) -> dict[str, Any]:
-    """Milliseconds of a step by backend and kind, and Inductor's time over it."""
+    """Milliseconds of a step for each backend and kind, and Inductor's time over it."""
     model = workload.build(seed=0)
     arguments, noise = workload.arguments(seed=0), workload.noise(seed=0)
     models = {name: duca_compile.optimize(model, EachKind(), name, workload.steps, strict=True) for name in BACKENDS}

@@ -1,4 +1,4 @@
-"""Which points of speed and fidelity beat which; needs nothing that is not in Python."""
+"""Compares points of speed and fidelity; needs only the standard library."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 OK = "ok"
-TARGET = 1.2  # times the speed of the best of the others at an equal or higher PSNR
-EXACT = 80.0  # dB; what is above differs by rounding: it skipped nothing
+TARGET = 1.2  # times the speed of the best other library at an equal or higher PSNR
+EXACT = 80.0  # dB; images with a higher PSNR differ only by rounding: nothing was skipped
 
 
 def best_of_modes(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of each setting, the faster mode."""
+    """The faster mode of each setting."""
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for point in points:
         if point["status"] == OK:
@@ -27,7 +27,7 @@ def speed(point: dict[str, Any]) -> float:
 
 
 def frontier(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The points that no other one beats in speed at an equal or higher PSNR, the fastest first."""
+    """The points that no other one beats in speed at an equal or higher PSNR, fastest first."""
     found: list[dict[str, Any]] = []
     for point in sorted(points, key=lambda each: (-speed(each), -each["psnr"])):
         if not found or point["psnr"] > found[-1]["psnr"]:
@@ -37,7 +37,7 @@ def frontier(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Match:
-    """Another's point, the fastest of ours at an equal or higher PSNR (to a tenth), and how much faster it is."""
+    """A point of another library, our fastest at an equal or higher PSNR (to 0.1 dB), and the ratio of their speeds."""
 
     other: dict[str, Any]
     own: dict[str, Any] | None
@@ -56,7 +56,7 @@ def matches(own: list[dict[str, Any]], others: list[dict[str, Any]]) -> list[Mat
 
 
 def split(points: list[dict[str, Any]], steps: int) -> dict[str, list[dict[str, Any]]]:
-    """By library, the faster mode of each setting."""
+    """For each library, the faster mode of each setting."""
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for point in best_of_modes(points):
         if point["steps"] == steps:

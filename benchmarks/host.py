@@ -1,7 +1,7 @@
-"""What a step costs where there is next to nothing to compute: the host's work for it.
+"""Measures the host time of a step, with a model that has almost nothing to compute.
 
-The model is a tiny FLUX of 57 blocks (19 double, 38 single, as the real one has), so that its graphs take next to no
-time and the work per block shows. All ways of running it alternate, so they share the machine's load.
+The model is a tiny FLUX of 57 blocks (19 double, 38 single, as in the real one), so that its graphs take almost no time
+and the work for each block shows. All ways of running it alternate, so that load affects them equally.
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ from duca_compile import OptimizedModel, Policy
 from duca_compile.compiler.captures import CaptureCache
 from duca_compile.core.outputs import OutputLayout
 from duca_compile.frontend.binder import Binder
+from duca_compile.runtime.cache_state import CacheState
 from duca_compile.runtime.dispatcher import Dispatcher
-from duca_compile.runtime.request import CacheState, Request
+from duca_compile.runtime.request import Request
 
 DOUBLE, SINGLE, TEXT, SIDE = 19, 38, 8, 4
-LOOP = 20  # steps of a request of ours; it has the timesteps of the one before, as those of a schedule have
-WARM = ORDER + 2  # rounds that are not counted: they compile, and a forecast gains an order with each full step
+LOOP = 20  # steps of one of our requests; all requests have the same timesteps, as those of a schedule have
+WARM = ORDER + 2  # rounds that are not counted: they compile, and each full step adds an order to forecasts
 
 IN_A_ROW = ", in a row"
-IDLE = ", nothing computed"  # the same calls, where graphs return what they returned before
+IDLE = ", nothing computed"  # the same calls, with graphs that return earlier results
 
-# What a call does besides running a graph, by the functions that do it: they do not overlap.
+# The stages of a call besides the graph, and the functions that do them; they do not overlap.
 STAGES = {
     "binding the arguments": (Binder, "__call__"),
     "finding the capture": (CaptureCache, "find"),
-    "telling step, pass and request": (Request, "tick"),
+    "telling step, pass and request": (Request, "locate"),
     "what the pass carries": (Request, "state"),
     "loop-invariant values": (Dispatcher, "_hoist"),
     "the step's plan, and the caches that it reads": (Dispatcher, "_plan"),
-    "what the timestep and the forecast give": (Dispatcher, "_given"),
+    "what the timestep and the forecast give": (Dispatcher, "_step_inputs"),
     "choosing tokens": (Dispatcher, "_tokens"),
     "the inputs in their order": (CacheState, "inputs"),
     "what the graph returned": (Dispatcher, "_written"),
@@ -63,7 +64,7 @@ PEERS = {
 
 
 def build(seed: int, double: int = DOUBLE, single: int = SINGLE) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The model and the arguments of one call but the latent and the timestep."""
+    """The model, and the arguments of one call except the latent and the timestep."""
     torch.manual_seed(seed)
     model = diffusers.FluxTransformer2DModel(
         patch_size=1,
@@ -94,7 +95,7 @@ def _policies() -> list[Policy]:
 
 @dataclass
 class Own:
-    """One of our models, with the time inside of its graphs once they are all there."""
+    """One of our models; ``graph`` has the time inside its graphs, once all of them are built."""
 
     model: OptimizedModel
     prefix: str
@@ -105,12 +106,12 @@ class Own:
 
     @property
     def row(self) -> str:
-        """Of the last call."""
+        """The label of the last call."""
         return f"duca_compile, {self.prefix}{self.model.history[-1].kind.value}{self.suffix}"
 
 
 class StageTime:
-    """While it is entered, adds up the seconds that are spent in one method of a class, or in one of an object."""
+    """Sums the seconds spent in one method of a class or an object, inside its context."""
 
     def __init__(self, owner: object, name: str) -> None:
         self.seconds, self._owner, self._name, self._method = 0.0, owner, name, getattr(owner, name)
@@ -132,12 +133,12 @@ class StageTime:
 
 
 def _is_in_a_row(step: int) -> bool:
-    """Whether enough steps of a loop of one kind were like this one."""
+    """Whether enough steps of the loop, all of one kind, came before this one."""
     return step > LOOP // 2
 
 
 class Host:
-    """Takes turns: a period of each of our policies, then a computed and a skipped step of each peer."""
+    """Runs all models in turn: a period of each of our policies, then a computed and a skipped step of each peer."""
 
     def __init__(self, mode: Mode, rounds: int, seed: int, double: int = DOUBLE, single: int = SINGLE) -> None:
         self.model, self.arguments = build(seed, double, single)
@@ -176,7 +177,7 @@ class Host:
         return time.perf_counter() - started
 
     def _call_own(self, own: Own, step: int) -> tuple[float, float]:
-        """The seconds of a call, and those outside of its graph; all, where graphs are not timed yet."""
+        """The seconds of a call, and those outside its graph; the same if graphs are not timed yet."""
         if own.graph is None:
             seconds = self._call(own.model, step)
             return seconds, seconds
@@ -202,7 +203,7 @@ class Host:
             self.seconds[name].append(seconds)
 
     def _in_a_row(self) -> None:
-        """Loops of one kind of step each: the host's work with the processor's caches full of it. They take turns."""
+        """Runs loops that have one kind of step each, in turn: the host's work when it is in the processor's caches."""
         policies: list[tuple[Policy, str]] = [(EachKind(fresh_ratio=0.25, turns=(kind,)), "") for kind in KINDS[1:]]
         policies.append((duca_compile.TaylorSeer(LOOP, ORDER, 1, lite=True), "lite "))
         owns = [
@@ -227,7 +228,7 @@ class Host:
             self._profile(own)
 
     def _profile(self, own: Own) -> None:
-        """Seconds of each stage, in calls of their own, since asking takes time: medians over the steps that count."""
+        """Median seconds of each stage, measured in separate calls, since measuring takes time."""
         assert own.graph is not None
         found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         with ExitStack() as patches:

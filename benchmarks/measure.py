@@ -1,4 +1,4 @@
-"""What the benchmarks share: clocks, spreads, memory, FLOPs, and what machine and software they ran on."""
+"""Shared by the benchmarks: clocks, spreads, memory, FLOPs, and the description of machine and software."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from duca_compile.runtime.dispatcher import Program
 
 KINDS = (StepKind.FULL, StepKind.PARTIAL, StepKind.REUSE, StepKind.SKIP)
 PACKAGES = ("torch", "diffusers", "cache-dit", "numpy")
-MESSAGE = 300  # characters of an error that are kept
+MESSAGE = 300  # the most characters kept of an error
 
 Model = Callable[..., Any]
 Module = TypeVar("Module", bound=nn.Module)
@@ -36,7 +36,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Spread:
-    """Repeated measurements: seconds, or ratios."""
+    """Repeated measurements, of seconds or ratios."""
 
     median: float
     q1: float
@@ -58,14 +58,14 @@ class Spread:
 
 @dataclass(frozen=True)
 class Timing:
-    """Wall-clock and CPU seconds of one run; CPU time leaves out waiting for a core that another process has."""
+    """Wall-clock and CPU seconds of one run; CPU time excludes waiting for a core."""
 
     wall: float
     cpu: float
 
 
 def cpu_seconds() -> float:
-    """Of this process and of those that it has waited for, such as the C++ compiler's."""
+    """CPU seconds of this process and its finished children, such as the C++ compiler."""
     return sum(os.times()[:4])
 
 
@@ -76,13 +76,13 @@ def timed(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Timing:
 
 
 def of_pairs(bases: Sequence[float], owns: Sequence[float]) -> Spread:
-    """Base over own in each round: what both shared of the machine's load cancels."""
+    """Base over own in each round, so that load on the machine cancels."""
     return Spread.of([base / own for base, own in zip(bases, owns, strict=True)])
 
 
 @dataclass(frozen=True)
 class EachKind(DuCa):
-    """A full step, and then kinds in turn: all four as they are, so that they are timed under the same load."""
+    """A full step, then the other kinds in turn, so that all four kinds are timed under the same load."""
 
     turns: tuple[StepKind, ...] = (*KINDS[1:], *KINDS[:1])
 
@@ -92,14 +92,14 @@ class EachKind(DuCa):
 
 
 def programs_of(model: OptimizedModel) -> list[Program]:
-    """All that runs a variant of it so far."""
+    """The programs of all its variants so far."""
     return [program for compiled in model._compiled.values() for _, program in compiled.programs.by_spec.values()]
 
 
 class InnerTime:
-    """Wraps every compiled variant of an optimized model and adds up the time spent inside them.
+    """Wraps every compiled variant of an optimized model, and sums the time spent inside them.
 
-    Once ``kept`` is a dictionary, they compute nothing and return what they returned at the first call since then.
+    Once ``kept`` is set to a dictionary, each computes once more, and then returns the same result at each call.
     """
 
     def __init__(self, model: OptimizedModel) -> None:
@@ -109,7 +109,7 @@ class InnerTime:
             self._wrap(program)
 
     def _wrap(self, program: Program) -> None:
-        """What is around Inductor's own callable is ours, so it is that callable which is wrapped."""
+        """Wraps Inductor's own callable, without our code around it."""
         if hasattr(program.run, "_compiled"):
             program.run._compiled = self._timed(program.run._compiled)
         else:
@@ -129,7 +129,7 @@ class InnerTime:
 
 
 def sharing_weights(model: Module) -> Module:
-    """A copy of the modules around the same parameters and buffers: hooks on it are not on the model."""
+    """A copy of the modules with the same parameters and buffers, so that hooks on it do not affect the model."""
     return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
@@ -137,31 +137,31 @@ def _cpu_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     return int(sdpa_flop_count(query, key, value))
 
 
-# torch's counter has no formula for the CPU's fused attention
+# torch's counter has no formula for fused attention on the CPU
 _FORMULAS: dict[Any, Callable[..., int]] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention}
 
 
 @contextmanager
 def counted_flops(found: list[float]) -> Iterator[None]:
-    """Appends the FLOPs that were really executed inside, by operators run eagerly."""
+    """Appends the FLOPs that are executed eagerly inside."""
     with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
         yield
     found.append(float(counter.get_total_flops()))
 
 
 def memory(name: str) -> int:
-    """A line of ``/proc/self/status`` in bytes: ``VmHWM`` is the most that was resident, ``RssFile`` what files are."""
+    """A line of ``/proc/self/status``, in bytes: ``VmHWM`` is the peak resident set, ``RssFile`` its mapped files."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def peak_anonymous() -> int:
-    """The most that was resident since the last ``forget_peak``, without what files are mapped: libraries, mostly."""
+    """The peak resident set since the last ``forget_peak``, without mapped files, which are mostly libraries."""
     return memory("VmHWM") - memory("RssFile")
 
 
 def forget_peak() -> None:
-    """The kernel starts anew from what is resident now."""
+    """Resets the kernel's peak to what is resident now."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -196,7 +196,7 @@ def version(package: str) -> str | None:
 
 
 def _commit() -> str:
-    """The commit of the package that is measured, with "+changes" where its files differ from it."""
+    """The commit of the measured package, with "+changes" if its files differ."""
     package = Path(duca_compile.__file__).parent
 
     def git(*arguments: str) -> str:

@@ -1,14 +1,14 @@
-"""Every method at matched FLOPs on the trained model in the package, with fewer plain steps as the honest competitor.
+"""Compares all methods at matched FLOPs on the trained model in the package, with fewer plain steps as the baseline.
 
     python benchmarks/methods.py --out benchmarks/results/methods.json
 
-Writes JSON, CSV, Markdown and a picture of quality against time. Each round is one image of each class, made uncached
-and then by every method from the same noise; all that is measured is against the uncached images of that round. What
-each round found is kept in ``--state``, so the command can be stopped at any time (or by ``--minutes``), and goes on
-where it was: with more images, levels or numbers of steps, too.
+Writes JSON, CSV, Markdown and a picture of quality against time. Each round makes one image of each class, uncached and
+then by every method from the same noise; all measures are relative to the uncached images of that round. The results of
+each round are kept in ``--state``, so the command can be stopped at any time (or by ``--minutes``), and continues where
+it was, also with more images, levels or numbers of steps.
 
-The features are those of the judge of ``examples/eval_demo.py``, a CNN that is trained on the real training images of
-Fashion-MNIST. It is kept in ``--judge``, and trained from ``--data`` where there is none.
+The features are those of the judge of ``examples/eval_demo.py``, a CNN trained on the real training images of
+Fashion-MNIST. It is stored in ``--judge``, and trained from ``--data`` if it does not exist.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from eval_demo import Judge, frechet, load_judge
 
 RESULTS = Path(__file__).parent / "results"
 FEWER = "fewer steps"
-SEED_STRIDE, SEARCH_SEED, TRAINING_SEED, CALIBRATION_SEED = 1000, 900_000, 950_000, 970_000  # none in another
+SEED_STRIDE, SEARCH_SEED, TRAINING_SEED, CALIBRATION_SEED = 1000, 900_000, 950_000, 970_000  # disjoint
 THRESHOLDS = (0.01, 30.0)
 RESAMPLES = 200
 QUALITIES = {"psnr": "PSNR, dB", "perceptual": "perceptual distance"}
-KEY = "ways"  # of the JSON in a round's file
-TRIALS, CLOSE = 6, 0.03  # loops of a search for a threshold at most, and the error in FLOPs that ends it
+KEY = "ways"  # of the JSON in the file of a round
+TRIALS, CLOSE = 6, 0.03  # the most loops of a search for a threshold, and the relative error in FLOPs that ends it
 TRAINING = TrainingSettings(loops=10, updates=40)  # of DisCa's predictor
 TRAINING_STEPS = 20
 CALIBRATION_LOOPS = 2
@@ -64,11 +64,11 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True)
 class Way:
-    """One setting of a method; ``plain`` steps of the model itself where there is no policy."""
+    """One setting of a method; without a policy, ``plain`` steps of the model itself."""
 
     method: str
     setting: str
-    level: int  # the FLOPs aimed at are those of the uncached loop over this
+    level: int  # the target FLOPs are those of the uncached loop divided by this
     policy: Policy | None
     plain: int = 0
 
@@ -81,7 +81,7 @@ class Way:
 
 
 def fixed(learned: Predictor | None, interval: int) -> dict[str, Policy]:
-    """The methods whose schedule is known beforehand, by name; DisCa where there is a predictor."""
+    """The methods whose schedule is known in advance, by name; DisCa if there is a predictor."""
     found: dict[str, Policy] = {
         "FORA": FORA(interval),
         "ToCa": ToCa(interval),
@@ -94,11 +94,11 @@ def fixed(learned: Predictor | None, interval: int) -> dict[str, Policy]:
 
 
 def speca(threshold: float, level: int, decay: float) -> Policy:
-    """Drafts as many steps in a row as the FLOPs aimed at ask for at least."""
+    """SpeCa, with at least as many drafts in a row as the target FLOPs need."""
     return SpeCa(base_threshold=threshold, decay_rate=decay, first_full_steps=2, max_taylor_steps=level)
 
 
-# those that decide while they run, of a threshold and the level
+# those that decide at run time, from a threshold and the level
 ADAPTIVE: dict[str, Callable[[float, int], Policy]] = {
     "RFC": lambda threshold, level: RFC(threshold),
     "SpeCa": lambda threshold, level: speca(threshold, level, decay=0.01),
@@ -110,19 +110,19 @@ METHODS = [*fixed(None, 2), CALIBRATED, "DisCa", *ADAPTIVE]
 
 
 def plain_counts(steps: int, level: int) -> list[int]:
-    """Numbers of plain steps from the level's FLOPs to a fifth more, which some methods take."""
+    """Numbers of plain steps from the level's FLOPs up to 20 % more, which some methods take."""
     return sorted({steps // level, round(1.1 * steps / level), math.ceil(1.2 * steps / level)})
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Chooses those of all methods for one number of steps, so that their FLOPs are matched."""
+    """Chooses the settings of all methods for one number of steps, so that their FLOPs match."""
 
     demo: DemoModel
     learned: Predictor | None
     steps: int
     backend: str
-    known: Path  # of the thresholds found before
+    known: Path  # file of the thresholds found so far
     trials: int
 
     def ways(self, levels: list[int], methods: list[str]) -> list[Way]:
@@ -132,7 +132,7 @@ class Settings:
             for method in methods:
                 made = self._adaptive if method in ADAPTIVE else self._fixed
                 found.append(self._calibrated(level) if method == CALIBRATED else made(method, level))
-        return [*{way.key: way for way in reversed(found)}.values()][::-1]  # of two levels' the same, the first
+        return [*{way.key: way for way in reversed(found)}.values()][::-1]  # the first of equal settings at two levels
 
     @cached_property
     def _explained(self) -> Explanation:
@@ -143,7 +143,7 @@ class Settings:
         return duca_compile.explain(self.demo.transformer, both, timestep=timestep, class_labels=labels)
 
     def _calibrated(self, level: int) -> Way:
-        """As many full steps as the level allows: forecasts cost next to nothing."""
+        """As many full steps as the level allows; forecasts cost almost nothing."""
         count = max(1, round(self.steps / level))
         return Way(CALIBRATED, f"{count} full", level, self._measured.policy(count))
 
@@ -155,7 +155,7 @@ class Settings:
         return duca_compile.calibrate(self.demo.transformer, sample, loops=CALIBRATION_LOOPS)
 
     def _fixed(self, method: str, level: int) -> Way:
-        """The interval whose FLOPs come nearest to the level's."""
+        """The interval with the FLOPs closest to the level's."""
 
         def distance(interval: int) -> float:
             report = self._explained.schedule(fixed(self.learned, interval)[method], self.steps)
@@ -173,7 +173,7 @@ class Settings:
         return Way(method, f"threshold {known[name]:g}", level, ADAPTIVE[method](known[name], level))
 
     def _searched(self, method: str, level: int) -> float:
-        """The threshold whose FLOPs come nearest to the level's, by bisection on noise that is not measured later."""
+        """The threshold with the FLOPs closest to the level's, by bisection on noise that is not measured later."""
         low, high = map(math.log, THRESHOLDS)
         tried: dict[float, float] = {}
         for _ in range(self.trials):
@@ -190,7 +190,7 @@ class Settings:
 
 
 def trained(demo: DemoModel, path: Path, settings: TrainingSettings, steps: int) -> Predictor:
-    """DisCa's predictor; the training goes on where it was."""
+    """DisCa's predictor; training continues where it was."""
 
     def sample(drop_in: nn.Module, number: int) -> None:
         demo.sample(drop_in, steps, demo.noise(TRAINING_SEED + number), ignore)
@@ -209,9 +209,9 @@ def ignore(seconds: float) -> None:
 def perceptual(judge: Judge, images: Tensor, references: Tensor) -> Tensor:
     """Distance of each image (n, 1, size, size) to its reference, (n,).
 
-    As in LPIPS (arXiv 1801.03924) without learned weights: behind each of the judge's three blocks of convolution,
-    channels are brought to norm 1 at each place; the squared differences, summed over channels, are averaged over the
-    places, and the three are added.
+    As in LPIPS (arXiv 1801.03924) without learned weights: after each of the judge's three convolution blocks, channels
+    are normalized at each position; the squared differences are summed over channels and averaged over positions, and
+    the three results are added.
     """
     total = torch.zeros(len(images))
     for layer in list(judge.features)[:12]:
@@ -223,12 +223,12 @@ def perceptual(judge: Judge, images: Tensor, references: Tensor) -> Tensor:
 
 
 def psnr(images: Tensor, references: Tensor) -> Tensor:
-    """In dB, of each image; the peak is the pixel range of 2."""
+    """The PSNR of each image in dB; the peak is the pixel range, 2."""
     return 10 * torch.log10(4 / (images - references).square().mean((1, 2, 3)).clamp_min(1e-12))
 
 
 def sampler(demo: DemoModel, way: Way, base: Any, steps: int, backend: str) -> Callable[[Tensor], tuple[Tensor, Found]]:
-    """Makes images of a noise, and says what that took."""
+    """Makes images from a noise, and measures what that takes."""
     model = (
         base if way.policy is None else duca_compile.optimize(demo.transformer, way.policy, backend, steps, strict=True)
     )
@@ -257,7 +257,7 @@ def round_path(state: Path, steps: int, seed: int, batch: int) -> Path:
 
 @dataclass
 class Bench:
-    """The ways of one number of steps, compiled."""
+    """All ways for one number of steps, compiled."""
 
     demo: DemoModel
     judge: Judge
@@ -275,7 +275,7 @@ class Bench:
             sample(self.demo.noise(SEARCH_SEED))
 
     def round(self, seed: int, batch: int) -> None:
-        """One image of each class by every way that the round's file lacks, beside the uncached ones."""
+        """Makes one image of each class by every way that the round's file lacks, besides the uncached ones."""
         path = round_path(self.state, self.steps, seed, batch)
         tensors, metadata = files.read(path) if path.exists() else ({}, {})
         known: dict[str, Found] = json.loads(metadata.get(KEY, "{}"))
@@ -297,7 +297,7 @@ class Bench:
         files.write(path, tensors, {KEY: json.dumps(known)})
 
 
-# ---- what the rounds say
+# ---- results of the rounds
 
 
 def with_error(values: np.ndarray[Any, Any]) -> Found:
@@ -305,7 +305,7 @@ def with_error(values: np.ndarray[Any, Any]) -> Found:
 
 
 def paired_frechet(own: Tensor, references: Tensor) -> Found:
-    """The Fréchet distance of two sets of features of the same noise; its error by drawing pairs with replacement."""
+    """The Fréchet distance of two sets of features from the same noise, and its error by bootstrap over the pairs."""
     generator = torch.Generator().manual_seed(0)
     own, references = own.double(), references.double()
     drawn = []
@@ -316,7 +316,7 @@ def paired_frechet(own: Tensor, references: Tensor) -> Found:
 
 
 def collect(state: Path, steps: int) -> list[Found]:
-    """A point for each way of which there are rounds."""
+    """A point for each way that has rounds."""
     rounds: dict[str, list[tuple[str, Found, dict[str, Tensor]]]] = {}
     for path in sorted((state / f"{steps}-steps").glob("*.safetensors")):
         tensors, metadata = files.read(path)
@@ -333,7 +333,7 @@ def collect(state: Path, steps: int) -> list[Found]:
 
 
 def difference(own: list[Any], plain: list[Any], key: str, plain_key: str) -> Found:
-    """Of the PSNR, image by image, over the rounds that both have."""
+    """The difference in PSNR, image by image, over the rounds that both have."""
     others = {name: tensors[f"psnr, {plain_key}"].double() for name, _, tensors in plain}
     both = [tensors[f"psnr, {key}"].double() - others[name] for name, _, tensors in own if name in others]
     return with_error(torch.cat(both).numpy())
@@ -398,7 +398,7 @@ def flat(each: Found) -> Found:
 
 
 def draw(points: list[Found], path: Path) -> None:
-    """PSNR and perceptual distance against time; the line is fewer plain steps."""
+    """Draws PSNR and perceptual distance against time, with fewer plain steps as a line."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -431,7 +431,7 @@ def draw(points: list[Found], path: Path) -> None:
 
 
 def report(state: Path, out: Path) -> None:
-    """Writes what the rounds so far say."""
+    """Writes the results of the rounds so far."""
     numbers = sorted(int(path.name.split("-")[0]) for path in state.glob("*-steps"))
     points = [each for number in numbers for each in collect(state, number)]
     found = {**json.loads((state / ABOUT).read_text()), "points": points}
@@ -469,20 +469,24 @@ def measure(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file; .csv, .md and .png are written beside it")
-    parser.add_argument("--state", type=Path, default=Path("runs/methods"), help="folder of what the rounds found")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="JSON file; .csv, .md and .png files are written beside it"
+    )
+    parser.add_argument("--state", type=Path, default=Path("runs/methods"), help="folder of the results of rounds")
     parser.add_argument("--judge", type=Path, default=RESULTS / "judge.safetensors")
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 50])
-    parser.add_argument("--levels", type=int, nargs="+", default=[2, 3, 5], help="the uncached FLOPs over this")
     parser.add_argument(
-        "--images", type=int, default=250, help="for each number of steps, one of each class in a round"
+        "--levels", type=int, nargs="+", default=[2, 3, 5], help="target FLOPs: the uncached FLOPs divided by this"
+    )
+    parser.add_argument(
+        "--images", type=int, default=250, help="for each number of steps; a round has one of each class"
     )
     parser.add_argument("--seeds", type=int, default=3, help="rounds take them in turn")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="start no round after so many")
-    parser.add_argument("--report", action="store_true", help="only write what the rounds so far say")
-    parser.add_argument("--quick", action="store_true", help="4 images of 4 steps under eager, hardly any training")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no round after this many minutes")
+    parser.add_argument("--report", action="store_true", help="only write the results of the rounds so far")
+    parser.add_argument("--quick", action="store_true", help="4 images of 4 steps under eager, almost no training")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.state.mkdir(parents=True, exist_ok=True)

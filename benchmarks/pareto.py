@@ -1,11 +1,11 @@
-"""Speed against fidelity on the trained model in the package: duca_compile's policies, other libraries, fewer steps.
+"""Speed and fidelity on the trained model in the package: duca_compile's policies, other libraries, fewer steps.
 
     python benchmarks/pareto.py --out benchmarks/results/pareto.json
 
-Speed is wall-clock time over that of ``torch.compile`` of the plain model in the same round. Fidelity is the PSNR, over
-the pixel range, to that model's images of the same noise and all steps; it says how much changed, not whether the
-picture is good. Each round has a seed of its own and one image of each class. Other libraries run under
-``torch.compile`` or, with --modes, under eager too; then the faster counts. A picture is written beside the results.
+Speed is the wall-clock time of the plain model under ``torch.compile`` over that of the setting, in the same round.
+Fidelity is the PSNR, over the pixel range, to that model's images from the same noise with all steps; it measures
+change, not quality. Each round has a seed of its own and one image of each class. Other libraries run under
+``torch.compile`` or, with --modes, also under eager; then the faster counts. A picture is written beside the results.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ BASE_EVERY = 4
 INTERVALS = (2, 3, 4, 5, 6, 7, 8)
 THRESHOLDS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4)
 CALIBRATED_FULL = (0.5, 0.46, 0.44, 0.4, 0.37, 0.34, 0.3, 0.26, 0.23, 0.2, 0.18, 0.16, 0.14, 0.12, 0.1)  # of all steps
-CALIBRATION_SEED, CALIBRATION_LOOPS = 970_000, 2  # the noise of no round
+CALIBRATION_SEED, CALIBRATION_LOOPS = 970_000, 2  # no round has this noise
 PRESETS = ("slow", "medium", "fast", "ultra")
 COLORS = {"duca_compile": "#c0392b", "cache-dit": "#2e86c1", "diffusers": "#28a745", "fewer steps": "#7f8c8d"}
-Sample = Callable[[int], Tensor]  # the images of a seed
+Sample = Callable[[int], Tensor]  # returns the images of a seed
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def label(policy: Policy) -> str:
 
 
 def policies(measured: Calibration) -> dict[str, Policy]:
-    """The sweep, by what is shown of each."""
+    """The policies of the sweep, by label."""
     chosen: list[Policy] = [TaylorSeer(n, order, lite=True) for order in (1, 2, 3) for n in INTERVALS]
     chosen += [TaylorSeer(n, order) for order in (1, 2) for n in INTERVALS[1::2]]
     chosen += [RFC(threshold, max_order=order) for order in (1, 2) for threshold in THRESHOLDS]
@@ -139,7 +139,7 @@ def _intervals(steps: int) -> dict[str, Setting]:
 
 @dataclass(frozen=True)
 class Group:
-    """The settings that one hooked copy of the model can serve; ``settings`` is given the number of steps."""
+    """The settings that share one copy of the model with hooks; ``settings`` is a function of the number of steps."""
 
     library: str
     method: str
@@ -190,9 +190,9 @@ def _ignore(seconds: float) -> None:
 
 
 def measure(base: Sample, ways: list[Way], seeds: int) -> list[dict[str, Any]]:
-    """Each way once per seed, after one run that compiles; what fails is a point that says so.
+    """Runs each way once per seed, after a run that compiles; a failure becomes a point that says so.
 
-    ``base`` runs before every few of them, so that what a time is compared with is near to it.
+    ``base`` runs again before every few ways, so that times are compared with a recent one.
     """
     status = dict.fromkeys(ways, OK)
     seconds: dict[Way, list[float]] = defaultdict(list)
@@ -239,7 +239,7 @@ def _attempt(way: Way, seed: int, status: dict[Way, str]) -> tuple[float, Tensor
 
 
 def perform(task: dict[str, Any]) -> list[dict[str, Any]]:
-    """The points of one group for all numbers of steps, in this process."""
+    """The points of one group for all numbers of steps, measured in this process."""
     demo, quick, every = DemoModel.load(), task["quick"], task["every"]
     plain = demo.transformer if quick else torch.compile(demo.transformer, fullgraph=True)
     modes = ["eager"] if quick else task["modes"]
@@ -265,7 +265,7 @@ def perform(task: dict[str, Any]) -> list[dict[str, Any]]:
     return points
 
 
-# ---- what is printed and drawn
+# ---- tables and pictures
 
 
 def table(points: list[dict[str, Any]], steps: int) -> Table:
@@ -282,7 +282,7 @@ def table(points: list[dict[str, Any]], steps: int) -> Table:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Time against PSNR, one panel for each number of steps; lines join what nothing of the same library beats."""
+    """Draws time against PSNR, a panel for each number of steps; lines join the best points of each library."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -312,7 +312,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
 
 def merged(known: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """The points of ``known`` with those of ``new`` in the places of their namesakes."""
+    """The points of ``known``, with those of ``new`` in place of points with the same name."""
     names = ("steps", "library", "method", "setting", "mode")
     points = {tuple(point[name] for name in names): point for point in (*known["points"], *new["points"])}
     return {**known, "points": [*points.values()], "again": new["surroundings"]["commit"]}
@@ -320,13 +320,17 @@ def merged(known: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="JSON file for the results; a PNG of the same name beside it")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file for the results; a PNG of the same name is written beside it"
+    )
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 20])
-    parser.add_argument("--seeds", type=int, default=3, help="rounds; each is one image of each class")
-    parser.add_argument("--every", type=int, default=1, help="run each so many-th setting of ours alone")
-    parser.add_argument("--every-of-others", type=int, help="the same for other libraries; as --every without it")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=["compile"], help="of other libraries")
-    parser.add_argument("--again", help="run ours with this in their names alone, and keep the other points of --out")
+    parser.add_argument("--seeds", type=int, default=3, help="rounds, each with one image of each class")
+    parser.add_argument("--every", type=int, default=1, help="run only every n-th setting of ours")
+    parser.add_argument("--every-of-others", type=int, help="the same for other libraries; by default, as --every")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["compile"], help="modes of other libraries")
+    parser.add_argument(
+        "--again", help="run only our settings whose name contains this, and keep the other points of --out"
+    )
     parser.add_argument("--quick", action="store_true", help="a few points, under eager, one seed")
     parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)  # for its own processes
     args = parser.parse_args()

@@ -1,7 +1,7 @@
 """Other libraries' caches on the same models: cache-dit, and the hooks of diffusers.
 
-Each works on a copy of the modules around the same weights. Hooks are applied as each library's own functions do it,
-and what is private is used in one place only: where the schedule of a peer without one is set from outside.
+Each works on a copy of the modules with the same weights. Hooks are applied by each library's own functions. Private
+API is used in one place only, to set the schedule of a peer that has none.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ from measure import sharing_weights
 from torch import Tensor, nn
 
 BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")
-Mask = tuple[bool, ...]  # for each step, whether it is computed
+Mask = tuple[bool, ...]  # whether each step is computed
 
 
 def periodic(steps: int, interval: int) -> Mask:
-    """The first step and each ``interval``-th after it, as duca_compile's policies have it."""
+    """The mask of the first step and every ``interval``-th after it, as in duca_compile's policies."""
     return tuple(step % interval == 0 for step in range(steps))
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a peer's request runs with; each peer reads what it has.
+    """The settings of a peer's request; each peer reads those that it has.
 
-    ``mask`` sets the schedule; without one, the peer decides by its ``threshold``.
+    ``mask`` sets the schedule; without it, the peer decides by its ``threshold``.
     """
 
     mask: Mask | None = None
     threshold: float = 0.0
     steps: int = 50
     interval: int = 5
-    warmup: int = 1  # steps at the start that are computed
+    warmup: int = 1  # computed steps at the start
 
 
 class Peer(ABC):
-    """A model under another library's cache."""
+    """A model with the cache of another library."""
 
-    module = ""  # what must be installed
+    module = ""  # the package that must be installed
 
     def __init__(self, model: nn.Module) -> None:
         self.model = sharing_weights(model)
 
     @abstractmethod
     def start(self, setting: Setting) -> None:
-        """Forgets all of the request before, and takes ``setting`` for the next."""
+        """Drops the state of the last request, and applies ``setting`` to the next."""
 
     @classmethod
     def installed(cls) -> bool:
@@ -59,7 +59,7 @@ class Peer(ABC):
 
 
 class CacheDit(Peer):
-    """cache-dit's DBCache with one block before the decision, the fewest it takes, and perhaps one of its calibrators.
+    """cache-dit's DBCache with one block before the decision, the minimum, and optionally one of its calibrators.
 
     ``calibrator`` is "taylorseer-1" for order 1, "foca" or "dmd".
     """
@@ -76,7 +76,7 @@ class CacheDit(Peer):
         cache_dit.enable_cache(self.model if known else self._adapter(), **self._configs(Setting()))
 
     def _adapter(self) -> Any:
-        """Its list knows SD3 by its pipeline's name alone."""
+        """The adapter; cache-dit knows SD3 only by the name of its pipeline."""
         from cache_dit import BlockAdapter, ForwardPattern
 
         blocks = self.model.transformer_blocks
@@ -91,7 +91,7 @@ class CacheDit(Peer):
         config = DBCacheConfig(
             Fn_compute_blocks=before,
             Bn_compute_blocks=after,
-            max_warmup_steps=0,  # the mask says which steps at the start are computed
+            max_warmup_steps=0,  # the mask already has the computed steps at the start
             residual_diff_threshold=setting.threshold,
             num_inference_steps=len(mask),
             steps_computation_mask=[int(computed) for computed in mask],
@@ -116,12 +116,12 @@ class CacheDit(Peer):
 
 
 class _Hooks(Peer):
-    """Common to diffusers' hooks: a context, without which they refuse, and forgetting."""
+    """Common to diffusers' hooks: the cache context that they need, and resetting them."""
 
     module = "diffusers.hooks"
 
     def _begin(self) -> None:
-        """What ``cache_context`` of diffusers' pipelines does; DiT and PixArt lack that method."""
+        """Does what ``cache_context`` of diffusers' models does; DiT and PixArt lack that method."""
         from diffusers.hooks import HookRegistry
         from diffusers.hooks.hooks import CacheContext, _set_cache_context
 
@@ -133,7 +133,7 @@ class _Hooks(Peer):
 class FirstBlockCache(_Hooks):
     """diffusers' FirstBlockCache.
 
-    It has no schedule. With a mask its decision is computed as ever, and then the mask's is taken.
+    It has no schedule. With a mask, its decision is computed as usual, and then replaced by the mask's.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -159,9 +159,9 @@ class FirstBlockCache(_Hooks):
 
 
 class TaylorSeerHooks(_Hooks):
-    """diffusers' TaylorSeer: "lite" forecasts the last projection and runs no block, else attention and MLPs.
+    """diffusers' TaylorSeer: "lite" forecasts the last projection and runs no block, otherwise attention and MLPs.
 
-    Its own patterns match nothing in DiT and no MLP anywhere, so modules are named here.
+    Its own patterns match nothing in DiT, and no MLP in any model, so the modules are named here.
     """
 
     def __init__(self, model: nn.Module, order: int = 1, lite: bool = True) -> None:
@@ -189,9 +189,9 @@ class TaylorSeerHooks(_Hooks):
 
 
 def _lite(model: nn.Module) -> tuple[list[str], list[str]]:
-    """The modules of its lite mode, which names ``proj_out``; that of DiT is called ``proj_out_2``.
+    """The modules for its lite mode, whose pattern is ``proj_out``; DiT's is called ``proj_out_2``.
 
-    The last block of SD3 gives None for the text, which the hook cannot hold, so that block runs.
+    The last block of SD3 returns None for the text, which the hook cannot cache, so that block runs.
     """
     last = "proj_out" if hasattr(model, "proj_out") else "proj_out_2"
     whole = [
@@ -214,7 +214,7 @@ def _blocks(model: nn.Module) -> Iterator[Any]:
 
 @contextmanager
 def counted_blocks(model: nn.Module) -> Iterator[Callable[[], int]]:
-    """How many blocks were really executed inside, by calls of the first projection of each one's attention."""
+    """Counts the blocks that are executed inside, by calls of the first projection of each block's attention."""
     runs = 0
 
     def ran(*_: Any) -> None:

@@ -1,4 +1,4 @@
-"""Every way of running a model that is compared: plain, duca_compile's policies, and other libraries' caches.
+"""All ways of running a model that are compared: plain, duca_compile's policies, and other libraries' caches.
 
 All that cache compute the first step and each fifth after it. TaylorSeer, here and in diffusers, computes one more near
 the start, so that there is a difference to forecast by.
@@ -25,28 +25,28 @@ MODES: tuple[Mode, ...] = ("eager", "compile")
 INTERVAL, ORDER = 5, 2
 PLAIN, NONE = "plain", "none"
 
-# For what graph breaks and hooks recompile: the default of 8 would run the rest eagerly.
+# Graph breaks and hooks recompile often; after the default of 8 recompilations, torch would run eagerly.
 RECOMPILE_LIMIT = 64
 
 
 class MissingError(Exception):
-    """A way of running that this installation does not have."""
+    """A way of running that is not installed."""
 
 
 @dataclass
 class Runner:
-    """What is called at each step, and what is done before each request."""
+    """What to call at each step, and what to do before each request."""
 
     call: Model
     start: Callable[[], None]
     eager: Model  # the same, operator by operator
-    model: nn.Module | None = None  # whose blocks are counted, where they are called as modules
+    model: nn.Module | None = None  # the model whose blocks are counted, if they are called as modules
     optimized: OptimizedModel | None = None
 
 
 @dataclass(frozen=True)
 class Method:
-    """A library's way of caching; ``build`` is given the model, the number of steps and the mode."""
+    """One way of caching; ``build`` takes the model, the number of steps and the mode."""
 
     library: str
     name: str
@@ -116,10 +116,10 @@ METHODS = (
 
 @torch.no_grad()
 def work(runner: Runner, workload: Workload, arguments: dict[str, Any], noise: torch.Tensor) -> dict[str, Any]:
-    """The FLOPs and the blocks that one request really executes, counted under eager.
+    """The FLOPs and the blocks that one request executes, counted under eager.
 
-    Of a duca_compile model, blocks are not modules any more; its steps are counted by kind, and it has captured and
-    built all before.
+    In a duca_compile model, blocks are no longer modules, so steps are counted by kind instead, after everything has
+    been captured and built.
     """
     flops: list[float] = []
     if runner.optimized is not None:

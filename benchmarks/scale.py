@@ -1,11 +1,10 @@
-"""Time and memory of capturing, analysing and rewriting a model of real size: all but compiling.
+"""Time and memory of capturing, analysing and rewriting a model of real size: everything but compiling.
 
     python benchmarks/scale.py --out benchmarks/results/scale.json
 
-A DiT-XL/2 of diffusers with random weights, and a FLUX of 57 narrow blocks, whose graph has the most nodes. Each is
-measured in a process of its own, where what is loaded at first use (torch.export's modules) is loaded in the measured
-time. Memory is the process's resident set at its highest, which the kernel keeps, over what it was before the model
-was built.
+The models are diffusers' DiT-XL/2 with random weights, and a FLUX of 57 narrow blocks, whose graph has the most nodes.
+Each is measured in a process of its own; modules that are imported at first use (torch.export's) count. Memory is the
+kernel's peak of the resident set, less the resident set before the model was built.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ from duca_compile.core.variants import VariantSpec
 from duca_compile.frontend.binder import Call
 from duca_compile.runtime.planning import plan_step
 
-SECONDS, SHARE = 20.0, 1.3  # what is aimed at: of wall-clock time, and of memory over that of the parameters
-POLICIES = (DuCa(interval=5), FORA(interval=5))  # between them all four kinds of step
+SECONDS, SHARE = 20.0, 1.3  # targets: wall-clock time, and memory over that of the parameters
+POLICIES = (DuCa(interval=5), FORA(interval=5))  # together, all four kinds of step
 STAGES = {  # what is timed -> the function, by module and name
     "first call": ("frontend.side_effects", "warm"),
     "torch.export": ("frontend.capture", "_exported"),
@@ -55,7 +54,7 @@ Arguments = dict[str, Tensor]
 
 @dataclass
 class Stage:
-    """Seconds of all runs of a stage, and the highest memory of the process in it."""
+    """Seconds of all runs of a stage, and the peak memory of the process during it."""
 
     wall: float = 0.0
     cpu: float = 0.0
@@ -64,7 +63,7 @@ class Stage:
 
 @dataclass
 class Meter:
-    """Times stages, and keeps the process's highest memory over all of its life."""
+    """Times stages, and records the peak memory of the process."""
 
     stages: dict[str, Stage] = field(default_factory=dict)
     peak_bytes: int = 0
@@ -82,9 +81,9 @@ class Meter:
             stage.peak_bytes = max(stage.peak_bytes, self.mark())
 
     def mark(self) -> int:
-        """The highest memory since the last mark."""
+        """The peak memory since the last mark."""
         highest = memory("VmHWM")
-        Path("/proc/self/clear_refs").write_text("5")  # the kernel starts anew from what is held now
+        Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's peak
         self.peak_bytes = max(self.peak_bytes, highest)
         return highest
 
@@ -97,7 +96,7 @@ class Meter:
 
 
 def memory(name: str) -> int:
-    """``VmRSS`` is what the process holds, ``VmHWM`` the most that it held, in bytes."""
+    """A line of ``/proc/self/status``, in bytes: ``VmRSS`` is the resident set, ``VmHWM`` its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
@@ -128,7 +127,7 @@ def build_flux() -> tuple[nn.Module, Arguments]:
 
 
 def measure(build: Callable[..., tuple[nn.Module, Arguments]], *sizes: int) -> dict[str, Any]:
-    """Builds a model and measures what optimizing it takes, up to what a backend would compile."""
+    """Builds a model, and measures optimizing it, up to what a backend would compile."""
     torch.set_num_threads(1)
     found: dict[str, Any] = {"load_average_at_start": os.getloadavg()}
     before = memory("VmRSS")
@@ -138,7 +137,7 @@ def measure(build: Callable[..., tuple[nn.Module, Arguments]], *sizes: int) -> d
     optimized = duca_compile.optimize(model, POLICIES[0], backend="eager")
     call = optimized._bind((), arguments)
     meter = Meter()
-    meter.mark()  # not what building the model took
+    meter.mark()  # excludes building the model
     meter.peak_bytes = 0
     wall, cpu = time.perf_counter(), time.process_time()
     with watched(meter):
@@ -164,7 +163,7 @@ def measure(build: Callable[..., tuple[nn.Module, Arguments]], *sizes: int) -> d
 
 @contextmanager
 def watched(meter: Meter) -> Iterator[None]:
-    """While open, the functions of ``STAGES`` are timed."""
+    """Times the functions of ``STAGES`` inside."""
     with ExitStack() as patches:
         for stage, (module, name) in STAGES.items():
             place = f"duca_compile.{module}.{name}"
@@ -174,13 +173,13 @@ def watched(meter: Meter) -> Iterator[None]:
 
 
 def captured(optimized: OptimizedModel, call: Call) -> Compiled:
-    """What the first call of an optimized model does before it runs a step."""
+    """Does what the first call of an optimized model does before it runs a step."""
     with torch.no_grad():
         return optimized._compiled.find(call)
 
 
 def specs(compiled: Compiled) -> dict[str, VariantSpec]:
-    """The variants that the policies need, by kind of step."""
+    """Builds the variants that the policies need, by kind of step."""
     found: dict[str, VariantSpec] = {}
     for policy in POLICIES:
         found |= _specs(compiled, policy)
@@ -226,9 +225,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=28)
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--head-dim", type=int, default=72)
-    parser.add_argument("--size", type=int, default=32, help="of the latent; a token is 2 by 2")
+    parser.add_argument("--size", type=int, default=32, help="side of the latent; a token is 2 by 2")
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--no-flux", action="store_true", help="leave the FLUX of many narrow blocks out")
+    parser.add_argument("--no-flux", action="store_true", help="leave out the FLUX with many narrow blocks")
     args = parser.parse_args()
     sizes = (args.layers, args.heads, args.head_dim, args.size, args.batch)
     found: dict[str, Any] = {

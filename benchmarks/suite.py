@@ -2,9 +2,9 @@
 
     python benchmarks/suite.py --out benchmarks/results/suite.json
 
-The weights are random, so nothing is said here about images; pareto.py does that. What --out holds of other models and
-parts is kept. Each part runs in processes of its own, on one thread. What is not installed, and what fails, is a row
-that says so.
+The weights are random, so images are not compared here; pareto.py does that. Results of other models and parts in --out
+are kept. Each part runs in processes of its own, on one thread. A package that is not installed, or a failure, becomes
+a row that says so.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ import duca_compile
 ABSENT = "not installed"
 PARTS = ("start", "loops", "calls", "host", "depth")
 DEPTH_METHODS = ("PyTorch, plain", "duca_compile, duca")
-STARTING = INTERVAL + 2  # calls in which all variants have run, and a full step again
-WARMING = 2  # loops that are not counted; some peers compile again in the second
+STARTING = INTERVAL + 2  # calls until all variants have run, and a full step again
+WARMING = 2  # loops that are not counted; some peers recompile in the second
 HERE = Path(__file__).resolve()
 
 
@@ -78,7 +78,7 @@ def key(method: Method, mode: Mode) -> str:
 
 
 class Loops:
-    """All ways of running one model's loop, in turn."""
+    """Runs the loop of one model in all ways, in turn."""
 
     def __init__(self, workload: Workload, modes: list[Mode], seed: int) -> None:
         self.workload, self.arguments, self.noise = workload, workload.arguments(seed), workload.noise(seed)
@@ -90,7 +90,7 @@ class Loops:
             self.found[key(method, mode)] = {"library": method.library, "method": method.name, "mode": mode}
             self._attempt(key(method, mode), lambda method=method, mode=mode: self._make(method, mode))
         done: dict[str, dict[str, Any]] = {}
-        for method, mode in rows(modes):  # what a request executes is the same in both modes
+        for method, mode in rows(modes):  # a request executes the same in both modes
             if key(method, mode) in self.runners:
                 self._attempt(key(method, mode), lambda method=method, mode=mode: self._work(method, mode, done))
 
@@ -113,7 +113,7 @@ class Loops:
     def _work(self, method: Method, mode: Mode, done: dict[str, dict[str, Any]]) -> None:
         if method.label not in done:
             runner = self.runners[key(method, mode)]
-            if mode == "compile" and runner.optimized is not None:  # one that is not compiled is counted in its place
+            if mode == "compile" and runner.optimized is not None:  # counted in an eager one instead
                 runner = method.build(self.model, self.workload.steps, "eager")
             done[method.label] = work(runner, self.workload, self.arguments, self.noise)
         self.found[key(method, mode)] |= done[method.label]
@@ -122,11 +122,11 @@ class Loops:
         runner = self.runners[name]
         runner.start()
         self.timings[name].append(timed(self.workload.denoise, runner.call, self.arguments, self.noise, calls))
-        runner.start()  # drops what it holds
+        runner.start()  # drops its caches
 
     def run(self, rounds: int) -> dict[str, dict[str, Any]]:
         uncached = {key(method, mode) for method, mode in rows([*MODES]) if not method.caches}
-        for _ in range(WARMING):  # compiles: not counted
+        for _ in range(WARMING):  # these compile, and are not counted
             for name in [*self.runners]:
                 self._attempt(name, lambda name=name: self._loop(name, calls=2 if name in uncached else None))
         self.timings.clear()
@@ -150,7 +150,7 @@ class Loops:
         plain = next(each for each in self.found.values() if each["method"] == PLAIN and "flops" in each)
         row["ideal"] = plain["flops"] / row["flops"]
         over = row.get(f"speedup_over_{row['mode']}")
-        if over:  # of the plain model in the same mode
+        if over:  # the plain model in the same mode
             row["efficiency"] = over["median"] / row["ideal"]
             row["cpu_efficiency"] = row[f"cpu_speedup_over_{row['mode']}"]["median"] / row["ideal"]
 
@@ -164,10 +164,10 @@ def run_loops(workload: Workload, modes: list[Mode], rounds: int, seed: int) -> 
 
 @torch.no_grad()
 def run_calls(workload: Workload, mode: Mode, rounds: int, seed: int) -> dict[str, Any]:
-    """One call of the plain model, and a request of one step of each kind, per round; the first round compiles.
+    """Times, in each round, a call of the plain model and a request of each kind of step; the first round compiles.
 
-    All requests have the same timesteps, as those of a schedule have: the values that these determine are computed
-    together when a request starts.
+    All requests have the same timesteps, as those of a schedule have, so timestep-only values are precomputed when a
+    request starts.
     """
     model, arguments, noise = workload.build(seed), workload.arguments(seed), workload.noise(seed)
     optimized = duca_compile.optimize(model, EachKind(), "inductor" if mode == "compile" else "eager", strict=True)
@@ -213,7 +213,7 @@ def run_calls(workload: Workload, mode: Mode, rounds: int, seed: int) -> dict[st
 
 
 def run_start(workload: Workload, method: Method, mode: Mode, seed: int) -> dict[str, Any]:
-    """What the first calls of this process take, and what a later request holds at most."""
+    """Measures the first calls of this process, and the peak memory of a later request."""
     before = memory("RssAnon")
     model, arguments, noise = workload.build(seed), workload.arguments(seed), workload.noise(seed)
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters())
@@ -249,7 +249,7 @@ def run_start(workload: Workload, method: Method, mode: Mode, seed: int) -> dict
     }
 
 
-# Where the first calls spend their time: a file's end and a function, by what the table calls it.
+# Stages of the first calls: for each label in the table, the end of a file's path and a function.
 STAGES = {
     "torch.export": ("duca_compile/frontend/capture.py", "capture"),
     "verification of the analysis": ("duca_compile/compiler/verification.py", "verified"),
@@ -261,7 +261,7 @@ STAGES = {
 
 
 def run_profile(workload: Workload, method: Method, mode: Mode, seed: int) -> dict[str, float]:
-    """Seconds of the first calls by stage, under cProfile, which makes Python slower and the C++ compiler not."""
+    """Seconds of each stage of the first calls, under cProfile, which slows Python but not the C++ compiler."""
     model, arguments, noise = workload.build(seed), workload.arguments(seed), workload.noise(seed)
     runner = method.build(model, workload.steps, mode)
     runner.start()
@@ -279,7 +279,7 @@ def run_profile(workload: Workload, method: Method, mode: Mode, seed: int) -> di
 
 
 def in_process(task: dict[str, Any], folder: Path, script: Path = HERE) -> dict[str, Any]:
-    """Runs one task of a script in a fresh process; what Inductor compiles goes to, or comes from, ``folder``."""
+    """Runs one task of a script in a new process, with Inductor's cache in ``folder``."""
     single = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     single["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     command = [sys.executable, str(script), "--task", json.dumps(task)]
@@ -307,7 +307,7 @@ def perform(task: dict[str, Any]) -> Any:
 
 
 class Suite:
-    """Runs the parts one after the other and writes what is there after each."""
+    """Runs the parts one after the other, and writes the results after each."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -374,7 +374,7 @@ class Suite:
         self._save()
 
     def _start(self, method: Method, mode: Mode, common: dict[str, Any], folder: Path, warm: Path) -> dict[str, Any]:
-        """A process with nothing compiled, and where something is compiled a second one that finds it."""
+        """Runs a process with an empty compile cache, and if it compiles anything, a second one with its cache."""
         if not method.available():
             return {"status": ABSENT}
         task = {**common, "what": "start", "method": method.label, "mode": mode}
@@ -386,7 +386,7 @@ class Suite:
                 return {"status": each["status"]}
             found[run] = each["found"]
         if own.exists():
-            shutil.copytree(own, warm, dirs_exist_ok=True)  # the process that times loops need not compile again
+            shutil.copytree(own, warm, dirs_exist_ok=True)  # so that the process that times loops need not compile
             shutil.rmtree(own)
         return found
 
@@ -440,7 +440,7 @@ class Suite:
             write(self.found, self.args.out)
 
 
-# ---- what is printed
+# ---- tables
 
 
 def loops_table(name: str, found: dict[str, Any]) -> Table:
@@ -505,14 +505,14 @@ def host_table(found: dict[str, Any]) -> Table:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file for the results")
-    parser.add_argument("--models", nargs="+", help="some of the models; all without it")
+    parser.add_argument("--models", nargs="+", help="names of the models; by default, all")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=[*MODES])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=[*PARTS])
-    parser.add_argument("--rounds", type=int, default=3, help="timed loops of each row")
+    parser.add_argument("--rounds", type=int, default=3, help="timed loops of each way")
     parser.add_argument("--calls", type=int, default=25, help="timed calls of each variant")
     parser.add_argument("--host-rounds", type=int, default=200)
-    parser.add_argument("--seed", type=int, default=0, help="of the weights, prompts and latents")
-    parser.add_argument("--quick", action="store_true", help="tiny models and one round, to try everything")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights, prompts and latents")
+    parser.add_argument("--quick", action="store_true", help="tiny models and one round, to try everything out")
     parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)  # for its own processes
     args = parser.parse_args()
     if args.task is not None:

@@ -1,4 +1,4 @@
-"""The models that are timed: diffusers' classes, random weights, sizes for which a step takes a core under a second.
+"""The models that are timed: diffusers' classes with random weights, sized so that a step takes a core under a second.
 
 Each has its own scheduler and number of steps. Where a model is run with classifier-free guidance, both halves are in
 one batch.
@@ -33,7 +33,7 @@ class Workload:
     scheduler_options: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 50
     guided: bool = True
-    time_scale: float = 1.0  # what the model takes as its timestep, of what the scheduler gives
+    time_scale: float = 1.0  # the model's timestep over the scheduler's
 
     @property
     def rows(self) -> int:
@@ -44,7 +44,7 @@ class Workload:
         return getattr(diffusers, self.model_class)(**self.config).eval().requires_grad_(False)
 
     def arguments(self, seed: int) -> Arguments:
-        """The arguments of every call but the latent and the timestep."""
+        """The arguments of every call except the latent and the timestep."""
         return _ARGUMENTS[self.model_class](self, torch.Generator().manual_seed(seed))
 
     def noise(self, seed: int) -> Tensor:
@@ -72,7 +72,7 @@ class Workload:
                 times = times * self.time_scale
             output = model(hidden_states=inputs, timestep=times, **arguments).sample
             if self.guided:
-                output = output[:, : latent.shape[1]]  # without the variance, where a model predicts it
+                output = output[:, : latent.shape[1]]  # drops the variance, if the model predicts it
                 conditional, unconditional = output.chunk(2)
                 output = unconditional + GUIDANCE * (conditional - unconditional)
             latent = scheduler.step(output, timestep, latent).prev_sample
@@ -231,6 +231,6 @@ DEPTHS = {each.name: each for each in (dit("DiT, 12 blocks", 12, 6, 64), dit("Di
 
 
 def quick() -> dict[str, Workload]:
-    """Tiny ones, to try everything."""
+    """Tiny workloads, to try everything out."""
     found = (dit("tiny DiT", 3, 2, 16, side=8), flux("tiny FLUX", 2, 2, 2, 32, side=4, text=7))
     return {each.name: replace(each, steps=12) for each in found}

@@ -44,7 +44,7 @@ from duca_compile.frontend.methods import FORWARD, calls_forward, runs_blocks, w
 from duca_compile.frontend.side_effects import ModelState
 from duca_compile.frontend.trace_check import COMPILED_TOLERANCE, MAX_ULPS, relative_distance, ulp_distance
 from duca_compile.policies import Policy
-from duca_compile.runtime.dispatcher import Plan
+from duca_compile.runtime.dispatcher import StepPlan
 from duca_compile.runtime.planning import not_recomputed
 from duca_compile.runtime.request import Request
 from duca_compile.runtime.session import HasSessions, Requests, current_pass
@@ -253,19 +253,19 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
         name, step = (None, None) if called is None else (called.name, called.step_index)
         try:
             named = compiled.named(call.tensors)
-            tick = request.tick(compiled.facts, named, name, step)
-            if tick.new_request:
+            position = request.locate(compiled.facts, named, name, step)
+            if position.new_request:
                 compiled = self._compiled.find_revalidated(call)
                 named = compiled.named(call.tensors)
                 request.captured(compiled.facts)
             if (captured := compiled.captured).explicit_casts or torch.is_inference_mode_enabled():
                 with _outside_of_modes(captured):
-                    output = compiled.run(request, tick, named, name)
+                    output = compiled.run(request, position, named, name)
             elif records:
                 with torch.no_grad():
-                    output = compiled.run(request, tick, named, name)
+                    output = compiled.run(request, position, named, name)
             else:
-                output = compiled.run(request, tick, named, name)
+                output = compiled.run(request, position, named, name)
         except BaseException:
             request.reset()
             raise
@@ -303,7 +303,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
         steps = self.policy.planned(requests.total)
         console = Console(stderr=True)
 
-        def watch(plans: Sequence[Plan]) -> Iterable[Plan]:
+        def watch(plans: Sequence[StepPlan]) -> Iterable[StepPlan]:
             return track(plans, f"compiling {type(self.source).__name__}", console=console, transient=True)
 
         with torch.no_grad(), casts.without_autocast(compiled.captured):

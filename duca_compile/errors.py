@@ -1,7 +1,10 @@
-"""What can go wrong, told apart by whose mistake it is."""
+"""Exceptions, one class for each kind of mistake: of the caller, of the model or of this package."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class DucaError(Exception):
@@ -9,11 +12,11 @@ class DucaError(Exception):
 
 
 class UsageError(DucaError, ValueError):
-    """A bad argument or a call in the wrong state; the message says what to change."""
+    """A bad argument, or a call at the wrong time; the message says what to change."""
 
 
 class PolicyError(UsageError):
-    """A policy with impossible numbers, or one that this model or this call cannot serve."""
+    """A policy has invalid parameters, or does not work with this model or call."""
 
 
 class CaptureError(DucaError):
@@ -25,15 +28,15 @@ class StructureError(DucaError):
 
 
 class BackendError(DucaError):
-    """A backend is missing or failed to compile a variant."""
+    """A backend is not installed, or failed to compile a variant."""
 
 
 class ExportError(DucaError):
-    """A model or a policy that cannot be exported; the message says which graph and why."""
+    """A model or a policy cannot be exported; the message names the graph and the reason."""
 
 
 class ArtifactError(DucaError):
-    """A folder that is no artifact of ours, is damaged, is of a later version, or cannot be run here."""
+    """A folder is not an artifact, is damaged, has a newer format, or cannot run on this machine."""
 
 
 class InternalError(DucaError):
@@ -41,17 +44,28 @@ class InternalError(DucaError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of another library's message that says anything, else the error's type."""
+    """The first line of an error message that is not blank, else the name of the error's type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
 
 
-@contextmanager
-def missing_package(extra: str) -> Iterator[None]:
-    """An import inside that fails says which extra to install.
+def not_none(value: T | None, name: str) -> T:
+    """``value``, which is called ``name`` in the message.
 
     Raises:
-        BackendError: a package is missing.
+        InternalError: it is None.
+    """
+    if value is None:
+        raise InternalError(f"{name} is not set here, which is a bug in duca_compile")
+    return value
+
+
+@contextmanager
+def missing_package(extra: str) -> Iterator[None]:
+    """Turns a failed import inside into an error that says which extra to install.
+
+    Raises:
+        BackendError: a package is not installed.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""What the compiler found in a model, and what a policy would do with it."""
+"""``explain``: what the compiler finds in a model, and what a policy would do with it."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from duca_compile.policies.named import resolve_policy
 from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec
 
 _UNCACHED = {
-    Role.TEXT: "only attention reads it, and that is",
+    Role.TEXT: "only attention reads it, and attention is cached",
     Role.ENCODER: "it does not depend on the latent",
     Role.REFINER: "nothing reads it",
     Role.MAIN: "nothing reads it",
 }
-_WIDTH = 140  # of a report as text, where there is neither a terminal nor COLUMNS
+_WIDTH = 140  # of a report as text, without a terminal and COLUMNS
 _INSTALLED = re.compile(r"[^\s\"(]*[/\\]site-packages[/\\]")
 KIND_STYLES = {
     StepKind.FULL: "red",
@@ -50,7 +50,14 @@ KIND_STYLES = {
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """One step of a schedule: its kind, its FLOPs, and the mean share of tokens its partial branches recompute."""
+    """One step of a schedule.
+
+    Attributes:
+        index: the step, counted from 0.
+        kind: what the blocks do.
+        flops: FLOPs of the step.
+        fresh_share: mean share of tokens that its partial branches recompute.
+    """
 
     index: int
     kind: StepKind
@@ -60,22 +67,32 @@ class PlannedStep:
 
 @dataclass(frozen=True)
 class ScheduleReport:
-    """What a policy would run over one request."""
+    """What a policy would run over one request. ``print`` shows it as a table.
+
+    Attributes:
+        policy: name of the policy.
+        steps: the steps, in order.
+        uncached_flops: FLOPs of one uncached step.
+        cache_bytes: bytes of all caches of one guidance pass.
+        adaptive: whether the policy decides at run time; ``steps`` are then the cheapest ones that it may choose.
+        weight_bytes: bytes of a trained predictor's weights, which all requests share.
+    """
 
     policy: str
     steps: tuple[PlannedStep, ...]
-    uncached_flops: float  # of one step
-    cache_bytes: int  # of one pass, once all is there that the policy keeps
-    adaptive: bool = False  # these are the cheapest steps that the policy may choose
-    weight_bytes: int = 0  # of a learned predictor, once for all requests
+    uncached_flops: float
+    cache_bytes: int
+    adaptive: bool = False
+    weight_bytes: int = 0
 
     @property
     def full_steps(self) -> int:
+        """How many steps are full."""
         return sum(step.kind is StepKind.FULL for step in self.steps)
 
     @property
     def ideal_speedup(self) -> float:
-        """FLOPs of the uncached loop over FLOPs of this one: what wall-clock time can reach at best."""
+        """FLOPs of the uncached loop over FLOPs of this one: the best speed-up that wall-clock time can reach."""
         return len(self.steps) * self.uncached_flops / sum(step.flops for step in self.steps)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -93,7 +110,7 @@ class ScheduleReport:
                 table.add_row(Text(kind.value, style=KIND_STYLES[kind]), str(len(chosen)), f"{mean:.2%}", tokens)
         yield table
         if self.adaptive:
-            yield "decided while it runs: these are the fewest full steps that there can be"
+            yield "decided at run time: these are the fewest full steps possible"
         yield f"ideal speed-up {self.ideal_speedup:.2f}x (by FLOPs; elementwise work counts as none)"
         yield f"caches hold {_size(self.cache_bytes)}"
         if self.weight_bytes:
@@ -105,27 +122,35 @@ class ScheduleReport:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What the compiler found in one model for one call."""
+    """What the compiler found in one model for one call. ``print`` shows it as a report.
+
+    Attributes:
+        model: class name of the model.
+        captured: its graph.
+        facts: what the analyses found.
+        policy: the policy of the optimized model that was explained, or None.
+    """
 
     model: str
     captured: CapturedGraph
     facts: Facts
-    policy: Policy | None  # that of the optimized model that was explained
+    policy: Policy | None
 
     @property
     def branches(self) -> tuple[Branch, ...]:
+        """The residual branches, in order."""
         return self.facts.branches
 
     @property
     def flops(self) -> int:
-        """FLOPs of one uncached step, at two per multiply-add."""
+        """FLOPs of one uncached step; a multiply-add counts as two."""
         return sum(self.facts.flops.values())
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes that all branch caches and the cached end of the stream hold.
+        """Bytes of all branch caches and of the cached end of the stream.
 
-        Of an optimized model: those that its policy keeps.
+        For an optimized model, bytes of the caches that its policy keeps.
         """
         if self.policy is not None:
             return self.schedule(self.policy).cache_bytes
@@ -134,23 +159,30 @@ class Explanation:
 
     @property
     def hoisted(self) -> tuple[str, ...]:
-        """The loop-invariant values that are computed once per request, by graph node."""
+        """Names of the graph nodes whose loop-invariant values are computed once per request."""
         return tuple(n.name for n in frontier(self.captured.graph, self.facts))
 
     @property
     def not_understood(self) -> tuple[str, ...]:
-        """Branches that partial steps compute in full, with source line and reason."""
+        """Branches that partial steps compute in full, each with its source line and the reason."""
         return self.facts.notes
 
     def share(self, variance: Variance) -> float:
-        """The share of a step's FLOPs in values of this variance."""
+        """The share of a step's FLOPs that computes values of this variance, 0 to 1."""
         return sum(f for name, f in self.facts.flops.items() if self.facts.variance[name] is variance) / self.flops
 
     def schedule(self, policy: str | Policy | None = None, num_inference_steps: int = 50) -> ScheduleReport:
-        """The steps that ``policy`` would run, with their FLOPs.
+        """The steps that a policy would run, with their FLOPs.
+
+        Args:
+            policy: a name or a Policy object; by default that of the optimized model, else "duca".
+            num_inference_steps: the number of steps of the loop.
+
+        Returns:
+            The schedule.
 
         Raises:
-            PolicyError: an unknown policy, or one that this model cannot serve.
+            PolicyError: the policy is unknown, or does not work with this model.
         """
         chosen = resolve_policy(policy if policy is not None else self.policy or "duca")
         check_selection(self.facts, chosen)
@@ -163,14 +195,14 @@ class Explanation:
                 variants[spec] = build_variant(captured, self.facts, spec)
             return variants[spec]
 
-        look = probe_spec(self.facts, chosen)
-        looking = 0.0 if look is None else variant(look).flops({})
+        probe = probe_spec(self.facts, chosen)
+        probe_flops = 0.0 if probe is None else variant(probe).flops({})
 
         def planned(index: int, step: Step) -> PlannedStep:
             spec, counts = plan_step(self.facts, chosen, step)
             shares = [counts[i] / self.branches[i].tokens for i in counts]
             fresh = sum(shares) / len(shares) if shares else 0.0
-            return PlannedStep(index, step.kind, looking + variant(spec).flops(counts), fresh)
+            return PlannedStep(index, step.kind, probe_flops + variant(spec).flops(counts), fresh)
 
         steps = tuple(planned(i, step) for i, step in enumerate(chosen.planned(num_inference_steps)))
         kept = cache_bytes(self.facts, chosen, variants.values())
@@ -178,13 +210,17 @@ class Explanation:
         return ScheduleReport(chosen.name, steps, self.flops, kept, adaptive, weights)
 
     def peak_bytes(self, policy: str | Policy | None = None, num_inference_steps: int = 50) -> int:
-        """The most that one pass of a request allocates at once under the eager backend.
+        """The most bytes that one guidance pass of a request allocates at once under the eager backend.
 
-        That is caches, loop-invariant and timestep-only values, and what a step computes on its way; the model's
-        weights and the call's own tensors were there before. Compiled steps allocate less on their way.
+        These are caches, loop-invariant and timestep-only values, and the activations of a step, but neither the
+        model's weights nor the arguments of the call. Compiled steps have fewer activations.
+
+        Args:
+            policy: a name or a Policy object; by default that of the optimized model, else "duca".
+            num_inference_steps: the number of steps of the loop.
 
         Raises:
-            PolicyError: an unknown policy, or one that this model cannot serve.
+            PolicyError: the policy is unknown, or does not work with this model.
         """
         chosen = resolve_policy(policy if policy is not None else self.policy or "duca")
         check_selection(self.facts, chosen)
@@ -232,45 +268,54 @@ class Explanation:
             yield Text("not understood, so computed in full in partial steps:", style="bold")
             yield Items(map(_shown, self.not_understood))
         else:
-            yield "nothing was left that is not understood"
+            yield "every branch is understood"
 
     def _streams(self) -> Iterator[str]:
-        """One line for each role: how many branches, over how many tokens."""
+        """A line for each role: the number of branches and of their tokens."""
         for role in Role:
-            own = [stream for stream in self.facts.streams if stream.role is role]
-            if own:
-                sizes = sorted({stream.shape[1:-1] for stream in own})
+            streams = [stream for stream in self.facts.streams if stream.role is role]
+            if streams:
+                sizes = sorted({stream.shape[1:-1] for stream in streams})
                 tokens = " or ".join(" x ".join(map(str, size)) for size in sizes)
-                cached = "" if any(stream.cached for stream in own) else f", not cached: {_UNCACHED[role]}"
-                yield f"{role.value} stream: {sum(stream.branches for stream in own)} branches, {tokens} tokens{cached}"
+                cached = "" if any(stream.cached for stream in streams) else f", not cached: {_UNCACHED[role]}"
+                branches = sum(stream.branches for stream in streams)
+                yield f"{role.value} stream: {branches} branches, {tokens} tokens{cached}"
 
     def _traced(self) -> Iterator[str]:
-        """What the trace took for given, and what it left alone."""
+        """The values that the capture is specialized to, the modules that run untraced, and weights that hooks load."""
         for name, read in self.captured.guarded_inputs.items():
             source = _shown(read.source)
-            yield f"captured for what forward reads of {name} ({source}): for other values, it is captured anew"
+            yield f"specialized to what forward reads of {name} ({source}): other values are captured again"
         operators = {site.path: site.reason for site in self.captured.opaque}
         for reason, (first, *more) in _grouped(operators).items():
             like = f", and so does each of {len(more)} like it" if more else ""
             yield f"{first} {_shown(reason)}: it runs as one opaque operator{like}"
         hooks = Counter(" and ".join(hook.name for hook in weight.hooks) for weight in self.captured.fetched)
         for names, count in hooks.items():
-            yield f"{count} weights that {names} bring are read where they are kept, whenever a step needs them"
+            yield f"{count} weights that {names} load are read where they are stored, whenever a step needs them"
 
     def __str__(self) -> str:
         return _rendered(self)
 
 
 def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
-    """What the compiler finds in ``model`` for one example call with ``args`` and ``kwargs``.
+    """What the compiler finds in a model, for one example call.
 
-    The model is captured and analysed, not changed; nothing is compiled. ``model`` may be an optimized one: its
-    policy is then the default of ``Explanation.schedule``.
+    The model is captured and analysed, but not changed, and nothing is compiled.
+
+    Args:
+        model: a Diffusion Transformer in eval mode; or an optimized one, whose policy is then the default of
+            ``Explanation.schedule``.
+        args: positional arguments of the example call.
+        kwargs: keyword arguments of the example call.
+
+    Returns:
+        A report; print it, or ask it for schedules.
 
     Raises:
-        UsageError: not an nn.Module, training mode, or arguments that do not fit the forward.
-        CaptureError: the forward cannot be captured; names the source line.
-        StructureError: no residual stream, no timestep or no latent: there is nothing to cache.
+        UsageError: ``model`` is not an nn.Module or is in training mode, or the arguments do not fit its forward.
+        CaptureError: forward cannot be captured; the message names the source line.
+        StructureError: there is nothing to cache: the graph has no residual stream, no timestep or no latent.
     """
     policy = model.policy if isinstance(model, OptimizedModel) else None
     timestep = model.timestep_name if isinstance(model, OptimizedModel) else None
@@ -284,7 +329,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
 
 
 def _alike(branches: tuple[Branch, ...]) -> list[list[Branch]]:
-    """Branches that differ only in their block, one group for each run of consecutive blocks."""
+    """Groups of branches that differ only in their block, one group for each run of consecutive blocks."""
     groups: dict[Hashable, list[list[Branch]]] = {}
     for b in branches:
         key = (b.role, b.kind, b.gated, b.shape, b.flops, b.mixing_reason)
@@ -298,10 +343,10 @@ def _alike(branches: tuple[Branch, ...]) -> list[list[Branch]]:
 
 def _grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:
     """The paths that have each reason."""
-    found: dict[str, list[str]] = {}
+    paths: dict[str, list[str]] = {}
     for path, reason in reasons.items():
-        found.setdefault(reason, []).append(path)
-    return found
+        paths.setdefault(reason, []).append(path)
+    return paths
 
 
 def _shape(shape: tuple[int, ...]) -> str:
@@ -312,7 +357,7 @@ def _shape(shape: tuple[int, ...]) -> str:
 
 
 def _shown(text: str) -> str:
-    """Files of installed packages from the package's folder on: the rest only says where Python keeps them."""
+    """The text with paths of installed packages shortened to start with the package's folder."""
     return _INSTALLED.sub("", text)
 
 

@@ -1,4 +1,4 @@
-"""What ``DUCA_LOG`` in the environment asks for: the package's log on stderr."""
+"""The ``DUCA_LOG`` environment variable: the package's log on stderr."""
 
 import logging
 
@@ -6,9 +6,10 @@ LEVELS = ("debug", "info", "warning", "error")
 
 
 def configure(level: str) -> None:
-    """Prints what the package logs from ``level`` on, unless the program has handlers of its own for all logs.
+    """Prints the package's log messages of at least ``level``, unless the program has a handler for the root logger.
 
-    An unknown level changes nothing; a warning says so.
+    Args:
+        level: one of ``LEVELS``, in any case. An unknown level has no effect but a warning.
     """
     log = logging.getLogger("duca_compile")
     if level.lower() not in LEVELS:
@@ -16,6 +17,6 @@ def configure(level: str) -> None:
         return
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s", "%H:%M:%S"))
-    handler.addFilter(lambda record: not logging.getLogger().handlers)  # else each line would be printed twice
+    handler.addFilter(lambda record: not logging.getLogger().handlers)  # otherwise each line is printed twice
     log.addHandler(handler)
     log.setLevel(level.upper())

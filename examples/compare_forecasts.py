@@ -1,9 +1,9 @@
-"""How close forecasts come on the embedded model, for the number of full steps that they need.
+"""Compares forecasts on the embedded model: how close their images come, for the full steps that they need.
 
     python examples/compare_forecasts.py --steps 20
 
-Prints a row for each setting of TaylorSeer, of the same with relational estimation, and of RFC: the steps, how many
-were full, and the PSNR of the images to the uncached ones. Plain loops of as many steps are the measure.
+Prints a row for each setting of TaylorSeer, of TaylorSeer with relational estimation, and of RFC: the steps, how many
+were full, and the PSNR of the images to the uncached ones. Plain loops with as many steps are the baseline.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def policies() -> Iterator[Policy]:
 
 
 def sampled(demo: DemoModel, policy: Policy, steps: int, seed: int) -> tuple[Tensor, str]:
-    """The images, and a letter for each step that ran."""
+    """The images, and the letter of each step that ran."""
     model = duca_compile.optimize(demo.transformer, policy, "eager", steps)
     images = demo.sample(model, steps, demo.noise(seed), lambda seconds: None)
     return images, "".join(executed.kind.letter for executed in model.history)

@@ -1,10 +1,10 @@
-"""Measure a class-conditional Fashion-MNIST model: class accuracy, Fréchet distance and a sample grid, on a CPU.
+"""Measures a class-conditional Fashion-MNIST model on a CPU: class accuracy, Fréchet distance and a sample grid.
 
     python examples/eval_demo.py --model duca_compile/app/data/demo --out runs/eval
 
-The judge is a small CNN trained here on the real training images; it never sees a generated one. The Fréchet distance
-is taken in the 64 features before its last layer, against the held-out (t10k) images. Its floor is the same distance
-for as many real training images as were generated, drawn at random with equal classes (mean of several draws).
+The judge is a small CNN, trained here on the real training images only. The Fréchet distance to the held-out (t10k)
+images is computed from the 64 features before its last layer. Its floor is the same distance for as many real training
+images as were generated, drawn at random with equal classes (the mean of several draws).
 """
 
 import argparse
@@ -38,10 +38,10 @@ class Metrics:
     judge_seed: int
     judge_accuracy: float  # of the CNN on the real held-out images
     judge_class_accuracy: dict[str, float]
-    accuracy: float  # share of generated images that the CNN gives the class they were asked for
+    accuracy: float  # share of generated images that the CNN assigns to their class
     class_accuracy: dict[str, float]
-    frechet: float  # generated against held-out
-    frechet_floor: float  # as many real training images against held-out
+    frechet: float  # generated to held-out images
+    frechet_floor: float  # as many real training images to held-out images
 
 
 class Judge(nn.Module):
@@ -78,7 +78,7 @@ def train_judge(images: Tensor, labels: Tensor, epochs: int = 6, batch: int = 12
 
 
 def load_judge(cache: Path, data: Path) -> Judge:
-    """The judge stored in ``cache``, trained first where there is none."""
+    """The judge stored in ``cache``; it is trained and stored first if it does not exist."""
     if not cache.exists():
         save_file(train_judge(*load_split(data, "train")).state_dict(), cache)
     judge = Judge().eval()
@@ -88,7 +88,7 @@ def load_judge(cache: Path, data: Path) -> Judge:
 
 @torch.no_grad()
 def judge_images(judge: Judge, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (n, 64), float64, and predicted classes (n,)."""
+    """Features, float64 (n, 64), and predicted classes, (n,)."""
     features = torch.cat([judge.features(part) for part in images.split(500)])
     return features.double(), judge.head(features).argmax(1)
 
@@ -113,7 +113,7 @@ def frechet_floor(train: Tensor, labels: Tensor, held_out: Tensor, per_class: in
 
 
 def load_model(folder: Path) -> tuple[DiTTransformer2DModel, DDIMScheduler]:
-    """The model, in float32, and its scheduler."""
+    """The model, with float32 weights, and its scheduler."""
     model = DiTTransformer2DModel.from_config(json.loads((folder / "config.json").read_text())).eval()
     model.load_state_dict(load_file(folder / "model.safetensors"))  # copies fp16 weights into float32 parameters
     return model, DDIMScheduler(**json.loads((folder / "scheduler.json").read_text()))
@@ -123,7 +123,7 @@ def load_model(folder: Path) -> tuple[DiTTransformer2DModel, DDIMScheduler]:
 def sample(
     model: DiTTransformer2DModel, scheduler: DDIMScheduler, classes: Tensor, noise: Tensor, steps: int, guidance: float
 ) -> Tensor:
-    """DDIM with classifier-free guidance; conditional and unconditional halves share a batch."""
+    """Runs DDIM with classifier-free guidance, both halves in one batch. Returns images in [-1, 1]."""
     scheduler.set_timesteps(steps)
     labels, images = torch.cat([classes, torch.full_like(classes, CLASSES)]), noise
     for timestep in scheduler.timesteps:
@@ -135,7 +135,7 @@ def sample(
 
 
 def draw_grid(images: Tensor, path: Path, columns: int) -> None:
-    """One labelled row per class from images (classes, n, 1, size, size)."""
+    """Draws a labelled row for each class, from images (classes, n, 1, size, size)."""
     figure = Figure(figsize=(0.8 * columns + 1.6, 0.8 * CLASSES), layout="constrained")
     for axis, name, row in zip(figure.subplots(CLASSES), CLASS_NAMES, images[:, :columns, 0], strict=True):
         padded = nn.functional.pad(row, (2, 2, 2, 2), value=-1)
@@ -170,7 +170,7 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--columns", type=int, default=10, help="samples per class in the grid")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0, help="of the starting noise and of the draws for the floor")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the initial noise and of the draws for the floor")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""Puts an artifact in the place of a diffusers pipeline's transformer.
+"""Runs a diffusers pipeline with an artifact in place of its transformer.
 
     duca-compile export demo-artifact --steps 20
     python examples/pipeline_with_artifact.py demo-artifact --out boots.png
 
-The pipeline is a small one around the embedded model, which works on pixels and has no autoencoder. Of your own
-pipeline, it is the same line: ``pipe.transformer = duca_compile.load(folder)``.
+The pipeline is a small one around the embedded model, which works on pixels and has no autoencoder. The same line works
+for your own pipeline: ``pipe.transformer = duca_compile.load(folder)``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from duca_compile.app.demo import DemoModel
 
 
 class DemoPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """Class-conditional generation with classifier-free guidance; images in [0, 1] as (rows, height, width, 1)."""
+    """Class-conditional generation with classifier-free guidance; images are (batch, height, width, 1) in [0, 1]."""
 
     def __init__(self, transformer: Any, scheduler: DDIMScheduler, null_class: int) -> None:
         super().__init__()

@@ -1,12 +1,12 @@
-"""Serves an artifact of the embedded model over HTTP; requests that come together run as one batch.
+"""Serves an artifact of the embedded model over HTTP; concurrent requests run as one batch.
 
     pip install 'duca-compile[export,serve]'
     duca-compile export demo-artifact --steps 20
     python examples/serve.py demo-artifact
     curl 'localhost:8000/generate?label=9&seed=1' --output boot.png
 
-Neither torch nor diffusers is imported: the loop is numpy's. Images of a batch do not depend on each other, so a
-request gives what it would give alone, up to rounding.
+Neither torch nor diffusers is imported: the loop uses numpy. Images of a batch do not depend on each other, so a
+request gives the same result as alone, up to rounding.
 """
 
 import argparse
@@ -34,8 +34,8 @@ TRAINED = 1000  # timesteps that the model was trained with
 class Sampler:
     """DDIM (arXiv 2010.02502) with classifier-free guidance, for a model that predicts v (arXiv 2202.00512).
 
-    The noise schedule is the cosine one, rescaled to end in noise alone (arXiv 2305.08891), and the timesteps are
-    spaced from the last one back, as the embedded model was trained for.
+    The noise schedule is the cosine schedule, rescaled to end in pure noise (arXiv 2305.08891), with trailing
+    timesteps, as the embedded model was trained for.
     """
 
     def __init__(self, artifact: Artifact) -> None:
@@ -46,13 +46,13 @@ class Sampler:
         self._artifact = artifact
         steps = artifact.manifest.schedule.num_inference_steps
         if steps is None:
-            raise SystemExit("this artifact says no number of steps; export it with num_inference_steps")
+            raise SystemExit("this artifact has no fixed number of steps; export it with num_inference_steps")
         self._times = np.round(np.arange(TRAINED, 0, -TRAINED / steps)).astype(np.int64) - 1
         self._stride = TRAINED // steps
         self._signal = _signal()
 
     def generate(self, labels: Sequence[int], seeds: Sequence[int]) -> np.ndarray:
-        """Images, float32 (requests, height, width) in [-1, 1]; one request of the artifact for all of them."""
+        """Generates images, float32 (requests, height, width) in [-1, 1], in one request of the artifact."""
         config = self._artifact.manifest.source.config
         shape = (config["in_channels"], config["sample_size"], config["sample_size"])
         latent = np.stack([np.random.default_rng(seed).standard_normal(shape, np.float32) for seed in seeds])
@@ -74,7 +74,7 @@ class Sampler:
 
 
 def _signal() -> np.ndarray:
-    """The share of the signal's variance at each timestep, (1000,)."""
+    """The signal's share of the variance at each timestep, (1000,)."""
     edges = np.cos((np.arange(TRAINED + 1) / TRAINED + 0.008) / 1.008 * np.pi / 2) ** 2
     root = np.sqrt(np.cumprod(1 - np.minimum(1 - edges[1:] / edges[:-1], 0.999)))
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
@@ -82,7 +82,7 @@ def _signal() -> np.ndarray:
 
 @dataclass
 class Batcher:
-    """Waits ``window`` seconds for others after a first request, and generates at most ``limit`` images together."""
+    """Waits ``window`` seconds after a first request for others, and generates at most ``limit`` images together."""
 
     sampler: Sampler
     limit: int
@@ -90,7 +90,7 @@ class Batcher:
 
     def __post_init__(self) -> None:
         self._waiting: asyncio.Queue[tuple[int, int, asyncio.Future[np.ndarray]]] = asyncio.Queue()
-        self.sizes: list[int] = []  # of the batches so far
+        self.sizes: list[int] = []  # sizes of the batches so far
 
     async def generate(self, label: int, seed: int) -> np.ndarray:
         result: asyncio.Future[np.ndarray] = asyncio.get_running_loop().create_future()
@@ -98,7 +98,7 @@ class Batcher:
         return await result
 
     async def run(self) -> None:
-        """Never ends; one batch runs at a time, in a thread of its own, while the next one gathers."""
+        """Serves batches forever: one runs at a time, in a thread of its own, while the next one is collected."""
         while True:
             batch = [await self._waiting.get()]
             await asyncio.sleep(self.window)
@@ -151,9 +151,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Serves an artifact of the embedded model over HTTP.")
     parser.add_argument("artifact", type=Path, help="the folder that `duca-compile export` wrote")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--limit", type=int, default=8, help="images of one batch at most")
-    parser.add_argument("--window", type=float, default=0.02, help="seconds that a batch gathers")
-    parser.add_argument("--threads", type=int, help="of one operator; as many as there are cores by default")
+    parser.add_argument("--limit", type=int, default=8, help="the most images in a batch")
+    parser.add_argument("--window", type=float, default=0.02, help="seconds to wait for further requests of a batch")
+    parser.add_argument("--threads", type=int, help="threads of one operator; by default, one for each core")
     arguments = parser.parse_args()
     artifact = duca_compile.load(arguments.artifact, threads=arguments.threads)
     batcher = Batcher(Sampler(artifact), arguments.limit, arguments.window)

@@ -1,10 +1,11 @@
-"""Train the embedded demo model: a class-conditional DiT on Fashion-MNIST, on a CPU, in about two hours.
+"""Trains the embedded demo model, a class-conditional DiT on Fashion-MNIST, on a CPU in about two hours.
 
     apt-get install dataset-fashion-mnist        # or --data DIR with the four idx files
     python examples/train_demo.py --out runs/demo
 
-Two stages. The first trains with 4x4 patches (49 tokens), which is cheap; its blocks then go on with 2x2 patches
-(196 tokens). A run that was stopped resumes from its last checkpoint when started again with the same --out.
+There are two stages. The first trains with 4x4 patches (49 tokens), which is cheap; its blocks then continue with 2x2
+patches (196 tokens). A run that was stopped resumes from its last checkpoint when it is started again with the same
+--out.
 """
 
 import argparse
@@ -32,7 +33,7 @@ SCHEDULER = {
     "prediction_type": "v_prediction",
     "rescale_betas_zero_snr": True,
     "timestep_spacing": "trailing",
-    "clip_sample": False,  # the noise that goes with a clipped image is not clipped, so dark areas would drift bright
+    "clip_sample": False,  # clipping the image but not its noise would make dark areas drift brighter
     "set_alpha_to_one": True,
 }
 
@@ -48,7 +49,7 @@ class Stage:
 
 
 def load_split(folder: Path, split: str) -> tuple[Tensor, Tensor]:
-    """Images (n, 1, 28, 28) in [-1, 1], float32, and labels (n,), int64, of ``split`` "train" or "t10k"."""
+    """Images, float32 (n, 1, 28, 28) in [-1, 1], and labels, int64 (n,), of ``split`` "train" or "t10k"."""
     with gzip.open(folder / f"{split}-images-idx3-ubyte.gz") as file:
         pixels = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 1, SIZE, SIZE)
     with gzip.open(folder / f"{split}-labels-idx1-ubyte.gz") as file:
@@ -57,7 +58,7 @@ def load_split(folder: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def build(patch: int, width: int = 96, heads: int = 3, depth: int = 12) -> DiTTransformer2DModel:
-    """The DiT in eval mode (in train mode every diffusers block would drop labels on its own), adaLN-Zero."""
+    """The DiT with adaLN-Zero, in eval mode: in train mode, each diffusers block would drop labels on its own."""
     model = DiTTransformer2DModel(
         num_attention_heads=heads,
         attention_head_dim=width // heads,
@@ -76,7 +77,7 @@ def build(patch: int, width: int = 96, heads: int = 3, depth: int = 12) -> DiTTr
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
     if patch > 2:
-        fine = build(2).pos_embed.pos_embed  # positions of the fine grid, averaged, so that they survive the refinement
+        fine = build(2).pos_embed.pos_embed  # averaged from the fine grid, so that they stay valid after the refinement
         side, ratio = SIZE // 2, patch // 2
         grid = fine.reshape(side // ratio, ratio, side // ratio, ratio, width).mean((1, 3))
         model.pos_embed.pos_embed.copy_(grid.reshape(1, -1, width))
@@ -84,7 +85,7 @@ def build(patch: int, width: int = 96, heads: int = 3, depth: int = 12) -> DiTTr
 
 
 def refine(coarse: dict[str, Tensor], model: DiTTransformer2DModel) -> None:
-    """Loads the weights of a patch-4 model into a patch-2 one: patch embedding and head are pooled."""
+    """Loads the weights of a patch-4 model into a patch-2 one, with patch embedding and head pooled."""
     state = dict(coarse)
     embed = state["pos_embed.proj.weight"]
     state["pos_embed.proj.weight"] = nn.functional.avg_pool2d(embed, 2) * 2
@@ -112,7 +113,7 @@ def lr_factor(stage: Stage, seen: int) -> float:
 
 
 class Trainer:
-    """The state of one run: model, running average, optimizers, and how many images each stage has seen."""
+    """The state of one run: model, running average, optimizers, and the images that each stage has seen."""
 
     def __init__(self, out: Path, data: Path, stages: list[Stage], compile_model: bool) -> None:
         self.out, self.stages, self.compile_model = out, stages, compile_model
@@ -140,14 +141,14 @@ class Trainer:
         for index in range(1, saved["stage"] + 1):
             self._enter(index)
         self.seen, self.log = saved["seen"], saved["log"]
-        torch.manual_seed(torch.initial_seed() + self.seen)  # not the batches of the first part again
+        torch.manual_seed(torch.initial_seed() + self.seen)  # so that batches do not repeat those of the first part
         self.model.load_state_dict(saved["model"])
         self.average = saved["average"]
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
 
     def save(self) -> None:
-        """Writes the resumable checkpoint and the averaged weights; each file appears whole or not at all."""
+        """Writes the resumable checkpoint and the averaged weights, each file atomically."""
         state = {
             "stage": self.stage,
             "seen": self.seen,
@@ -214,7 +215,7 @@ class Trainer:
 
 
 def export(folder: Path, model: DiTTransformer2DModel, weights: dict[str, Tensor]) -> None:
-    """Writes what the package ships: fp16 safetensors, the model's config, the scheduler's, and the class names."""
+    """Writes the files that the package contains: fp16 weights, configs of model and scheduler, and class names."""
     half = {k: v.half().contiguous() for k, v in weights.items()}
     save_file(half, folder / "model.safetensors.tmp")
     os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
@@ -229,7 +230,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--data", type=Path, default=Path("/usr/share/datasets/fashion-mnist"))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long; start again to go on")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="stop after this many minutes; start again to continue"
+    )
     parser.add_argument("--coarse-images", type=int, default=205_000)
     parser.add_argument("--fine-images", type=int, default=135_000)
     parser.add_argument("--save-every", type=float, default=5.0, help="minutes between checkpoints")

@@ -121,7 +121,7 @@ def rule(**changed: Any) -> Callable[[Path], str]:
         (rewritten(lambda c: c["policy"]["rule"].pop("fields")), "policy.rule.fields is missing"),
         (rule(colour="red"), "policy.rule.fields.colour is unknown in schema 1"),
         (rule(threshold="low"), "policy.rule.fields.threshold must be float, not 'low'"),
-        (rule(threshold=-1), "policy.rule.fields: threshold=-1.0 is impossible"),
+        (rule(threshold=-1), "policy.rule.fields: threshold=-1.0 is invalid"),
         (rule(probe="last_block"), "policy.rule.fields.probe must be one of .*'first_block'.*, not 'last_block'"),
         (rule(decide_per="row"), "the graphs are not for decide_per='row'"),
         (rule(cached="branches"), "policy.rule may choose .*REUSE.*, which is not there"),

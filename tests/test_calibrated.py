@@ -20,8 +20,8 @@ from duca_compile.app import demo
 from duca_compile.app.cli import app
 from duca_compile.methods.calibration import Calibration, _differences, _Products
 from duca_compile.policies import StepKind
-from duca_compile.policies.base import Forecast, Measured
-from duca_compile.runtime.past import Past
+from duca_compile.policies.base import FittedFactors, Forecast
+from duca_compile.runtime.forecast_state import ForecastState
 from tests.artifacts import distance, loop, tiny_dit
 from tests.artifacts import export as saved
 from tests.pipelines import CASES, make, patterns, run
@@ -85,7 +85,7 @@ def test_factors_are_those_of_least_squares(seed: int, order: int, passes: int, 
     assert policy == Calibration([_Products.of([*loop]) for loop in loops]).policy(np.array(full), order)
     for step, each in enumerate(policy.measured):
         if each is None or step < full[1]:
-            assert each in (None, Measured(0, ()))
+            assert each in (None, FittedFactors(0, ()))
             continue
         last = tuple(s for s in full if s <= step)[-order - 1 :]
         sides, wanted = [], []
@@ -132,12 +132,12 @@ def test_its_error_is_that_of_the_forecasts_of_the_loop() -> None:
 
 
 def test_measured_factors_hold_behind_their_own_full_steps_alone() -> None:
-    measured = (None, Measured(0, ()), None, Measured(2, (1.5,)), Measured(2, (2.5,)), None)
+    measured = (None, FittedFactors(0, ()), None, FittedFactors(2, (1.5,)), FittedFactors(2, (2.5,)), None)
     forecast = Forecast(2, lite=True, first=0, measured=measured)
-    assert Past(2, 1).factors(4, forecast) == (2.5, 0.0)
-    assert Past(1, 1).factors(4, forecast) == (3.0, 4.5), "another full step"
-    assert Past(2, 0).factors(4, forecast) == (2.0, 2.0), "fewer differences"
-    assert Past(2, 1).factors(7, forecast) == (5.0, 12.5), "a step beyond"
+    assert ForecastState(2, 1).factors(4, forecast) == (2.5, 0.0)
+    assert ForecastState(1, 1).factors(4, forecast) == (3.0, 4.5), "another full step"
+    assert ForecastState(2, 0).factors(4, forecast) == (2.0, 2.0), "fewer differences"
+    assert ForecastState(2, 1).factors(7, forecast) == (5.0, 12.5), "a step beyond"
 
 
 def dit_loop(model: Any, number: int) -> list[Tensor]:
@@ -190,13 +190,15 @@ def test_it_is_saved_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ('{"format": 2}', "another version"),
         ('{"format": 1, "measured": [null], "speed": 3}', "speed"),
         ('{"format": 1, "measured": []}', "no full step"),
-        ('{"format": 1, "measured": [null, {"last_full": 0, "factors": ["x"]}]}', "factors.0.='x' is impossible"),
+        ('{"format": 1, "measured": [null, {"last_full": 0, "factors": ["x"]}]}', "factors.0.='x' is invalid"),
     ],
 )
 def test_a_file_that_is_none_is_refused(text: str, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "some.json"
     path.write_text(text)
-    with pytest.raises(UsageError, match=rf"(?s)some.json holds no calibrated policy: .*{reason}.*; make it with"):
+    with pytest.raises(
+        UsageError, match=rf"(?s)some.json does not hold a calibrated policy: .*{reason}.*; make one with"
+    ):
         Calibrated.load(path)
     with pytest.raises(UsageError, match=r"cannot read .*nowhere.json: No such file"):
         Calibrated.load(tmp_path / "nowhere.json")
@@ -205,10 +207,10 @@ def test_a_file_that_is_none_is_refused(text: str, reason: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("measured", "reason"),
     [
-        ((Measured(0, ()),), r"measured\[0\].*the full step before it is missing"),
-        ((None, Measured(1, ())), r"measured\[1\].*the full step before it is 0"),
-        ((None, Measured(0, (1.0, 2.0, 3.0))), "2 orders at most"),
-        ((None, Measured(0, (float("nan"),))), r"measured\[1\].factors\[0\]=nan is impossible"),
+        ((FittedFactors(0, ()),), r"measured\[0\].*the full step before it is missing"),
+        ((None, FittedFactors(1, ())), r"measured\[1\].*the full step before it is 0"),
+        ((None, FittedFactors(0, (1.0, 2.0, 3.0))), "2 orders at most"),
+        ((None, FittedFactors(0, (float("nan"),))), r"measured\[1\].factors\[0\]=nan is invalid"),
         ((), "no full step"),
     ],
 )
@@ -230,7 +232,7 @@ def test_it_is_for_loops_of_its_length() -> None:
 
 def test_loops_that_cannot_be_measured_are_refused() -> None:
     model = Decay().eval()
-    with pytest.raises(UsageError, match="must run one denoising loop of two steps or more"):
+    with pytest.raises(UsageError, match="must run one denoising loop of at least two steps"):
         calibrate(model, lambda drop_in, number: None)
     measured = calibrate(model, decaying())
     for full_steps, reason in ((13, "full_steps=13"), ((1, 2), "lacks step 0"), ((0, 12), r"full_steps\[1\]=12")):

@@ -175,7 +175,9 @@ def test_a_resumed_training_equals_an_uninterrupted_one(model: nn.Module, tmp_pa
     assert all(torch.equal(resumed.weights[name], weight) for name, weight in whole.weights.items())
     again = train_predictor(model, loop, path, settings, resume=True)
     assert all(torch.equal(again.weights[name], weight) for name, weight in whole.weights.items())
-    with pytest.raises(UsageError, match="is of a training with updates=5, and now it is 6; go on with the same"):
+    with pytest.raises(
+        UsageError, match="belongs to a training with updates=5, and now it is 6; continue with the same"
+    ):
         train_predictor(model, loop, path, TrainingSettings(loops=4, updates=6), resume=True)
 
 
@@ -209,13 +211,13 @@ def test_what_is_no_predictor_is_refused(tmp_path: Path, trained: Path, model: n
     (tmp_path / "text.safetensors").write_text("no weights")
     with pytest.raises(UsageError, match="cannot read"):
         DisCa(tmp_path / "text.safetensors")
-    with pytest.raises(UsageError, match="holds no predictor"):
+    with pytest.raises(UsageError, match="does not hold a predictor"):
         DisCa(checkpoint_path(trained))
     with pytest.raises(UsageError, match=r"must end in \.safetensors"):
         train_predictor(model, loop, tmp_path / "predictor.pt")
     with pytest.raises(UsageError, match="there is no folder"):
         train_predictor(model, loop, tmp_path / "none" / "predictor.safetensors")
-    with pytest.raises(UsageError, match="must run one denoising loop of two steps or more"):
+    with pytest.raises(UsageError, match="must run one denoising loop of at least two steps"):
         train_predictor(model, lambda drop_in, number: None, tmp_path / "predictor.safetensors")
 
 
@@ -304,7 +306,7 @@ def test_caches_and_flops_are_as_announced(model: nn.Module, trained: Path) -> N
     embedder = (full - DEPTH * (block + gates) - embedding - skip) / (DEPTH - 1)
     fuse = 2 * rows * tokens * 3 * width**2
     assert plan.steps[1].flops == skip + embedding + fuse + 2 * (block + gates + embedder)
-    with pytest.raises(PolicyError, match="has predict steps, which the papers' count does not know"):
+    with pytest.raises(PolicyError, match="has predict steps, which the papers do not count"):
         paper_flops(Blocks.of(found.captured, found.facts), DisCa(trained, 3), STEPS)
 
 
@@ -337,7 +339,7 @@ def test_full_steps_are_listed_or_in_intervals(trained: Path) -> None:
     assert DisCa(trained, full_steps=(0, 3)).name == "DisCa (2 full)"
     with pytest.raises(PolicyError, match=r"full_steps=\(1, 2\) lacks step 0"):
         DisCa(trained, full_steps=(1, 2))
-    with pytest.raises(PolicyError, match="interval=0 is impossible"):
+    with pytest.raises(PolicyError, match="interval=0 is invalid"):
         DisCa(trained, 0)
 
 
@@ -355,7 +357,7 @@ def test_the_command_trains_and_resumes(tmp_path: Path) -> None:
     assert Predictor.load(path).config.updates == 6
     other = CliRunner().invoke(app, [*arguments, "--resume", "--seed", "1"], env={"COLUMNS": "120"})
     assert other.exit_code == 2
-    assert "is of a training with seed=0" in " ".join(other.output.split())
+    assert "belongs to a training with seed=0" in " ".join(other.output.split())
 
 
 @pytest.mark.slow

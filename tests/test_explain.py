@@ -101,7 +101,7 @@ def test_the_command_explains_the_embedded_model_and_ones_own(monkeypatch: pytes
     assert f"{2 * DEPTH} branches in {DEPTH} blocks" in own.output
     missing = CliRunner().invoke(app, ["explain", "tests.test_explain:nothing"])
     assert missing.exit_code == 2
-    assert "name it as package.module:function" in " ".join(missing.output.split())
+    assert "write it as package.module:function" in " ".join(missing.output.split())
 
 
 def example() -> tuple[nn.Module, dict[str, object]]:

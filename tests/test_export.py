@@ -286,7 +286,7 @@ def path_of_full(path: str) -> Callable[[dict[str, Any]], None]:
         (lambda c: c["branches"][0].update(tokens=0), r"branches\[0\]\.tokens must be int >= 1, not 0"),
         (lambda c: c["schedule"]["steps"].append(99), "a place that is not among the plans"),
         (lambda c: c["schedule"]["plans"][0]["step"].update(kind="leap"), "must be one of .*'reuse'.*, not 'leap'"),
-        (lambda c: c["policy"]["selection"].update(patch=0), "patch=0 is impossible"),
+        (lambda c: c["policy"]["selection"].update(patch=0), "patch=0 is invalid"),
         (lambda c: c["variants"]["full"].update(graph="none"), "there is no graph 'none'"),
         (lambda c: c["weights"]["chunks"][0].update(start=10**12), "is out of range"),
         (path_of_full("../full.onnx"), "is not in the folder"),
@@ -354,7 +354,7 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(
         export(model, folder)
     with pytest.raises(UsageError, match=r"expected a model from duca_compile\.optimize"):
         duca_compile.save(tiny_dit(), tmp_path / "a", example(2))
-    with pytest.raises(UsageError, match="opset=3 is impossible"):
+    with pytest.raises(UsageError, match="opset=3 is invalid"):
         export(model, tmp_path / "a", opset=3)
 
     def broken(*_: Any, **__: Any) -> None:

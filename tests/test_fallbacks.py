@@ -23,8 +23,9 @@ from duca_compile.backends.eager import EagerBackend
 from duca_compile.backends.inductor import private
 from duca_compile.backends.inductor.backend import InductorBackend
 from duca_compile.compiler import verification as verify
-from duca_compile.policies.base import Measured
+from duca_compile.policies.base import FittedFactors
 from duca_compile.runtime.torch import rows
+from duca_compile.runtime.torch.programs import Programs
 from tests import models
 from tests.unit.tracing import module
 
@@ -77,10 +78,12 @@ def test_a_variant_that_cannot_be_compiled_falls_back_alone(monkeypatch: pytest.
     optimized = duca_compile.optimize(model, policy)
     (message,) = warned(lambda: loop(optimized))
     assert "no lowering of index_put_" in message
-    assert "that of partial steps is running under eager instead" in message
+    assert "that of partial steps runs under eager instead" in message
     assert letters(optimized) == "FPSFPS"
     assert sorted(tried) == [False, False, True]
-    with pytest.raises(BackendError, match=r"no lowering of index_put_\. It is that of partial steps"):
+    with pytest.raises(
+        BackendError, match=r"could not compile the variant of partial steps: .*no lowering of index_put_"
+    ):
         loop(duca_compile.optimize(model, policy, strict=True))
 
 
@@ -101,7 +104,7 @@ def test_without_a_compiler_one_variant_is_tried(
     tried = failing(monkeypatch, error)
     optimized = duca_compile.optimize(models.build(), DuCa(interval=3))
     (message,) = warned(lambda: loop(optimized))
-    assert ("all are running under eager" in message) == ("apt-get install g++" in message) == (not works)
+    assert ("all variants run under eager" in message) == ("apt-get install g++" in message) == (not works)
     assert tried == [True] * (3 if works else 1)
 
 
@@ -130,7 +133,7 @@ def test_what_inductor_has_no_lowering_for_costs_its_own_variant(monkeypatch: py
     found: list[Tensor] = []
     (message,) = warned(lambda: found.extend(loop(optimized)))
     assert "bessel_j0" in message
-    assert "that of full steps is running under eager instead" in message
+    assert "that of full steps runs under eager instead" in message
     for a, b in zip(found, loop(eager), strict=True):
         assert (a - b).norm() <= 1e-5 * b.norm()
     compiled = optimized._compiled.values()
@@ -187,7 +190,8 @@ def test_kinds_of_call_that_push_each_other_out_are_warned_about_once(said: Call
 
 
 @pytest.mark.parametrize(
-    ("most", "reason"), [(0, "for 6 steps they would take"), (2**28, "torch.func.vmap cannot (no rule for it)")]
+    ("most", "reason"),
+    [(0, "for 6 steps they would take"), (2**28, "torch.func.vmap does not support them (no rule for it)")],
 )
 def test_timesteps_that_cannot_be_computed_at_once_are_warned_about_once(
     said: Callable[[str], int], monkeypatch: pytest.MonkeyPatch, most: int, reason: str
@@ -201,7 +205,17 @@ def test_timesteps_that_cannot_be_computed_at_once_are_warned_about_once(
     optimized = duca_compile.optimize(models.build(), Uncached(), "eager")
     for _ in range(3):  # the loops behind the first one are expected to go as that went
         loop(optimized)
-    assert said(reason) == said("is computed step by step") == 1
+    assert said(reason) == said("computed step by step, not all at once") == 1
+
+
+def test_timestep_values_that_cannot_be_built_are_an_error_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def timestep_rows(self: Programs, needed: object) -> Any:
+        raise RuntimeError("a bug in building")
+
+    monkeypatch.setattr(Programs, "timestep_rows", timestep_rows)
+    monkeypatch.setattr(EagerBackend, "exact", False)
+    with pytest.raises(RuntimeError, match="a bug in building"):
+        loop(duca_compile.optimize(models.build(), Uncached(), "eager"))
 
 
 def convolved() -> nn.Module:
@@ -242,7 +256,7 @@ def test_branches_that_the_check_of_values_finds_wrong_are_named(
 
 
 def test_steps_beyond_a_calibrated_policy_are_said(said: Callable[[str], int]) -> None:
-    policy = Calibrated((None, None, Measured(1, (0.5,))), max_order=1)
+    policy = Calibrated((None, None, FittedFactors(1, (0.5,))), max_order=1)
     optimized = duca_compile.optimize(models.build(), policy, "eager")
     loop(optimized, 5)
     assert letters(optimized) == "FFTFF"

@@ -12,7 +12,7 @@ from torch._inductor.compile_fx import compile_fx
 
 import duca_compile
 from duca_compile import FORA, DuCa, Linear, Policy, TaylorSeer, UsageError
-from duca_compile.backends.cuda_graphs import Replayed
+from duca_compile.backends.cuda_graphs import GraphReplay
 from duca_compile.backends.inductor import private
 from duca_compile.runtime.torch.rows import Rows
 from tests.test_optimize import build, kinds, loop
@@ -190,7 +190,7 @@ def test_replayed_steps_keep_their_buffers_and_hand_out_copies() -> None:
     def step(x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
         return x * 2, cache.add_(x.sum())
 
-    replayed = Replayed(step, record)
+    replayed = GraphReplay(step, record)
     cache, outputs = torch.zeros(3), []
     for number in range(1, 4):
         before = cache.clone()

@@ -124,7 +124,7 @@ def test_what_runs_under_eager_instead_is_told(messages: Messages, monkeypatch: 
     with pytest.warns(RuntimeWarning, match="no such operator"):
         call(duca_compile.optimize(build(1), "none"))
     assert messages()[-2:] == [
-        "Inductor could not compile that of full steps: no such operator",
+        "Inductor could not compile the variant of full steps: no such operator",
         "the variant of full steps runs under eager",
     ]
 

@@ -28,10 +28,10 @@ from duca_compile import (
     UsageError,
 )
 from duca_compile.analysis.memory import peak_bytes
-from duca_compile.core.steps import Kept
+from duca_compile.core.steps import CacheKinds
 from duca_compile.policies import Step, StepKind
-from duca_compile.policies.base import Measured
-from duca_compile.policies.liveness import until_the_last, with_liveness
+from duca_compile.policies.base import FittedFactors
+from duca_compile.policies.liveness import kept_until_last, with_liveness
 from tests.support import Shared
 from tests.test_optimize import build, kinds, latent, loop
 
@@ -158,14 +158,14 @@ def test_what_is_live_is_what_the_steps_up_to_the_next_full_one_read(kinds: list
 
 def test_where_features_are_forecast_all_is_kept_but_behind_the_last_step() -> None:
     steps = [Step(StepKind.FULL), Step(StepKind.FORECAST), Step(StepKind.FULL)]
-    assert [step.live for step in until_the_last(iter(steps))] == [Kept.ALL, Kept.ALL, Kept.NOTHING]
-    assert [*until_the_last(iter([]))] == []
-    assert {step.live for step in islice(TaylorSeer().planned(None), 600)} == {Kept.ALL}
+    assert [step.live for step in kept_until_last(iter(steps))] == [CacheKinds.ALL, CacheKinds.ALL, CacheKinds.NOTHING]
+    assert [*kept_until_last(iter([]))] == []
+    assert {step.live for step in islice(TaylorSeer().planned(None), 600)} == {CacheKinds.ALL}
 
 
 def test_schedules_without_end_are_read_as_they_come() -> None:
     endless = islice(with_liveness(Step(StepKind.REUSE) for _ in iter(int, 1)), 600)
-    assert {step.live for step in endless} == {Kept.ALL, Kept.BRANCHES}
+    assert {step.live for step in endless} == {CacheKinds.ALL, CacheKinds.BRANCHES}
 
 
 @torch.no_grad()
@@ -191,7 +191,7 @@ def test_a_stretch_of_skips_keeps_one_tensor_and_the_last_step_none(model: nn.Mo
     [
         TaylorSeer(interval=3, max_order=1),
         TaylorSeer(interval=3, max_order=2, relational=True),
-        Calibrated((None, None, Measured(1, (0.5,)), None, Measured(3, (0.5,))), max_order=1),
+        Calibrated((None, None, FittedFactors(1, (0.5,)), None, FittedFactors(3, (0.5,))), max_order=1),
         RFC(),
         SpeCa(decay_rate=1.0, first_full_steps=1),
         SpeCa(decay_rate=1.0, decide_per="row"),

@@ -28,7 +28,7 @@ from duca_compile import (
 from duca_compile.backends.inductor import private
 from duca_compile.frontend.binder import Binder
 from duca_compile.policies import AdaptivePolicy, StepKind
-from duca_compile.policies.base import Measured
+from duca_compile.policies.base import FittedFactors
 from tests.support import Shared, sampled
 from tests.test_models import sample
 from tests.zoo import ZOO, Entry
@@ -37,11 +37,13 @@ STEPS, DEPTH = 12, 2
 MODELS = ("DiT", "PixArt", "SD3", "FLUX", "Wan", "HunyuanVideo")
 
 
-def measured(*full: int) -> tuple[Measured | None, ...]:
+def measured(*full: int) -> tuple[FittedFactors | None, ...]:
     """Factors as if they had been measured, for ``STEPS`` steps."""
     last = [max(each for each in full if each <= step) for step in range(STEPS)]
     orders = [min(2, sum(each <= step for each in full) - 1) for step in range(STEPS)]
-    return tuple(None if step in full else Measured(last[step], (0.4, 0.1)[: orders[step]]) for step in range(STEPS))
+    return tuple(
+        None if step in full else FittedFactors(last[step], (0.4, 0.1)[: orders[step]]) for step in range(STEPS)
+    )
 
 
 METHODS: dict[str, tuple[Policy, str]] = {  # and the model that it is compiled on in CI

@@ -97,7 +97,7 @@ def test_a_model_that_is_no_dit_is_refused() -> None:
     torch.manual_seed(0)
     model, arguments = ZOO["PixArt"].build(2)
     found = duca_compile.explain(model.eval(), **arguments)
-    with pytest.raises(StructureError, match="the papers count FLOPs for DiT alone"):
+    with pytest.raises(StructureError, match="the papers count FLOPs only for DiT"):
         loop_flops(found, Uncached(), 2)
 
 

@@ -88,7 +88,7 @@ def test_what_there_is_not_is_refused(found: Explanation, partial: PassReport) -
             pass_report(found, POLICY, STEPS, step)
     with pytest.raises(UsageError, match=r"DuCa \(N=5\) has no probe"):
         pass_report(found, POLICY, STEPS, "probe")
-    with pytest.raises(UsageError, match=r"pass 'Skip' is unknown; choose of Hoist, .*, WriteLast"):
+    with pytest.raises(UsageError, match=r"pass 'Skip' is unknown; choose one of Hoist, .*, WriteLast"):
         partial.only(["Skip"])
 
 

@@ -46,10 +46,10 @@ def test_how_tokens_lie_is_what_the_graph_shows(name: str) -> None:
 
 def test_a_patch_bonus_where_the_graph_shows_no_grid_is_refused_until_it_is_given() -> None:
     found = explained("FLUX")
-    with pytest.raises(PolicyError, match="how the 16 tokens lie, which this model's graph does not show"):
+    with pytest.raises(PolicyError, match="layout of the 16 tokens, which this model's graph does not show"):
         found.schedule(ToCa(selection=Selection("attention", patch_bonus=0.6)), 4)
     found.schedule(ToCa(selection=Selection("attention", patch_bonus=0.6, grid=(4, 4))), 4)
-    with pytest.raises(PolicyError, match="that 3x3 patches tile, and the 16 tokens lie as 4 x 4"):
+    with pytest.raises(PolicyError, match="that 3x3 patches tile, and the grid of the 16 tokens is 4 x 4"):
         explained("DiT").schedule(ToCa(selection=Selection("attention", patch_bonus=0.6, patch=3)), 4)
 
 

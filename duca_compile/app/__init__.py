@@ -1,1 +1,1 @@
-"""The command line, the demo and its data, and reports."""
+"""The command line, the demo with its data, and reports."""

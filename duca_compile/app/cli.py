@@ -1,4 +1,4 @@
-"""The command line. What runs artifacts needs no torch, so that is imported where it is used."""
+"""The command line. Running an artifact needs no torch, so torch is imported only by the commands that need it."""
 
 from __future__ import annotations
 
@@ -37,21 +37,24 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
-LOOP_SEED = 1_000_000  # of the noise that is learnt from: none that the demo is likely to start from
-Steps = Annotated[int, typer.Option(min=1, help="Denoising steps of the loop.")]
-POLICY_NAMES = "duca, toca, fora, taylorseer, rfc, speca, gate or calibrated; or the file of a calibrated one."
+LOOP_SEED = 1_000_000  # of the noise to learn from; the demo is unlikely to start from the same
+Steps = Annotated[int, typer.Option(min=1, help="Number of denoising steps.")]
+POLICY_NAMES = "duca, toca, fora, taylorseer, rfc, speca, gate or calibrated; or the path of a calibrated policy."
 PolicyOption = Annotated[str, typer.Option(help=POLICY_NAMES)]
-Interval = Annotated[int | None, typer.Option(min=1, help="Steps from one full step to the next.")]
+Interval = Annotated[int | None, typer.Option(min=1, help="Number of steps from one full step to the next.")]
 Target = Annotated[
     str | None,
-    typer.Argument(help="package.module:function returning (model, kwargs of one call); else the embedded model."),
+    typer.Argument(
+        help="package.module:function that returns (model, kwargs of one call). Default: the embedded model."
+    ),
 ]
 LoopTarget = Annotated[
-    str | None, typer.Argument(help="package.module:function returning (model, sample); else the embedded model.")
+    str | None,
+    typer.Argument(help="package.module:function that returns (model, sample). Default: the embedded model."),
 ]
-LoopSteps = Annotated[int, typer.Option(min=2, help="Denoising steps of a loop of the embedded model.")]
-Folder = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The folder of an artifact.")]
-Device = Annotated[str, typer.Option(help="Where the model runs: cpu, cuda, cuda:1, ...")]
+LoopSteps = Annotated[int, typer.Option(min=2, help="Number of denoising steps of a loop of the embedded model.")]
+Folder = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of an artifact.")]
+Device = Annotated[str, typer.Option(help="Device of the model: cpu, cuda, cuda:1, ...")]
 
 
 @app.callback()
@@ -62,17 +65,17 @@ def main() -> None:
 @app.command()
 def demo(
     steps: Steps = 50,
-    seed: Annotated[int, typer.Option(help="Seed of the starting noise.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
     policy: Annotated[
         list[str] | None,
-        typer.Option(help=f"{POLICY_NAMES} May be repeated; duca and, at 50 steps, calibrated without it."),
+        typer.Option(help=f"{POLICY_NAMES} May be repeated. Default: duca and, at 50 steps, calibrated."),
     ] = None,
     interval: Interval = None,
     backend: Annotated[str, typer.Option(help="inductor or eager.")] = "inductor",
-    out: Annotated[Path, typer.Option(help="Where the picture goes.")] = Path("demo.png"),
+    out: Annotated[Path, typer.Option(help="Path of the picture.")] = Path("demo.png"),
     device: Device = "cpu",
 ) -> None:
-    """Generate every class of the embedded model with and without caching; write a picture, print the numbers."""
+    """Generate images with the embedded model, with and without caching; write a picture and print the timings."""
     from duca_compile.app import demo as demonstration
 
     try:
@@ -100,16 +103,16 @@ def explain(
     interval: Interval = None,
     device: Device = "cpu",
 ) -> None:
-    """Show what the compiler finds in a model, and the schedule that a policy would run."""
+    """Show what the compiler finds in a model, and the schedule of a policy."""
     from duca_compile.app.demo import make_policy
     from duca_compile.explanation import explain as explain_model
 
     try:
         chosen = make_policy(policy, interval)
         model, arguments = _embedded(device) if target is None else _load_target(target)
-        found = explain_model(model, **arguments)
-        console.print(found)
-        console.print(found.schedule(chosen, steps))
+        report = explain_model(model, **arguments)
+        console.print(report)
+        console.print(report.schedule(chosen, steps))
     except DucaError as error:
         _fail(error)
 
@@ -122,14 +125,16 @@ def passes(
     interval: Interval = None,
     step: Annotated[
         str | None,
-        typer.Option(help="Its kind (full, partial, ...), its number, or probe; else the first that is not full."),
+        typer.Option(
+            help="Kind (full, partial, ...) or number of the step, or probe. Default: the first step that is not full."
+        ),
     ] = None,
-    only: Annotated[list[str] | None, typer.Option("--pass", help="Show only this pass; may be repeated.")] = None,
-    stat: Annotated[bool, typer.Option("--stat", help="A table of nodes and FLOPs instead of the diffs.")] = False,
-    context: Annotated[int, typer.Option(min=0, help="Unchanged lines around each change.")] = 3,
+    only: Annotated[list[str] | None, typer.Option("--pass", help="Show only this pass. May be repeated.")] = None,
+    stat: Annotated[bool, typer.Option("--stat", help="Show a table of nodes and FLOPs instead of diffs.")] = False,
+    context: Annotated[int, typer.Option(min=0, help="Number of unchanged lines around each change.")] = 3,
     device: Device = "cpu",
 ) -> None:
-    """Show what each pass does to the graph of a step: a diff with a line for each node."""
+    """Show what each pass does to the graph of a step, as a diff with a line for each node."""
     from duca_compile.app.demo import make_policy
     from duca_compile.app.pass_diff import pass_report
     from duca_compile.explanation import explain as explain_model
@@ -150,18 +155,18 @@ def passes(
 @app.command("train-predictor")
 def train(
     target: LoopTarget = None,
-    out: Annotated[Path, typer.Option(help="Where the predictor goes; ends in .safetensors.")] = Path(
+    out: Annotated[Path, typer.Option(help="Path of the predictor; ends in .safetensors.")] = Path(
         "predictor.safetensors"
     ),
-    loops: Annotated[int, typer.Option(min=1, help="Denoising loops to train on.")] = 50,
-    updates: Annotated[int, typer.Option(min=1, help="Gradient steps for each loop.")] = 20,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Of AdamW, at the start.")] = 1e-3,
+    loops: Annotated[int, typer.Option(min=1, help="Number of denoising loops to train on.")] = 50,
+    updates: Annotated[int, typer.Option(min=1, help="Number of gradient steps for each loop.")] = 20,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Initial learning rate of AdamW.")] = 1e-3,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the choice of steps.")] = 0,
     steps: LoopSteps = 20,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint, if there is one.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint, if there is one.")] = False,
     device: Device = "cpu",
 ) -> None:
-    """Train the predictor that DisCa needs, on the model's own denoising loops; sample(drop_in, number) runs one."""
+    """Train the predictor of DisCa on the model's own denoising loops; sample(drop_in, number) runs one loop."""
     from duca_compile.methods.training import TrainingSettings, train_predictor
 
     try:
@@ -178,14 +183,14 @@ def train(
 @app.command()
 def calibrate(
     target: LoopTarget = None,
-    full_steps: Annotated[int, typer.Option(min=1, help="How many steps of a loop are computed in full.")] = 10,
-    max_order: Annotated[int, typer.Option(min=1, max=4, help="The highest difference used.")] = 2,
-    loops: Annotated[int, typer.Option(min=1, help="Denoising loops to measure.")] = 1,
+    full_steps: Annotated[int, typer.Option(min=1, help="Number of steps that are computed in full.")] = 10,
+    max_order: Annotated[int, typer.Option(min=1, max=4, help="Highest order of difference used.")] = 2,
+    loops: Annotated[int, typer.Option(min=1, help="Number of denoising loops to measure.")] = 1,
     steps: LoopSteps = 50,
-    out: Annotated[Path, typer.Option(help="Where the policy goes.")] = Path("calibrated.json"),
+    out: Annotated[Path, typer.Option(help="Path of the policy.")] = Path("calibrated.json"),
     device: Device = "cpu",
 ) -> None:
-    """Measure a model's own denoising loop: which steps to compute in full, and how to forecast the others."""
+    """Measure a model's own denoising loop: which steps to compute in full, and how to forecast the other ones."""
     from duca_compile.methods.calibration import calibrate as calibrated
 
     try:
@@ -215,21 +220,24 @@ def _embedded_loops(device: str, steps: int) -> tuple[nn.Module, Callable[[nn.Mo
 def flops(
     target: Annotated[
         str | None,
-        typer.Argument(help="package.module:function returning (model, kwargs of one call); else DiT-XL/2 at 256x256."),
+        typer.Argument(
+            help="package.module:function that returns (model, kwargs of one call). Default: DiT-XL/2 at 256x256."
+        ),
     ] = None,
     steps: Steps = 50,
     interval: Annotated[
-        list[int] | None, typer.Option(min=1, help="Steps between full steps; may be repeated. 3 to 7 by default.")
+        list[int] | None,
+        typer.Option(min=1, help="Number of steps from one full step to the next. May be repeated. Default: 3 to 7."),
     ] = None,
 ) -> None:
-    """Count the loops of the papers' settings on a DiT: as the papers count, and every product of the graph."""
+    """Count FLOPs of a DiT with the papers' settings: as the papers count them, and all products of the graph."""
     from duca_compile.app.paper_flops import explain_dit_xl, loop_flops, published_policies
     from duca_compile.policies import Uncached
 
     try:
-        found = explain_dit_xl() if target is None else _explain_target(target)
+        report = explain_dit_xl() if target is None else _explain_target(target)
         policies = [Uncached(), *published_policies(tuple(interval or range(3, 8)))]
-        rows = [loop_flops(found, policy, steps) for policy in policies]
+        rows = [loop_flops(report, policy, steps) for policy in policies]
     except DucaError as error:
         _fail(error)
     names = ("policy", "papers' TFLOPs", "papers' speed-up", "counted TFLOPs", "counted speed-up")
@@ -237,22 +245,24 @@ def flops(
     for row in rows:
         papers, counted = f"{row.papers / 1e12:.2f}", f"{row.counted / 1e12:.2f}"
         table.add_row(row.policy, papers, f"{row.papers_speedup:.2f}x", counted, f"{row.counted_speedup:.2f}x")
-    console.print(f"{found.model}: {steps} steps of {found.branches[0].shape[0]} rows")
+    console.print(f"{report.model}: {steps} steps, {report.branches[0].shape[0]} batch rows")
     console.print(table)
 
 
 @app.command()
 def export(
-    out: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")],
     target: Target = None,
     steps: Steps = 50,
     policy: PolicyOption = "duca",
     interval: Interval = None,
-    format: Annotated[str, typer.Option(help="onnx, or aoti: machine code for this machine.")] = "onnx",
-    opset: Annotated[int, typer.Option(help="Of ONNX.")] = 20,
-    fixed_batch: Annotated[bool, typer.Option("--fixed-batch", help="Only calls of the example's batch size.")] = False,
+    format: Annotated[str, typer.Option(help="onnx; or aoti, which is machine code for this machine.")] = "onnx",
+    opset: Annotated[int, typer.Option(help="ONNX opset.")] = 20,
+    fixed_batch: Annotated[
+        bool, typer.Option("--fixed-batch", help="Accept only the batch size of the example.")
+    ] = False,
 ) -> None:
-    """Write a model and a policy as an artifact, which runs without the model; of format onnx, without torch."""
+    """Export a model and a policy as an artifact, which runs without the model and, in onnx format, without torch."""
     from duca_compile.api import optimize
     from duca_compile.app.demo import make_policy
     from duca_compile.export.artifact import save
@@ -262,15 +272,15 @@ def export(
         model, arguments = _embedded("cpu") if target is None else _load_target(target)
         with console.status("exporting"):
             optimized = optimize(model, chosen, "eager", steps)
-            found = save(optimized, out, arguments, format=format, opset=opset, dynamic_batch=not fixed_batch)
+            manifest = save(optimized, out, arguments, format=format, opset=opset, dynamic_batch=not fixed_batch)
     except DucaError as error:
         _fail(error)
-    console.print(describe(found))
+    console.print(describe(manifest))
 
 
 @app.command()
 def inspect(artifact: Folder) -> None:
-    """Show what an artifact holds: the model, its call, the schedule, and each graph."""
+    """Show what an artifact holds: the model, its inputs, the schedule and the graphs."""
     try:
         console.print(describe(read_manifest(artifact)))
     except DucaError as error:
@@ -280,24 +290,29 @@ def inspect(artifact: Folder) -> None:
 @app.command()
 def run(
     artifact: Folder,
-    npz: Annotated[Path, typer.Option(help="Arguments by name; with one more axis in front, one entry for each step.")],
-    out: Annotated[Path, typer.Option(help="Where the outputs go, one entry for each step.")] = Path("outputs.npz"),
+    npz: Annotated[
+        Path, typer.Option(help="Arguments by name. An additional first axis holds one entry for each step.")
+    ],
+    out: Annotated[Path, typer.Option(help="Path of the outputs, one entry for each step.")] = Path("outputs.npz"),
     backend: Annotated[str, typer.Option(help=" or ".join(ARTIFACT_BACKENDS) + ".")] = "onnxruntime",
-    provider: Annotated[list[str] | None, typer.Option(help="Of ONNX Runtime, the first choice first.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of one operator.")] = None,
+    provider: Annotated[
+        list[str] | None,
+        typer.Option(help="Execution provider of ONNX Runtime. May be repeated, in order of preference."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Number of threads of one operator.")] = None,
 ) -> None:
-    """Run an artifact on arrays from a file, step by step."""
+    """Run an artifact on arrays from an .npz file, step by step."""
     try:
-        found = load(artifact, backend, providers=provider, threads=threads)
-        calls = _calls(found, npz)
+        loaded = load(artifact, backend, providers=provider, threads=threads)
+        calls = _calls(loaded, npz)
         started = time.perf_counter()
-        results = [_outputs(found(**call)) for call in calls]
+        results = [_outputs(loaded(**call)) for call in calls]
         seconds = time.perf_counter() - started
         stacked: dict[str, Any] = {name: np.stack([result[name] for result in results]) for name in results[0]}
         np.savez(out, **stacked)
     except (DucaError, OSError) as error:
         _fail(error)
-    kinds = "".join(executed.kind.letter for executed in found.history)
+    kinds = "".join(executed.kind.letter for executed in loaded.history)
     console.print(f"{len(calls)} calls in {seconds:.3f} s, steps {kinds}; outputs: {out}")
 
 
@@ -305,34 +320,37 @@ def run(
 def build(
     artifact: Folder,
     target: Annotated[
-        list[str] | None, typer.Option(help="GPU architecture, such as sm89; may be repeated. Else this machine's GPU.")
+        list[str] | None,
+        typer.Option(help="GPU architecture, such as sm89. May be repeated. Default: this machine's GPU."),
     ] = None,
-    precision: Annotated[str, typer.Option(help="Of products: bfloat16, float16 or float32.")] = "bfloat16",
+    precision: Annotated[str, typer.Option(help="Precision of products: bfloat16, float16 or float32.")] = "bfloat16",
     batch: Annotated[
-        tuple[int, int, int], typer.Option(help="Least, usual and largest number of rows, where it is open.")
+        tuple[int, int, int], typer.Option(help="Smallest, usual and largest batch size, if it is dynamic.")
     ] = (1, 2, 8),
-    library: Annotated[str | None, typer.Option(help="tensorrt_rtx or tensorrt; else what is installed.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where the engines go; else the artifact's folder.")] = None,
+    library: Annotated[
+        str | None, typer.Option(help="tensorrt_rtx or tensorrt. Default: whichever is installed.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the engines. Default: the artifact's folder.")] = None,
 ) -> None:
-    """Build TensorRT engines of an artifact; those that are there from before are kept."""
+    """Build the TensorRT engines of an artifact; engines that exist already are kept."""
     try:
         with missing_package("export"):
             from duca_compile.export.tensorrt import build as build_engines
         with _progress() as progress:
-            found = build_engines(
+            built = build_engines(
                 artifact, target or (), precision=precision, batch=batch, library=library, folder=out, progress=progress
             )
     except DucaError as error:
         _fail(error)
     table = FigureTable("graph", "engine", "weights from the pool", "file", wrapped={"weights from the pool"})
-    for name, engine in found.engines.items():
+    for name, engine in built.engines.items():
         weights = sum(weight.bytes for weight in engine.weights)
         table.add_row(name, _mebibytes(engine.bytes), _mebibytes(weights), engine.file)
-    shared = sum(weight.bytes for weight in found.weights.values())
-    table.add_row("all", _mebibytes(sum(e.bytes for e in found.engines.values())), f"{_mebibytes(shared)}, each once")
+    shared = sum(weight.bytes for weight in built.weights.values())
+    table.add_row("all", _mebibytes(sum(e.bytes for e in built.engines.values())), f"{_mebibytes(shared)}, each once")
     console.print(table)
     console.print(
-        f"{found.options.library} {found.version}, {', '.join(found.options.targets) or 'this GPU'}, {precision}"
+        f"{built.options.library} {built.version}, {', '.join(built.options.targets) or 'this GPU'}, {precision}"
     )
 
 
@@ -341,12 +359,12 @@ def _mebibytes(count: int) -> str:
 
 
 def _calls(artifact: Artifact, path: Path) -> list[dict[str, np.ndarray]]:
-    """The calls in a file: of arrays that have one more axis than the model takes, one entry for each."""
+    """The calls in a file: one for each entry along the first axis of arrays with one axis more than the input."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
     except ValueError as error:
-        raise UsageError(f"{path} is no .npz file of arrays: {error}") from error
+        raise UsageError(f"{path} is not an .npz file of arrays: {error}") from error
     ranks = {spec.name: len(spec.shape) for spec in artifact.manifest.inputs}
     names = {".".join(map(str, each.path)): each.input for each in artifact.manifest.signature.arguments}
     stepped = {name for name, array in arrays.items() if array.ndim == ranks.get(names.get(name, ""), array.ndim) + 1}
@@ -360,12 +378,12 @@ def _calls(artifact: Artifact, path: Path) -> list[dict[str, np.ndarray]]:
 
 
 def _outputs(result: Any) -> dict[str, np.ndarray]:
-    """Arrays of a result by name, or by place where it has no names."""
+    """The arrays of a result, by name, or by position if they have no names."""
     if isinstance(result, np.ndarray):
         return {"output": result}
     if isinstance(result, dict):
         return result
-    names = getattr(result, "_fields", None) or [f"output_{place}" for place in range(len(result))]
+    names = getattr(result, "_fields", None) or [f"output_{i}" for i in range(len(result))]
     return dict(zip(names, result, strict=True))
 
 
@@ -393,7 +411,7 @@ def _load_target(target: str) -> tuple[nn.Module, Any]:
     try:
         model, other = resolve_name(target)()
     except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"cannot load {target!r}: {error}; name it as package.module:function") from error
+        raise UsageError(f"cannot load {target!r}: {error}; write it as package.module:function") from error
     except TypeError as error:
         raise UsageError(f"{target!r} must take no arguments and return two values: {error}") from error
     return model, other
@@ -443,11 +461,11 @@ def _print_runs(runs: list[demonstration.Run], model: demonstration.DemoModel, b
     for run in runs:
         cells = [f"{run.step_seconds[k] * 1e3:.2f} ms" if k in run.step_seconds else "-" for k in kinds]
         times.add_row(run.name, *cells)
-    console.print("median time of a step, by its kind:")
+    console.print("median time of a step, by kind:")
     console.print(times)
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     console.print(
         f"{len(model.class_names)} classes with guidance {model.guidance_scale:g}, {backend}, seed {seed}; "
         f"torch {torch.__version__}, {torch.get_num_threads()} threads on {platform.machine()}{load}. "
-        "ideal: by FLOPs; PSNR: to the uncached images of the same noise; compile: once for each shape."
+        "ideal: speed-up by FLOPs; PSNR: to the uncached images from the same noise; compile: once for each shape."
     )

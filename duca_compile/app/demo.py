@@ -1,4 +1,4 @@
-"""The embedded model's denoising loop with and without caching: pictures, schedule and numbers side by side."""
+"""The demo: the embedded model's denoising loop with and without caching, compared in images, schedule and time."""
 
 from __future__ import annotations
 
@@ -44,18 +44,26 @@ COLORS = {
     StepKind.PREDICT: "#2c3e50",
 }
 CALIBRATED, CALIBRATED_STEPS = "calibrated", 50
-PASSES = 3  # of each loop: one that compiles, and two for the clock
+RUNS = 3  # of each loop: one that compiles, and two that are timed
 
-# Called with a run's name and its number of steps when it starts; what it returns is called after each step.
+# Called with the name and the number of steps of a run; returns a function that is called after each step.
 Watch = Callable[[str, int], Callable[[], None]]
 
 
 @dataclass(frozen=True)
 class DemoModel:
-    """The embedded Fashion-MNIST DiT with what its loop needs; weights in float32."""
+    """The embedded Fashion-MNIST DiT and what its loop needs.
 
-    transformer: Any  # a diffusers DiTTransformer2DModel
-    scheduler: dict[str, Any]  # keyword arguments of diffusers.DDIMScheduler
+    Attributes:
+        transformer: a diffusers DiTTransformer2DModel with float32 weights.
+        scheduler: keyword arguments of diffusers.DDIMScheduler.
+        class_names: names of the classes.
+        null_class: the label of the unconditional half of guidance.
+        guidance_scale: scale of classifier-free guidance.
+    """
+
+    transformer: Any
+    scheduler: dict[str, Any]
     class_names: tuple[str, ...]
     null_class: int
     guidance_scale: float
@@ -75,16 +83,23 @@ class DemoModel:
         return DemoModel(transformer, scheduler, names, info["null_class"], info["guidance_scale"])
 
     def noise(self, seed: int) -> Tensor:
-        """One starting latent for each class, (classes, channels, height, width), the same on every device."""
+        """One initial latent for each class, float32 (classes, channels, height, width); the same on every device."""
         config = self.transformer.config
         shape = (len(self.class_names), config.in_channels, config.sample_size, config.sample_size)
         generator = torch.Generator().manual_seed(seed)
         return torch.randn(shape, generator=generator).to(self.transformer.device)
 
     def sample(self, transformer: nn.Module, steps: int, noise: Tensor, on_step: Callable[[float], None]) -> Tensor:
-        """DDIM with classifier-free guidance, both halves in one batch; one image for each class, in [-1, 1].
+        """Runs DDIM with classifier-free guidance, both halves in one batch.
 
-        ``on_step`` is called after each step with the seconds that the model took.
+        Args:
+            transformer: the model, or a drop-in for it.
+            steps: the number of steps.
+            noise: the initial latent, (classes, channels, height, width).
+            on_step: called after each step with the seconds that the model took.
+
+        Returns:
+            One image for each class, (classes, channels, height, width) in [-1, 1].
         """
         from diffusers import DDIMScheduler
 
@@ -110,7 +125,18 @@ class DemoModel:
 
 @dataclass(frozen=True)
 class Run:
-    """One way of running the loop, as it was measured; ``seconds`` is the best pass, without compilation."""
+    """The measurements of one way to run the loop.
+
+    Attributes:
+        name: of the run.
+        images: (classes, channels, height, width) in [-1, 1].
+        kinds: the kind of each step.
+        seconds: wall time of the fastest run, without compilation.
+        compile_seconds: how much longer the first run took.
+        flops: FLOPs of the loop.
+        cache_bytes: the most bytes that caches held.
+        step_seconds: median time of the model in a step of each kind.
+    """
 
     name: str
     images: Tensor
@@ -119,29 +145,37 @@ class Run:
     compile_seconds: float
     flops: float
     cache_bytes: int
-    step_seconds: dict[StepKind, float]  # median time of the model in a step of each kind
+    step_seconds: dict[StepKind, float]
 
     def psnr(self, reference: Run) -> float:
-        """Peak signal-to-noise ratio to the reference's images in dB; the peak is the pixel range of 2."""
+        """Peak signal-to-noise ratio to the reference's images, in dB; the peak is the pixel range, 2."""
         error = (self.images - reference.images).square().mean().item()
         return math.inf if error == 0 else 10 * math.log10(4 / error)
 
 
 def make_policy(name: str, interval: int | None) -> Policy:
-    """The policy called ``name``, or of the file ``calibrate`` wrote; not all have an interval.
+    """The policy with this name.
 
-    "calibrated" is that of the embedded model, for ``CALIBRATED_STEPS`` steps.
+    Args:
+        name: of a policy, or the path of a JSON file that ``calibrate`` wrote. "calibrated" is that of the embedded
+            model, for ``CALIBRATED_STEPS`` steps.
+        interval: number of steps from one full step to the next; None for the policy's default.
+
+    Raises:
+        UsageError: the name is unknown, or the policy has no interval.
     """
     if name == CALIBRATED or name.endswith(".json"):
         if interval is not None:
-            raise UsageError(f"policy={name!r} has no interval: its full steps are listed; leave --interval out")
-        with resources.as_file(resources.files("duca_compile") / "app" / "data" / "demo" / "calibrated.json") as own:
-            return Calibrated.load(own if name == CALIBRATED else name)
+            raise UsageError(f"policy={name!r} has no interval: it lists its full steps; leave --interval out")
+        with resources.as_file(
+            resources.files("duca_compile") / "app" / "data" / "demo" / "calibrated.json"
+        ) as embedded:
+            return Calibrated.load(embedded if name == CALIBRATED else name)
     fixed: dict[str, Callable[..., Policy]] = {"duca": DuCa, "fora": FORA, "taylorseer": TaylorSeer, "toca": ToCa}
     adaptive: dict[str, Callable[..., Policy]] = {"gate": ResidualGate, "rfc": RFC, "speca": SpeCa}
     if name in adaptive:
         if interval is not None:
-            raise UsageError(f"policy={name!r} has no interval: it decides while it runs; leave --interval out")
+            raise UsageError(f"policy={name!r} has no interval: it decides at run time; leave --interval out")
         return adaptive[name]()
     if name not in fixed:
         raise UsageError(f"policy={name!r} is unknown; choose one of {sorted({CALIBRATED, *fixed, *adaptive})}")
@@ -149,20 +183,20 @@ def make_policy(name: str, interval: int | None) -> Policy:
 
 
 def make_policies(names: Sequence[str] | None, interval: int | None, steps: int) -> list[Policy]:
-    """Those called ``names``; without any, what shows most at this number of steps."""
+    """The policies with these names; without names, those that show most at this number of steps."""
     if names:
         return [make_policy(name, interval) for name in names]
-    own = [make_policy(CALIBRATED, None)] if steps == CALIBRATED_STEPS else []
-    return [make_policy("duca", interval), *own]
+    calibrated = [make_policy(CALIBRATED, None)] if steps == CALIBRATED_STEPS else []
+    return [make_policy("duca", interval), *calibrated]
 
 
 class Loop:
-    """One way of running the denoising loop: each pass starts from the same noise, and the first one compiles."""
+    """One way to run the denoising loop. Each run starts from the same noise, and the first one compiles."""
 
     def __init__(self, demo: DemoModel, model: OptimizedModel, name: str, steps: int, seed: int) -> None:
         self.name, self.steps = name, steps
         self._demo, self._model, self._noise = demo, model, demo.noise(seed)
-        self._passes: list[float] = []
+        self._runs: list[float] = []  # wall time of each run
         self._times: dict[StepKind, list[float]] = defaultdict(list)
 
     def run(self, on_step: Callable[[], None] = lambda: None) -> None:
@@ -175,10 +209,10 @@ class Loop:
         self._model.reset()
         started = time.perf_counter()
         self._images = self._demo.sample(self._model, self.steps, self._noise, timed)
-        self._passes.append(time.perf_counter() - started)
+        self._runs.append(time.perf_counter() - started)
         self._executed = self._model.history
         self._cache_bytes = self._model.cache_bytes
-        if len(self._passes) > 1:
+        if len(self._runs) > 1:
             for executed, seconds in zip(self._executed, times, strict=True):
                 self._times[executed.kind].append(seconds)
 
@@ -187,14 +221,14 @@ class Loop:
         return sum(executed.kind is StepKind.FULL for executed in self._executed)
 
     def result(self) -> Run:
-        """What was measured by the passes after the first; of their times, the best."""
-        seconds = min(self._passes[1:])
+        """The measurements of the runs after the first; the fastest of their times."""
+        seconds = min(self._runs[1:])
         return Run(
             name=self.name,
             images=self._images,
             kinds=tuple(executed.kind for executed in self._executed),
             seconds=seconds,
-            compile_seconds=max(0.0, self._passes[0] - seconds),
+            compile_seconds=max(0.0, self._runs[0] - seconds),
             flops=sum(executed.flops for executed in self._executed),
             cache_bytes=self._cache_bytes,
             step_seconds={kind: statistics.median(times) for kind, times in self._times.items()},
@@ -214,32 +248,43 @@ def compare(
     seed: int,
     watch: Watch = lambda name, total: lambda: None,
 ) -> list[Run]:
-    """The loop uncached, with each policy, and with as many plain steps as the first policy runs in full.
+    """Runs the loop uncached, with each policy, and uncached with as many steps as the first policy runs in full.
 
-    The last is the honest competitor: the same number of full evaluations without any cache. After the pass that
-    compiles, all take turns, so that a busy machine slows them alike.
+    The last is the fair baseline: the same number of full evaluations, without caches. After the run that compiles, all
+    take turns, so that load on the machine affects them equally.
+
+    Args:
+        demo: the embedded model.
+        policies: the policies to compare.
+        backend: name of the backend.
+        steps: the number of steps.
+        seed: seed of the initial noise.
+        watch: shows progress.
+
+    Returns:
+        The measurements, uncached first.
     """
     plain = optimize(demo.transformer, Uncached(), backend)
     turns: dict[Loop, Callable[[], None]] = {}
 
-    def compile_pass(model: OptimizedModel, name: str, steps: int) -> Loop:
+    def compiled(model: OptimizedModel, name: str, steps: int) -> Loop:
         loop = Loop(demo, model, f"{name}, {steps} steps", steps, seed)
-        turns[loop] = watch(loop.name, PASSES * steps)
+        turns[loop] = watch(loop.name, RUNS * steps)
         loop.run(turns[loop])
         return loop
 
-    compile_pass(plain, "uncached", steps)
+    compiled(plain, "uncached", steps)
     cached = [(policy.name, optimize(demo.transformer, policy, backend, steps)) for policy in policies]
-    full = [compile_pass(model, name, steps).full_steps for name, model in cached]
-    compile_pass(plain, "uncached", full[0])
-    for _ in range(PASSES - 1):
+    full = [compiled(model, name, steps).full_steps for name, model in cached]
+    compiled(plain, "uncached", full[0])
+    for _ in range(RUNS - 1):
         for loop, on_step in turns.items():
             loop.run(on_step)
     return [loop.result() for loop in turns]
 
 
 def check_writable(path: Path) -> None:
-    """Raises UsageError now if a file at ``path`` could not be written when the work is done."""
+    """Raises UsageError if a file could not be written to ``path`` later, when the work is done."""
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name a file, such as {path / 'demo.png'}")
     if not path.parent.is_dir():
@@ -252,7 +297,7 @@ def check_writable(path: Path) -> None:
 
 
 def draw(runs: list[Run], class_names: tuple[str, ...], path: Path) -> None:
-    """A PNG with one row of pictures for each run and its schedule as a coloured timeline; whole or not at all."""
+    """Writes a PNG, atomically, with a row of images and a coloured timeline of the schedule for each run."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch

@@ -1,8 +1,9 @@
-"""FLOPs of a DiT's loop as the papers count them, beside the real count in ``analysis/cost.py``.
+"""FLOPs of a DiT's loop as the papers count them, besides the actual count in ``analysis/cost.py``.
 
-The tables of FORA, ToCa, DuCa and TaylorSeer (and of those that compare with them) come from one counter. It counts
-what the blocks do, some elementwise work included, and neither embedders nor head. The modulation of a block counts as
-C + 6C², without the factor two of a multiply-add, and an extrapolation as reuse. Compare figures of one kind only.
+The tables of FORA, ToCa, DuCa and TaylorSeer (and of papers that compare with them) come from one counter. It counts
+the blocks, with some elementwise work, but neither the embedders nor the head. The modulation of a block counts as
+C + 6C², without the factor of two for a multiply-add, and an extrapolation counts as reuse. Only compare figures of one
+kind.
 """
 
 from __future__ import annotations
@@ -18,28 +19,37 @@ from duca_compile.errors import PolicyError, StructureError
 from duca_compile.explanation import Explanation, explain
 from duca_compile.policies import AdaptivePolicy, Policy, Step, StepKind, TokenQuery, Uncached, published
 
-_UNLATCHED = {"latched": False}  # the published figures are those of the code as it was released
+_UNLATCHED = {"latched": False}  # the published figures are those of the released code
 METHODS: dict[str, dict[str, bool]] = {"fora": {}, "toca": _UNLATCHED, "duca": _UNLATCHED, "taylorseer": {}}
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """The sizes that the count depends on; all of a DiT's blocks are alike."""
+    """The sizes of a DiT's blocks, which are all the same.
+
+    Attributes:
+        count: number of blocks.
+        rows: batch rows, with both halves of guidance.
+        tokens: tokens of each row.
+        width: channels C of the stream.
+        heads: attention heads.
+        hidden: width between the two layers of an MLP.
+    """
 
     count: int
-    rows: int  # of the batch; both halves of guidance count
+    rows: int
     tokens: int
     width: int
     heads: int
-    hidden: int  # width between the two layers of an MLP
+    hidden: int
 
     @staticmethod
     def of(captured: CapturedGraph, facts: Facts) -> Blocks:
         """The sizes of a captured DiT.
 
         Raises:
-            StructureError: its blocks are not self-attention and MLP in turns, all of one size: the papers' count is
-                not defined for it.
+            StructureError: its blocks are not each a self-attention and an MLP, all of one size, so that the papers'
+                count is not defined for it.
         """
         nodes = {node.name: node for node in captured.graph.nodes}
         attentions, mlps = facts.branches[::2], facts.branches[1::2]
@@ -48,8 +58,8 @@ class Blocks:
         scored = {b.attention for b in attentions}
         if kinds != ({"self_attention"}, {"mlp"}) or not alike or None in scored:
             raise StructureError(
-                "the papers count FLOPs for DiT alone, whose blocks are a self-attention and an MLP of one size; this "
-                "model has others. Explanation.schedule has the real count."
+                "the papers count FLOPs only for DiT, whose blocks are a self-attention and an MLP, all of one size; "
+                "this model has other blocks. Explanation.schedule has the actual count."
             )
         rows, tokens, width = facts.branches[0].shape
         query = nodes[str(attentions[0].attention)].all_input_nodes[0]
@@ -72,7 +82,7 @@ class Blocks:
 
     @property
     def mlp_token(self) -> int:
-        """One token's MLP: two products, and six for each hidden value."""
+        """The MLP of one token: two products, and six operations for each hidden value."""
         return 4 * self.width * self.hidden + 6 * self.hidden
 
     @property
@@ -81,13 +91,13 @@ class Blocks:
 
 
 def paper_flops(blocks: Blocks, policy: Policy, num_inference_steps: int) -> float:
-    """FLOPs of a whole loop under ``policy``, as the papers count.
+    """FLOPs of a whole loop under a policy, as the papers count them.
 
     Raises:
-        PolicyError: it decides its steps as it runs, or has a kind of step that these papers do not have.
+        PolicyError: the policy decides its steps at run time, or has a kind of step that the papers do not have.
     """
     if isinstance(policy, AdaptivePolicy):
-        raise PolicyError(f"{policy.name} decides its steps as it runs, so its FLOPs are known when it has run")
+        raise PolicyError(f"{policy.name} decides its steps at run time, so its FLOPs are not known before")
     return blocks.rows * float(sum(_step(blocks, policy, step) for step in policy.steps(num_inference_steps)))
 
 
@@ -106,30 +116,39 @@ def _block(blocks: Blocks, policy: Policy, step: Step, index: int) -> int:
         return 0
     if step.kind in (StepKind.REUSE, StepKind.FORECAST):
         return blocks.modulation
-    raise PolicyError(f"{policy.name} has {step.kind.value} steps, which the papers' count does not know")
+    raise PolicyError(f"{policy.name} has {step.kind.value} steps, which the papers do not count")
 
 
 @dataclass(frozen=True)
 class LoopFlops:
-    """FLOPs of one policy's loop, by the papers' count and by that of every product in the graph."""
+    """FLOPs of one policy's loop.
+
+    Attributes:
+        policy: name of the policy.
+        letters: the kind of each step.
+        papers: FLOPs as the papers count them.
+        counted: FLOPs of every product in the graph.
+        papers_speedup: over the uncached loop, as the papers count.
+        counted_speedup: over the uncached loop, by the products in the graph.
+    """
 
     policy: str
-    letters: str  # of the steps' kinds, in order
+    letters: str
     papers: float
     counted: float
-    papers_speedup: float  # over the uncached loop, by the papers' count
+    papers_speedup: float
     counted_speedup: float
 
 
-def loop_flops(found: Explanation, policy: Policy, num_inference_steps: int = 50) -> LoopFlops:
-    """Both counts for the model and the call that were explained.
+def loop_flops(explanation: Explanation, policy: Policy, num_inference_steps: int = 50) -> LoopFlops:
+    """Both counts for the explained model and call.
 
     Raises:
         StructureError: the papers' count is not defined for this model.
-        PolicyError: nor is it for this policy, or the model cannot serve it.
+        PolicyError: the papers' count is not defined for this policy, or the policy does not work with this model.
     """
-    blocks = Blocks.of(found.captured, found.facts)
-    report = found.schedule(policy, num_inference_steps)
+    blocks = Blocks.of(explanation.captured, explanation.facts)
+    report = explanation.schedule(policy, num_inference_steps)
     papers = paper_flops(blocks, policy, num_inference_steps)
     return LoopFlops(
         policy.name,
@@ -142,7 +161,7 @@ def loop_flops(found: Explanation, policy: Policy, num_inference_steps: int = 50
 
 
 def explain_dit_xl(rows: int = 2) -> Explanation:
-    """DiT-XL/2 at 256x256, the model of the papers' tables, on the meta device: it has sizes and no weights."""
+    """DiT-XL/2 at 256x256, the model of the papers' tables, on the meta device, which has shapes but no weights."""
     from diffusers import DiTTransformer2DModel
 
     with torch.device("meta"):
@@ -150,13 +169,14 @@ def explain_dit_xl(rows: int = 2) -> Explanation:
             num_attention_heads=16, attention_head_dim=72, in_channels=4, out_channels=8, num_layers=28, sample_size=32,
             patch_size=2, num_embeds_ada_norm=1000, norm_eps=1e-6,
         )  # fmt: skip
-        whole = torch.empty(rows, dtype=torch.int64)
-        call = {"hidden_states": torch.empty(rows, 4, 32, 32), "timestep": whole, "class_labels": whole.clone()}
-    return explain(model.to("meta").eval(), **call)  # the positions are made on the CPU whatever the device
+        integers = torch.empty(rows, dtype=torch.int64)
+        latent = torch.empty(rows, 4, 32, 32)
+        call = {"hidden_states": latent, "timestep": integers, "class_labels": integers.clone()}
+    return explain(model.to("meta").eval(), **call)  # the positions are always created on the CPU
 
 
 def published_policies(intervals: tuple[int, ...]) -> Iterator[Policy]:
-    """The policies behind the papers' tables for DiT, method by method, with these intervals."""
+    """The policies of the papers' tables for DiT, method by method, with these intervals."""
     for method, settings in METHODS.items():
         for interval in intervals:
             yield published(method, "dit", interval=interval, **settings)

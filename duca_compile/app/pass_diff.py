@@ -1,4 +1,4 @@
-"""What each pass does to the graph of one variant, as a diff that can be read."""
+"""What each pass does to the graph of one variant, as a readable diff."""
 
 from __future__ import annotations
 
@@ -25,15 +25,18 @@ from duca_compile.passes.pipeline import REWRITE, build_variant, variant_flops
 from duca_compile.policies import Policy, StepKind
 from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec
 
-PROBE = "probe"  # what names the variant that runs before an adaptive policy decides
+PROBE = "probe"  # names the variant that runs before an adaptive policy decides
 _STYLES = {"+": "green", "-": "red", "@": "cyan"}
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A graph between two passes: a line for each node and each result, and what it costs.
+    """A graph between two passes.
 
-    ``flops`` counts all nodes, so values that a pass leaves unused count until they are removed.
+    Attributes:
+        lines: a line for each node and each result.
+        nodes: number of nodes.
+        flops: FLOPs of all nodes; values that a pass leaves unused count until they are removed.
     """
 
     lines: tuple[str, ...]
@@ -61,7 +64,7 @@ class PassChange:
 
 @dataclass(frozen=True)
 class PassReport:
-    """The passes of one variant in their order; it prints as one diff for each pass.
+    """The passes of one variant, in order. It prints as one diff for each pass.
 
     Attributes:
         title: which variant of which model it is.
@@ -74,7 +77,7 @@ class PassReport:
     context: int = 3
 
     def only(self, names: Collection[str]) -> PassReport:
-        """The same for the passes called ``names`` alone.
+        """The report of the passes called ``names`` only.
 
         Raises:
             UsageError: there is no such pass.
@@ -82,17 +85,17 @@ class PassReport:
         known = [change.name for change in self.changes]
         for name in names:
             if name not in known:
-                raise UsageError(f"pass {name!r} is unknown; choose of {', '.join(dict.fromkeys(known))}")
+                raise UsageError(f"pass {name!r} is unknown; choose one of {', '.join(dict.fromkeys(known))}")
         chosen = tuple(change for change in self.changes if change.name in names)
         return PassReport(self.title, chosen, self.context)
 
     def stat(self) -> Group:
-        """A table of the nodes before and after each pass, and of the FLOPs of the graph that it leaves."""
+        """A table of the nodes before and after each pass, and of the FLOPs after it."""
         table = FigureTable("pass", "nodes before", "nodes after", "GFLOPs after")
         for change in self.changes:
             after = change.after
             table.add_row(change.name, str(change.before.nodes), str(after.nodes), f"{after.flops / 1e9:.4g}")
-        unused = f"nodes that nothing reads count until {RemoveDeadCode.__name__}"
+        unused = f"nodes that nothing reads are counted until {RemoveDeadCode.__name__} removes them"
         return Group(Text(self.title, style="bold"), table, unused)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -107,42 +110,45 @@ class PassReport:
 
 
 def pass_report(
-    found: Explanation, policy: Policy, num_inference_steps: int, step: str | None = None, context: int = 3
+    explanation: Explanation, policy: Policy, num_inference_steps: int, step: str | None = None, context: int = 3
 ) -> PassReport:
-    """What each pass does to one variant of a model that was explained.
+    """What each pass does to one variant of an explained model.
 
     Args:
-        found: what ``explain`` returned.
-        policy: whose variant it is.
+        explanation: what ``explain`` returned.
+        policy: the policy whose variant is shown.
         num_inference_steps: steps of a request.
-        step: the kind of step whose variant is shown ("partial", say), the number of a step, counted from 0, or
-            "probe"; else the first step that is not computed in full.
+        step: the step whose variant is shown: a kind such as "partial", a number, counted from 0, or "probe". None for
+            the first step that is not full.
         context: unchanged lines shown around each change.
+
+    Returns:
+        The report.
 
     Raises:
         UsageError: the policy has no such step.
-        PolicyError: the policy does not fit the model.
+        PolicyError: the policy does not work with this model.
     """
-    facts = found.facts
+    facts = explanation.facts
     check_selection(facts, policy)
     check_rows(facts, policy)
-    name, spec, counts = _chosen(found, policy, num_inference_steps, step)
-    captured = with_predictor(found.captured, facts, policy.predictor)
+    name, spec, counts = _chosen(explanation, policy, num_inference_steps, step)
+    captured = with_predictor(explanation.captured, facts, policy.predictor)
     snapshots: list[Snapshot] = []
     build_variant(captured, facts, spec, lambda draft: snapshots.append(_snapshot(draft, counts)))
     passes = zip(REWRITE, pairwise(snapshots), strict=True)
     changes = tuple(PassChange(type(each).__name__, before, after) for each, (before, after) in passes)
-    return PassReport(f"{found.model}, {policy.name}: {name}", changes, context)
+    return PassReport(f"{explanation.model}, {policy.name}: {name}", changes, context)
 
 
 def _chosen(
-    found: Explanation, policy: Policy, total: int, step: str | None
+    explanation: Explanation, policy: Policy, total: int, step: str | None
 ) -> tuple[str, VariantSpec, dict[int, int]]:
-    """What the variant is called, its spec, and the tokens that its partial branches recompute."""
+    """The name of the variant, its spec, and how many tokens its partial branches recompute."""
     if step == PROBE:
-        spec = probe_spec(found.facts, policy)
+        spec = probe_spec(explanation.facts, policy)
         if spec is None:
-            raise UsageError(f"{policy.name} has no probe: it decides without one")
+            raise UsageError(f"{policy.name} has no probe")
         return PROBE, spec, {}
     steps = list(policy.planned(total))
     kinds = [each.kind for each in steps]
@@ -151,13 +157,13 @@ def _chosen(
         known = ", ".join(dict.fromkeys(kind.value for kind in kinds))
         raise UsageError(
             f"step={step!r} is not among the {total} steps of {policy.name}; name a kind of step ({known}), the number "
-            f"of a step from 0 to {total - 1}, or, of a policy that has one, {PROBE!r}"
+            f"of a step from 0 to {total - 1}, or {PROBE!r} for a policy that has one"
         )
-    return f"step {index} of {total}, {kinds[index].value}", *plan_step(found.facts, policy, steps[index])
+    return f"step {index} of {total}, {kinds[index].value}", *plan_step(explanation.facts, policy, steps[index])
 
 
 def _index(kinds: Sequence[StepKind], step: str | None) -> int | None:
-    """The place of the step that ``step`` names; None where there is none."""
+    """The index of the step that ``step`` names; None if there is none."""
     if step is None:
         return next((i for i, kind in enumerate(kinds) if kind is not StepKind.FULL), 0)
     if step.isdecimal():
@@ -191,7 +197,7 @@ def _expression(node: fx.Node) -> str:
 
 
 def _kind(value: Any) -> str:
-    """Type and shape of what a node yields: ``float32[2, 16, 64]``."""
+    """Type and shape of a node's value, such as ``float32[2, 16, 64]``."""
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')}{[*value.shape]}"
     if isinstance(value, list | tuple):

@@ -59,8 +59,8 @@ class Artifact(HasSessions):
         dispatcher, request, named = self._dispatcher(batch), self._requests.current(), current_pass(self)
         name, step = (None, None) if named is None else (named.name, named.step_index)
         try:
-            tick = request.tick(self.manifest.signature, call, name, step)
-            outputs = dispatcher(request, tick, call, name)
+            position = request.locate(self.manifest.signature, call, name, step)
+            outputs = dispatcher(request, position, call, name)
         except BaseException:
             request.reset()
             raise
@@ -72,7 +72,7 @@ class Artifact(HasSessions):
             check_pairs(self.policy, batch)
             with self._lock:
                 planner = Planner(self.manifest, batch, self._engine, self._functions)
-                new = Dispatcher(planner, self.policy, self._prologue, foresees=False)
+                new = Dispatcher(planner, self.policy, self._prologue, precomputes_timesteps=False)
                 dispatcher = self._dispatchers.setdefault(batch, new)
         return dispatcher
 

@@ -18,9 +18,9 @@ from duca_compile.core.tensors import Array
 from duca_compile.policies.base import Forecast as ForecastOptions
 from duca_compile.policies.base import Policy, Selection
 from duca_compile.runtime.arrays import NumpyArrays
-from duca_compile.runtime.dispatcher import Plan, Program
+from duca_compile.runtime.dispatcher import Program, StepPlan
 from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
-from duca_compile.runtime.selection import Tokens
+from duca_compile.runtime.selection import TokenSet
 
 log = logging.getLogger("duca_compile")
 
@@ -93,8 +93,8 @@ class Planner:
 
     def __init__(self, recorded: Manifest, batch: int, engine: Engine, functions: Mapping[str, GraphFunction]) -> None:
         self._manifest, self._batch, self._engine, self._functions = recorded, batch, engine, functions
-        self._plans: dict[Step, Plan] = {}
-        self._look: Plan | None = None
+        self._plans: dict[Step, StepPlan] = {}
+        self._probe_plan: StepPlan | None = None
         self._recorded = {plan.step: plan for plan in recorded.schedule.plans}
         self._position = {branch.index: i for i, branch in enumerate(recorded.branches)}
         self._programs = {name: self._program(variant) for name, variant in recorded.variants.items()}
@@ -102,30 +102,30 @@ class Planner:
         self._timestep_values = {name: _TimestepValues(recorded.graphs[name], functions[name]) for name in graphs}
         look = recorded.schedule.look
         if look is not None:
-            self._look = Plan(Step(StepKind.FULL), self._programs[look.variant], (), look.flops.at(batch))
+            self._probe_plan = StepPlan(Step(StepKind.FULL), self._programs[look.variant], (), look.flops.at(batch))
 
     @property
     def batch(self) -> int:
         return self._batch
 
     @property
-    def tokens(self) -> list[Tokens]:
+    def tokens(self) -> list[TokenSet]:
         """The tokens of each selectable branch, in the order of the selector."""
-        return [Tokens(_at(b.rows, self._batch), b.tokens, b.grid) for b in self._manifest.branches]
+        return [TokenSet(_at(b.rows, self._batch), b.tokens, b.grid) for b in self._manifest.branches]
 
-    def look(self) -> Plan | None:
+    def probe_plan(self) -> StepPlan | None:
         """What measures before a step is decided; None where nothing does."""
-        return self._look
+        return self._probe_plan
 
     def arrays(self, like: Array) -> NumpyArrays:
         del like
         return NumpyArrays()
 
-    def rows(self, needed: str) -> _TimestepValues:
+    def timestep_rows(self, needed: str) -> _TimestepValues:
         """What computes the timestep-only values that a program with these ``pieces`` reads."""
         return self._timestep_values[needed]
 
-    def plan(self, step: Step) -> Plan:
+    def plan(self, step: Step) -> StepPlan:
         """The recorded plan of a step; that of a full step, with a warning, where there is none."""
         plan = self._plans.get(step)
         if plan is None:
@@ -138,8 +138,8 @@ class Planner:
                     self._manifest.policy.name,
                 )
             program = self._programs[recorded.variant]
-            counts = tuple(recorded.counts.get(str(index), 0) for index in program.waiting)
-            plan = self._plans[step] = Plan(recorded.step, program, counts, recorded.flops.at(self._batch))
+            counts = tuple(recorded.counts.get(str(index), 0) for index in program.cached_branches)
+            plan = self._plans[step] = StepPlan(recorded.step, program, counts, recorded.flops.at(self._batch))
         return plan
 
     def _program(self, variant: manifest.Variant) -> Program:
@@ -151,15 +151,15 @@ class Planner:
             outputs,
             variant.rows,
             forecast=self._forecast(graph),
-            waiting=variant.waiting,
-            rows=tuple(self._position[index] for index in variant.waiting),
+            cached_branches=variant.waiting,
+            selector_positions=tuple(self._position[index] for index in variant.waiting),
             tokens=variant.tokens,
             computed={
                 self._position[int(index)]: None if score is None else outputs.index(score)
                 for index, score in variant.computed.items()
             },
         )
-        program.loose = program.aliases = ()  # each output has its own memory
+        program.copied_caches = program.aliased_outputs = ()  # each output has its own memory
         return program
 
     def _forecast(self, graph: manifest.Graph) -> ForecastInputs:

@@ -1,1 +1,1 @@
-"""A variant to a callable."""
+"""Backends: each turns a variant into a callable."""

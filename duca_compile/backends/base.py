@@ -1,4 +1,4 @@
-"""What a backend is: it turns a variant into a callable. What those that compile have in common."""
+"""The interface of backends, and the common base of those that compile."""
 
 from __future__ import annotations
 
@@ -14,79 +14,109 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, fx
 
-from duca_compile.backends.cuda_graphs import Replayed
+from duca_compile.backends.cuda_graphs import GraphReplay
 from duca_compile.core.lock import COMPILING
 from duca_compile.core.once import Once
 from duca_compile.core.ports import PROBE_SEEN, cache_input
 from duca_compile.core.variants import Variant, VariantFunction
-from duca_compile.errors import BackendError, first_line
+from duca_compile.errors import BackendError, InternalError, first_line
 from duca_compile.passes.exact.hoist import hoisted_input
 
 log = logging.getLogger("duca_compile")
 
 
 class Backend(Protocol):
+    """Turns variants into callables.
+
+    Attributes:
+        name: what ``optimize(backend=...)`` calls it.
+        exact: whether full steps must equal the model's own results, bit for bit.
+    """
+
     name: str
-    exact: bool  # whether results are to be the model's own, bit for bit
+    exact: bool
 
     def compile(self, variant: Variant, cuts: frozenset[str] = frozenset()) -> VariantFunction:
-        """A callable of the variant's flat tensors; ``cuts`` are the nodes that end a residual branch."""
+        """A callable of the variant's flat tensors.
+
+        Args:
+            variant: the rewritten graph.
+            cuts: names of the nodes that end a residual branch.
+
+        Raises:
+            BackendError: it cannot be compiled, where the backend is strict.
+        """
 
 
 class CompilingBackend(ABC):
     """Compiles each variant at its first call, for all token counts.
 
-    Where that fails, the variant runs under eager, alone, with one warning for each reason; ``strict`` raises
-    BackendError instead. Where nothing can be compiled, no other variant is tried.
+    A variant that fails to compile runs under the eager backend, with one warning for each reason. If nothing can be
+    compiled at all, no further variant is tried.
+
+    Args:
+        strict: whether to raise BackendError instead.
+        mode: "default", or "reduce-overhead" to replay each step as a CUDA graph.
+
+    Attributes:
+        label: the compiler's name in messages.
+        advice: what to do if nothing can be compiled.
+        unusable: whether nothing can be compiled.
+        replays: whether steps are replayed as CUDA graphs.
     """
 
     name: str
     label: str
-    advice: str  # what to do where nothing can be compiled
+    advice: str
     exact = False
 
     def __init__(self, strict: bool = False, mode: str = "default") -> None:
         self._strict = strict
         self._reasons = Once()
-        self.hopeless = False  # whether no variant can be compiled
+        self.unusable = False
         self.replays = mode == "reduce-overhead"
 
     def compile(self, variant: Variant, cuts: frozenset[str] = frozenset()) -> VariantFunction:
-        if self.hopeless:
+        if self.unusable:
             log.info("the variant of %s runs under eager: %s can compile nothing", variant.spec.kind, self.label)
             return variant.module.forward
-        return _FirstCall(self, variant, cuts)
+        return _CompiledOnFirstCall(self, variant, cuts)
 
     @abstractmethod
     def lower(self, lifted: Lifted, weights: list[Tensor], tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
-        """A function of the weights and then the tensors."""
+        """Compiles a graph. Returns a function of the weights, then the tensors."""
 
     def reason(self, error: Exception) -> str:
+        """Why compiling failed, in one line."""
         return first_line(error)
 
-    def is_hopeless(self, error: Exception) -> bool:
-        """Whether what failed is no matter of the variant."""
+    def makes_unusable(self, error: Exception) -> bool:
+        """Whether the error shows that no variant can be compiled."""
         del error
         return False
 
     def failed(self, error: Exception, kind: str) -> None:
-        """Notes that a variant, of steps of this kind, could not be compiled.
+        """Records that a variant could not be compiled, and warns once for each reason.
+
+        Args:
+            error: what the compiler raised.
+            kind: what the variant runs, such as "full steps".
 
         Raises:
-            BackendError: where the backend is strict.
+            BackendError: the backend is strict.
         """
         reason = self.reason(error)
         if self._strict:
-            raise BackendError(f"{self.label} could not compile a variant: {reason}. It is that of {kind}") from error
-        self.hopeless = self.is_hopeless(error)
+            raise BackendError(f"{self.label} could not compile the variant of {kind}: {reason}") from error
+        self.unusable = self.makes_unusable(error)
         if not self._reasons.first(reason):
-            log.info("%s could not compile that of %s either, for the same reason", self.label, kind)
+            log.info("%s could not compile the variant of %s either, for the same reason", self.label, kind)
             return
-        log.info("%s could not compile that of %s: %s", self.label, kind, reason)
-        which = "all are" if self.hopeless else f"that of {kind} is"
-        advice = self.advice if self.hopeless else "Others are tried on their own; strict=True makes it an error."
+        log.info("%s could not compile the variant of %s: %s", self.label, kind, reason)
+        which = "all variants run" if self.unusable else f"that of {kind} runs"
+        advice = self.advice if self.unusable else "Other variants are still compiled; strict=True makes this an error."
         warnings.warn(
-            f"{self.label} could not compile a variant ({reason}); {which} running under eager instead, at that speed. "
+            f"{self.label} could not compile a variant ({reason}); {which} under eager instead, which is slower. "
             f"{advice}",
             RuntimeWarning,
             stacklevel=2,
@@ -95,27 +125,27 @@ class CompilingBackend(ABC):
 
 @runtime_checkable
 class HoldsWeights(Protocol):
-    """A compiled variant that holds the weights apart from its module."""
+    """A compiled variant that holds references to the weights of its module."""
 
     def refresh(self) -> None:
         """The module has other weights of the same kinds from now on."""
 
 
-class _FirstCall:
-    """Compiles at the first call; afterwards it calls the compiled code with the weights of now."""
+class _CompiledOnFirstCall:
+    """Compiles a variant at the first call. Every call passes the current weights to the compiled code."""
 
     def __init__(self, backend: CompilingBackend, variant: Variant, cuts: frozenset[str]) -> None:
         self._backend, self._module, self._kind = backend, variant.module, variant.spec.kind
         self._compiled: Callable[..., Any] | None = None
-        self._replayed: Replayed | None = None
+        self._replayed: GraphReplay | None = None
         self._lifted = _lift(variant, cuts)
-        self._foreign = [place for place, name in enumerate(variant.inputs) if _is_foreign(name)]
+        self._any_strides = [i for i, name in enumerate(variant.inputs) if _may_have_any_strides(name)]
         self._weights: list[Tensor] = []
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        # Strides are built into compiled code, and a caller's latent or expanded timestep may come with any.
-        for place in self._foreign:
-            if not tensors[place].is_contiguous():
+        # Compiled code is specialized to strides, and a caller's latent or expanded timestep may have any strides.
+        for i in self._any_strides:
+            if not tensors[i].is_contiguous():
                 tensors = tuple(map(Tensor.contiguous, tensors))
                 break
         if self._compiled is None:
@@ -123,22 +153,23 @@ class _FirstCall:
                 if self._compiled is None:
                     self._compiled = self._compile(tensors)
         if self._backend.replays and tensors[0].device.type == "cuda":
-            self._replayed = self._replayed or Replayed(self._run)
+            self._replayed = self._replayed or GraphReplay(self._run)
             return self._replayed(*tensors)
         return self._run(*tensors)
 
     def _run(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        assert self._compiled is not None
+        if self._compiled is None:
+            raise InternalError("a variant runs before it is compiled")
         return tuple(self._compiled(*self._weights, *tensors))
 
     def refresh(self) -> None:
         """The module has other weights of the same kinds from now on."""
-        self._replayed = None  # it was recorded with the old ones
+        self._replayed = None  # it was recorded with the old weights
         self._weights = [attrgetter(name)(self._module) for name in self._lifted.weights]
 
     def _compile(self, tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
         self.refresh()
-        if not self._backend.hopeless:
+        if not self._backend.unusable:
             started = perf_counter()
             try:
                 compiled = self._backend.lower(self._lifted, self._weights, tensors)
@@ -155,20 +186,20 @@ class _FirstCall:
         return lambda *arguments: self._module.forward(*arguments[count:])
 
 
-def _is_foreign(name: str) -> bool:
-    """Whether an input may lie in memory in any order; what the dispatcher keeps is contiguous, but for one value."""
+def _may_have_any_strides(name: str) -> bool:
+    """Whether an input may have any strides. The dispatcher keeps caches contiguous, except what a probe saw."""
     return name == cache_input(PROBE_SEEN) or not name.startswith((cache_input(""), hoisted_input("")))
 
 
 @dataclass(frozen=True)
 class Lifted:
-    """A variant's graph whose weights are its first inputs.
+    """A variant's graph with the weights as its first inputs.
 
     Attributes:
-        graph: it.
-        weights: their names in the module, in the order of the inputs.
-        dynamic: the places of token indices (batch, k) among the tensors, which are the other inputs.
-        cuts: the nodes that end a residual branch.
+        graph: the graph.
+        weights: names of the weights in the module, in the order of the inputs.
+        dynamic: indices, among the inputs after the weights, of token indices (batch, count), whose count varies.
+        cuts: names of the nodes that end a residual branch.
     """
 
     graph: fx.Graph
@@ -178,19 +209,20 @@ class Lifted:
 
 
 def _lift(variant: Variant, cuts: frozenset[str]) -> Lifted:
-    module, graph, own = variant.module, fx.Graph(), dict[fx.Node, fx.Node]()
+    module, graph, copies = variant.module, fx.Graph(), dict[fx.Node, fx.Node]()
     weights = module.graph.find_nodes(op="get_attr")
     for node in weights:
-        own[node] = graph.placeholder(f"weight_{node.name}")
+        copies[node] = graph.placeholder(f"weight_{node.name}")
     for node in module.graph.find_nodes(op="placeholder"):
-        own[node] = graph.node_copy(node)
+        copies[node] = graph.node_copy(node)
     for node in module.graph.nodes:
-        if node not in own:
-            own[node] = graph.node_copy(node, lambda n: own[n])
-            if own[node].name != node.name:
-                own[node].name = node.name
+        if node not in copies:
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+            if copies[node].name != node.name:
+                copies[node].name = node.name
     return Lifted(graph, tuple(str(node.target) for node in weights), dynamic_positions(variant), cuts)
 
 
 def dynamic_positions(variant: Variant) -> tuple[int, ...]:
+    """Indices of the inputs whose second dimension varies from step to step."""
     return tuple(i for i, name in enumerate(variant.inputs) if name in variant.dynamic_inputs)

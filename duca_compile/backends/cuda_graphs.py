@@ -1,4 +1,4 @@
-"""Replays a step as one CUDA graph: its inputs and outputs lie in buffers that stay where they are."""
+"""Replays a step as one CUDA graph, with static buffers for its inputs and outputs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WARM_UP = 3  # runs before recording, in which libraries allocate what they keep
+WARM_UP = 3  # runs before recording, in which libraries allocate their workspaces
 Results = tuple[Tensor, ...]
-# Records what a function launches, once; gives what launches it again, and the tensors that it then fills.
+# Records the kernels that a function launches. Returns a function that launches them again, and the tensors it fills.
 Record = Callable[[Callable[[], Results]], tuple[Callable[[], None], Results]]
 
 
 def record_cuda_graph(run: Callable[[], Results]) -> tuple[Callable[[], None], Results]:
-    """Raises RuntimeError where ``run`` does what no CUDA graph can hold, such as reading a value on the host."""
+    """Records ``run`` as a CUDA graph.
+
+    Returns:
+        A function that replays it, and the tensors that a replay fills.
+
+    Raises:
+        RuntimeError: ``run`` does something that a CUDA graph cannot record, such as reading a value on the host.
+    """
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -36,11 +43,16 @@ class _Recording:
     results: Results
 
 
-class Replayed:
-    """Runs ``run`` by copying inputs into buffers, replaying, and copying the results out.
+class GraphReplay:
+    """Runs ``run`` by copying the inputs into static buffers, replaying a recording, and copying the results out.
 
-    One recording serves each combination of shapes, as token counts differ. Inputs that ``run`` writes to are written
-    in their buffers alone, so it has to return them too. Threads take turns, and have to use the same stream.
+    There is one recording for each combination of input shapes, since token counts vary. An input that ``run`` writes
+    in place changes only in its buffer, so ``run`` must return it, too. Threads take turns, and must use the same
+    stream.
+
+    Args:
+        run: a function of tensors.
+        record: records a call of ``run``.
     """
 
     def __init__(self, run: Callable[..., Sequence[Tensor]], record: Record = record_cuda_graph) -> None:
@@ -50,10 +62,10 @@ class Replayed:
 
     def __call__(self, *tensors: Tensor) -> Results:
         with self._lock:
-            found = self._recording(tensors)
-            torch._foreach_copy_(found.buffers, tensors)
-            found.replay()
-            return tuple(result.clone() for result in found.results)
+            recording = self._recording(tensors)
+            torch._foreach_copy_(recording.buffers, tensors)
+            recording.replay()
+            return tuple(result.clone() for result in recording.results)
 
     def _recording(self, tensors: Results) -> _Recording:
         shapes = tuple(tensor.shape for tensor in tensors)

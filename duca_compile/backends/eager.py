@@ -1,4 +1,4 @@
-"""The reference that other backends are held to: the graph as it is."""
+"""The eager backend, the reference for all others."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from duca_compile.core.variants import Variant, VariantFunction
 
 
 class EagerBackend:
-    """Runs the graph operator by operator: the reference that other backends are held to."""
+    """Runs the graph operator by operator, with the model's own results in full steps."""
 
     name = "eager"
     exact = True

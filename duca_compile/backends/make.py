@@ -12,7 +12,17 @@ MODES = ("default", "reduce-overhead")
 
 
 def make_backend(name: str, strict: bool, mode: str = "default") -> Backend:
-    """Raises UsageError for an unknown name or mode, and BackendError for a backend whose package is not installed."""
+    """Makes a backend.
+
+    Args:
+        name: one of ``BACKENDS``.
+        strict: whether it raises BackendError if a variant does not compile, instead of falling back to eager.
+        mode: one of ``MODES``.
+
+    Raises:
+        UsageError: the name or the mode is unknown.
+        BackendError: the backend's package is not installed.
+    """
     if mode not in MODES or (mode != "default" and name != "inductor"):
         raise UsageError(f"mode={mode!r} is unknown to backend={name!r}; inductor has {MODES}")
     if name == "eager":

@@ -1,8 +1,8 @@
-"""Variants under OpenVINO on a CPU: the model's live weights are inputs, so all variants share them.
+"""The OpenVINO backend for CPUs. The model's weights are inputs of each variant, so that all variants share them.
 
-OpenVINO repacks weights that are constants, once for each variant. As inputs they are packed in each call, which takes
-a little time and no memory, and what is done to them takes effect. Weights of convolutions must be constants: these
-are copied, and the variant is compiled anew where they were changed.
+OpenVINO would repack constant weights, once for each variant. As inputs they are packed in each call, which takes
+little time and no memory, and changes to them take effect. The weights of convolutions must be constants: they are
+copied, and a variant is recompiled when they have changed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from duca_compile.core.fx_utils import copy_graph
 from duca_compile.core.lock import COMPILING
 from duca_compile.core.tensors import version
 from duca_compile.errors import BackendError, first_line, missing_package
-from duca_compile.runtime.openvino import Requests, cpu_options
+from duca_compile.runtime.openvino import InferRequests, cpu_options
 
 with missing_package("openvino"):
     import openvino
@@ -31,19 +31,19 @@ with missing_package("openvino"):
 log = logging.getLogger("duca_compile")
 
 aten = torch.ops.aten
-_TRACED_COUNT = 3  # tokens in the example of an index input; no code depends on it
+_TRACED_COUNT = 3  # tokens in the example of an index input; the compiled code does not depend on it
 _REPLACED = {
     aten.index_put_.default: aten.index_put.default,  # OpenVINO's graphs are functional
-    aten.empty_like.default: aten.zeros_like.default,  # it knows nothing without a value
+    aten.empty_like.default: aten.zeros_like.default,  # it has no rule for tensors without values
 }
 _CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution)
 
 
 class OpenVINOBackend(CompilingBackend):
-    """OpenVINO's CPU plugin, one model per variant, no recompilation for other token counts.
+    """OpenVINO's CPU plugin, with one model for each variant; other token counts do not recompile.
 
-    It computes in float32 whatever the types of the graph, on ``torch.get_num_threads()`` threads. Tensors go in and
-    out without a copy; the caches that a partial step updates are new tensors.
+    It computes in float32, whatever the dtypes of the graph, on ``torch.get_num_threads()`` threads. Inputs and outputs
+    are not copied; the caches that a partial step updates are new tensors.
     """
 
     name = "openvino"
@@ -54,30 +54,30 @@ class OpenVINOBackend(CompilingBackend):
         devices = {str(t.device) for t in (*weights, *tensors)}
         if devices != {"cpu"}:
             raise BackendError(f"its tensors are on {sorted(devices)}, and this backend runs on the CPU")
-        return _Program(lifted, weights, tensors)
+        return _CompiledFunction(lifted, weights, tensors)
 
-    def is_hopeless(self, error: Exception) -> bool:
-        return isinstance(error, BackendError)  # of tensors that are not on the CPU
+    def makes_unusable(self, error: Exception) -> bool:
+        return isinstance(error, BackendError)  # tensors are not on the CPU
 
     def reason(self, error: Exception) -> str:
-        """Of a failed conversion, the lines with the operators that it has no rule for."""
+        """Why compiling failed: the operators without a conversion rule, if that is the reason."""
         rules = [line.lstrip("- ") for line in str(error).splitlines() if line.startswith("--")]
         return " ".join(rules) or first_line(error)
 
 
-class _Program:
-    """A function of the weights and then the tensors; any number of threads may call it."""
+class _CompiledFunction:
+    """A function of the weights, then the tensors; any number of threads may call it."""
 
     def __init__(self, lifted: Lifted, weights: list[Tensor], tensors: tuple[Tensor, ...]) -> None:
         self._graph, self._weights = lifted.graph, len(weights)
-        self._dynamic = frozenset(self._weights + place for place in lifted.dynamic)
+        self._dynamic = frozenset(self._weights + i for i in lifted.dynamic)
         self._constants = _constants(lifted.graph, self._weights)
         self._model = self._compile((*weights, *tensors))
 
     def __call__(self, *arguments: Tensor) -> tuple[Tensor, ...]:
         model = self._model
-        if model.seen != self._stamp(arguments):
-            log.info("weights that are constants in a variant were changed: OpenVINO compiles it again")
+        if model.stamp != self._stamp(arguments):
+            log.info("weights that are constants in a variant have changed: OpenVINO recompiles it")
             with COMPILING:
                 model = self._model = self._compile(arguments)
         return model.run(arguments)
@@ -87,89 +87,90 @@ class _Program:
         return _Model(compiled, self._weights, self._stamp(arguments))
 
     def _stamp(self, arguments: Sequence[Tensor]) -> list[tuple[int, int]]:
-        """Differs where another tensor has come in a constant's place, or where it was written to."""
-        return [(arguments[place].data_ptr(), version(arguments[place])) for place in self._constants]
+        """Address and version of each constant: it differs if a constant was replaced or written in place."""
+        return [(arguments[i].data_ptr(), version(arguments[i])) for i in self._constants]
 
 
 @dataclass(frozen=True)
 class _Compiled:
     model: Any  # openvino.CompiledModel
-    inputs: list[int]  # the arguments that are its inputs
+    inputs: list[int]  # indices of the arguments that are its inputs
     outputs: list[Tensor]  # on the meta device: their shapes and dtypes
 
 
 class _Model:
-    """Runs a compiled variant; ``seen`` tells what the weights that are constants in it were then."""
+    """Runs a compiled variant; ``stamp`` identifies the constants that it was compiled with."""
 
-    def __init__(self, compiled: _Compiled, weights: int, seen: list[tuple[int, int]]) -> None:
-        self._requests, self._outputs, self.seen = Requests(compiled.model), compiled.outputs, seen
-        places = list(enumerate(compiled.inputs))
-        self._weights = [(i, place) for i, place in places if place < weights]
-        self._tensors = [(i, place) for i, place in places if place >= weights]
+    def __init__(self, compiled: _Compiled, weights: int, stamp: list[tuple[int, int]]) -> None:
+        self._requests, self._outputs, self.stamp = InferRequests(compiled.model), compiled.outputs, stamp
+        inputs = list(enumerate(compiled.inputs))
+        self._weights = [(i, argument) for i, argument in inputs if argument < weights]
+        self._tensors = [(i, argument) for i, argument in inputs if argument >= weights]
 
     def run(self, arguments: Sequence[Tensor]) -> tuple[Tensor, ...]:
         def bind(request: Any) -> None:
-            for i, place in self._weights:
-                request.set_input_tensor(i, _shared(arguments[place]))
+            for i, argument in self._weights:
+                request.set_input_tensor(i, _shared(arguments[argument]))
 
         results = tuple(torch.empty(like.shape, dtype=like.dtype) for like in self._outputs)
         self._requests.run(
-            [(i, _shared(arguments[place])) for i, place in self._tensors],
+            [(i, _shared(arguments[argument])) for i, argument in self._tensors],
             map(_shared, results),
-            [arguments[place].data_ptr() for _, place in self._weights],
+            [arguments[argument].data_ptr() for _, argument in self._weights],
             bind,
         )
         return results
 
 
 def _shared(tensor: Tensor) -> Any:
-    """An ``openvino.Tensor`` over the same memory; of a contiguous tensor on the CPU."""
+    """An ``openvino.Tensor`` that shares the memory of a contiguous tensor on the CPU."""
     if tensor.dtype is torch.bfloat16:  # numpy has no such type
         return openvino.Tensor(tensor.detach().view(torch.int16).numpy(), tensor.shape, openvino.Type.bf16)
     return openvino.Tensor(tensor.detach().numpy(), shared_memory=True)
 
 
 def _constants(graph: fx.Graph, count: int) -> tuple[int, ...]:
-    """Which of the first ``count`` inputs, the weights, convolutions take their kernels from."""
+    """Indices of those of the first ``count`` inputs, the weights, that convolution kernels are computed from."""
     kernels = {n.args[1] for n in graph.nodes if getattr(n.target, "overloadpacket", None) in _CONVOLUTIONS}
     sources = {source for kernel in kernels for source in (kernel, *ancestors(kernel))}
     weights = graph.find_nodes(op="placeholder")[:count]
-    return tuple(place for place, node in enumerate(weights) if node in sources)
+    return tuple(i for i, node in enumerate(weights) if node in sources)
 
 
 def _with_constants(graph: fx.Graph, constants: Mapping[int, Tensor]) -> fx.GraphModule:
-    """The functional form of a graph, with some of its inputs as constants."""
+    """The functional form of a graph, with some of its inputs replaced by constants."""
     functional = copy_graph(graph)
     for node in functional.nodes:
         node.target = _REPLACED.get(node.target, node.target)
     inputs = functional.find_nodes(op="placeholder")
-    for place in constants:
+    for i in constants:
         with functional.inserting_after(inputs[-1]):
-            constant = functional.create_node("get_attr", f"constant_{place}")
-        inputs[place].replace_all_uses_with(constant)
-        functional.erase_node(inputs[place])
-    return fx.GraphModule({f"constant_{place}": tensor for place, tensor in constants.items()}, functional)
+            constant = functional.create_node("get_attr", f"constant_{i}")
+        inputs[i].replace_all_uses_with(constant)
+        functional.erase_node(inputs[i])
+    return fx.GraphModule({f"constant_{i}": tensor for i, tensor in constants.items()}, functional)
 
 
 def _compiled(
     graph: fx.Graph, arguments: Sequence[Tensor], dynamic: frozenset[int], constants: tuple[int, ...]
 ) -> _Compiled:
-    """Compiles a graph for arguments like these; the second dimension of those in ``dynamic`` is left open."""
-    module = _with_constants(graph, {place: arguments[place].detach() for place in constants})
-    inputs = [place for place in range(len(arguments)) if place not in constants]
+    """Compiles a graph for arguments of these shapes; the second dimension of those in ``dynamic`` may vary."""
+    module = _with_constants(graph, {i: arguments[i].detach() for i in constants})
+    inputs = [i for i in range(len(arguments)) if i not in constants]
     names = [str(node.target) for node in module.graph.find_nodes(op="placeholder")]
     examples = tuple(
         arguments[i].new_zeros(len(arguments[i]), _TRACED_COUNT) if i in dynamic else arguments[i].detach()
         for i in inputs
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what the converter uses
+        warnings.simplefilter("ignore")  # raised by the converter
         program = export(
             module, examples, dynamic_shapes=tuple({1: Dim.DYNAMIC} if i in dynamic else None for i in inputs)
         )
         model = openvino.convert_model(program)
-    places = dict(zip(names, inputs, strict=True))
-    kept = [places[name] for each in model.inputs for name in each.get_names() & places.keys()]  # those that are read
+    by_name = dict(zip(names, inputs, strict=True))
+    # Inputs that nothing reads are gone.
+    kept = [by_name[name] for port in model.inputs for name in port.get_names() & by_name.keys()]
     model.reshape(
         {i: [*arguments[p].shape[:1], -1] if p in dynamic else [*arguments[p].shape] for i, p in enumerate(kept)}
     )

@@ -21,7 +21,7 @@ from duca_compile.policies.adaptive import AdaptivePolicy
 from duca_compile.policies.base import Policy
 from duca_compile.policies.checks import check_whole
 from duca_compile.policies.end_only import EndOnly
-from duca_compile.policies.liveness import LIVENESS_STEPS
+from duca_compile.policies.liveness import LIVENESS_HORIZON
 from duca_compile.runtime.planning import plan_step, probe_spec, score_kind
 from duca_compile.runtime.selection import SCORE_BYTES
 
@@ -48,7 +48,7 @@ class CacheOptions:
 
     def __post_init__(self) -> None:
         if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
-            raise UsageError(f"cache_dtype={self.dtype!r} is impossible: it must be a floating torch.dtype")
+            raise UsageError(f"cache_dtype={self.dtype!r} is invalid: it must be a floating torch.dtype")
         if self.budget is not None:
             check_whole("cache_budget_bytes", self.budget, least=0)
 
@@ -93,7 +93,7 @@ def variants(
 ) -> list[Variant]:
     """All variants that the policy's steps need, built but not compiled."""
     captured = with_predictor(captured, facts, policy.predictor)
-    steps = dict.fromkeys(islice(policy.planned(total), LIVENESS_STEPS))
+    steps = dict.fromkeys(islice(policy.planned(total), LIVENESS_HORIZON))
     look = probe_spec(facts, policy)
     specs = [plan_step(facts, policy, step)[0] for step in steps] + ([] if look is None else [look])
     return [build_variant(captured, facts, replace(spec, cache_dtype=dtype)) for spec in dict.fromkeys(specs)]

@@ -23,7 +23,7 @@ from duca_compile.frontend.snapshot import kind
 from duca_compile.passes.caching.predict import with_predictor
 from duca_compile.passes.pipeline import build_variant
 from duca_compile.policies.base import Policy
-from duca_compile.runtime.clock import Tick
+from duca_compile.runtime.clock import CallPosition
 from duca_compile.runtime.dispatcher import Dispatcher
 from duca_compile.runtime.request import Request
 from duca_compile.runtime.torch.programs import Programs
@@ -150,12 +150,12 @@ class Compiled:
         """The tensors of a call by their names in the graph."""
         return dict(zip(self._inputs, tensors, strict=True))
 
-    def run(self, request: Request, tick: Tick, call: Mapping[str, Tensor], name: str | None) -> Any:
-        """What the model returns for a call of the guidance pass ``name`` at the step that ``tick`` says.
+    def run(self, request: Request, position: CallPosition, call: Mapping[str, Tensor], name: str | None) -> Any:
+        """What the model returns for a call of the guidance pass ``name`` at the step that ``position`` says.
 
         ``call`` has the call's tensors by name.
         """
-        return self.captured.output.rebuild(self.dispatcher(request, tick, call, name))
+        return self.captured.output.rebuild(self.dispatcher(request, position, call, name))
 
     def rebind(self, live: Mapping[str, Tensor]) -> None:
         """Replaces the weights by the model's current ones, ``live``, which are of the same kinds."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache
 
-from duca_compile.core.steps import Kept
+from duca_compile.core.steps import CacheKinds
 
 STREAM_END = "stream_end"
 BRANCH = "branch_"
@@ -47,14 +47,14 @@ def difference_slot(slot: str, order: int) -> str:
 
 
 @cache
-def dead_slots(live: Kept) -> tuple[str, ...]:
+def dead_slots(live: CacheKinds) -> tuple[str, ...]:
     """What the slots begin with whose caches are read no more, where caches of the kinds ``live`` are."""
-    if live is Kept.NOTHING:
+    if live is CacheKinds.NOTHING:
         return ("",)
     return (STREAM_END,) * (not live.end) + (BRANCH,) * (not live.branches)
 
 
-def dead_caches(live: Kept, names: Iterable[str]) -> tuple[str, ...]:
+def dead_caches(live: CacheKinds, names: Iterable[str]) -> tuple[str, ...]:
     """Those of the placeholders ``names`` whose caches are read no more."""
     dead = tuple(map(cache_input, dead_slots(live)))
     return tuple(name for name in names if name.startswith(dead))

@@ -52,7 +52,7 @@ class StepKind(Enum):
         return {StepKind.FORECAST: "T", StepKind.PREDICT: "L"}.get(self, self.value[0].upper())
 
 
-class Kept(Flag):
+class CacheKinds(Flag):
     """Kinds of cached features."""
 
     NOTHING = 0
@@ -62,11 +62,11 @@ class Kept(Flag):
 
     @property
     def branches(self) -> bool:
-        return bool(self & Kept.BRANCHES)
+        return bool(self & CacheKinds.BRANCHES)
 
     @property
     def end(self) -> bool:
-        return bool(self & Kept.END)
+        return bool(self & CacheKinds.END)
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ class Step:
     ratio: float = 0.0
     leading_full: int = 0
     verified: bool = False
-    kept: Kept = Kept.ALL
-    live: Kept = Kept.ALL
+    kept: CacheKinds = CacheKinds.ALL
+    live: CacheKinds = CacheKinds.ALL
 
     def __post_init__(self) -> None:
         self.__dict__["_hash"] = hash(tuple(getattr(self, field.name) for field in fields(self)))

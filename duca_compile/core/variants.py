@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from duca_compile.core.steps import Kept, Probe, Verify
+from duca_compile.core.steps import CacheKinds, Probe, Verify
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ class VariantSpec:
     change: bool = False  # the streams' change from start to end is cached, not the end
     by_row: bool = False  # full steps are for chosen rows of the batch; numbers of forecasts differ by row
     chosen_with: tuple[int, ...] = ()  # for each branch, the one whose token input it shares; empty: each its own
-    keeps: Kept = Kept.ALL  # the kinds of caches that later steps will read
+    keeps: CacheKinds = CacheKinds.ALL  # the kinds of caches that later steps will read
     cache_dtype: torch.dtype | None = None  # what caches are kept in, where that is narrower
 
     @property

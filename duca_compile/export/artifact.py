@@ -63,7 +63,7 @@ def save(
     if target.exists():
         raise UsageError(f"there is something at {target}; name a folder that does not exist")
     if opset not in OPSETS:
-        raise UsageError(f"opset={opset!r} is impossible: it must be from {OPSETS[0]} to {OPSETS[-1]}")
+        raise UsageError(f"opset={opset!r} is invalid: it must be from {OPSETS[0]} to {OPSETS[-1]}")
     if format not in WRITERS:
         raise UsageError(f"format={format!r} is unknown; choose one of {tuple(WRITERS)}")
     make = WRITERS[format]()

@@ -1,1 +1,1 @@
-"""What other projects say of their models and loops. Nothing else of the package knows them by name."""
+"""Integrations with other projects. No other package here knows them by name."""

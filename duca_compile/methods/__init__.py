@@ -1,1 +1,1 @@
-"""What is made before a loop, from loops of the model: calibrated forecasts and trained predictors."""
+"""What is made from a model's own loops before it is used: calibrated forecasts and trained predictors."""

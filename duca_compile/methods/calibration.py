@@ -1,9 +1,9 @@
-"""Finds the full steps of a loop, and the factors of the forecasts between them, from one recorded loop or a few.
+"""Finds the full steps of a loop, and the factors of the forecasts between them, from recorded loops.
 
-Full steps keep the end of the residual stream, h, and its differences, as TaylorSeer does (arXiv 2503.06923). Where
-Taylor's series has x^i / i! for the difference of order i, the factors of ``Calibrated`` are those of the smallest
-squared error in the recorded loops; and the full steps are placed where that error, summed over the loop and relative
-to the squares of h, is smallest. All of it follows from the inner products of h at any two steps.
+Full steps keep the end of the residual stream, h, and its differences, as TaylorSeer does (arXiv 2503.06923). Where the
+Taylor series multiplies the difference of order i by x^i / i!, ``Calibrated`` takes the factors with the smallest
+squared error on the recorded loops. Full steps are placed where that error, relative to the square of h and summed over
+the loop, is smallest. Both follow from the inner products of h at any two steps.
 """
 
 from __future__ import annotations
@@ -17,63 +17,72 @@ import torch
 from torch import Tensor, nn
 
 from duca_compile.errors import UsageError
-from duca_compile.methods.recording import Recorder, Sample
-from duca_compile.policies.base import Measured
+from duca_compile.methods.recording import Recorder, SampleLoop
+from duca_compile.policies.base import FittedFactors
 from duca_compile.policies.calibrated import Calibrated
 from duca_compile.policies.checks import check_full_steps, check_whole
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
-_BEAM = 12  # schedules kept for each number of full steps and each last one
-_RIDGE = 1e-9  # of the mean square of the differences: keeps factors finite where differences depend on each other
-_TINY = 1e-300  # divides in the place of zero
-_CHUNK = 1 << 18  # values of each step whose inner products are taken at once
+_BEAM = 12  # schedules kept for each number of full steps and each last full step
+_RIDGE = 1e-9  # times the mean square of the differences: keeps factors finite where differences are dependent
+_TINY = 1e-300  # replaces a zero divisor
+_CHUNK = 1 << 18  # values of each step in one product
 
 
-def calibrate(model: nn.Module, sample: Sample, *, loops: int = 1, timestep: str | None = None) -> Calibration:
-    """Measures ``model``'s own uncached denoising loop.
+def calibrate(model: nn.Module, sample: SampleLoop, *, loops: int = 1, timestep: str | None = None) -> Calibration:
+    """Measures the model's own uncached denoising loop, for ``Calibrated`` policies.
 
     Args:
         model: a Diffusion Transformer in eval mode. It is not changed.
-        sample: ``sample(drop_in, number)`` runs one denoising loop with ``drop_in`` in the place of the model. Another
-            number should give another loop of the same length.
-        loops: how many loops are measured. The end of the stream is kept for all steps of one.
-        timestep: name of the timestep argument, where it cannot be told from the graph.
+        sample: ``sample(drop_in, number)`` runs one denoising loop with ``drop_in`` in place of the model. Another
+            number should give another loop (other noise, other prompts) of the same length.
+        loops: how many loops to measure. Memory holds the end of the stream for all steps of one loop.
+        timestep: name of the timestep argument; needed only if the graph does not show it.
+
+    Returns:
+        The measurements, which make policies of any speed.
 
     Raises:
-        UsageError: ``sample`` does not run one loop of two steps or more, its loops differ in length, or no pass of a
-            loop has all steps.
-        PolicyError: an impossible number of loops.
+        UsageError: ``sample`` does not run one loop of at least two steps, its loops differ in length, or no guidance
+            pass runs at every step.
+        PolicyError: the number of loops is invalid.
     """
     check_whole("loops", loops, least=1)
     recorder, recorded = Recorder(model, sample, timestep, whole=False), list[_Products]()
     for number in range(loops):
-        for each in recorder.passes(number):
-            if len(each.steps) == recorder.steps:
-                recorded.append(_Products.of([call.hidden for call in each.calls]))
+        for recorded_pass in recorder.passes(number):
+            if len(recorded_pass.steps) == recorder.steps:
+                recorded.append(_Products.of([call.hidden for call in recorded_pass.calls]))
     if not recorded:
-        raise UsageError("no pass of the loop has all of its steps, so there is nothing to measure forecasts by")
-    lengths = {len(each.inner) for each in recorded}
+        raise UsageError("no guidance pass runs at every step of the loop, so forecasts cannot be measured")
+    lengths = {len(products.inner) for products in recorded}
     if len(lengths) > 1:
         raise UsageError(f"sample() must run loops of the same length; these have {sorted(lengths)} steps")
     return Calibration(recorded)
 
 
 class Calibration:
-    """What ``calibrate`` has measured: makes policies of any speed, each in about a second."""
+    """The measurements of ``calibrate``. They make policies of any speed, each in about a second.
+
+    Attributes:
+        steps: the number of steps of the measured loops, for which the policies hold.
+    """
 
     def __init__(self, recorded: Sequence[_Products]) -> None:
         self._recorded, self.steps = recorded, len(recorded[0].inner)
 
     def policy(self, full_steps: int | Iterable[int], max_order: int = 2) -> Calibrated:
-        """The policy of the smallest error.
+        """The policy with the smallest error on the measured loops.
 
         Args:
-            full_steps: how many steps of a loop are full, which says how fast it will be; or which, by number, from 0
-                on.
-            max_order: the highest difference used, 1 to 4.
+            full_steps: how many steps of a loop are full, which sets its speed; or their numbers, counted from 0.
+            max_order: the highest order of difference used, 1 to 4.
+
+        Returns:
+            The policy, for loops of ``steps`` steps.
 
         Raises:
-            PolicyError: impossible numbers, or no full step at the start.
+            PolicyError: an invalid parameter, or step 0 is not full.
         """
         check_whole("max_order", max_order, least=1, most=4)
         return _Search(self._recorded, max_order).policy(full_steps)
@@ -81,7 +90,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class _Products:
-    """Of one pass: the inner products of h, less its mean over the steps, at any two steps; and the squares of h."""
+    """Inner products of h at any two steps of one guidance pass, less its mean over the steps; and squares of h."""
 
     inner: Array  # (steps, steps)
     squares: Array  # (steps,)
@@ -90,22 +99,22 @@ class _Products:
     def of(hidden: Sequence[Tensor]) -> _Products:
         steps = len(hidden)
         inner, squares = torch.zeros(steps, steps, dtype=torch.float64), torch.zeros(steps, dtype=torch.float64)
-        flat = [each.flatten() for each in hidden]
+        flat = [state.flatten() for state in hidden]
         for start in range(0, len(flat[0]), _CHUNK):
-            part = torch.stack([each[start : start + _CHUNK] for each in flat]).double()
+            part = torch.stack([values[start : start + _CHUNK] for values in flat]).double()
             squares += part.square().sum(1).cpu()
-            part -= part.mean(0)  # forecasts add differences, which do not change by it; products round less
+            part -= part.mean(0)  # differences do not depend on the mean, and products round less without it
             inner += (part @ part.t()).cpu()
         return _Products(inner.numpy(), squares.numpy())
 
 
 class _Search:
-    """Forecast errors of all steps behind any full steps, and the full steps where they are smallest."""
+    """The errors of forecasts from any full steps, and the full steps for which their sum is smallest."""
 
     def __init__(self, recorded: Sequence[_Products], order: int) -> None:
         self._order, self._steps = order, len(recorded[0].inner)
-        self._inner = np.stack([each.inner for each in recorded])
-        self._weights = 1 / np.stack([each.squares for each in recorded]).clip(_TINY) / len(recorded)
+        self._inner = np.stack([products.inner for products in recorded])
+        self._weights = 1 / np.stack([products.squares for products in recorded]).clip(_TINY) / len(recorded)
         self._known: dict[tuple[int, ...], tuple[Array, Array]] = {}
 
     def policy(self, full_steps: int | Iterable[int]) -> Calibrated:
@@ -114,16 +123,16 @@ class _Search:
         else:
             check_whole("full_steps", full_steps, least=1, most=self._steps)
             chosen = self._placed(int(full_steps))
-        measured: list[Measured | None] = []
+        measured: list[FittedFactors | None] = []
         total = 0.0
         for step in range(self._steps):
             if step in chosen:
                 measured.append(None)
                 continue
-            last = tuple(each for each in chosen if each < step)[-self._order - 1 :]
-            errors, factors = self._behind(last)
+            last = tuple(full for full in chosen if full < step)[-self._order - 1 :]
+            errors, factors = self._forecasts_from(last)
             total += errors[step]
-            measured.append(Measured(last[-1], tuple(map(float, factors[step]))))
+            measured.append(FittedFactors(last[-1], tuple(map(float, factors[step]))))
         forecasts = max(1, self._steps - len(chosen))
         return Calibrated(tuple(measured), self._order, float(np.sqrt(total / forecasts)))
 
@@ -132,34 +141,34 @@ class _Search:
         return tuple(sorted({int(step) for step in full_steps}))
 
     def _placed(self, count: int) -> tuple[int, ...]:
-        """The ``count`` full steps of the smallest error, by beam search from the start of the loop."""
+        """The ``count`` full steps with the smallest error, by beam search from the start of the loop."""
         beam: list[tuple[float, tuple[int, ...]]] = [(0.0, (0,))]
         for placed in range(1, count):
-            found: dict[int, list[tuple[float, tuple[int, ...]]]] = {}
+            by_last: dict[int, list[tuple[float, tuple[int, ...]]]] = {}
             for error, full in beam:
-                behind = self._sums(full)
+                sums = self._sums(full)
                 for step in range(full[-1] + 1, self._steps - (count - 1 - placed)):
-                    found.setdefault(step, []).append((error + behind[step], (*full, step)))
-            beam = [each for several in found.values() for each in sorted(several)[:_BEAM]]
+                    by_last.setdefault(step, []).append((error + sums[step], (*full, step)))
+            beam = [schedule for schedules in by_last.values() for schedule in sorted(schedules)[:_BEAM]]
         return min((error + self._sums(full)[-1], full) for error, full in beam)[1]
 
     def _sums(self, full: tuple[int, ...]) -> Array:
-        """The sums of the errors of the steps between the last full one and each step, (steps + 1,)."""
-        errors, _ = self._behind(full[-self._order - 1 :])
+        """For each step, the sum of the errors of the steps between the last full one and it, (steps + 1,)."""
+        errors, _ = self._forecasts_from(full[-self._order - 1 :])
         sums: Array = np.concatenate([[0.0], np.cumsum(errors)])
         sums -= sums[full[-1] + 1]
         return sums
 
-    def _behind(self, full: tuple[int, ...]) -> tuple[Array, Array]:
+    def _forecasts_from(self, full: tuple[int, ...]) -> tuple[Array, Array]:
         """Relative squared errors of forecasts from these full steps, (steps,), and their factors, (steps, orders)."""
         if full not in self._known:
             self._known[full] = self._fitted(full)
         return self._known[full]
 
     def _fitted(self, full: tuple[int, ...]) -> tuple[Array, Array]:
-        """By least squares: differences and errors are sums of h at single steps, so their products are known."""
+        """Least squares. Differences and errors are sums of h at single steps, so their products are known."""
         points, last, weights = list(full), full[-1], self._weights
-        inner = self._inner[:, points]  # of the full steps with every step
+        inner = self._inner[:, points]  # of the full steps and every step
         squares = np.einsum("pss->ps", self._inner) - 2 * inner[:, -1] + inner[:, -1, last, None]
         error = (weights * squares).sum(0)
         if len(full) == 1:
@@ -175,12 +184,12 @@ class _Search:
 
 
 def _differences(full: tuple[int, ...]) -> Array:
-    """D_1, D_2, ... behind these full steps, as sums over h at these: (full steps - 1, full steps)."""
+    """D_1, D_2, ... at the last of these full steps, as sums of h at the full steps, (full steps - 1, full steps)."""
     unit = np.eye(len(full))
-    found = [unit[0]]
-    for place in range(1, len(full)):
-        now = [unit[place]]
-        for old in found:
-            now.append((now[-1] - old) / (full[place] - full[place - 1]))
-        found = now
-    return np.array(found[1:])
+    differences = [unit[0]]
+    for i in range(1, len(full)):
+        updated = [unit[i]]
+        for old in differences:
+            updated.append((updated[-1] - old) / (full[i] - full[i - 1]))
+        differences = updated
+    return np.array(differences[1:])

@@ -1,4 +1,4 @@
-"""Runs a model's own denoising loops, and keeps what they computed: for what is learned from them."""
+"""Runs a model's own denoising loops, and records what they compute."""
 
 from __future__ import annotations
 
@@ -18,12 +18,18 @@ from duca_compile.errors import UsageError
 from duca_compile.policies import TaylorSeer
 from duca_compile.runtime.session import Requests
 
-Sample = Callable[[Any, int], Any]  # runs the denoising loop of this number, with this in the place of the model
+SampleLoop = Callable[[Any, int], Any]  # sample(drop_in, number) runs one denoising loop
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call of the model: what its graph read, by name, what it returned, and its last hidden state."""
+class RecordedCall:
+    """One call of the model.
+
+    Attributes:
+        inputs: the inputs of its graph, by name.
+        outputs: what it returned.
+        hidden: the end of the residual stream, (batch, tokens, channels).
+    """
 
     inputs: Mapping[str, Tensor]
     outputs: tuple[Tensor, ...]
@@ -31,23 +37,42 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Pass:
-    """The calls of one pass of a loop, in order, the steps that they were made at, and the capture that they ran on."""
+class RecordedPass:
+    """One guidance pass of a loop.
+
+    Attributes:
+        compiled: the capture that its calls ran on.
+        steps: the step of each call.
+        calls: the calls, in order.
+    """
 
     compiled: Compiled
     steps: Sequence[int]
-    calls: Sequence[Call]
+    calls: Sequence[RecordedCall]
 
 
 class Recorder(EagerBackend):
-    """Runs loops of the model in full, and keeps the hidden states, and if ``whole`` what goes in and comes out."""
+    """Runs loops of the model in full, and records their hidden states.
 
-    def __init__(self, model: nn.Module, sample: Sample, timestep: str | None = None, whole: bool = True) -> None:
+    Args:
+        model: the model. It is not changed.
+        sample: runs one denoising loop.
+        timestep: name of the timestep argument; needed only if the graph does not show it.
+        whole: whether inputs and outputs are recorded, too.
+
+    Attributes:
+        steps: the number of steps of the last loop.
+        model_name: class name of the model.
+    """
+
+    def __init__(self, model: nn.Module, sample: SampleLoop, timestep: str | None = None, whole: bool = True) -> None:
         check_plain(model)
-        self._whole, self.steps = whole, 0  # steps of the last loop
+        self._whole, self.steps = whole, 0
         self.model_name = type(model).__name__
-        self._sample, self._calls = sample, list[tuple[Variant, Call]]()
-        policy = TaylorSeer(1, max_order=0, first_full_steps=1, lite=True)  # full steps that keep the end of the stream
+        self._sample, self._calls = sample, list[tuple[Variant, RecordedCall]]()
+        policy = TaylorSeer(
+            1, max_order=0, first_full_steps=1, lite=True
+        )  # only full steps, which keep the end of the stream
         self._model = OptimizedModel(model, policy, self, Requests(policy, None), timestep, CacheOptions())
 
     def compile(self, variant: Variant, cuts: frozenset[str] = frozenset()) -> VariantFunction:
@@ -55,10 +80,10 @@ class Recorder(EagerBackend):
 
         def recorded(*tensors: Tensor) -> tuple[Tensor, ...]:
             results = run(*tensors)
-            found = dict(zip(variant.outputs, results, strict=True))
-            call = Call({}, (), found[STREAM_END])
+            by_name = dict(zip(variant.outputs, results, strict=True))
+            call = RecordedCall({}, (), by_name[STREAM_END])
             if self._whole:
-                outputs = tuple(value.clone() for name, value in found.items() if name.startswith("output_"))
+                outputs = tuple(value.clone() for name, value in by_name.items() if name.startswith("output_"))
                 inputs = {name: tensor.clone() for name, tensor in zip(variant.inputs, tensors, strict=True)}
                 call = replace(call, inputs=inputs, outputs=outputs)
             self._calls.append((variant, call))
@@ -66,8 +91,11 @@ class Recorder(EagerBackend):
 
         return recorded
 
-    def passes(self, number: int) -> list[Pass]:
-        """The passes of the loop of this number.
+    def passes(self, number: int) -> list[RecordedPass]:
+        """Runs the loop of this number.
+
+        Returns:
+            Its guidance passes.
 
         Raises:
             UsageError: it is not one loop of at least two steps.
@@ -79,13 +107,19 @@ class Recorder(EagerBackend):
         self.steps = history[-1].step + 1 if history else 0
         if len(history) != len(self._calls) or len(history) < 2 or history[-1].step == 0:
             raise UsageError(
-                f"sample(model, {number}) must run one denoising loop of two steps or more with the model that it is "
-                f"given; it made {len(self._calls)} calls, and the last loop has {len(history)} of them"
+                f"sample(model, {number}) must run one denoising loop of at least two steps with the model that it is "
+                f"given; it made {len(self._calls)} calls, and {len(history)} of them belong to the last loop"
             )
-        owners = {id(v): c for c in self._model._compiled.values() for v, _ in c.programs.by_spec.values()}
-        found: dict[tuple[int, str | None, int], list[tuple[int, Call]]] = {}
+        owners = {
+            id(variant): compiled
+            for compiled in self._model._compiled.values()
+            for variant, _ in compiled.programs.by_spec.values()
+        }
+        by_pass: dict[tuple[int, str | None, int], list[tuple[int, RecordedCall]]] = {}
         for (variant, call), executed in zip(self._calls, history, strict=True):
             key = id(variant), executed.pass_name, executed.pass_index
-            found.setdefault(key, []).append((executed.step, call))
+            by_pass.setdefault(key, []).append((executed.step, call))
         self._calls.clear()
-        return [Pass(owners[key[0]], *zip(*made, strict=True)) for key, made in found.items() if len(made) > 1]
+        return [
+            RecordedPass(owners[key[0]], *zip(*made, strict=True)) for key, made in by_pass.items() if len(made) > 1
+        ]

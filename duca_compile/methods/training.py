@@ -1,4 +1,4 @@
-"""Trains the predictor of DisCa (arXiv 2602.05449) on a model's own denoising loops, by mean squared error."""
+"""Trains the predictor of DisCa (arXiv 2602.05449) on a model's own denoising loops."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from torch import Tensor, fx, nn
 from duca_compile.compiler.compiled import Compiled
 from duca_compile.core.ports import STREAM_END, cache_input
 from duca_compile.core.variants import Action, Variant, VariantSpec
-from duca_compile.errors import UsageError
-from duca_compile.methods.recording import Call, Pass, Recorder, Sample
+from duca_compile.errors import UsageError, not_none
+from duca_compile.methods.recording import RecordedCall, RecordedPass, Recorder, SampleLoop
 from duca_compile.passes.caching.predict import last_products, named, trained_weights, with_predictor
 from duca_compile.passes.pipeline import build_variant
 from duca_compile.policies.checks import check_number, check_whole
@@ -27,10 +27,10 @@ from duca_compile.policies.predictor import FUSE, Predictor, PredictorConfig, re
 
 aten = torch.ops.aten
 
-_BEND = 2.3994  # where SiLU's second derivative is zero, so where it is straightest
-_SLOPE = 1.0998  # its derivative there
-_SPREAD = 0.25  # how far from there one standard deviation of the hidden state reaches
-_STATE = "training"  # the key of the JSON among a checkpoint's metadata
+_BEND = 2.3994  # where SiLU's second derivative is zero, so that SiLU is closest to linear
+_SLOPE = 1.0998  # SiLU's derivative there
+_SPREAD = 0.25  # the distance from there that one standard deviation of the hidden state is scaled to
+_STATE = "training"  # the key of the JSON in a checkpoint's metadata
 
 
 @dataclass(frozen=True)
@@ -38,15 +38,15 @@ class TrainingSettings:
     """How a predictor is trained.
 
     Attributes:
-        loops: denoising loops of the model to train on, one after the other; none is kept.
+        loops: how many denoising loops of the model to train on, one after the other. Memory holds one of them.
         updates: gradient steps for each loop.
-        reach: how far back the full step may be that a prediction starts from, as a share of the loop (the paper's
-            0.2).
-        learning_rate: of AdamW, falling to zero along a cosine.
-        seed: of the choice of steps.
+        reach: how far back the full step that a prediction starts from may be, as a share of the loop; 0.2 in the
+            paper.
+        learning_rate: initial learning rate of AdamW; it falls to zero along a cosine.
+        seed: seed of the choice of steps.
 
     Raises:
-        PolicyError: impossible numbers.
+        PolicyError: an invalid parameter.
     """
 
     loops: int = 50
@@ -64,13 +64,13 @@ class TrainingSettings:
 
 
 def checkpoint_path(path: str | os.PathLike[str]) -> Path:
-    """Where the state of a training lies that writes its predictor to ``path``."""
+    """The path of the checkpoint of a training that writes its predictor to ``path``."""
     return Path(path).with_suffix(".checkpoint.safetensors")
 
 
 def train_predictor(
     model: nn.Module,
-    sample: Sample,
+    sample: SampleLoop,
     path: str | os.PathLike[str],
     settings: TrainingSettings | None = None,
     *,
@@ -78,28 +78,29 @@ def train_predictor(
     timestep: str | None = None,
     progress: Progress | None = None,
 ) -> Predictor:
-    """Trains a predictor for ``model`` and writes it to ``path``, with a checkpoint beside it, after each loop.
+    """Trains a predictor for ``DisCa`` and writes it to ``path``, with a checkpoint beside it, after each loop.
 
-    A prediction starts from the hidden state of an earlier step of the same pass, and is held to the model's own output
-    by mean squared error. The adversarial stage of the paper is not implemented.
+    A prediction starts from the hidden state of an earlier step of the same guidance pass. The loss is the mean squared
+    error to the model's own output. Source: DisCa, arXiv 2602.05449; the adversarial stage of the paper is not
+    implemented.
 
     Args:
         model: a Diffusion Transformer in eval mode. It is not changed.
-        sample: ``sample(drop_in, number)`` runs one denoising loop with ``drop_in`` in the place of the model. Another
-            number must give another loop, and the same number the same.
-        path: of the file, which ends in .safetensors.
-        settings: how long and how fast.
-        resume: go on from the checkpoint, if there is one. The result is that of an uninterrupted training.
-        timestep: name of the timestep argument, where it cannot be told from the graph.
-        progress: a rich display that is open; without one, it opens its own.
+        sample: ``sample(drop_in, number)`` runs one denoising loop with ``drop_in`` in place of the model. Another
+            number must give another loop, and the same number the same loop.
+        path: the file to write; its name ends in ``.safetensors``.
+        settings: how long to train, and at which rate; the defaults of ``TrainingSettings`` for None.
+        resume: continue from the checkpoint, if there is one. The result equals that of an uninterrupted training.
+        timestep: name of the timestep argument; needed only if the graph does not show it.
+        progress: an open rich display to show the progress in; None to open one.
 
     Returns:
-        The predictor, in float32.
+        The predictor, with float32 weights.
 
     Raises:
-        UsageError: ``sample`` does not run one loop of two steps or more, the path cannot be written, or the
-            checkpoint is of another training.
-        PolicyError: the model has no more blocks than a predictor, or its last ones need more of the others than the
+        UsageError: ``sample`` does not run one loop of at least two steps, the path cannot be written, or the
+            checkpoint belongs to another training.
+        PolicyError: the model has too few blocks for a predictor, or its last blocks read more from the others than the
             stream.
     """
     chosen = TrainingSettings() if settings is None else settings
@@ -109,19 +110,21 @@ def train_predictor(
     if progress is not None:
         return trainer.run(progress)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as own:
-        return trainer.run(own)
+    with Progress(*columns) as new_progress:
+        return trainer.run(new_progress)
 
 
 class _Graphs:
-    """The predictor spliced into each captured graph that it is trained or measured on."""
+    """Variants with the predictor, one for each captured graph that it is trained or measured on."""
 
     def __init__(self, config: PredictorConfig) -> None:
         self._config = config
-        self._variants: dict[int, tuple[Compiled, Variant]] = {}  # by the identity of the capture, which is kept
+        self._variants: dict[int, tuple[Compiled, Variant]] = {}  # by the identity of the capture, which is referenced
 
-    def predict(self, compiled: Compiled, weights: Mapping[str, Tensor], start: Call, end: Call) -> tuple[Tensor, ...]:
-        """What the model would return at ``end``, from the hidden state of ``start``."""
+    def predict(
+        self, compiled: Compiled, weights: Mapping[str, Tensor], start: RecordedCall, end: RecordedCall
+    ) -> tuple[Tensor, ...]:
+        """The predicted outputs of the call ``end``, from the hidden state of the call ``start``."""
         variant = self._variant(compiled, weights)
         values = {**end.inputs, cache_input(STREAM_END): start.hidden}
         typed = {n: w.to(_at(variant.module, n).dtype) for n, w in named(weights).items()}
@@ -142,10 +145,10 @@ class _Graphs:
 
 
 def _make_differentiable(module: fx.GraphModule) -> None:
-    """PyTorch has no derivative of ``copy``, which a trace makes of assignments to a part of a tensor."""
+    """Replaces ``copy``, which traces have for assignments to a slice and PyTorch cannot differentiate."""
     for node in module.graph.find_nodes(op="call_function", target=aten.copy.default):
-        place, value = node.args[:2]
-        like = place.meta["val"]
+        target, value = node.args[:2]
+        like = target.meta["val"]
         with module.graph.inserting_before(node):
             value = module.graph.call_function(aten.expand.default, (value, list(like.shape)))
             value = module.graph.call_function(aten.to.dtype, (value, like.dtype))
@@ -156,40 +159,50 @@ def _make_differentiable(module: fx.GraphModule) -> None:
 
 def _at(module: fx.GraphModule, name: str) -> Tensor:
     path, _, leaf = name.rpartition(".")
-    found: Tensor = getattr(module.get_submodule(path), leaf)
-    return found
+    tensor: Tensor = getattr(module.get_submodule(path), leaf)
+    return tensor
 
 
 def prediction_error(
-    model: nn.Module, sample: Sample, predictor: Predictor, distance: int, number: int, timestep: str | None = None
+    model: nn.Module, sample: SampleLoop, predictor: Predictor, distance: int, number: int, timestep: str | None = None
 ) -> float:
-    """How far predictions ``distance`` steps behind a full step are from the model's own outputs.
+    """The relative error of predictions made ``distance`` steps after a full step.
 
-    The root of the summed squared differences over that of the outputs, over the loop ``sample(model, number)``.
+    Args:
+        model: the model that the predictor was trained for.
+        sample: ``sample(drop_in, number)`` runs one denoising loop with ``drop_in`` in place of the model.
+        predictor: the trained network.
+        distance: steps from the full step to the predicted one.
+        number: of the loop to measure.
+        timestep: name of the timestep argument; needed only if the graph does not show it.
+
+    Returns:
+        The norm of the differences to the model's own outputs over the norm of these outputs, over the whole loop.
 
     Raises:
-        UsageError: that is no loop.
-        PolicyError: the predictor is another model's.
+        UsageError: ``sample`` does not run one loop of at least two steps.
+        PolicyError: the predictor belongs to another model.
     """
     graphs, error, size = _Graphs(predictor.config), 0.0, 0.0
     with torch.no_grad():
-        for each in Recorder(model, sample, timestep).passes(number):
-            for start, end in zip(each.calls, each.calls[distance:], strict=False):
-                found = graphs.predict(each.compiled, predictor.weights, start, end)
-                error += float(_squared(found, end.outputs))
+        for recorded in Recorder(model, sample, timestep).passes(number):
+            for start, end in zip(recorded.calls, recorded.calls[distance:], strict=False):
+                predicted = graphs.predict(recorded.compiled, predictor.weights, start, end)
+                error += float(_squared_error(predicted, end.outputs))
                 size += sum(float(output.float().square().sum()) for output in end.outputs)
     return math.sqrt(error / size)
 
 
-def _squared(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
-    return torch.stack([(a - b).float().square().sum() for a, b in zip(found, wanted, strict=True)]).sum()
+def _squared_error(predicted: Sequence[Tensor], expected: Sequence[Tensor]) -> Tensor:
+    return torch.stack([(a - b).float().square().sum() for a, b in zip(predicted, expected, strict=True)]).sum()
 
 
 def initial_weights(compiled: Compiled, hidden: Tensor) -> dict[str, Tensor]:
-    """Weights that predict what reuse of the hidden state would give, near enough.
+    """Initial weights, whose prediction is close to reuse of the hidden state.
 
-    The fusion hands the hidden state through where SiLU is straightest, channel by channel, by the mean and standard
-    deviation of ``hidden`` (any, C). The blocks have the model's weights, but their branches end in zeros.
+    The fusion passes each channel of the hidden state through the part of SiLU that is closest to linear, scaled by the
+    mean and standard deviation of ``hidden``, (values, C). The blocks start from the model's weights, except that the
+    last product of each branch is zero.
     """
     weights = {n: w.detach().float().clone() for n, w in trained_weights(compiled.captured, compiled.facts).items()}
     for names in last_products(compiled.captured, compiled.facts):
@@ -206,11 +219,11 @@ def initial_weights(compiled: Compiled, hidden: Tensor) -> dict[str, Tensor]:
 
 
 class _Trainer:
-    """The state of one training: weights, optimizer, and how many loops it has seen."""
+    """The state of one training: weights, optimizer, and the number of loops so far."""
 
     def __init__(self, recorder: Recorder, path: Path, settings: TrainingSettings) -> None:
         if path.suffix != ".safetensors":
-            raise UsageError(f"{path} must end in .safetensors, which is what it will be")
+            raise UsageError(f"{path} must end in .safetensors, the format of the file")
         if not path.absolute().parent.is_dir():
             raise UsageError(f"cannot write {path}: there is no folder {path.absolute().parent}; create it first")
         self._recorder, self._path, self._settings = recorder, path, settings
@@ -227,15 +240,15 @@ class _Trainer:
 
     @property
     def _identity(self) -> dict[str, Any]:
-        """What must be the same where a training goes on."""
+        """What must be the same for a training to continue from a checkpoint."""
         config = self._config
         return {**asdict(self._settings), "model": config.model, "width": config.width, "blocks": config.blocks}
 
     def resume(self) -> None:
-        """Takes the state of the checkpoint.
+        """Loads the state of the checkpoint.
 
         Raises:
-            UsageError: it is of another training; names what differs.
+            UsageError: it belongs to another training; the message names what differs.
         """
         tensors, metadata = read(checkpoint_path(self._path))
         saved = json.loads(metadata.get(_STATE, "{}"))
@@ -243,8 +256,8 @@ class _Trainer:
             before = saved.get("of", {}).get(name)
             if before != value:
                 raise UsageError(
-                    f"{checkpoint_path(self._path)} is of a training with {name}={before!r}, and now it is {value!r}; "
-                    "go on with the same, or remove it and start anew"
+                    f"{checkpoint_path(self._path)} belongs to a training with {name}={before!r}, and now it is "
+                    f"{value!r}; continue with the same settings, or remove the checkpoint to start again"
                 )
         self._seen, self._losses = saved["seen"], saved["losses"]
         with torch.no_grad():
@@ -267,40 +280,44 @@ class _Trainer:
         return predictor
 
     def run(self, progress: Progress) -> Predictor:
-        chosen = self._settings
-        total = chosen.loops * chosen.updates
-        bar = progress.add_task("predictor", total=total, completed=self._seen * chosen.updates)
-        predictor = self._save() if self._seen == chosen.loops else None
-        while self._seen < chosen.loops:
+        settings = self._settings
+        total = settings.loops * settings.updates
+        bar = progress.add_task("predictor", total=total, completed=self._seen * settings.updates)
+        predictor = self._save() if self._seen == settings.loops else None
+        while self._seen < settings.loops:
             passes = self._first if self._seen == 0 else self._recorder.passes(self._seen)
-            choice = random.Random(f"{chosen.seed} {self._seen}")
+            choice = random.Random(f"{settings.seed} {self._seen}")
             losses = []
-            for update in range(chosen.updates):
-                done = (self._seen * chosen.updates + update) / total
-                self._optimizer.param_groups[0]["lr"] = chosen.learning_rate * (1 + math.cos(math.pi * done)) / 2
+            for update in range(settings.updates):
+                done = (self._seen * settings.updates + update) / total
+                self._optimizer.param_groups[0]["lr"] = settings.learning_rate * (1 + math.cos(math.pi * done)) / 2
                 losses.append(self._update(choice.choice(passes), choice))
                 progress.update(bar, advance=1, description=f"relative error {losses[-1] ** 0.5:.4f}")
             self._first = []
             self._losses.append(sum(losses) / len(losses))
             self._seen += 1
             predictor = self._save()
-        assert predictor is not None
-        return predictor
+        return not_none(predictor, "the predictor")
 
-    def _update(self, one: Pass, choice: random.Random) -> float:
-        """One gradient step; returns the squared error relative to the outputs' squares."""
-        reach = max(1, round(self._settings.reach * len(one.calls)))
-        end = choice.randrange(1, len(one.calls))
+    def _update(self, recorded: RecordedPass, choice: random.Random) -> float:
+        """Makes one gradient step.
+
+        Returns:
+            The squared error relative to the square of the outputs.
+        """
+        calls = recorded.calls
+        reach = max(1, round(self._settings.reach * len(calls)))
+        end = choice.randrange(1, len(calls))
         start = choice.randrange(max(0, end - reach), end)
-        wanted = one.calls[end].outputs
+        expected = calls[end].outputs
         with torch.enable_grad():
-            found = self._graphs.predict(one.compiled, self._weights, one.calls[start], one.calls[end])
-            error = _squared(found, wanted)
-            loss = error / sum(output.numel() for output in wanted)
+            predicted = self._graphs.predict(recorded.compiled, self._weights, calls[start], calls[end])
+            error = _squared_error(predicted, expected)
+            loss = error / sum(output.numel() for output in expected)
             gradients = torch.autograd.grad(loss, list(self._weights.values()))
         for weight, gradient in zip(self._weights.values(), gradients, strict=True):
             weight.grad = gradient
         nn.utils.clip_grad_norm_(self._weights.values(), 1.0)
         self._optimizer.step()
-        size = sum(float(output.float().square().sum()) for output in wanted)
+        size = sum(float(output.float().square().sum()) for output in expected)
         return float(error.detach()) / size

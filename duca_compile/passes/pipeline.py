@@ -19,7 +19,7 @@ from duca_compile.passes.caching.cast import CastCaches
 from duca_compile.passes.caching.forecast import Forecast
 from duca_compile.passes.caching.partial import RecomputeTokens
 from duca_compile.passes.caching.predict import PredictStream
-from duca_compile.passes.caching.probe import GoOn
+from duca_compile.passes.caching.probe import ResumeFromProbe
 from duca_compile.passes.caching.relate import ForecastFromInputs
 from duca_compile.passes.caching.residual import AddChanges
 from duca_compile.passes.caching.reuse import ReuseBranches
@@ -32,7 +32,7 @@ from duca_compile.passes.exact.deduplicate import Deduplicate
 from duca_compile.passes.exact.differences import EmitDifferences
 from duca_compile.passes.exact.emit import EmitCaches
 from duca_compile.passes.exact.hoist import Hoist, invariant_graph
-from duca_compile.passes.exact.probe import LookAhead
+from duca_compile.passes.exact.probe import EmitProbe
 from duca_compile.passes.exact.relate import EmitRelations
 from duca_compile.passes.exact.scores import EmitScores
 from duca_compile.passes.exact.shapes import StaticShapes
@@ -44,7 +44,7 @@ PREPARE: tuple[Pass[Draft], ...] = (Clean(), StaticShapes(), Deduplicate(), Remo
 # branches come first of the replacements: their bodies are copied from the nodes that reuse leaves dead.
 REWRITE: tuple[Pass[VariantDraft], ...] = (
     Hoist(),
-    LookAhead(),
+    EmitProbe(),
     EmitCaches(),
     EmitChanges(),
     EmitDifferences(),
@@ -58,7 +58,7 @@ REWRITE: tuple[Pass[VariantDraft], ...] = (
     ReuseBranches(),
     SkipBlocks(),
     AddChanges(),
-    GoOn(),
+    ResumeFromProbe(),
     PredictStream(),
     CastCaches(),
     RemoveDeadCode(),

@@ -1,4 +1,4 @@
-"""Which variant runs at which step. No graph code here."""
+"""Caching policies: which kind of step runs when. Plain numbers only, no graph code."""
 
 from duca_compile.core.steps import Probe, Step, StepKind, Verify
 from duca_compile.policies.adaptive import AdaptivePolicy, Decider

@@ -1,4 +1,4 @@
-"""Policies that decide a step's kind from what is measured in that step. No graph code here: plain numbers."""
+"""Policies that decide the kind of a step from what is measured in that step."""
 
 from __future__ import annotations
 
@@ -14,56 +14,66 @@ DecidePer = Literal["batch", "row", "pair"]
 
 
 class Decider(ABC):
-    """Decides the steps of one pass of one request, for the whole batch or for some of its rows."""
+    """Decides the steps of one guidance pass of one request, for the whole batch or for some of its rows."""
 
     @abstractmethod
     def propose(self, index: int) -> Step:
-        """What step ``index`` is to be, as far as that is known before anything ran; the first one asked for is full.
+        """What step ``index`` would be, before anything is measured. The first step that it is asked for is full.
 
-        Steps are asked for in order, none is left out.
+        Steps are asked for in order, and none is left out.
+
+        Args:
+            index: the step, counted from 0.
         """
 
     @abstractmethod
     def decide(self, index: int, proposed: Step, measured: float | None) -> Step:
-        """What the step is: ``proposed``, or a full one in its place.
+        """What step ``index`` is: ``proposed``, or a full step instead.
 
-        ``measured`` is the largest value over the decider's rows; None where nothing was measured.
+        Args:
+            index: the step, counted from 0.
+            proposed: what ``propose`` returned for it.
+            measured: the largest value over the decider's batch rows; None if nothing was measured.
         """
 
 
 class AdaptivePolicy(Policy):
-    """A policy whose steps depend on what is measured; ``steps`` gives the cheapest ones that it may choose."""
+    """A policy whose steps depend on what is measured. ``steps`` gives the cheapest ones that it may choose."""
 
     @property
     @abstractmethod
     def measure(self) -> Verify | Probe:
-        """What decisions are made from."""
+        """What decisions are based on."""
 
     @property
     @abstractmethod
     def per(self) -> DecidePer:
-        """Who decides: the strictest row for all, each row for itself, or both halves of guidance together."""
+        """Which batch rows decide together.
+
+        "batch": all of them, by the row with the largest measured value; "row": each for itself; "pair": rows i and
+        i + batch / 2, the two halves of classifier-free guidance.
+        """
 
     @property
     @abstractmethod
     def choices(self) -> tuple[Step, ...]:
-        """All steps that its deciders may propose or decide on, each once; the full one comes first."""
+        """Every step that its deciders may propose or decide on, each once; the full step comes first."""
 
     def planned(self, total: int | None) -> Iterator[Step]:
-        """The same as ``steps``: what is cached is kept until the last step has been decided."""
+        """The same as ``steps``: caches are kept until the last step has been decided."""
         return self.steps(total)
 
     @property
     def change(self) -> bool:
-        """Whether skip steps add the cached change of the streams to their starts, rather than restore the end."""
+        """Whether skip steps add the cached change of each stream to its start, instead of restoring its end."""
         return False
 
     @abstractmethod
     def decider(self, total: int | None) -> Decider:
-        """A new decider, for one request of ``total`` steps."""
+        """A new decider, for one request of ``total`` steps; None if the number is not known."""
 
 
 def check_per(per: str) -> None:
-    """Raises PolicyError where ``per`` names nobody who decides."""
+    """Raises PolicyError unless ``per`` is a ``DecidePer``."""
     if per not in ("batch", "row", "pair"):
         raise PolicyError(f"decide_per={per!r} is unknown; choose 'batch', 'row' or 'pair'")

@@ -1,4 +1,4 @@
-"""What a policy is: a sequence of steps, and how many tokens a partial step recomputes."""
+"""The base of all policies: a sequence of steps, and how many tokens a partial step recomputes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal, get_args
 from duca_compile.core.steps import Step
 from duca_compile.errors import PolicyError
 from duca_compile.policies.checks import check_number, check_whole
-from duca_compile.policies.liveness import until_the_last, with_liveness
+from duca_compile.policies.liveness import kept_until_last, with_liveness
 from duca_compile.policies.predictor import Predictor
 
 SelectionKind = Literal["v_norm", "attention", "entropy", "random"]
@@ -18,9 +18,14 @@ SelectionKind = Literal["v_norm", "attention", "entropy", "random"]
 
 @dataclass(frozen=True)
 class TokenQuery:
-    """A branch that asks how many of its tokens to recompute: its block, the model's depth, and its kind.
+    """A branch, for the question how many of its tokens to recompute.
 
-    ``text`` is true in the text stream of a joint-attention model.
+    Attributes:
+        block: index of its block.
+        blocks: number of blocks of the model.
+        kind: "mlp" or "cross_attention".
+        tokens: number of its tokens.
+        text: whether it is in the text stream of a joint-attention model.
     """
 
     block: int
@@ -35,21 +40,23 @@ class Selection:
     """How a partial step chooses its tokens.
 
     Attributes:
-        kind: "v_norm" (small value norms first), "attention" (most attended first; ToCa's s1), "entropy" (most spread
-            out cross-attention first; ToCa's s2) or "random".
-        staleness: weight of the steps since a token was last computed, over the interval (ToCa's s3, lambda 3).
-        patch_bonus: the best token of each patch has its score multiplied by 1 + this (ToCa's s4, lambda 4).
-        patch: side of those patches in tokens.
-        grid: (height, width) or (frames, height, width) of the tokens, for those patches, where the graph does not
-            show it.
-        paired: rows i and i + batch / 2 are the two halves of guidance and share one choice, by the mean of their
-            attention maps or value norms.
-        seed: of the random selection; one draw serves every row of the batch, so both CFG halves agree.
-        shared: one choice for all layers, by the mean of their scores; by default where it is random. The other tokens
-            then cost one pass over the caches instead of one for each layer.
+        kind: "v_norm" (tokens with the smallest value vectors first), "attention" (those that receive the most
+            attention first; s1 of ToCa, arXiv 2410.05317), "entropy" (those with the most evenly spread cross-attention
+            first; ToCa's s2) or "random".
+        staleness: weight of the number of steps since a token was last computed, relative to the interval (ToCa's s3,
+            lambda 3).
+        patch_bonus: the score of the best token of each patch is multiplied by 1 + this (ToCa's s4, lambda 4).
+        patch: side of those patches, in tokens.
+        seed: seed of the random selection. One draw serves all batch rows, so both halves of guidance agree.
+        grid: layout of the tokens, (height, width) or (frames, height, width), for those patches; needed only if the
+            graph does not show it.
+        paired: whether batch rows i and i + batch / 2, the two halves of guidance, share one choice, by the mean of
+            their attention maps or value norms.
+        shared: whether all layers share one choice, by the mean of their scores; None means only where it is random.
+            Writing into the caches then takes one sweep over them instead of one for each layer.
 
     Raises:
-        PolicyError: an unknown kind or impossible numbers.
+        PolicyError: an unknown kind or an invalid parameter.
     """
 
     kind: SelectionKind
@@ -70,18 +77,23 @@ class Selection:
         check_whole("seed", self.seed, least=0)
         if self.grid is not None:
             if len(self.grid) not in (2, 3):
-                raise PolicyError(f"grid={self.grid!r} is impossible: it is (height, width) or (frames, height, width)")
+                raise PolicyError(f"grid={self.grid!r} is invalid: it is (height, width) or (frames, height, width)")
             for i, size in enumerate(self.grid):
                 check_whole(f"grid[{i}]", size, least=1)
         if not isinstance(self.paired, bool):
-            raise PolicyError(f"paired={self.paired!r} is impossible: it must be True or False")
+            raise PolicyError(f"paired={self.paired!r} is invalid: it must be True or False")
         if self.shared is None:
             object.__setattr__(self, "shared", self.kind == "random")
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What the differences of orders 1, 2, ... count in a step's forecast; ``last_full`` is the full step before."""
+class FittedFactors:
+    """Factors of a step's forecast that were fitted to the model.
+
+    Attributes:
+        last_full: the full step that the forecast starts from.
+        factors: those of the differences of orders 1, 2, ...
+    """
 
     last_full: int
     factors: tuple[float, ...]
@@ -92,26 +104,32 @@ class Forecast:
     """How cached features are extrapolated.
 
     Attributes:
-        order: the highest difference that is kept and used; 0 reuses what the last full step computed.
-        lite: only the end of the stream is kept and forecast, and all blocks are skipped.
-        first: the step, counted from 0, from which on differences are built.
-        relational: a series gives the direction of a branch's change alone; how far it goes follows from how far its
-            input has gone, which is computed (RFC).
-        measured: for each step what takes the place of the factors of Taylor's series; None at a full step.
+        order: the highest order of difference that is kept and used; 0 reuses the features of the last full step.
+        lite: whether only the end of the stream is kept and forecast; then all blocks are skipped.
+        first: the first step, counted from 0, at which differences are built.
+        relational: whether the series gives only the direction of a branch's change, and its length follows from how
+            far the branch's input has moved, which is computed (RFC, arXiv 2602.19506).
+        measured: for each step, fitted factors in place of those of the Taylor series; None at a full step.
     """
 
     order: int
     lite: bool = False
     first: int = 1
     relational: bool = False
-    measured: tuple[Measured | None, ...] = ()
+    measured: tuple[FittedFactors | None, ...] = ()
 
-    def measured_at(self, step: int) -> Measured | None:
+    def measured_at(self, step: int) -> FittedFactors | None:
+        """The fitted factors of a step; None if there are none."""
         return self.measured[step] if step < len(self.measured) else None
 
 
 class Policy(ABC):
-    """A caching method. Policies are immutable; one object may serve any number of models."""
+    """A caching method: which kind of step runs when.
+
+    Policies are immutable, and one object may serve any number of models. Subclass it for a policy of your own:
+    implement ``name`` and ``steps``, and override ``selection`` and ``fresh_tokens`` for partial steps, or ``forecast``
+    for forecast steps.
+    """
 
     @property
     @abstractmethod
@@ -120,37 +138,43 @@ class Policy(ABC):
 
     @property
     def caches(self) -> bool:
-        """Whether any step reads what an earlier one computed; where not, full steps keep nothing."""
+        """Whether any step reads features of an earlier one; if not, full steps keep none."""
         return True
 
     @property
     def selection(self) -> Selection | None:
-        """How partial steps choose tokens; None where there are none."""
+        """How partial steps choose tokens; None if there are no partial steps."""
         return None
 
     @property
     def forecast(self) -> Forecast | None:
-        """How forecast steps extrapolate; None where there are none. Only full steps fill the caches then."""
+        """How forecast steps extrapolate; None if there are none. With forecasts, only full steps fill the caches."""
         return None
 
     @property
     def predictor(self) -> Predictor | None:
-        """The trained network of predict steps; None where there are none. Only the stream's end is cached then."""
+        """The trained network of predict steps; None if there are none. With it, only the stream's end is cached."""
         return None
 
     @abstractmethod
     def steps(self, total: int | None) -> Iterator[Step]:
-        """The steps of one request in order: ``total`` of them, or without end where ``total`` is None.
+        """The steps of one request, in order.
+
+        Args:
+            total: how many steps; None for an endless sequence.
 
         Raises:
-            PolicyError: this policy needs to know the number of steps.
+            PolicyError: the policy needs to know the number of steps.
         """
 
     def planned(self, total: int | None) -> Iterator[Step]:
-        """The same steps, with what later ones read of each. Where features are forecast, all is until the last one."""
-        return (with_liveness if self.forecast is None else until_the_last)(self.steps(total))
+        """The same steps, each with the kinds of caches that later ones read.
+
+        With forecasts, all caches are kept until the last step.
+        """
+        return (with_liveness if self.forecast is None else kept_until_last)(self.steps(total))
 
     def fresh_tokens(self, step: Step, query: TokenQuery) -> int:
-        """How many tokens of a branch to recompute in a partial step; 0 reuses the branch."""
+        """How many tokens of a branch a partial step recomputes; 0 reuses the whole branch."""
         del step, query
         return 0

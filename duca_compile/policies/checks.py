@@ -1,4 +1,4 @@
-"""One message for every impossible number: its name, its value and what it may be."""
+"""Checks of parameters, with one form of message: the name, the value and what it may be."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from duca_compile.errors import PolicyError
 
 
 def check_whole(name: str, value: Any, least: int, most: float = inf) -> None:
-    """Raises PolicyError where ``value`` is not a whole number from ``least`` to ``most``."""
+    """Raises PolicyError unless ``value`` is a whole number from ``least`` to ``most``."""
     if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
         limits = f"of at least {least}" if most == inf else f"from {least} to {most}"
-        raise PolicyError(f"{name}={value!r} is impossible: it must be a whole number {limits}")
+        raise PolicyError(f"{name}={value!r} is invalid: it must be a whole number {limits}")
 
 
 def check_number(name: str, value: Any, least: float = -inf, most: float = inf) -> None:
-    """Raises PolicyError where ``value`` is not a finite number from ``least`` to ``most``."""
+    """Raises PolicyError unless ``value`` is a finite number from ``least`` to ``most``."""
     if (
         isinstance(value, bool)
         or not isinstance(value, Real)
@@ -26,12 +26,12 @@ def check_number(name: str, value: Any, least: float = -inf, most: float = inf) 
         or not least <= float(value) <= most
     ):
         limits = {-inf: "", 0: " of at least 0"}[least] if most == inf else f" from {least} to {most}"
-        raise PolicyError(f"{name}={value!r} is impossible: it must be a finite number{limits}")
+        raise PolicyError(f"{name}={value!r} is invalid: it must be a finite number{limits}")
 
 
 def check_full_steps(full_steps: Sequence[int], most: float = inf) -> None:
-    """Raises PolicyError where these are no numbers of steps up to ``most``, or the first step is not among them."""
+    """Raises PolicyError unless these are step numbers from 0 to ``most``, with step 0 among them."""
     for index, step in enumerate(full_steps):
         check_whole(f"full_steps[{index}]", step, least=0, most=most)
     if 0 not in full_steps:
-        raise PolicyError(f"full_steps={tuple(full_steps)} lacks step 0: nothing is there to go on from")
+        raise PolicyError(f"full_steps={tuple(full_steps)} lacks step 0: there would be nothing to start from")

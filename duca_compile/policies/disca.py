@@ -1,4 +1,4 @@
-"""DisCa (arXiv 2602.05449): between full steps, a small trained network predicts the end of the residual stream."""
+"""DisCa (arXiv 2602.05449): a small trained network predicts the end of the residual stream between full steps."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from duca_compile.core.steps import Step, StepKind
+from duca_compile.errors import InternalError
 from duca_compile.policies.base import Policy
 from duca_compile.policies.checks import check_full_steps, check_whole
 from duca_compile.policies.predictor import Predictor
@@ -15,16 +16,18 @@ from duca_compile.policies.predictor import Predictor
 
 @dataclass(frozen=True)
 class DisCa(Policy):
-    """Full steps keep the last hidden state; at the others, a predictor makes the current one of it.
+    """Full steps cache the last hidden state; at all other steps a trained network predicts the current one from it.
+
+    Source: DisCa, arXiv 2602.05449.
 
     Attributes:
-        learned: the predictor, or the file that ``train_predictor`` wrote.
-        interval: steps from one full step to the next.
-        full_steps: where set, the full steps by number, from 0 on, and no interval. The first must be among them.
+        learned: the predictor, or the path of the file that ``train_predictor`` wrote.
+        interval: number of steps from one full step to the next.
+        full_steps: the numbers of the full steps, counted from 0, in place of an interval. Step 0 must be among them.
 
     Raises:
-        PolicyError: impossible numbers.
-        UsageError: the file cannot be read or is no predictor.
+        PolicyError: an invalid parameter.
+        UsageError: the file cannot be read, or does not hold a predictor.
     """
 
     learned: Predictor | str | os.PathLike[str]
@@ -44,7 +47,8 @@ class DisCa(Policy):
 
     @property
     def predictor(self) -> Predictor:
-        assert isinstance(self.learned, Predictor)
+        if not isinstance(self.learned, Predictor):
+            raise InternalError("DisCa.learned was not loaded")
         return self.learned
 
     def steps(self, total: int | None) -> Iterator[Step]:

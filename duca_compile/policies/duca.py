@@ -1,4 +1,4 @@
-"""DuCa, dual feature caching (arXiv 2412.18911): aggressive and conservative steps between full ones."""
+"""DuCa, dual feature caching (arXiv 2412.18911): partial and skip steps alternate between full steps."""
 
 from __future__ import annotations
 
@@ -12,15 +12,25 @@ from duca_compile.policies.tokens import TokenCaching
 
 @dataclass(frozen=True)
 class DuCa(TokenCaching):
-    """After each full step, partial and skip steps alternate until the interval ends.
+    """After each full step, partial ("conservative") and skip ("aggressive") steps alternate until the next one.
 
-    Attributes, beside those of ``TokenCaching``:
-        selection: the default is the method's second version ("Rethinking Token-wise Feature Caching"): random choice
-            matches scores, needs no attention to score by, and full steps emit nothing for it. "v_norm" is the first.
-        first: which of the two comes right after a full step when ``interval`` counts up.
+    Source: arXiv 2412.18911. The default random selection is that of its second version, "Rethinking Token-wise Feature
+    Caching", which found it to match scores; full steps then emit none. "v_norm" is that of the first version.
+
+    Attributes:
+        interval: number of steps from one full step to the next; an int, or an ``Interval`` that varies along the loop.
+        fresh_ratio: share of the MLP tokens that a partial step recomputes, in [0, 1], before the factors below.
+        selection: how those tokens are chosen: a kind such as "random", or a ``Selection``.
+        step_factor: multiplies the ratio; a line over the progress of the loop.
+        block_factor: multiplies the ratio; a line from the first block (0) to the last (1).
+        kind_factor: multiplies the ratio, for each kind of branch ("mlp", "cross_attention"); other kinds are reused.
+        text_factor: multiplies the ratio in the text stream of joint-attention models; 0 reuses it.
+        latched: whether a step's kind is fixed before it runs. False is the released code: where a full step changes
+            the interval so that it no longer counts as full, only its first block runs in full.
+        first: the kind of step that follows a full one, where ``interval`` counts up.
 
     Raises:
-        PolicyError: impossible numbers.
+        PolicyError: an invalid parameter.
     """
 
     first: Literal["partial", "skip"] = "partial"

@@ -1,23 +1,23 @@
-"""A policy made to cache one tensor: what would read the branches' caches skips the blocks instead."""
+"""A policy restricted to one cached tensor: steps that would read branch caches skip the blocks instead."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from duca_compile.core.steps import Kept, Step, StepKind
+from duca_compile.core.steps import CacheKinds, Step, StepKind
 from duca_compile.policies.base import Forecast, Policy
 
 
 @dataclass(frozen=True)
 class EndOnly(Policy):
-    """``of`` with the end of the stream as its only cache; partial and reuse steps are skip steps."""
+    """The policy ``of`` with the end of the stream as its only cache; partial and reuse steps become skip steps."""
 
     of: Policy
 
     @property
     def name(self) -> str:
-        return f"{self.of.name}, the stream's end alone"
+        return f"{self.of.name}, caching only the stream's end"
 
     @property
     def caches(self) -> bool:
@@ -28,12 +28,12 @@ class EndOnly(Policy):
         return None if self.of.forecast is None else replace(self.of.forecast, lite=True, relational=False)
 
     def steps(self, total: int | None) -> Iterator[Step]:
-        return map(self.instead_of, self.of.planned(total))
+        return map(self.replacement_for, self.of.planned(total))
 
-    def instead_of(self, step: Step) -> Step:
-        """The step to run where ``of`` has ``step``."""
-        live = Kept.END if step.live is not Kept.NOTHING else Kept.NOTHING
-        step = replace(step, kept=Kept.END, live=live)
+    def replacement_for(self, step: Step) -> Step:
+        """The step to run in place of a step of ``of``."""
+        live = CacheKinds.END if step.live is not CacheKinds.NOTHING else CacheKinds.NOTHING
+        step = replace(step, kept=CacheKinds.END, live=live)
         if step.kind in (StepKind.PARTIAL, StepKind.REUSE):
             return replace(step, kind=StepKind.SKIP, ratio=0.0, leading_full=0)
         return step

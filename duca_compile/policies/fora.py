@@ -1,4 +1,4 @@
-"""FORA (arXiv 2407.01425): full steps at a fixed interval, reuse of every branch in between."""
+"""FORA (arXiv 2407.01425): full steps at a fixed interval, and reuse of every branch in between."""
 
 from __future__ import annotations
 
@@ -12,12 +12,21 @@ from duca_compile.policies.schedule import Interval
 
 @dataclass(frozen=True)
 class FORA(Policy):
-    """Attributes: ``interval``, the steps from one full step to the next; an int, or an ``Interval``."""
+    """Full steps at a fixed interval; the steps in between reuse every attention and MLP branch.
+
+    Source: arXiv 2407.01425.
+
+    Attributes:
+        interval: number of steps from one full step to the next; an int, or an ``Interval`` that varies along the loop.
+
+    Raises:
+        PolicyError: an invalid parameter.
+    """
 
     interval: int | Interval = 3
 
     def __post_init__(self) -> None:
-        self._interval  # noqa: B018 - rejects impossible numbers now
+        self._interval  # noqa: B018 - raises PolicyError now
 
     @property
     def name(self) -> str:

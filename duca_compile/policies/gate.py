@@ -1,4 +1,4 @@
-"""Residual gating: a look at the start of the model says whether the rest has changed enough to be computed."""
+"""Residual gates (TeaCache, FirstBlockCache): a probe at the model's start decides whether the rest is computed."""
 
 from __future__ import annotations
 
@@ -18,28 +18,30 @@ _KINDS = {"change": StepKind.SKIP, "branches": StepKind.REUSE, "forecast": StepK
 
 @dataclass(frozen=True)
 class ResidualGate(AdaptivePolicy):
-    """A step is cheap while what a probe sees stays close to what it saw before.
+    """A step is cheap as long as what a probe sees stays close to what it saw before; else it is full.
 
-    The probe's relative change is the mean |now - before| over the mean |before|, for each row. The first step is full.
+    The probe's relative change is mean |now - before| / mean |before|, for each batch row. The first step is full.
+    Sources: TeaCache (arXiv 2411.19108) and FirstBlockCache.
 
     Attributes:
-        threshold: the change from which on a step is full.
-        probe: "modulated", the first block's input behind norm and modulation, as in TeaCache (arXiv 2411.19108); or
-            "first_block", what the first block adds to the stream, as in FirstBlockCache.
-        accumulate: the changes from step to step are added up since the last full step (TeaCache). Else the change
-            since the last full step counts (FirstBlockCache).
-        coefficients: a polynomial that each change goes through first, the highest power first, as calibrated for a
-            model; none leaves it as it is.
+        threshold: a step is full if the change is at least this.
+        probe: what is compared. "modulated": the first block's input after norm and modulation, as in TeaCache.
+            "first_block": what the first block adds to the stream, as in FirstBlockCache.
+        accumulate: whether the changes from step to step are summed since the last full step (TeaCache). Otherwise the
+            change since the last full step counts (FirstBlockCache).
+        coefficients: a polynomial applied to each change first, highest power first, as calibrated for a model; empty
+            for none.
         cached: what a cheap step does. "change": it adds what all blocks added at the last full step to the start of
-            the stream, one tensor for each stream. "branches": it reuses every branch under fresh gates. "forecast":
-            it forecasts every branch.
-        max_order: the highest difference of those forecasts, 0 to 4.
-        max_cached_steps: cheap steps after which one is full, whatever the change; None for no limit.
-        last_full: the last step is full too, where the number of steps is known.
-        decide_per: as in ``SpeCa``: "batch", "row" or "pair".
+            each stream, which takes one tensor for each stream. "branches": it reuses every branch, and computes gates.
+            "forecast": it forecasts every branch.
+        max_order: the highest order of difference of those forecasts, 0 to 4.
+        max_cached_steps: the most cheap steps in a row; None for no limit.
+        last_full: whether the last step is full, if the number of steps is known.
+        decide_per: who decides. "batch": all batch rows together, by the largest change. "row": each row for itself.
+            "pair": rows i and i + batch / 2 together, the two halves of guidance.
 
     Raises:
-        PolicyError: impossible numbers.
+        PolicyError: an invalid parameter.
     """
 
     threshold: float = 0.1
@@ -65,7 +67,7 @@ class ResidualGate(AdaptivePolicy):
             check_whole("max_cached_steps", self.max_cached_steps, least=1)
         for name, value in (("accumulate", self.accumulate), ("last_full", self.last_full)):
             if not isinstance(value, bool):
-                raise PolicyError(f"{name}={value!r} is impossible: it must be True or False")
+                raise PolicyError(f"{name}={value!r} is invalid: it must be True or False")
         check_per(self.decide_per)
 
     @property
@@ -93,7 +95,7 @@ class ResidualGate(AdaptivePolicy):
         return Step(StepKind.FULL), Step(_KINDS[self.cached])
 
     def decider(self, total: int | None) -> Decider:
-        return _Gate(self, total)
+        return _GateDecider(self, total)
 
     def steps(self, total: int | None) -> Iterator[Step]:
         decider = self.decider(total)
@@ -101,7 +103,7 @@ class ResidualGate(AdaptivePolicy):
             yield decider.decide(index, decider.propose(index), None)
 
     def rescaled(self, change: float) -> float:
-        """The polynomial's value."""
+        """The value of the polynomial ``coefficients`` at ``change``."""
         if not self.coefficients:
             return change
         value = 0.0
@@ -110,7 +112,7 @@ class ResidualGate(AdaptivePolicy):
         return value
 
 
-class _Gate(Decider):
+class _GateDecider(Decider):
     def __init__(self, policy: ResidualGate, total: int | None) -> None:
         self._policy, self._total = policy, total
         self._started = False

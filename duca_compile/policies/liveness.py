@@ -8,60 +8,60 @@ from functools import reduce
 from itertools import chain, islice
 from operator import or_
 
-from duca_compile.core.steps import Kept, Step, StepKind
+from duca_compile.core.steps import CacheKinds, Step, StepKind
 
-LIVENESS_STEPS = 256  # how far ahead it is asked whether a cache is read again
+LIVENESS_HORIZON = 256  # steps that are looked ahead
 _READS = {
-    StepKind.FULL: Kept.NOTHING,
-    StepKind.PARTIAL: Kept.BRANCHES,
-    StepKind.REUSE: Kept.BRANCHES,
-    StepKind.SKIP: Kept.END,
-    StepKind.PREDICT: Kept.END,
+    StepKind.FULL: CacheKinds.NOTHING,
+    StepKind.PARTIAL: CacheKinds.BRANCHES,
+    StepKind.REUSE: CacheKinds.BRANCHES,
+    StepKind.SKIP: CacheKinds.END,
+    StepKind.PREDICT: CacheKinds.END,
 }
 _REPLACES = {
-    StepKind.FULL: Kept.ALL,
-    StepKind.PARTIAL: Kept.END,
-    StepKind.REUSE: Kept.END,
-    StepKind.SKIP: Kept.NOTHING,
-    StepKind.PREDICT: Kept.NOTHING,
+    StepKind.FULL: CacheKinds.ALL,
+    StepKind.PARTIAL: CacheKinds.END,
+    StepKind.REUSE: CacheKinds.END,
+    StepKind.SKIP: CacheKinds.NOTHING,
+    StepKind.PREDICT: CacheKinds.NOTHING,
 }
 
 
 def with_liveness(steps: Iterator[Step]) -> Iterator[Step]:
-    """The steps, each with what a later one reads, and with what any of the first 256 has to keep for later ones.
+    """The steps, each with the kinds of caches that later ones read, and those that any step has to fill.
 
-    For all but forecast steps; a full step replaces all. A stretch without one that is longer than 256
-    steps keeps everything.
+    The latter follow from the first ``LIVENESS_HORIZON`` steps. A full step replaces all caches; in a longer stretch
+    without one, all caches count as read. Not for forecast steps.
     """
-    first = list(islice(steps, LIVENESS_STEPS))
-    kept = reduce(or_, _live(first), Kept.NOTHING)
+    first = list(islice(steps, LIVENESS_HORIZON))
+    kept = reduce(or_, _live_after(first), CacheKinds.NOTHING)
     stretch: list[Step] = []
     for step in chain(first, steps):
-        if step.kind is StepKind.FULL or len(stretch) == LIVENESS_STEPS:
-            yield from _annotated(stretch, kept, Kept.NOTHING if step.kind is StepKind.FULL else Kept.ALL)
+        if step.kind is StepKind.FULL or len(stretch) == LIVENESS_HORIZON:
+            yield from _annotated(stretch, kept, CacheKinds.NOTHING if step.kind is StepKind.FULL else CacheKinds.ALL)
             stretch = []
         stretch.append(step)
-    yield from _annotated(stretch, kept, Kept.NOTHING)
+    yield from _annotated(stretch, kept, CacheKinds.NOTHING)
 
 
-def until_the_last(steps: Iterator[Step]) -> Iterator[Step]:
-    """The steps, where all is kept behind each but the last: full steps make differences of what they replace."""
-    known = next(steps, None)
-    while known is not None:
-        coming = next(steps, None)
-        yield known if coming is not None else replace(known, live=Kept.NOTHING)
-        known = coming
+def kept_until_last(steps: Iterator[Step]) -> Iterator[Step]:
+    """The steps, with all caches live after each but the last: full steps need what they replace, for differences."""
+    step = next(steps, None)
+    while step is not None:
+        following = next(steps, None)
+        yield step if following is not None else replace(step, live=CacheKinds.NOTHING)
+        step = following
 
 
-def _annotated(stretch: Sequence[Step], kept: Kept, after: Kept) -> Iterator[Step]:
-    for step, live in zip(stretch, _live(stretch, after), strict=True):
+def _annotated(stretch: Sequence[Step], kept: CacheKinds, after: CacheKinds) -> Iterator[Step]:
+    for step, live in zip(stretch, _live_after(stretch, after), strict=True):
         yield replace(step, kept=kept, live=live)
 
 
-def _live(steps: Sequence[Step], after: Kept = Kept.NOTHING) -> list[Kept]:
-    """What is read after each step, where ``after`` is read after the last."""
-    found = []
+def _live_after(steps: Sequence[Step], after: CacheKinds = CacheKinds.NOTHING) -> list[CacheKinds]:
+    """The kinds of caches that are read after each step, if those of ``after`` are read after the last."""
+    live = []
     for step in reversed(steps):
-        found.append(after)
+        live.append(after)
         after = (after & ~_REPLACES[step.kind]) | _READS[step.kind]
-    return found[::-1]
+    return live[::-1]

@@ -19,7 +19,11 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def resolve_policy(policy: str | Policy) -> Policy:
-    """Raises PolicyError for an unknown name or something that is no policy."""
+    """The policy with this name, with its default parameters; a policy object is returned unchanged.
+
+    Raises:
+        PolicyError: the name is unknown, or the object is not a policy.
+    """
     if isinstance(policy, Policy):
         return policy
     if not isinstance(policy, str) or policy.lower() not in POLICIES:

@@ -1,4 +1,4 @@
-"""A learned predictor's weights, and the file that holds them (DisCa, arXiv 2602.05449)."""
+"""The weights of a trained predictor, and the file that holds them (DisCa, arXiv 2602.05449)."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 FUSE = ("fuse.0.weight", "fuse.0.bias", "fuse.2.weight", "fuse.2.bias")  # Linear(2C, C), SiLU, Linear(C, C)
-_KEY = "duca_compile"  # of the JSON among the file's metadata
+_KEY = "duca_compile"  # of the JSON in the file's metadata
 
 
 @dataclass(frozen=True)
 class PredictorConfig:
-    """What a predictor was trained for.
+    """The model that a predictor was trained for, and its training.
 
     Attributes:
-        model: class of the model.
+        model: class name of the model.
         width: channels C of its stream.
-        blocks: how many blocks it has; the predictor has the last two of them, with weights of its own.
+        blocks: number of its blocks; the predictor copies the last two, with weights of its own.
         updates: gradient steps so far.
-        losses: mean squared error of each loop's updates, relative to the mean square of the outputs.
-        format: of the file.
+        losses: for each loop, the mean squared error of its updates relative to the mean square of the outputs.
+        format: version of the file format.
     """
 
     model: str
@@ -43,17 +43,21 @@ class PredictorConfig:
 
 @dataclass(frozen=True, eq=False)
 class Predictor:
-    """A small network that goes from a cached hidden state and the current tokens to the current hidden state.
+    """A trained network that computes the current hidden state from a cached one and the current tokens.
 
-    ``weights`` has the fusion's four tensors (``fuse.0.weight`` of shape (C, 2C), ``fuse.2.weight`` of (C, C), and
-    their biases), and for each weight of the model's last two blocks one of the same name and shape.
+    Source: DisCa, arXiv 2602.05449.
+
+    Attributes:
+        config: the model that it belongs to, and its training.
+        weights: by name. The fusion has four tensors: ``fuse.0.weight`` (2C inputs, shape (C, 2C)), ``fuse.2.weight``
+            (C, C) and their biases (C,). Each weight of the model's last two blocks has one of the same name and shape.
     """
 
     config: PredictorConfig
     weights: Mapping[str, Tensor]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file with the config as JSON in its metadata; whole or not at all.
+        """Writes a safetensors file with the config as JSON in its metadata, atomically.
 
         Raises:
             UsageError: the file cannot be written.
@@ -62,24 +66,32 @@ class Predictor:
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Predictor:
-        """Reads what ``save`` wrote, onto the CPU.
+        """Reads a file that ``save`` wrote; tensors are on the CPU.
 
         Raises:
-            UsageError: there is no such file, or it is no predictor of this version.
+            UsageError: there is no such file, or it does not hold a predictor of this version.
         """
         weights, metadata = read(path)
         try:
             values = json.loads(metadata[_KEY])
             config = PredictorConfig(**{**values, "losses": tuple(values["losses"])})
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise UsageError(f"{path} holds no predictor: train one with duca-compile train-predictor") from error
+            raise UsageError(
+                f"{path} does not hold a predictor: train one with duca-compile train-predictor"
+            ) from error
         if config.format != FORMAT or not set(FUSE) <= weights.keys():
-            raise UsageError(f"{path} is a predictor of format {config.format}, and this version reads {FORMAT}")
+            raise UsageError(
+                f"{path} holds a predictor of format {config.format}, and this version reads format {FORMAT}"
+            )
         return Predictor(config, weights)
 
 
 def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file, whole or not at all."""
+    """Writes a safetensors file, atomically.
+
+    Raises:
+        UsageError: the file cannot be written.
+    """
     from safetensors.torch import save_file
 
     plain = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
@@ -91,7 +103,11 @@ def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: di
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file."""
+    """Reads the tensors and the metadata of a safetensors file.
+
+    Raises:
+        UsageError: the file cannot be read.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,4 +1,4 @@
-"""The settings that each method was published with, by model family; what varies is an argument."""
+"""The settings that each method was published with, for each family of models."""
 
 from __future__ import annotations
 
@@ -17,20 +17,27 @@ from duca_compile.policies.toca import ToCa
 
 
 def published(method: str, family: str, **settings: Any) -> Policy:
-    """The policy of ``method`` as its authors released it for ``family``.
+    """The policy of a method with the settings that its authors released for a family of models.
 
-    ``published("duca", "dit", interval=3, fresh_ratio=0.05, selection="attention", latched=True)``;
-    ``published("fora", "dit", interval=3)``; ``published("speca", "flux", max_taylor_steps=8)``. docs/methods lists the
-    families and numbers of each method.
+    For example ``published("duca", "dit", interval=3, fresh_ratio=0.05)``, ``published("fora", "dit", interval=3)`` or
+    ``published("speca", "flux", max_taylor_steps=8)``. docs/methods lists the families and settings of each method.
+
+    Args:
+        method: "fora", "toca", "duca", "taylorseer" or "speca".
+        family: such as "dit", "pixart", "flux" or "hunyuanvideo".
+        settings: parameters that differ from the released ones; which are accepted depends on the method.
+
+    Returns:
+        The policy.
 
     Raises:
-        PolicyError: no such method, family or setting; the message lists what there is.
+        PolicyError: there is no such method, family or setting; the message lists the known ones.
     """
     try:
         build = _PUBLISHED[method.lower(), family.lower()]
     except KeyError:
         known = sorted(f"{m}/{f}" for m, f in _PUBLISHED)
-        raise PolicyError(f"nothing is published here for {method}/{family}; there is {known}") from None
+        raise PolicyError(f"there are no published settings for {method}/{family}, only for {known}") from None
     try:
         return build(**settings)
     except TypeError as error:
@@ -38,24 +45,24 @@ def published(method: str, family: str, **settings: Any) -> Policy:
 
 
 def _fora_dit(*, interval: int = 3) -> FORA:
-    """FORA on DiT: full at the first step and wherever the step, counted down, divides by the interval."""
+    """FORA on DiT: full at the first step, and where the number of later steps is a multiple of the interval."""
     return FORA(Interval(interval, descending=True))
 
 
 def _fora_flux(*, interval: int = 3) -> FORA:
-    """FORA on FLUX: full at every ``interval``-th step from the first on."""
+    """FORA on FLUX: full at every ``interval``-th step, counted from the first."""
     return FORA(interval)
 
 
 def _dit_interval(interval: int) -> Interval:
-    """ToCa and DuCa on DiT: denser full steps towards the end, every second step at s/T in [0.2, 0.4)."""
+    """ToCa and DuCa on DiT: full steps are denser towards the end, and every second step where s/T is in [0.2, 0.4)."""
     return Interval(interval, factor=Linear(1.4, -0.8), forced=(0.2, 0.4, 2), descending=True)
 
 
 def _toca_dit(
     *, interval: int = 3, fresh_ratio: float = 0.07, selection: SelectionKind = "attention", latched: bool = True
 ) -> ToCa:
-    """ToCa on DiT with DDIM: more fresh tokens towards the end and in deeper blocks, 2x2 patches favoured."""
+    """ToCa on DiT with DDIM: more fresh tokens towards the end and in deeper blocks, with a bonus for 2x2 patches."""
     return ToCa(
         interval=_dit_interval(interval),
         fresh_ratio=fresh_ratio,
@@ -70,7 +77,7 @@ def _toca_dit(
 def _toca_dit_ddpm(
     *, interval: int = 4, fresh_ratio: float = 0.07, selection: SelectionKind = "attention", latched: bool = True
 ) -> ToCa:
-    """ToCa on DiT with DDPM, 250 steps: more fresh tokens towards the end, and in earlier blocks."""
+    """ToCa on DiT with DDPM, 250 steps: more fresh tokens towards the end and in earlier blocks."""
     return ToCa(
         interval=_dit_interval(interval),
         fresh_ratio=fresh_ratio,
@@ -90,7 +97,7 @@ def _toca_pixart(
     paired: bool = True,
     latched: bool = True,
 ) -> ToCa:
-    """ToCa on PixArt-alpha with DPM-Solver, 20 steps: chosen by the cross-attention of both halves of guidance."""
+    """ToCa on PixArt-alpha with DPM-Solver, 20 steps: tokens chosen by the cross-attention of both guidance halves."""
     return ToCa(
         interval=Interval(interval, factor=Linear(0.8, 0.4)),
         fresh_ratio=fresh_ratio,
@@ -103,7 +110,7 @@ def _toca_pixart(
 
 
 def _toca_flux(*, interval: int = 4, fresh_ratio: float = 0.1) -> ToCa:
-    """ToCa on FLUX: three full steps at the start. Single blocks are reused whole here; released, a part is fresh."""
+    """ToCa on FLUX: three full steps at the start. Single blocks are reused; the released code recomputes a part."""
     return ToCa(
         interval=Interval(interval, first_full=3),
         fresh_ratio=fresh_ratio,
@@ -116,7 +123,7 @@ def _toca_flux(*, interval: int = 4, fresh_ratio: float = 0.1) -> ToCa:
 def _duca_dit(
     *, interval: int = 3, fresh_ratio: float = 0.05, selection: SelectionKind = "attention", latched: bool = True
 ) -> DuCa:
-    """DuCa on DiT with DDIM: denser full steps towards the end, more fresh tokens too, 2x2 patches favoured."""
+    """DuCa on DiT with DDIM: more full steps and fresh tokens towards the end, with a bonus for 2x2 patches."""
     return DuCa(
         interval=_dit_interval(interval),
         fresh_ratio=fresh_ratio,
@@ -143,7 +150,7 @@ def _duca_pixart(
 
 
 def _duca_hunyuan_video(*, interval: int = 5, fresh_ratio: float = 0.1) -> DuCa:
-    """DuCa on HunyuanVideo, of the TaylorSeer repository: random tokens, no staleness."""
+    """DuCa on HunyuanVideo, from the TaylorSeer repository: random tokens, no staleness."""
     return DuCa(interval, fresh_ratio, "random")
 
 
@@ -155,7 +162,7 @@ def _taylorseer(first_full_steps: int, interval: int, max_order: int) -> Callabl
 
 
 def _speca(released: SpeCa) -> Callable[..., SpeCa]:
-    """The released numbers, any of which an argument replaces; by the paper's rule where ``compat="paper"``."""
+    """The released parameters, each of which an argument can replace; ``compat="paper"`` gives the paper's rule."""
 
     def build(**settings: Any) -> SpeCa:
         return replace(released, **settings)

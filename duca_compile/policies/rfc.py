@@ -1,4 +1,4 @@
-"""Relational feature caching (arXiv 2602.19506): forecasts whose length follows from how far the inputs have moved."""
+"""Relational feature caching (RFC, arXiv 2602.19506): the length of a forecast follows from how far inputs moved."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from duca_compile.policies.checks import check_number, check_whole
 
 @dataclass(frozen=True)
 class RelationalFeatureCaching(AdaptivePolicy):
-    """The first steps in full; then each step is a forecast until the forecasts of the first input have gone astray.
+    """The first steps are full; then steps are forecasts, until forecasts of the first branch's input are too far off.
 
-    ``TaylorSeer(relational=True)`` has these forecasts at a fixed interval.
+    Source: arXiv 2602.19506. ``TaylorSeer(relational=True)`` makes the same forecasts at a fixed interval.
 
     Attributes:
-        threshold: the sum of relative errors of the first input since the last full step beyond which a step is full.
-            Smaller is slower, and closer to the uncached loop.
-        max_order: the highest difference used, 1 to 4. Caches hold this many tensors more for each branch, and its
-            input.
+        threshold: a step is full if the relative errors of that input, summed since the last full step, exceed this. A
+            smaller threshold is slower, and closer to the uncached loop.
+        max_order: the highest order of difference used, 1 to 4. Caches hold this many more tensors for each branch, and
+            its input.
         first_full_steps: how many steps at the start are full.
-        decide_per: who decides: "batch", the row that strays most for all; "row", each for itself; or "pair", both
-            halves of guidance together.
+        decide_per: who decides. "batch": all batch rows together, by the largest error. "row": each row for itself.
+            "pair": rows i and i + batch / 2 together, the two halves of guidance.
 
     Raises:
-        PolicyError: impossible numbers.
+        PolicyError: an invalid parameter.
     """
 
     threshold: float = 0.2
@@ -63,7 +63,7 @@ class RelationalFeatureCaching(AdaptivePolicy):
         return Step(StepKind.FULL), Step(StepKind.FORECAST)
 
     def decider(self, total: int | None) -> Decider:
-        return _Scheduling(self)
+        return _ErrorSum(self)
 
     def steps(self, total: int | None) -> Iterator[Step]:
         decider = self.decider(total)
@@ -71,8 +71,8 @@ class RelationalFeatureCaching(AdaptivePolicy):
             yield decider.propose(index)
 
 
-class _Scheduling(Decider):
-    """Relational cache scheduling."""
+class _ErrorSum(Decider):
+    """The paper's relational cache scheduling: sums the errors since the last full step."""
 
     def __init__(self, policy: RelationalFeatureCaching) -> None:
         self._policy, self._started, self._error = policy, False, 0.0

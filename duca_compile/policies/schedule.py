@@ -1,4 +1,4 @@
-"""When full steps happen: constant intervals, and the intervals of the released code that vary along the loop."""
+"""When full steps happen: at constant intervals, or at intervals that vary along the loop as in released code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from duca_compile.policies.checks import check_number, check_whole
 
 @dataclass(frozen=True)
 class Linear:
-    """``start + slope * x`` for x in [0, 1]."""
+    """The line ``start + slope * x``, for x in [0, 1].
+
+    Attributes:
+        start: its value at 0.
+        slope: its value at 1, less that at 0.
+
+    Raises:
+        PolicyError: a value that is not a finite number.
+    """
 
     start: float
     slope: float = 0.0
@@ -29,10 +37,12 @@ UNIT = Linear(1.0)
 
 @dataclass(frozen=True)
 class Moment:
-    """One step as the schedule sees it.
+    """The position of one step within its interval.
 
-    ``residue`` is the position within the interval that held before the step, 0 at a full step; ``late_residue`` is
-    the same under the interval that a full step has just set. ``progress`` is the released code's step over total.
+    Attributes:
+        residue: steps since the last full one, under the interval in force before this step; 0 at a full step.
+        late_residue: the same under the interval that a full step has just set.
+        progress: the step's number over the number of steps, as in the released code.
     """
 
     residue: int
@@ -42,15 +52,18 @@ class Moment:
 
 @dataclass(frozen=True)
 class Interval:
-    """Full steps every ``length`` steps.
+    """Full steps every ``length`` steps, or at an interval that varies along the loop.
 
     Attributes:
-        length: N, the nominal interval.
-        factor: where set, each full step sets the interval to round(N / factor(progress)); ToCa and DuCa on DiT.
-        forced: (from, to, interval): at progress in [from, to) the interval is this one instead.
-        descending: steps count down to 0, and progress falls from 1 to 0, as in the released DiT code; the pattern is
-            then anchored at the last step. Otherwise they count up from 0.
+        length: the nominal interval N, in steps.
+        factor: if set, each full step sets the interval to round(N / factor(progress)), as in ToCa and DuCa on DiT.
+        forced: (from, to, interval): where progress is in [from, to), this interval applies instead.
+        descending: whether steps count down to 0, and progress falls from 1 to 0, as in the released DiT code; the
+            pattern is then anchored at the last step. Otherwise steps count up from 0.
         first_full: how many steps at the start are full; the pattern counts from the last of them.
+
+    Raises:
+        PolicyError: an invalid parameter.
     """
 
     length: int
@@ -64,26 +77,27 @@ class Interval:
         check_whole("first_full", self.first_full, least=1)
         if self.descending and self.first_full > 1:
             raise PolicyError(
-                f"first_full={self.first_full} is impossible with descending=True: that pattern counts from the end"
+                f"first_full={self.first_full} is invalid with descending=True: that pattern counts from the end"
             )
         if self.factor is not None and min(self.factor(0.0), self.factor(1.0)) <= 0:
-            raise PolicyError(f"factor={self.factor} is impossible: it divides the interval, so it must stay above 0")
+            raise PolicyError(f"factor={self.factor} is invalid: it divides the interval, so it must stay above 0")
         if self.forced is not None:
             if len(self.forced) != 3:
-                raise PolicyError(f"forced={self.forced!r} is impossible: it is (from, to, interval)")
+                raise PolicyError(f"forced={self.forced!r} is invalid: it is (from, to, interval)")
             check_number("forced[0]", self.forced[0], least=0, most=1)
             check_number("forced[1]", self.forced[1], least=0, most=1)
             check_whole("forced[2]", self.forced[2], least=1)
 
     @property
     def needs_total(self) -> bool:
+        """Whether the pattern depends on the number of steps."""
         return self.descending or self.factor is not None or self.forced is not None
 
     def moments(self, total: int | None) -> Iterator[Moment]:
-        """The moments of ``total`` steps, or of endless ones.
+        """The position of each of ``total`` steps; endless if ``total`` is None.
 
         Raises:
-            PolicyError: the pattern depends on the number of steps and ``total`` is None.
+            PolicyError: the pattern depends on the number of steps, and ``total`` is None.
         """
         if total is None and self.needs_total:
             raise PolicyError(

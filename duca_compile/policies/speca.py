@@ -1,4 +1,4 @@
-"""SpeCa, speculative feature caching (arXiv 2509.11628): forecasts are drafts, and the last block verifies them."""
+"""SpeCa, speculative feature caching (arXiv 2509.11628): forecasts are drafts, which the last block verifies."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ from duca_compile.policies.checks import check_number, check_whole
 class SpeCa(AdaptivePolicy):
     """After a full step, features are drafted by Taylor series until a draft fails its verification.
 
-    A draft's error is that of the last block's output: as forecast, against computed from the drafted stream. A draft
-    whose error is above the threshold is thrown away, and the step is computed in full.
+    The error of a draft is that of the last block's output: the forecast one, compared with that computed from the
+    drafted stream. If the error exceeds the threshold, the draft is discarded and the step is computed in full. The
+    threshold at step i of T is ``base_threshold * decay_rate ** ((i + 1) / T)``. Source: arXiv 2509.11628.
 
     Attributes:
-        max_order: the highest difference that drafts use, 0 to 4, as in TaylorSeer.
-        base_threshold: the largest error that is accepted at the start of the loop.
-        decay_rate: what the threshold is multiplied by over the whole loop; it falls exponentially. Where it is not 1,
-            the number of steps must be known.
-        min_threshold: the threshold falls no lower.
-        min_taylor_steps: drafts after each full step that are accepted unseen.
-        max_taylor_steps: drafts after which a step is full, whatever the error.
+        max_order: the highest order of difference that drafts use, 0 to 4, as in TaylorSeer.
+        base_threshold: the largest accepted error at the start of the loop.
+        decay_rate: the factor that the threshold falls by, exponentially, over the whole loop. Unless it is 1, the
+            number of steps must be known.
+        min_threshold: the threshold is never lower than this.
+        min_taylor_steps: how many drafts after each full step are accepted without verification.
+        max_taylor_steps: the most drafts in a row, whatever their error.
         first_full_steps: how many steps at the start are full.
-        compat: "paper", as above. "released" is the authors' code: the first step after a full one is always a draft,
-            every draft is used, its error decides the next step, and is the mean over the whole batch of the
-            elementwise relative difference.
-        verify_of: what is compared: the end of the "stream" (released for DiT), or the last "branch" before its gate
-            (released for FLUX and HunyuanVideo).
-        decide_per: "batch": where one row's draft fails, all rows are computed in full. "row": each row keeps its
-            draft, or has it replaced, on its own; "pair": so do rows i and i + batch / 2, the two halves of guidance.
-            A request's result then does not depend on what else is in the batch.
+        compat: "paper" is as above. "released" is the authors' code: the first step after a full one is always a draft,
+            every draft is used, and its error decides the next step. The error is then the elementwise relative
+            difference, averaged over the whole batch.
+        verify_of: what is compared. "stream": the end of the stream (released for DiT). "branch": the output of the
+            last branch before its gate (released for FLUX and HunyuanVideo).
+        decide_per: who decides. "batch": if the draft of one batch row fails, all rows are computed in full. "row":
+            each row keeps or discards its draft on its own. "pair": rows i and i + batch / 2 do so together, the two
+            halves of guidance. With "row" and "pair", a result does not depend on what else is in the batch.
 
     Raises:
-        PolicyError: impossible numbers, or an unknown number of steps.
+        PolicyError: an invalid parameter. When steps are planned: the number of steps is needed, and not known.
     """
 
     max_order: int = 2
@@ -89,13 +90,15 @@ class SpeCa(AdaptivePolicy):
 
     @property
     def choices(self) -> tuple[Step, ...]:
-        unseen = max(self.min_taylor_steps, int(self.compat == "released"))  # drafts behind a full step
+        unseen = max(
+            self.min_taylor_steps, int(self.compat == "released")
+        )  # drafts after a full step that are not verified
         drafts = {False: unseen > 0, True: unseen < self.max_taylor_steps}
         return Step(StepKind.FULL), *(Step(StepKind.FORECAST, verified=seen) for seen, may in drafts.items() if may)
 
     def decider(self, total: int | None) -> Decider:
-        self.threshold(0, total)  # which says so now where it needs to know the number of steps
-        return _Released(self, total) if self.compat == "released" else _Paper(self, total)
+        self.threshold(0, total)  # raises PolicyError if it needs the number of steps
+        return _ReleasedDecider(self, total) if self.compat == "released" else _DraftDecider(self, total)
 
     def steps(self, total: int | None) -> Iterator[Step]:
         decider = self.decider(total)
@@ -103,7 +106,11 @@ class SpeCa(AdaptivePolicy):
             yield decider.decide(index, decider.propose(index), 0.0)
 
     def threshold(self, index: int, total: int | None) -> float:
-        """The largest error that is accepted at step ``index``, counted from 0."""
+        """The largest accepted error at step ``index``, counted from 0.
+
+        Raises:
+            PolicyError: it depends on the number of steps, and ``total`` is None.
+        """
         if self.decay_rate == 1:
             return max(self.base_threshold, self.min_threshold)
         if total is None:
@@ -115,8 +122,8 @@ class SpeCa(AdaptivePolicy):
         return max(float(self.base_threshold * self.decay_rate**progress), self.min_threshold)
 
 
-class _Drafts(Decider):
-    """Counts the drafts since the last full step. A pass that joins late has its first steps in full, too."""
+class _DraftDecider(Decider):
+    """The paper's rule: a draft's own error decides its step. A pass that joins late starts with full steps, too."""
 
     def __init__(self, policy: SpeCa, total: int | None) -> None:
         self._policy, self._total = policy, total
@@ -142,15 +149,11 @@ class _Drafts(Decider):
     def _rejects(self, index: int, proposed: Step, measured: float | None) -> bool:
         if not proposed.verified or measured is None:
             return False
-        return not measured <= self._policy.threshold(index, self._total)  # a nan is no small error
+        return not measured <= self._policy.threshold(index, self._total)  # false for NaN
 
 
-class _Paper(_Drafts):
-    """A draft's own error decides, in its own step."""
-
-
-class _Released(_Drafts):
-    """The error of the last draft that was verified decides the next step."""
+class _ReleasedDecider(_DraftDecider):
+    """The released rule: the error of the last verified draft decides the next step."""
 
     def __init__(self, policy: SpeCa, total: int | None) -> None:
         super().__init__(policy, total)

@@ -1,4 +1,4 @@
-"""TaylorSeer (arXiv 2503.06923): between full steps, features are forecast by a Taylor series of their differences."""
+"""TaylorSeer (arXiv 2503.06923): features between full steps are forecast by a Taylor series of their differences."""
 
 from __future__ import annotations
 
@@ -14,21 +14,25 @@ from duca_compile.policies.checks import check_whole
 
 @dataclass(frozen=True)
 class TaylorSeer(Policy):
-    """The first steps in full, then a full step every ``interval``; forecasts in between.
+    """Full steps at a fixed interval; forecasts in between.
+
+    A forecast k steps after a full one is the sum of D_i k^i / i!, where D_0 is the feature of the last full step and
+    D_i its difference of order i over the full steps. Source: arXiv 2503.06923.
 
     Attributes:
-        interval: steps from one full step to the next.
-        max_order: the highest difference used, 0 to 4; 0 is reuse. Caches hold this many tensors more for each branch.
-            Orders come one by one: a forecast has one for each full step after the first, from the last of
-            ``first_full_steps`` on.
-        first_full_steps: how many steps at the start are full; released with 2 for DiT, 3 for FLUX and 1 for
+        interval: number of steps from one full step to the next.
+        max_order: the highest order of difference used, 0 to 4; 0 is reuse. Caches hold this many more tensors for each
+            branch. Each full step after the first makes one more order available, starting with the last of
+            ``first_full_steps``.
+        first_full_steps: how many steps at the start are full. The released values are 2 for DiT, 3 for FLUX and 1 for
             HunyuanVideo.
-        lite: forecasts the end of the residual stream alone, which is then all that is cached, and runs no block.
-        relational: the series gives a branch's direction alone, and how far its input has moved gives the length: the
-            estimation of relational feature caching (arXiv 2602.19506), at this interval. Caches hold the inputs too.
+        lite: whether only the end of the residual stream is cached and forecast; then no block runs.
+        relational: whether the series gives only the direction of a branch's change, and its length follows from how
+            far the branch's input has moved, as in relational feature caching (RFC, arXiv 2602.19506). Caches then hold
+            the inputs, too.
 
     Raises:
-        PolicyError: impossible numbers.
+        PolicyError: an invalid parameter.
     """
 
     interval: int = 5
@@ -42,10 +46,10 @@ class TaylorSeer(Policy):
         check_whole("max_order", self.max_order, least=0, most=4)
         check_whole("first_full_steps", self.first_full_steps, least=1)
         if not isinstance(self.lite, bool):
-            raise PolicyError(f"lite={self.lite!r} is impossible: it must be True or False")
+            raise PolicyError(f"lite={self.lite!r} is invalid: it must be True or False")
         if not isinstance(self.relational, bool) or (self.relational and (self.lite or self.max_order == 0)):
             raise PolicyError(
-                f"relational={self.relational!r} is impossible: it must be True or False, and needs branches "
+                f"relational={self.relational!r} is invalid: it must be True or False, and needs branches "
                 "(lite=False) and a direction (max_order of at least 1)"
             )
 

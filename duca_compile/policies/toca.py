@@ -1,4 +1,4 @@
-"""ToCa, token-wise feature caching (arXiv 2410.05317): cached steps recompute the tokens that matter most."""
+"""ToCa, token-wise feature caching (arXiv 2410.05317): steps between full ones recompute the most important tokens."""
 
 from __future__ import annotations
 
@@ -15,14 +15,24 @@ from duca_compile.policies.tokens import TokenCaching
 class ToCa(TokenCaching):
     """Every step between two full ones is partial.
 
-    Attributes, beside those of ``TokenCaching``:
-        selection: "attention" refreshes the tokens that others attend to most (s1), "entropy" those whose
-            cross-attention to the prompt is most spread out (s2). By its name alone, a selection adds 0.25 of the steps
-            since a token was computed over the interval (s3); a ``Selection`` sets this, and the bonus of the best
-            token of each patch (s4).
+    Source: arXiv 2410.05317.
+
+    Attributes:
+        interval: number of steps from one full step to the next; an int, or an ``Interval`` that varies along the loop.
+        fresh_ratio: share of the MLP tokens that a partial step recomputes, in [0, 1], before the factors below.
+        selection: how those tokens are chosen. "attention" recomputes the tokens that others attend to most (the
+            paper's s1), "entropy" those whose cross-attention to the prompt is most evenly spread (s2). A name alone
+            adds 0.25 times the steps since a token was last computed, over the interval (s3). A ``Selection`` sets that
+            weight, and the bonus of the best token of each patch (s4).
+        step_factor: multiplies the ratio; a line over the progress of the loop.
+        block_factor: multiplies the ratio; a line from the first block (0) to the last (1).
+        kind_factor: multiplies the ratio, for each kind of branch ("mlp", "cross_attention"); other kinds are reused.
+        text_factor: multiplies the ratio in the text stream of joint-attention models; 0 reuses it.
+        latched: whether a step's kind is fixed before it runs. False is the released code: where a full step changes
+            the interval so that it no longer counts as full, only its first block runs in full.
 
     Raises:
-        PolicyError: impossible numbers.
+        PolicyError: an invalid parameter.
     """
 
     staleness: ClassVar[float] = 0.25

@@ -1,4 +1,4 @@
-"""What ToCa and DuCa have in common: full steps at intervals, and how many tokens partial steps recompute."""
+"""The common base of ToCa and DuCa: full steps at intervals, and how many tokens partial steps recompute."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from duca_compile.core.steps import Step, StepKind
-from duca_compile.errors import PolicyError
+from duca_compile.errors import InternalError, PolicyError
 from duca_compile.policies.base import Policy, Selection, SelectionKind, TokenQuery
 from duca_compile.policies.checks import check_number
 from duca_compile.policies.schedule import UNIT, Interval, Linear, Moment
@@ -18,24 +18,24 @@ _POINTWISE = ("mlp", "cross_attention")
 
 @dataclass(frozen=True)
 class TokenCaching(Policy):
-    """A policy with partial steps; its subclasses say what comes between two full steps.
+    """A policy with partial steps; subclasses say what runs between two full steps.
 
     Attributes:
-        interval: steps from one full step to the next; an int, or an ``Interval`` that varies along the loop.
-        fresh_ratio: share of MLP tokens that a partial step recomputes, in [0, 1], before the factors below.
-        selection: how those tokens are chosen; a name, or a ``Selection`` with weights and a seed.
-        step_factor: multiplies the ratio; a line over the schedule's progress.
+        interval: number of steps from one full step to the next; an int, or an ``Interval`` that varies along the loop.
+        fresh_ratio: share of the MLP tokens that a partial step recomputes, in [0, 1], before the factors below.
+        selection: how those tokens are chosen: a kind such as "random", or a ``Selection``.
+        step_factor: multiplies the ratio; a line over the progress of the loop.
         block_factor: multiplies the ratio; a line from the first block (0) to the last (1).
-        kind_factor: multiplies the ratio by branch kind ("mlp", "cross_attention"); kinds not named are reused.
-        text_factor: multiplies the ratio in the text stream of joint-attention models, which is reused at 0.
-        latched: one type per step, decided before it. False is the released code: where a full step changes the
-            interval so that it no longer counts as full, only its first block runs in full.
+        kind_factor: multiplies the ratio, for each kind of branch ("mlp", "cross_attention"); other kinds are reused.
+        text_factor: multiplies the ratio in the text stream of joint-attention models; 0 reuses it.
+        latched: whether a step's kind is fixed before it runs. False is the released code: where a full step changes
+            the interval so that it no longer counts as full, only its first block runs in full.
 
     Raises:
-        PolicyError: impossible numbers.
+        PolicyError: an invalid parameter.
     """
 
-    staleness: ClassVar[float] = 0.0  # of a selection that is given by its name
+    staleness: ClassVar[float] = 0.0  # of a selection given by its name
 
     interval: int | Interval = 5
     fresh_ratio: float = 0.1
@@ -54,7 +54,7 @@ class TokenCaching(Policy):
         check_number("fresh_ratio", self.fresh_ratio, least=0, most=1)
         for name, line in (("step_factor", self.step_factor), ("block_factor", self.block_factor)):
             if not isinstance(line, Linear):
-                raise PolicyError(f"{name}={line!r} is no line; write Linear(start, slope)")
+                raise PolicyError(f"{name}={line!r} is not a line; write Linear(start, slope)")
         for kind, factor in self.kind_factor.items():
             if kind not in _POINTWISE:
                 raise PolicyError(f"kind_factor names {kind!r}; only {_POINTWISE} can be recomputed in part")
@@ -63,7 +63,8 @@ class TokenCaching(Policy):
 
     @property
     def _interval(self) -> Interval:
-        assert isinstance(self.interval, Interval)
+        if not isinstance(self.interval, Interval):
+            raise InternalError("interval was not converted to an Interval")
         return self.interval
 
     def steps(self, total: int | None) -> Iterator[Step]:
@@ -75,7 +76,7 @@ class TokenCaching(Policy):
 
     @abstractmethod
     def between(self, residue: int) -> StepKind:
-        """What the step does that is ``residue`` steps from a full one."""
+        """The kind of the step that is ``residue`` steps after a full one."""
 
     def _ratio(self, moment: Moment) -> float:
         return self.fresh_ratio * max(0.0, self.step_factor(moment.progress))

@@ -1,4 +1,4 @@
-"""The policy that caches nothing: what every other one is compared with."""
+"""The policy that caches nothing, which all others are compared with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from duca_compile.policies.base import Policy
 
 @dataclass(frozen=True)
 class Uncached(Policy):
-    """Every step in full, bit for bit the model's own results under the eager backend."""
+    """Every step is full.
+
+    Under the eager backend, results equal the model's own, bit for bit. Loop-invariant values are still computed only
+    once per request.
+    """
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""The few array operations of the runtime, for torch's tensors and for numpy's arrays; numpy needs no torch."""
+"""The few array operations of the runtime, for torch tensors and numpy arrays; the latter need no torch."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from duca_compile.core.tensors import Array
 
 
 class Arrays(Protocol):
-    """Operations on float32 scores and int64 indices; all of an object's arrays are on one device."""
+    """Operations on float32 scores and int64 indices; all arrays of one object are on one device."""
 
     def zeros(self, shape: tuple[int, ...]) -> Array:
-        """float32."""
+        """A float32 array of zeros."""
 
-    def of(self, values: np.ndarray) -> Array:
-        """A copy on the device, or the same memory."""
+    def from_numpy(self, values: np.ndarray) -> Array:
+        """The values on the device; they may share memory."""
 
-    def dense(self, array: Array) -> Array:
-        """It with contiguous memory."""
+    def contiguous(self, array: Array) -> Array:
+        """The array in contiguous memory."""
 
-    def unit(self, rows: Sequence[Array]) -> Array:
-        """Stacked as float32, each divided by its norm along the last axis."""
+    def normalized(self, rows: Sequence[Array]) -> Array:
+        """The arrays stacked as float32, each divided by its norm along the last axis."""
 
-    def top(self, scores: Array, count: int) -> Array:
-        """The places of the ``count`` highest along the last axis, the highest first."""
+    def top_indices(self, scores: Array, count: int) -> Array:
+        """The indices of the ``count`` highest scores along the last axis, the highest first."""
 
-    def one_hot(self, places: Array, count: int) -> Array:
-        """float32, with a new last axis."""
+    def one_hot(self, indices: Array, count: int) -> Array:
+        """A float32 array with a new last axis of ``count`` classes."""
 
-    def take(self, array: Array, places: Array) -> Array:
-        """The entries at ``places`` along the last axis."""
+    def take(self, array: Array, indices: Array) -> Array:
+        """The entries at ``indices`` along the last axis."""
 
-    def put(self, array: Array, places: Array, values: Array) -> Array:
-        """A copy, with ``values`` at ``places`` along the last axis."""
+    def put(self, array: Array, indices: Array, values: Array) -> Array:
+        """A copy, with ``values`` at ``indices`` along the last axis."""
 
-    def choose(self, rows: Sequence[bool], new: Array, old: Array) -> Array:
-        """The rows of ``new`` where ``rows`` says so, and of ``old`` elsewhere; what an engine returned will do."""
+    def select_rows(self, mask: Sequence[bool], new: Array, old: Array) -> Array:
+        """The batch rows of ``new`` where ``mask`` is true, and of ``old`` elsewhere; also for results of an engine."""
 
 
 class NumpyArrays:
@@ -47,43 +47,43 @@ class NumpyArrays:
     def zeros(self, shape: tuple[int, ...]) -> Array:
         return np.zeros(shape, np.float32)
 
-    def of(self, values: np.ndarray) -> Array:
+    def from_numpy(self, values: np.ndarray) -> Array:
         return values
 
-    def dense(self, array: Array) -> Array:
+    def contiguous(self, array: Array) -> Array:
         return np.ascontiguousarray(array)
 
-    def unit(self, rows: Sequence[Array]) -> Array:
+    def normalized(self, rows: Sequence[Array]) -> Array:
         stacked = np.stack(rows).astype(np.float32)
         return stacked / np.maximum(np.linalg.norm(stacked, axis=-1, keepdims=True), np.float32(1e-12))
 
-    def top(self, scores: Array, count: int) -> Array:
+    def top_indices(self, scores: Array, count: int) -> Array:
         return np.argsort(-scores, axis=-1, kind="stable")[..., :count]
 
-    def one_hot(self, places: Array, count: int) -> Array:
-        return np.eye(count, dtype=np.float32)[places]
+    def one_hot(self, indices: Array, count: int) -> Array:
+        return np.eye(count, dtype=np.float32)[indices]
 
-    def take(self, array: Array, places: Array) -> Array:
-        return np.take_along_axis(array, places, -1)
+    def take(self, array: Array, indices: Array) -> Array:
+        return np.take_along_axis(array, indices, -1)
 
-    def put(self, array: Array, places: Array, values: Array) -> Array:
+    def put(self, array: Array, indices: Array, values: Array) -> Array:
         copy = array.copy()
-        np.put_along_axis(copy, places, values, -1)
+        np.put_along_axis(copy, indices, values, -1)
         return copy
 
-    def choose(self, rows: Sequence[bool], new: Array, old: Array) -> Array:
-        one, other = _host(new), _host(old)
-        return np.where(np.array(rows).reshape(-1, *[1] * (one.ndim - 1)), one, other)
+    def select_rows(self, mask: Sequence[bool], new: Array, old: Array) -> Array:
+        new_values, old_values = _host(new), _host(old)
+        return np.where(np.array(mask).reshape(-1, *[1] * (new_values.ndim - 1)), new_values, old_values)
 
 
 def _host(array: Array) -> np.ndarray:
-    """What an engine returned, a tensor or a value of ONNX Runtime, as a numpy array."""
+    """The result of an engine, a tensor or a value of ONNX Runtime, as a numpy array."""
     if isinstance(array, np.ndarray):
         return array
-    found: np.ndarray = (array.cpu() if hasattr(array, "cpu") else array).numpy()
-    return found
+    values: np.ndarray = (array.cpu() if hasattr(array, "cpu") else array).numpy()
+    return values
 
 
 def size(array: Array) -> int:
-    """Its bytes; arrays of ONNX Runtime have no attribute for that."""
+    """The bytes of an array; those of ONNX Runtime have no ``nbytes``."""
     return int(array.nbytes if hasattr(array, "nbytes") else array.tensor_size_in_bytes())

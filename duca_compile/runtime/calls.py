@@ -1,4 +1,4 @@
-"""Which pass of a step a call is: by its name, by what it is conditioned on, and, of tiles, by its latent."""
+"""Finds the guidance pass that a call belongs to: by its name, its conditions and, for tiles, its latent."""
 
 from __future__ import annotations
 
@@ -9,221 +9,254 @@ import numpy as np
 
 from duca_compile.core.tensors import Array, TensorVersions, equal, on_host, same_values, unchanged, version
 
-SAMPLED = 4096  # values of a latent that are compared where two are held against each other
-NEAR = 0.25  # what one rounded timestep changes of a latent is less, relatively
-APART = 0.9  # latents of one tile are nearer to each other than to those of others: by distance, at least so much
-PassKey = tuple[str | None, int]  # the pass's name, and which call of that name at the step
+SAMPLED = 4096  # values of a latent that a sample holds
+NEAR = 0.25  # the relative change of a latent over one rounded timestep is smaller than this
+UNRELATED = 0.9  # latents of one tile are closer to each other than to others: the ratio of distances is below this
+PassKey = tuple[str | None, int]  # the name of a pass, and which call of that name at the step
 
 
-class Named:
-    """The tensors of one call, but the timestep: its latent, and what it is conditioned on."""
+class CallInputs:
+    """The tensors of one call but the timestep: its latent, and what it is conditioned on.
 
-    __slots__ = ("inputs", "kind", "latent", "name", "others")
+    Attributes:
+        name: the name of its pass, if the caller gave one.
+        kind: an object that stands for its options and shapes.
+        latent: what the call denoises.
+        names: the inputs that it is conditioned on.
+        conditions: their tensors.
+    """
+
+    __slots__ = ("conditions", "kind", "latent", "name", "names")
 
     def __init__(
-        self, name: str | None, kind: object, latent: Array, inputs: tuple[str, ...], others: Sequence[Array]
+        self, name: str | None, kind: object, latent: Array, names: tuple[str, ...], conditions: Sequence[Array]
     ) -> None:
-        self.name, self.kind = name, kind  # of its pass; of its options and shapes
-        self.latent = latent  # what it denoises
-        self.inputs, self.others = inputs, others  # what it is conditioned on
+        self.name, self.kind = name, kind
+        self.latent = latent
+        self.names, self.conditions = names, conditions
 
-    def only(self, inputs: Collection[str]) -> Named:
-        """With these inputs and no others."""
-        pairs = [(name, each) for name, each in zip(self.inputs, self.others, strict=True) if name in inputs]
-        return Named(self.name, self.kind, self.latent, tuple(name for name, _ in pairs), [each for _, each in pairs])
+    def only(self, names: Collection[str]) -> CallInputs:
+        """The same call, conditioned on these inputs alone."""
+        pairs = [(name, tensor) for name, tensor in zip(self.names, self.conditions, strict=True) if name in names]
+        kept = tuple(name for name, _ in pairs)
+        return CallInputs(self.name, self.kind, self.latent, kept, [tensor for _, tensor in pairs])
 
 
-def chosen(names: tuple[str, ...]) -> Callable[[Mapping[str, Array]], Sequence[Array]]:
-    """What gives the tensors of these names; asked at every call."""
+def tensor_getter(names: tuple[str, ...]) -> Callable[[Mapping[str, Array]], Sequence[Array]]:
+    """A function that returns the tensors of these names. It runs at every call."""
     return itemgetter(*names) if len(names) > 1 else lambda call: [call[name] for name in names]
 
 
-class Sample:
-    """Some values of a latent as it was; read when they are first compared."""
+class LatentSample:
+    """A copy of some values of a latent; read from the device when they are first compared."""
 
     def __init__(self, latent: Array) -> None:
         flat = latent.reshape(-1)[:: max(1, latent.nbytes // latent.itemsize // SAMPLED)]
-        self._kept: Array = flat.copy() if isinstance(flat, np.ndarray) else flat.detach().clone()
+        self._copy: Array = flat.copy() if isinstance(flat, np.ndarray) else flat.detach().clone()
         self._values: np.ndarray | None = None
 
     @property
     def values(self) -> np.ndarray:
         if self._values is None:
-            kept = self._kept
-            array = kept if isinstance(kept, np.ndarray) else kept.float().cpu().numpy()
+            copy = self._copy
+            array = copy if isinstance(copy, np.ndarray) else copy.float().cpu().numpy()
             self._values = array.astype(np.float32)
         return self._values
 
-    def distance(self, other: Sample) -> float:
-        """The norm of the difference; infinite where the sizes are different."""
+    def distance(self, other: LatentSample) -> float:
+        """The norm of the difference; infinite if the sizes differ."""
         one, two = self.values, other.values
         return float(np.linalg.norm(one - two)) if one.shape == two.shape else float("inf")
 
-    def is_near(self, other: Sample) -> bool:
+    def is_near(self, other: LatentSample) -> bool:
+        """Whether it may be the other latent, or the same one a small step later."""
         return self.distance(other) <= NEAR * float(np.linalg.norm(other.values))
 
-    def is_apart(self, other: Sample) -> bool:
-        """Whether they have nothing in common, as the noise of two tiles has not."""
+    def is_unrelated_to(self, other: LatentSample) -> bool:
+        """Whether the two have nothing in common, like the noise of two tiles."""
         together = float(np.hypot(np.linalg.norm(self.values), np.linalg.norm(other.values)))
-        return self.distance(other) > APART * together
+        return self.distance(other) > UNRELATED * together
 
 
-class Slot:
-    """One pass of a loop, as it was when last called; holds what it was called with, so that identities last."""
+class GuidancePass:
+    """One pass of a loop, as of its last call; keeps what that call was given, so that identities stay unique.
 
-    def __init__(self, index: int, place: int, call: Named) -> None:
-        self.name, self.index, self.place = call.name, index, place  # ``place`` among all calls of the first step
+    Attributes:
+        name: the name that the caller gave it.
+        index: its number among the passes of that name.
+        place: its number among all passes of the first step.
+        kind: an object that stands for its options and shapes.
+        conditions: the tensors that it is conditioned on.
+        step: the step of its last call.
+        sample: of the latent of its last call, where one was taken.
+        candidates: the passes that its first call might have belonged to.
+    """
+
+    def __init__(self, index: int, place: int, call: CallInputs) -> None:
+        self.name, self.index, self.place = call.name, index, place
         self.step = -1
-        self.sample: Sample | None = None
-        self.former: list[Slot] = []  # the passes that its first call might have been of
-        self._condition(call)
+        self.sample: LatentSample | None = None
+        self.candidates: list[GuidancePass] = []
+        self._set_conditions(call)
 
-    def _condition(self, call: Named) -> None:
-        self.kind, self._inputs, self.sight = call.kind, call.inputs, TensorVersions.of(call.others)
-        self._met = call  # the last call that was found to be as this
+    def _set_conditions(self, call: CallInputs) -> None:
+        self.kind, self._names, self.conditions = call.kind, call.names, TensorVersions.of(call.conditions)
+        self._matched = call  # the last call with these very objects
 
-    def called(self, step: int, call: Named, samples: bool) -> None:
-        """Notes its call at ``step``; with ``samples``, so that its latent can be held against others later."""
-        self.at(step, call.latent)
+    def record(self, step: int, call: CallInputs, samples: bool) -> None:
+        """Records its call at ``step``; with ``samples``, its latent can be compared with others later."""
+        self.move_to(step, call.latent)
         if samples:
-            self.sample = Sample(call.latent)
-        if self._met is not call and not self.is_as(call):
-            self._condition(call)
+            self.sample = LatentSample(call.latent)
+        if self._matched is not call and not self.has_same_objects(call):
+            self._set_conditions(call)
 
-    def at(self, step: int, latent: Array) -> None:
+    def move_to(self, step: int, latent: Array) -> None:
+        """Records a call at ``step`` under the same conditions."""
         self.step, self._latent, self._version = step, latent, version(latent)
         self.sample = None
 
-    def is_as(self, call: Named) -> bool:
-        """Whether it is conditioned on these very objects, as they were; asked at every call."""
-        if self._met is not call:
-            if call.kind is not self.kind or not self.sight.matches(call.others):
+    def has_same_objects(self, call: CallInputs) -> bool:
+        """Whether a call has the same kind and the same, unchanged condition objects; runs at every call."""
+        if self._matched is not call:
+            if call.kind is not self.kind or not self.conditions.matches(call.conditions):
                 return False
-            self._met = call
+            self._matched = call
         return True
 
-    def is_alike(self, call: Named) -> bool:
-        """Whether the two are of one kind: with the same options and shapes."""
-        return call.kind is self.kind and all(now.shape == known.shape for _, now, (known, _) in self._common(call))
+    def has_same_kind(self, call: CallInputs) -> bool:
+        """Whether a call has the same options and shapes."""
+        return call.kind is self.kind and all(now.shape == known.shape for _, now, (known, _) in self._shared(call))
 
-    def is_for(self, call: Named) -> bool:
-        """The same by value."""
-        return call.kind is self.kind and not self.changes(call, reads=True)
+    def has_same_values(self, call: CallInputs) -> bool:
+        """Whether a call has the same kind and the same values of all conditions."""
+        return call.kind is self.kind and not self.changed_inputs(call, reads=True)
 
-    def likeness(self, call: Named) -> int:
-        """How many of the objects that it is conditioned on are these; its kind is one more."""
-        return (call.kind is self.kind) + sum(unchanged(now, *known) for _, now, known in self._common(call))
+    def count_same(self, call: CallInputs) -> int:
+        """How many of a call's conditions are the same, unchanged objects, plus one if the kind is the same."""
+        return (call.kind is self.kind) + sum(unchanged(now, *known) for _, now, known in self._shared(call))
 
-    def changes(self, call: Named, reads: bool) -> set[str]:
-        """The inputs that hold something else. What is on an accelerator is read only where ``reads`` says so."""
-        return {name for name, now, known in self._common(call) if _differs(now, *known, reads)}
+    def changed_inputs(self, call: CallInputs, reads: bool) -> set[str]:
+        """The conditions that have other values in a call; tensors on an accelerator are compared only if ``reads``."""
+        return {name for name, now, known in self._shared(call) if _differs(now, *known, reads)}
 
-    def _common(self, call: Named) -> Iterator[tuple[str, Array, tuple[Array, int]]]:
-        """The inputs that both have: now, and as they were with their versions."""
-        known = dict(zip(self._inputs, zip(self.sight.tensors, self.sight.versions, strict=True), strict=True))
-        return ((name, now, known[name]) for name, now in zip(call.inputs, call.others, strict=True) if name in known)
+    def _shared(self, call: CallInputs) -> Iterator[tuple[str, Array, tuple[Array, int]]]:
+        """The conditions that both have: the call's tensor, and this pass's tensor with its version."""
+        known = dict(zip(self._names, zip(self.conditions.tensors, self.conditions.versions, strict=True), strict=True))
+        return (
+            (name, now, known[name]) for name, now in zip(call.names, call.conditions, strict=True) if name in known
+        )
 
-    def differs_in(self, other: Slot) -> set[str]:
-        """The names of the inputs that are other objects there."""
-        theirs = dict(zip(other._inputs, other.sight.tensors, strict=True))
-        return {
-            name for name, mine in zip(self._inputs, self.sight.tensors, strict=True) if theirs.get(name) is not mine
-        }
+    def differing_inputs(self, other: GuidancePass) -> set[str]:
+        """The names of the conditions that are other objects in another pass."""
+        others = dict(zip(other._names, other.conditions.tensors, strict=True))
+        pairs = zip(self._names, self.conditions.tensors, strict=True)
+        return {name for name, tensor in pairs if others.get(name) is not tensor}
 
-    def has(self, latent: Array) -> bool:
+    def has_latent(self, latent: Array) -> bool:
         """Whether its last call had this latent, by value."""
         known, at_version = self._latent, self._version
         if latent is known and version(latent) == at_version >= 0:
             return True
-        if self.sample is not None and self.sample.distance(Sample(latent)) > 0:
+        if self.sample is not None and self.sample.distance(LatentSample(latent)) > 0:
             return False
-        if latent is known:  # written over: with the same, as far as a sample of it says, or unknown
+        if latent is known:  # written in place: the same as far as the sample goes, or unknown
             return self.sample is not None or at_version < 0
         return version(known) == at_version and same_values(latent, known)
 
-    def sampled(self) -> Sample | None:
-        """Of its latent; None where that is lost."""
+    def latent_sample(self) -> LatentSample | None:
+        """A sample of its latent; None if the latent was overwritten."""
         if self.sample is None and version(self._latent) == self._version:
-            self.sample = Sample(self._latent)
+            self.sample = LatentSample(self._latent)
         return self.sample
 
-    def goes_on_with(self, latent: Array) -> bool:
-        """Whether this is its latent one small step on: near it, or written over it."""
-        mine = self.sampled()
-        return latent is self._latent if mine is None else Sample(latent).is_near(mine)
+    def may_continue_with(self, latent: Array) -> bool:
+        """Whether this may be its latent a small step later: close to it, or the same tensor overwritten."""
+        sample = self.latent_sample()
+        return latent is self._latent if sample is None else LatentSample(latent).is_near(sample)
 
-    def is_apart_from(self, latent: Array) -> bool:
-        mine = self.sampled()
-        return mine is not None and Sample(latent).is_apart(mine)
+    def is_unrelated_to(self, latent: Array) -> bool:
+        """Whether this latent has nothing in common with its own."""
+        sample = self.latent_sample()
+        return sample is not None and LatentSample(latent).is_unrelated_to(sample)
 
 
-class Slots:
-    """The passes of one loop, in the order of their first calls."""
+class GuidancePasses:
+    """The passes of one loop, in the order of their first calls.
+
+    Attributes:
+        all: the passes.
+        tiled: whether passes are told apart by their latents.
+    """
 
     def __init__(self) -> None:
-        self.all: list[Slot] = []
-        self._named: dict[str | None, list[Slot]] = {}
-        self.tiled = False  # whether passes are told by their latents
+        self.all: list[GuidancePass] = []
+        self._by_name: dict[str | None, list[GuidancePass]] = {}
+        self.tiled = False
 
     def clear(self) -> None:
         self.all.clear()
-        self._named.clear()
+        self._by_name.clear()
         self.tiled = False
 
-    def of(self, name: str | None) -> Sequence[Slot]:
-        return self._named.get(name, ())
+    def of(self, name: str | None) -> Sequence[GuidancePass]:
+        """The passes called ``name``."""
+        return self._by_name.get(name, ())
 
-    def get(self, key: PassKey) -> Slot | None:
-        slots = self._named.get(key[0], ())
-        return slots[key[1]] if key[1] < len(slots) else None
+    def get(self, key: PassKey) -> GuidancePass | None:
+        passes = self._by_name.get(key[0], ())
+        return passes[key[1]] if key[1] < len(passes) else None
 
-    def add(self, call: Named) -> Slot:
-        slots = self._named.setdefault(call.name, [])
-        slot = Slot(len(slots), len(self.all), call)
-        slots.append(slot)
-        self.all.append(slot)
-        return slot
+    def add(self, call: CallInputs) -> GuidancePass:
+        """A new pass that starts with this call."""
+        passes = self._by_name.setdefault(call.name, [])
+        pass_ = GuidancePass(len(passes), len(self.all), call)
+        passes.append(pass_)
+        self.all.append(pass_)
+        return pass_
 
-    def put(self, slots: Iterable[Slot]) -> None:
-        """These are all from now on."""
-        self.all = list(slots)
-        self._named = {}
-        for place, slot in enumerate(self.all):
-            named = self._named.setdefault(slot.name, [])
-            slot.place, slot.index = place, len(named)
-            named.append(slot)
+    def put(self, passes: Iterable[GuidancePass]) -> None:
+        """Replaces all passes by these, and renumbers them."""
+        self.all = list(passes)
+        self._by_name = {}
+        for place, pass_ in enumerate(self.all):
+            named = self._by_name.setdefault(pass_.name, [])
+            pass_.place, pass_.index = place, len(named)
+            named.append(pass_)
 
-    def find(self, call: Named, step: int, reads: bool) -> Slot | None:
-        """The pass that a call at ``step`` is, by all that tells; it may have been called at that step already.
+    def find(self, call: CallInputs, step: int, reads: bool) -> GuidancePass | None:
+        """The pass that best matches a call at ``step``; it may have been called at that step already.
 
-        None where there is no pass of its name, or, of tiles, none with a latent like it. Objects count first; where
-        they do not tell the passes apart, values are compared, on an accelerator only if ``reads`` says so. Of equals,
-        it is the first that is still to come.
+        The same objects count first. Where they do not tell the passes apart, values are compared: on an accelerator
+        only if ``reads``. Among equals, the first pass that was not called at this step yet is taken.
+
+        Returns:
+            The pass; None if there is none of its name or, among tiles, none with a similar latent.
         """
-        slots = self.of(call.name)
-        if len(slots) < 2:
-            return slots[0] if slots else None
+        passes = self.of(call.name)
+        if len(passes) < 2:
+            return passes[0] if passes else None
         if not self.tiled:
-            coming = _coming(slots, step)
-            if coming.step != step and coming.is_as(call):
-                return coming
-        alike = _best(slots, [slot.likeness(call) for slot in slots])
-        telling = {name for slot in alike[1:] for name in alike[0].differs_in(slot)}
+            expected = _expected(passes, step)
+            if expected.step != step and expected.has_same_objects(call):
+                return expected
+        similar = _highest(passes, [pass_.count_same(call) for pass_ in passes])
+        telling = {name for pass_ in similar[1:] for name in similar[0].differing_inputs(pass_)}
         if telling:
-            alike = _best(alike, [-len(slot.changes(call.only(telling), reads)) for slot in alike])
-        return self._nearest(alike, call.latent, step) if self.tiled else _coming(alike, step)
+            similar = _highest(similar, [-len(pass_.changed_inputs(call.only(telling), reads)) for pass_ in similar])
+        return self._nearest(similar, call.latent, step) if self.tiled else _expected(similar, step)
 
-    def _nearest(self, slots: Sequence[Slot], latent: Array, step: int) -> Slot | None:
-        """By latent, if any is like it; one that was called at the step already only if it is much nearer."""
-        now = Sample(latent)
+    def _nearest(self, passes: Sequence[GuidancePass], latent: Array, step: int) -> GuidancePass | None:
+        """The pass with the closest latent, if it is similar; one called at this step already must be much closer."""
+        now = LatentSample(latent)
 
-        def far(slot: Slot) -> float:
-            then = slot.sampled()
-            weight = APART if slot.step != step else 1.0
+        def distance(pass_: GuidancePass) -> float:
+            then = pass_.latent_sample()
+            weight = UNRELATED if pass_.step != step else 1.0
             return float("inf") if then is None else weight * then.distance(now)
 
-        found = min(slots, key=far)
-        return None if found.step != step and found.is_apart_from(latent) else found
+        nearest = min(passes, key=distance)
+        return None if nearest.step != step and nearest.is_unrelated_to(latent) else nearest
 
 
 def _differs(tensor: Array, known: Array, at_version: int, reads: bool) -> bool:
@@ -234,14 +267,14 @@ def _differs(tensor: Array, known: Array, at_version: int, reads: bool) -> bool:
     return not equal(tensor, known, at_version)
 
 
-def _best(slots: Sequence[Slot], scores: Sequence[int]) -> list[Slot]:
+def _highest(passes: Sequence[GuidancePass], scores: Sequence[int]) -> list[GuidancePass]:
     most = max(scores)
-    return [slot for slot, score in zip(slots, scores, strict=True) if score == most]
+    return [pass_ for pass_, score in zip(passes, scores, strict=True) if score == most]
 
 
-def _coming(slots: Sequence[Slot], step: int) -> Slot:
-    """The first that was not called at the step yet, of those that were called last."""
-    for slot in slots:
-        if slot.step == step - 1:  # as most often
-            return slot
-    return max(slots, key=lambda slot: -1 if slot.step == step else slot.step)
+def _expected(passes: Sequence[GuidancePass], step: int) -> GuidancePass:
+    """The first pass that was not called at this step yet, among those that were called last."""
+    for pass_ in passes:
+        if pass_.step == step - 1:  # the usual case
+            return pass_
+    return max(passes, key=lambda pass_: -1 if pass_.step == step else pass_.step)

@@ -1,4 +1,4 @@
-"""Runs one variant per call of one captured shape and keeps the caches between calls."""
+"""Runs one variant for each call of one captured shape, and keeps the caches between calls."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from duca_compile.core.ports import (
     MEASURED,
@@ -20,71 +20,96 @@ from duca_compile.core.ports import (
 )
 from duca_compile.core.steps import Probe, Step, StepKind
 from duca_compile.core.tensors import Array, TensorVersions
-from duca_compile.errors import first_line
+from duca_compile.errors import first_line, not_none
 from duca_compile.policies.adaptive import AdaptivePolicy
 from duca_compile.policies.base import Policy
 from duca_compile.runtime.adaptive import Decisions, merged
 from duca_compile.runtime.arrays import Arrays
-from duca_compile.runtime.clock import Tick
+from duca_compile.runtime.cache_state import CacheState
+from duca_compile.runtime.clock import CallPosition
 from duca_compile.runtime.forecasting import ForecastInputs
-from duca_compile.runtime.request import CacheState, Executed, Request
-from duca_compile.runtime.selection import Tokens, TokenSelector
+from duca_compile.runtime.request import Executed, Request
+from duca_compile.runtime.selection import TokenSelector, TokenSet
 
 log = logging.getLogger("duca_compile")
 
-_PARTIAL = StepKind.PARTIAL  # looking it up takes a while in some versions of Python
+_PARTIAL = StepKind.PARTIAL  # an enum lookup is slow in some versions of Python
 
 
 @dataclass(eq=False)
 class Program:
-    """What runs a variant, with all that ties it to the state looked up once."""
+    """A variant ready to run, with everything that ties it to a ``CacheState`` looked up once.
+
+    Attributes:
+        run: the compiled variant, a function of flat tensors.
+        inputs: names of its inputs, in order.
+        timestep_key: the key, for ``Planner.timestep_rows``, of the timestep-only values that it reads; false if there
+            are none.
+        caches: the inputs that are caches.
+        reads: the caches that must exist before it runs.
+        forecast: the inputs that forecasts need from the host.
+        output_count: how many outputs are the model's own; they come first.
+        writes: the caches that it fills, each with the index of the output.
+        replaces: the caches that it fills and does not read.
+        cached_branches: the selectable branches that it does not compute in full: a partial step recomputes some of
+            their tokens, and the other tokens grow staler.
+        selector_positions: their positions in the ``TokenSelector``.
+        tokens: the token index inputs, each with the index in ``cached_branches`` of the first branch that uses it.
+        computed: selector positions of the branches computed in full, each with the index of the output that holds
+            their token scores, or None.
+        measures: the outputs that decisions are based on: their names and indices.
+        copied_caches: the caches whose outputs are views of larger tensors, or not contiguous; None before the first
+            run.
+        aliased_outputs: indices of the model's own outputs that share memory with the state or with each other; None
+            before the first run.
+    """
 
     run: Callable[..., Sequence[Array]]
     inputs: tuple[str, ...]
-    pieces: Hashable  # says which timestep-only values it reads; false where there are none
-    caches: frozenset[str]  # the caches among the inputs
-    reads: frozenset[str]  # those of them that must be there
+    timestep_key: Hashable
+    caches: frozenset[str]
+    reads: frozenset[str]
     forecast: ForecastInputs
-    own: int  # how many outputs are the model's own; they come first
-    writes: dict[str, int]  # the caches to fill, and from which outputs
-    replaces: frozenset[str]  # those of them that it does not read
-    waiting: tuple[int, ...]  # branches whose tokens a partial step chooses from, or leaves to grow stale
-    rows: tuple[int, ...]  # their positions in the selector
-    tokens: Mapping[str, int]  # the inputs that say which tokens, each with the first of those branches that it is for
-    computed: Mapping[int, int | None]  # positions that are computed in full -> the output with their scores
-    measures: tuple[tuple[str, int], ...] = ()  # what decisions are made from, and from which outputs
-    loose: tuple[str, ...] | None = None  # the caches whose outputs are views of larger tensors, or not contiguous
-    aliases: tuple[int, ...] | None = None  # the model's own outputs that share memory with the state or each other
+    output_count: int
+    writes: dict[str, int]
+    replaces: frozenset[str]
+    cached_branches: tuple[int, ...]
+    selector_positions: tuple[int, ...]
+    tokens: Mapping[str, int]
+    computed: Mapping[int, int | None]
+    measures: tuple[tuple[str, int], ...] = ()
+    copied_caches: tuple[str, ...] | None = None
+    aliased_outputs: tuple[int, ...] | None = None
 
     @staticmethod
     def of(
         run: Callable[..., Sequence[Array]],
         inputs: tuple[str, ...],
         outputs: tuple[str, ...],
-        pieces: Hashable,
+        timestep_key: Hashable,
         forecast: ForecastInputs,
-        waiting: tuple[int, ...],
-        rows: tuple[int, ...],
+        cached_branches: tuple[int, ...],
+        selector_positions: tuple[int, ...],
         tokens: tuple[str, ...],
         computed: Mapping[int, int | None],
     ) -> Program:
-        """Of a function of flat values with these names."""
-        own = sum(name.startswith("output_") for name in outputs)
-        extra = [*enumerate(outputs)][own:]
+        """The program of a function of flat tensors with these names."""
+        output_count = sum(name.startswith("output_") for name in outputs)
+        extra = [*enumerate(outputs)][output_count:]
         writes = {cache_input(name): i for i, name in extra if is_written(name)}
         caches = frozenset(name for name in inputs if name.startswith(cache_input("")))
         return Program(
             run,
             inputs,
-            pieces,
+            timestep_key,
             caches,
-            reads=caches - forecast.old.keys(),
+            reads=caches - forecast.zero_caches.keys(),
             forecast=forecast,
-            own=own,
+            output_count=output_count,
             writes=writes,
             replaces=frozenset(writes.keys() - set(inputs)),
-            waiting=waiting,
-            rows=rows,
+            cached_branches=cached_branches,
+            selector_positions=selector_positions,
             tokens={name: tokens.index(name) for name in tokens if name in inputs},
             computed=computed,
             measures=tuple((name, i) for i, name in extra if name in MEASURED),
@@ -92,12 +117,19 @@ class Program:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a policy's step comes to for one captured shape."""
+class StepPlan:
+    """How one step of a policy runs for one captured shape.
+
+    Attributes:
+        step: the step.
+        program: the program that runs.
+        counts: how many tokens to recompute, for each of the program's ``cached_branches``.
+        flops: FLOPs of one call.
+    """
 
     step: Step
     program: Program
-    counts: tuple[int, ...]  # tokens to recompute, for each of the program's waiting branches
+    counts: tuple[int, ...]
     flops: float
 
     @cached_property
@@ -107,46 +139,50 @@ class Plan:
 
 
 class RowsTooLargeError(Exception):
-    """The values of all timesteps would take more memory than they are worth."""
+    """Precomputing the values of all timesteps would take too much memory."""
 
 
 class TimestepRows(Protocol):
-    """Computes the timestep-only values of one graph, packed into one row for each type."""
+    """Computes the timestep-only values of one graph, packed into one timestep row for each dtype."""
 
     @property
     def outputs(self) -> tuple[str, ...]: ...
 
     def compute(self, call: Mapping[str, Array], hoisted: Mapping[str, Array]) -> Sequence[Array]:
-        """The rows of the call's own timestep."""
+        """The timestep rows for the call's own timestep."""
 
     def compute_all(
         self, call: Mapping[str, Array], hoisted: Mapping[str, Array], times: tuple[float, ...]
     ) -> Mapping[float, Sequence[Array]]:
-        """The rows of each of ``times``; none where that is not to be done at once."""
+        """The timestep rows for each of ``times``; empty if they are not to be computed together.
+
+        Raises:
+            RowsTooLargeError: they would take too much memory.
+        """
 
 
 class Planner(Protocol):
-    """Knows what each step comes to for one kind of call."""
+    """Plans the steps of one kind of call."""
 
     @property
     def batch(self) -> int:
-        """The rows of the latent."""
+        """The number of batch rows of the latent."""
 
     @property
-    def tokens(self) -> Sequence[Tokens]:
-        """The tokens of each branch whose tokens can be chosen."""
+    def tokens(self) -> Sequence[TokenSet]:
+        """The tokens of each selectable branch, by selector position."""
 
     def arrays(self, like: Array) -> Arrays:
-        """What chooses tokens by scores such as ``like``."""
+        """Array operations for the kind and device of ``like``."""
 
-    def plan(self, step: Step) -> Plan:
-        """The same object for the same step."""
+    def plan(self, step: Step) -> StepPlan:
+        """The plan of ``step``: the same object for the same step."""
 
-    def look(self) -> Plan | None:
-        """What measures before a step is decided; None where the policy does not ask for it."""
+    def probe_plan(self) -> StepPlan | None:
+        """The plan of the probe that runs before a step is decided; None if the policy has none."""
 
-    def rows(self, needed: Any) -> TimestepRows:
-        """What computes the timestep-only values that ``needed``, a program's pieces, stands for; of None, all."""
+    def timestep_rows(self, needed: Any) -> TimestepRows:
+        """What computes the timestep-only values of ``needed``, a program's ``timestep_key``; all of them for None."""
 
 
 class Hoister(Protocol):
@@ -158,128 +194,98 @@ class Hoister(Protocol):
     def compute(self, call: Mapping[str, Array]) -> dict[str, Array]: ...
 
 
-class Dispatcher:
-    """Chooses, runs and accounts for one variant per call of one captured shape.
+class _Outcome(NamedTuple):
+    """What one step gave, and what the history says of it."""
 
-    It holds nothing of any request: any number of threads may call it, each with a request of its own. ``foresees``
-    says whether the values of timesteps that are known are computed together: another size of products may round
-    differently.
+    outputs: Sequence[Array]
+    kind: StepKind
+    flops: float
+    measured: tuple[float, ...] = ()
+    rows: tuple[StepKind, ...] = ()
+
+
+class Dispatcher:
+    """Chooses, runs and records one variant for each call of one captured shape.
+
+    It holds no state of any request, so any number of threads may call it, each with a request of its own.
+
+    Args:
+        planner: plans each step.
+        policy: decides the steps.
+        prologue: computes the loop-invariant values.
+        precomputes_timesteps: whether the timestep-only values of all known timesteps are computed together. Products
+            of another size may round differently.
     """
 
-    def __init__(self, planner: Planner, policy: Policy, prologue: Hoister, foresees: bool) -> None:
+    def __init__(self, planner: Planner, policy: Policy, prologue: Hoister, precomputes_timesteps: bool) -> None:
         self.planner = planner
-        self._policy, self._prologue, self._foresees = policy, prologue, foresees
+        self._policy, self._prologue, self._precomputes_timesteps = policy, prologue, precomputes_timesteps
         self._adaptive = policy if isinstance(policy, AdaptivePolicy) else None
         self._warned = False
 
     def __call__(
-        self, request: Request, tick: Tick, call: Mapping[str, Array], name: str | None = None
+        self, request: Request, position: CallPosition, call: Mapping[str, Array], name: str | None = None
     ) -> Sequence[Array]:
-        """Runs one call, with its tensors by name, where ``tick`` says, in the pass called ``name``."""
-        started = perf_counter()
-        state = request.state(self, (name, tick.pass_index))
-        self._hoist(state, call, tick.condition)
-        if self._adaptive is not None:
-            outputs, kind, flops, measured, rows = self._decided(self._adaptive, state, call, request, tick)
-        else:
-            plan = self._plan(request.step_at(tick.step), tick.step, state)
-            outputs = self._run(plan, state, self._given(plan, state, call, request, tick))
-            kind, flops, measured, rows = plan.step.kind, plan.flops, (), ()
-        state.last_step = tick.step
-        seconds = perf_counter() - started
-        request.history.append(Executed(tick.step, tick.pass_index, kind, flops, seconds, name, measured, rows))
-        return outputs
+        """Runs one call.
 
-    def _decided(
-        self, policy: AdaptivePolicy, state: CacheState, call: Mapping[str, Array], request: Request, tick: Tick
-    ) -> tuple[Sequence[Array], StepKind, float, tuple[float, ...], tuple[StepKind, ...]]:
-        """Measures, decides, and runs what was decided: all within this step.
+        Args:
+            request: the request that the call belongs to.
+            position: the step and the guidance pass of the call.
+            call: its tensors by name.
+            name: the name that the caller gave the guidance pass.
 
-        Returns the outputs, and the step's kind, its FLOPs, what was measured and each row's kind for the history.
+        Returns:
+            The model's flat outputs.
         """
-        if state.decisions is None or tick.step - state.last_step > 1:
-            state.decisions = Decisions(policy, request.total, self.planner.batch)
-        flops = 0.0
-
-        def run(step: Step, rows: Sequence[bool] | None = None) -> Sequence[Array]:
-            nonlocal flops
-            plan = self.planner.plan(step)
-            flops += plan.flops
-            return self._run(plan, state, self._given(plan, state, call, request, tick, rows))
-
-        proposed = state.decisions.propose(tick.step)
-        drafts = sorted((s for s in proposed if s.kind is not StepKind.FULL), key=lambda s: s.verified)
-        measured: list[float] = []
-        cheap: Sequence[Array] | None = None
-        if isinstance(policy.measure, Probe):
-            known = bool(state.past) if policy.measure.of == "forecast" else cache_input(PROBE_SEEN) in state.caches
-            flops += self._look(state, call, request, tick)
-            measured = state.measured[PROBE_CHANGE].tolist() if known else []
-        elif drafts:
-            cheap = run(drafts[-1])
-            measured = state.measured[VERIFY_ERROR].tolist() if drafts[-1].verified else []
-        steps = state.decisions.decide(tick.step, proposed, measured)
-        full = [step.kind is StepKind.FULL for step in steps]
-        if cheap is None and not all(full):
-            cheap = run(steps[full.index(False)])
-        if isinstance(policy.measure, Probe) and policy.measure.of != "forecast":
-            self._remember_look(policy.measure, state, full)
-        if any(full):
-            computed = run(Step(StepKind.FULL), full)
-            outputs = computed
-            if cheap is not None and not all(full):
-                outputs = merged(self.planner.arrays(computed[0]), full, computed, cheap)
+        started = perf_counter()
+        state = request.state(self, (name, position.pass_index))
+        self._hoist(state, call, position.condition)
+        if self._adaptive is not None:
+            step = _AdaptiveStep(self, self._adaptive, state, call, request, position)
+            outputs, kind, flops, measured, rows = step.run()
         else:
-            assert cheap is not None
-            outputs = cheap
-        state.measured.clear()
-        if tick.step + 1 == request.total:
-            state.end()
-        kind = StepKind.FULL if any(full) else steps[0].kind
-        rows = () if policy.per == "batch" else tuple(step.kind for step in steps)
-        return outputs, kind, flops, tuple(measured), rows
-
-    def _look(self, state: CacheState, call: Mapping[str, Array], request: Request, tick: Tick) -> float:
-        """Runs the probe; what it found is in ``state.measured``. Returns its FLOPs."""
-        plan = self.planner.look()
-        assert plan is not None
-        self._run(plan, state, self._given(plan, state, call, request, tick))
-        return plan.flops
-
-    def _remember_look(self, probe: Probe, state: CacheState, full: Sequence[bool]) -> None:
-        """What the next look compares with: this one, or where it is to be of a full step, that of the full rows."""
-        name, seen = cache_input(PROBE_SEEN), state.measured[PROBE_SEEN]
-        if probe.to_last_full and not all(full):
-            old = state.caches[name]
-            seen = self.planner.arrays(seen).choose(full, seen, old) if any(full) else old
-        state.store({name: seen})
+            plan = self._plan(request.step_at(position.step), position.step, state)
+            outputs = self._run(plan, state, self._step_inputs(plan, state, call, request, position))
+            kind, flops, measured, rows = plan.step.kind, plan.flops, (), ()
+        state.last_step = position.step
+        seconds = perf_counter() - started
+        request.history.append(Executed(position.step, position.pass_index, kind, flops, seconds, name, measured, rows))
+        return outputs
 
     def warm_up(
         self,
         request: Request,
         call: Mapping[str, Array],
         steps: Iterable[Step],
-        watch: Callable[[Sequence[Plan]], Iterable[Plan]],
+        watch: Callable[[Sequence[StepPlan]], Iterable[StepPlan]],
     ) -> None:
-        """Runs each program that ``steps`` need once, on a state of its own; ``watch`` hands the plans out."""
-        first: dict[Program, tuple[int, Plan]] = {}
+        """Runs each program that ``steps`` need once, on a state of its own.
+
+        Args:
+            request: a request of its own.
+            call: the tensors of an example call by name.
+            steps: the steps of a loop.
+            watch: passes the plans through, and may show progress.
+        """
+        first: dict[Program, tuple[int, StepPlan]] = {}
         for index, step in enumerate(steps):
             plan = self.planner.plan(step)
             first.setdefault(plan.program, (index, plan))
         state = CacheState()
         self._hoist(state, call)
         indices = {id(plan): index for index, plan in first.values()}
-        if self.planner.look() is not None:
-            self._look(state, call, request, Tick(0, 0, False))
+        if (probe := self.planner.probe_plan()) is not None:
+            position = CallPosition(0, 0, False)
+            self._run(probe, state, self._step_inputs(probe, state, call, request, position))
         for plan in watch([plan for _, plan in first.values()]):
-            tick = Tick(indices[id(plan)], 0, False)
-            self._run(plan, state, self._given(plan, state, call, request, tick))
-            state.last_step = tick.step
+            position = CallPosition(indices[id(plan)], 0, False)
+            self._run(plan, state, self._step_inputs(plan, state, call, request, position))
+            state.last_step = position.step
 
     def _hoist(self, state: CacheState, call: Mapping[str, Array], condition: TensorVersions | None = None) -> None:
-        """Computes loop-invariant values at the start of a request and when their inputs changed.
+        """Computes the loop-invariant values, at the start of a request and again when their inputs have changed.
 
-        They did not where ``condition``, what the pass is conditioned on, is the object of before.
+        They have not changed if ``condition``, what the guidance pass is conditioned on, is the same object as before.
         """
         if condition is not None and condition is state.condition:
             return
@@ -289,71 +295,79 @@ class Dispatcher:
             seen = TensorVersions.of(sources)
             state.hoist(self._prologue.compute(call), seen)
 
-    def _given(
+    def _step_inputs(
         self,
-        plan: Plan,
+        plan: StepPlan,
         state: CacheState,
         call: Mapping[str, Array],
         request: Request,
-        tick: Tick,
+        position: CallPosition,
         rows: Sequence[bool] | None = None,
     ) -> dict[str, Array]:
-        """The inputs that this step alone determines; a full step may be for some ``rows`` of the batch."""
+        """The inputs other than caches and loop-invariant values.
+
+        Where batch rows decide for themselves, ``rows`` says which of them a full step is for.
+        """
         program = plan.program
         given = {**call, **state.measured} if state.measured else {**call}
-        if program.pieces:
-            given.update(self._timestep_values(program.pieces, state, call, request, tick))
+        if program.timestep_key:
+            given.update(self._timestep_values(program.timestep_key, state, call, request, position))
         if program.forecast.needed:
-            given.update(program.forecast.values(self._policy.forecast, state, tick.step, rows))
+            given.update(program.forecast.values(self._policy.forecast, state, position.step, rows))
         return given
 
     def _timestep_values(
-        self, needed: Hashable, state: CacheState, call: Mapping[str, Array], request: Request, tick: Tick
+        self, needed: Hashable, state: CacheState, call: Mapping[str, Array], request: Request, position: CallPosition
     ) -> Iterable[tuple[str, Array]]:
-        """The rows that a program with these pieces reads: those computed before the loop, else computed now."""
-        if self._foresees and not state.foreseen:
-            state.foreseen = True
-            state.rows = self._foreseen(state, call, request.coming_times)
-        rows = None if tick.timestep is None else state.rows.get(tick.timestep)
-        known = self.planner.rows(needed)
-        if rows is None:
-            rows = known.compute(call, state.hoisted)
-        return zip(known.outputs, rows, strict=True)
+        """The timestep-only values that a program reads: precomputed ones if there are any, else computed now."""
+        if self._precomputes_timesteps and not state.timesteps_precomputed:
+            state.timesteps_precomputed = True
+            state.timestep_rows = self._precomputed(state, call, request.expected_times)
+        row = None if position.timestep is None else state.timestep_rows.get(position.timestep)
+        rows = self.planner.timestep_rows(needed)
+        if row is None:
+            row = rows.compute(call, state.hoisted)
+        return zip(rows.outputs, row, strict=True)
 
-    def _foreseen(
+    def _precomputed(
         self, state: CacheState, call: Mapping[str, Array], times: tuple[float, ...]
     ) -> Mapping[float, Sequence[Array]]:
+        """The timestep rows for each of ``times``; empty, with one warning, if they cannot be computed together."""
         import torch
 
+        rows = self.planner.timestep_rows(None)
         try:
-            return self.planner.rows(None).compute_all(call, state.hoisted, times)
+            return rows.compute_all(call, state.hoisted, times)
         except torch.OutOfMemoryError:
             raise
         except RowsTooLargeError as error:
             reason = str(error)
-        except Exception as error:  # an operator that vmap has no rule for
-            reason = f"torch.func.vmap cannot ({first_line(error).rstrip('.')}); another form of that operator may do"
-            self._foresees = False
+        except Exception as error:  # vmap has no rule for some operator
+            reason = (
+                f"torch.func.vmap does not support them ({first_line(error).rstrip('.')}); writing that operator in "
+                "another way may help"
+            )
+            self._precomputes_timesteps = False
         if not self._warned:
             self._warned = True
             log.warning(
-                "what depends on the timestep alone is computed step by step, and not for all steps at once: %s. The "
-                "result is the same; each step takes a little longer",
+                "timestep-only values are computed step by step, not all at once: %s. The result is the "
+                "same; each step takes slightly longer",
                 reason,
             )
         return {}
 
-    def _plan(self, step: Step, index: int, state: CacheState) -> Plan:
-        """The plan of ``step``, or of a full one for a pass that has just joined or has missed steps."""
+    def _plan(self, step: Step, index: int, state: CacheState) -> StepPlan:
+        """The plan of ``step``; that of a full step if the guidance pass is new, missed a step or lacks a cache."""
         plan = self.planner.plan(step)
         program = plan.program
-        if not program.reads or (index - state.last_step <= 1 and state.gather(program).whole):
+        if not program.reads or (index - state.last_step <= 1 and state.gather(program).complete):
             return plan
         return self.planner.plan(Step(StepKind.FULL, kept=step.kept, live=step.live))
 
-    def _run(self, plan: Plan, state: CacheState, given: dict[str, Array]) -> Sequence[Array]:
+    def _run(self, plan: StepPlan, state: CacheState, given: dict[str, Array]) -> Sequence[Array]:
         program = plan.program
-        if program.replaces:  # free before they are computed anew, so that there are never two of them
+        if program.replaces:  # freed first, so that old and new caches are never in memory together
             state.drop(program.replaces)
         if plan.step.kind is _PARTIAL:
             given.update(self._tokens(plan, state))
@@ -364,49 +378,52 @@ class Dispatcher:
             state.measured.update({name: results[i] for name, i in program.measures})
         if program.computed:
             self._refresh(program.computed, results, state)
-        outputs = self._unaliased(program, results[: program.own], state)
-        if plan.step.live is not state.kept:
+        outputs = self._unaliased(program, results[: program.output_count], state)
+        if plan.step.live is not state.live:
             state.keep(plan.step.live)
         elif plan.unread:
             state.drop(plan.unread)
         return outputs
 
     def _written(self, program: Program, results: Sequence[Array]) -> dict[str, Array]:
-        """The caches that a program fills: contiguous, as compiled code wants them, and as large as they seem."""
+        """The caches that a program fills, contiguous as compiled code needs them, and not views of larger tensors."""
         written = {name: results[i] for name, i in program.writes.items()}
-        if program.loose is None:  # a property of the variant, so looked up once
-            program.loose = tuple(name for name, value in written.items() if _is_loose(value))
-        for name in program.loose:
+        if program.copied_caches is None:  # the same for all calls of a variant
+            program.copied_caches = tuple(name for name, value in written.items() if _needs_copy(value))
+        for name in program.copied_caches:
             value = written[name]
             written[name] = value.clone() if value.is_contiguous() else value.contiguous()
         return written
 
-    def _tokens(self, plan: Plan, state: CacheState) -> dict[str, Array | None]:
-        """The tokens that the waiting branches of a partial step recompute, by the name of the input."""
+    def _tokens(self, plan: StepPlan, state: CacheState) -> dict[str, Array | None]:
+        """The indices of the tokens that a partial step recomputes, by the name of the input."""
         program = plan.program
-        if state.selector is None or not program.waiting:
+        if state.selector is None or not program.cached_branches:
             return {}
-        chosen = state.selector.select(program.rows, plan.counts, plan.step.interval)
-        return {name: chosen[place] for name, place in program.tokens.items()}
+        chosen = state.selector.select(program.selector_positions, plan.counts, plan.step.interval)
+        return {name: chosen[i] for name, i in program.tokens.items()}
 
     def _unaliased(self, program: Program, outputs: Sequence[Array], state: CacheState) -> Sequence[Array]:
-        """The outputs, copied where the caller's changing one in place would change the state or another output."""
-        if program.aliases is None:  # a property of the variant, so looked up once
+        """The outputs; those that share memory with the state or with another output are copied.
+
+        So the caller may write to any of them in place.
+        """
+        if program.aliased_outputs is None:  # the same for all calls of a variant
             held = {_memory(t) for t in (*state.caches.values(), *state.hoisted.values())}
             memory = [_memory(output) for output in outputs]
-            program.aliases = tuple(i for i, each in enumerate(memory) if each in held or each in memory[:i])
-        if not program.aliases:
+            program.aliased_outputs = tuple(i for i, at in enumerate(memory) if at in held or at in memory[:i])
+        if not program.aliased_outputs:
             return outputs
-        return tuple(output.clone() if i in program.aliases else output for i, output in enumerate(outputs))
+        return tuple(output.clone() if i in program.aliased_outputs else output for i, output in enumerate(outputs))
 
     def _refresh(self, computed: Mapping[int, int | None], results: Sequence[Array], state: CacheState) -> None:
-        """Hands the scores of computed branches to the selector, and marks their tokens fresh."""
+        """Gives the selector the scores of the branches computed in full, whose tokens are fresh now."""
         selection = self._policy.selection
         if selection is None:
             return
         if state.selector is None:
             state.selector = TokenSelector(selection, self.planner.tokens, self.planner.arrays(results[0]))
-        state.selector.refresh({row: None if slot is None else results[slot] for row, slot in computed.items()})
+        state.selector.refresh({at: None if i is None else results[i] for at, i in computed.items()})
 
 
 def _memory(tensor: Array) -> int:
@@ -414,6 +431,88 @@ def _memory(tensor: Array) -> int:
     return address
 
 
-def _is_loose(value: Array) -> bool:
-    """Whether a larger tensor would be kept with it, or its memory is in another order."""
+def _needs_copy(value: Array) -> bool:
+    """Whether it is a view that would keep a larger tensor alive, or is not contiguous."""
     return value.untyped_storage().nbytes() > value.numel() * value.element_size() or not value.is_contiguous()
+
+
+class _AdaptiveStep:
+    """One step of an adaptive policy: it is measured, decided and run within the same call."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        policy: AdaptivePolicy,
+        state: CacheState,
+        call: Mapping[str, Array],
+        request: Request,
+        position: CallPosition,
+    ) -> None:
+        self._dispatcher, self._policy, self._state = dispatcher, policy, state
+        self._call, self._request, self._position = call, request, position
+        self._flops = 0.0
+        self._cheap: Sequence[Array] | None = None  # the outputs of the step that is not full
+
+    def run(self) -> _Outcome:
+        state, index = self._state, self._position.step
+        if state.decisions is None or index - state.last_step > 1:
+            batch = self._dispatcher.planner.batch
+            state.decisions = Decisions(self._policy, self._request.total, batch)
+        proposed = state.decisions.propose(index)
+        measured = self._measure(proposed)
+        steps = state.decisions.decide(index, proposed, measured)
+        outputs = self._run_decided(steps)
+        state.measured.clear()
+        if index + 1 == self._request.total:
+            state.end()
+        kinds = tuple(step.kind for step in steps)
+        kind = StepKind.FULL if StepKind.FULL in kinds else kinds[0]
+        return _Outcome(outputs, kind, self._flops, tuple(measured), () if self._policy.per == "batch" else kinds)
+
+    def _measure(self, proposed: Sequence[Step]) -> list[float]:
+        """What the decision is based on: one value for each batch row, one for all, or none.
+
+        A forecast is measured by running it, so its outputs are kept for the case that it is accepted.
+        """
+        state, measure = self._state, self._policy.measure
+        if isinstance(measure, Probe):
+            has_reference = (
+                bool(state.forecasts) if measure.of == "forecast" else cache_input(PROBE_SEEN) in state.caches
+            )
+            self._run_plan(not_none(self._dispatcher.planner.probe_plan(), "the probe's plan"))
+            return state.measured[PROBE_CHANGE].tolist() if has_reference else []
+        drafts = sorted((step for step in proposed if step.kind is not StepKind.FULL), key=lambda step: step.verified)
+        if not drafts:
+            return []
+        self._cheap = self._run_plan(self._dispatcher.planner.plan(drafts[-1]))
+        return state.measured[VERIFY_ERROR].tolist() if drafts[-1].verified else []
+
+    def _run_decided(self, steps: Sequence[Step]) -> Sequence[Array]:
+        """Runs the variants of ``steps``, one step for each batch row; at most a cheap one and a full one."""
+        planner, measure = self._dispatcher.planner, self._policy.measure
+        full = [step.kind is StepKind.FULL for step in steps]
+        if self._cheap is None and not all(full):
+            self._cheap = self._run_plan(planner.plan(steps[full.index(False)]))
+        if isinstance(measure, Probe) and measure.of != "forecast":
+            self._keep_reference(measure, full)
+        if not any(full):
+            return not_none(self._cheap, "the result of the cheap step")
+        computed = self._run_plan(planner.plan(Step(StepKind.FULL)), full)
+        if self._cheap is None or all(full):
+            return computed
+        return merged(planner.arrays(computed[0]), full, computed, self._cheap)
+
+    def _run_plan(self, plan: StepPlan, rows: Sequence[bool] | None = None) -> Sequence[Array]:
+        self._flops += plan.flops
+        dispatcher, state = self._dispatcher, self._state
+        inputs = dispatcher._step_inputs(plan, state, self._call, self._request, self._position, rows)
+        return dispatcher._run(plan, state, inputs)
+
+    def _keep_reference(self, probe: Probe, full: Sequence[bool]) -> None:
+        """Keeps what the next probe is compared with: what this one saw, or only that of the full rows."""
+        state, name = self._state, cache_input(PROBE_SEEN)
+        seen = state.measured[PROBE_SEEN]
+        if probe.to_last_full and not all(full):
+            old = state.caches[name]
+            seen = self._dispatcher.planner.arrays(seen).select_rows(full, seen, old) if any(full) else old
+        state.store({name: seen})

@@ -1,4 +1,4 @@
-"""What forecasts need from the host: what each difference counts, and how many there are."""
+"""What forecasts need from the host: the factor of each difference, and how many differences are built."""
 
 from __future__ import annotations
 
@@ -8,65 +8,79 @@ from dataclasses import dataclass, field
 from duca_compile.core.ports import FORECAST_FACTORS, FORECAST_GAP, FORECAST_ORDERS, FULL_ROWS
 from duca_compile.core.tensors import Array
 from duca_compile.policies.base import Forecast
-from duca_compile.runtime.past import Past
-from duca_compile.runtime.request import CacheState
+from duca_compile.runtime.cache_state import CacheState
+from duca_compile.runtime.forecast_state import ForecastState
 
-REMEMBERED = 256  # steps, of each program, whose numbers are remembered
+REMEMBERED = 256  # steps of each program whose numbers are remembered
 NUMBERS = (FORECAST_GAP, FORECAST_ORDERS, *FORECAST_FACTORS, FULL_ROWS)
 
 
 @dataclass(frozen=True)
 class ForecastInputs:
-    """The inputs of a variant that the step's number and decisions alone determine, by name, with what makes them."""
+    """The inputs of a variant that the step's number and the decisions alone determine.
+
+    Attributes:
+        numbers: for each of these inputs, a function that makes it from its values.
+        zero_caches: for each cache that the variant compares with, or keeps rows of, a function that makes the zeros to
+            start from.
+        rows: how many values each number has: one, or one for each batch row.
+    """
 
     numbers: Mapping[str, Callable[[tuple[float, ...]], Array]]
-    old: Mapping[str, Callable[[], Array]]  # caches that it compares with or keeps rows of; zeros where there are none
-    rows: int = 1  # how many values each number has: one, or one for each row of the batch
-    _known: dict[tuple[object, ...], dict[str, Array]] = field(default_factory=dict)  # as requests are alike
+    zero_caches: Mapping[str, Callable[[], Array]]
+    rows: int = 1
+    _known: dict[tuple[object, ...], dict[str, Array]] = field(default_factory=dict)  # the same in most requests
 
     @property
     def needed(self) -> bool:
         """Whether there are any."""
-        return bool(self.numbers or self.old)
+        return bool(self.numbers or self.zero_caches)
 
     def values(
         self, forecast: Forecast | None, state: CacheState, step: int, rows: Sequence[bool] | None = None
     ) -> dict[str, Array]:
-        """The numbers for ``step``, which before a full step is noted in ``state``, with zeros for old caches.
+        """The numbers for ``step``; records a full step in ``state``, and creates the caches that are missing.
 
-        A pass that is new or missed a step has no differences: its full step counts as a first one. Where rows differ,
-        ``rows`` says which of them a full step is for.
+        A guidance pass that is new, or missed a step, has no differences: its full step counts as a first one.
+
+        Args:
+            forecast: how the policy forecasts, if it does.
+            state: of the pass.
+            step: the step, counted from 0.
+            rows: which batch rows a full step is for, where they differ.
         """
-        if missing := self.old.keys() - state.caches.keys():
-            state.store({name: self.old[name]() for name in missing})
+        if missing := self.zero_caches.keys() - state.caches.keys():
+            state.store({name: self.zero_caches[name]() for name in missing})
         if not self.numbers:
             return {}
         full = (True,) * self.rows if rows is None or self.rows == 1 else tuple(rows)
-        past = state.past or (Past(),) * self.rows
+        before = state.forecasts or (ForecastState(),) * self.rows
         if forecast is not None and FORECAST_FACTORS[0] not in self.numbers:
-            past = past if step - state.last_step <= 1 else (Past(),) * self.rows
-            state.past = tuple(p.after(step, forecast) if f else p for p, f in zip(past, full, strict=True))
-        key = step, full, past, state.past
-        found = self._known.get(key)
-        if found is None:
+            before = before if step - state.last_step <= 1 else (ForecastState(),) * self.rows
+            state.forecasts = tuple(
+                old.after(step, forecast) if is_full else old for old, is_full in zip(before, full, strict=True)
+            )
+        key = step, full, before, state.forecasts
+        values = self._known.get(key)
+        if values is None:
             if len(self._known) >= REMEMBERED:
                 self._known.clear()
-            found = self._known[key] = self._made(forecast, step, full, past, state.past)
-        return found
+            values = self._known[key] = self._make(forecast, step, full, before, state.forecasts)
+        return values
 
-    def _made(
+    def _make(
         self,
         forecast: Forecast | None,
         step: int,
         full: tuple[float, ...],
-        past: tuple[Past, ...],
-        after: tuple[Past, ...],
+        before: tuple[ForecastState, ...],
+        after: tuple[ForecastState, ...],
     ) -> dict[str, Array]:
         numbers: dict[str, tuple[float, ...]] = {FULL_ROWS: full}
         if forecast is not None and FORECAST_FACTORS[0] in self.numbers:
-            factors = [each.factors(step, forecast) for each in past]
+            factors = [state.factors(step, forecast) for state in before]
             numbers |= zip(FORECAST_FACTORS, zip(*factors, strict=True), strict=False)
         elif forecast is not None:
-            numbers[FORECAST_GAP] = tuple(each.distance(step) for each in past)
-            numbers[FORECAST_ORDERS] = tuple(each.orders for each in after)
+            numbers[FORECAST_GAP] = tuple(state.distance(step) for state in before)
+            numbers[FORECAST_ORDERS] = tuple(state.orders for state in after)
         return {name: make(numbers[name]) for name, make in self.numbers.items()}

@@ -1,4 +1,4 @@
-"""The requests of any compiled OpenVINO model, and how OpenVINO is to compile."""
+"""How OpenVINO compiles and runs a model, as a backend or as the engine of an artifact."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any
 
 
 def cpu_options(threads: int | None) -> dict[str, Any]:
-    """How OpenVINO is to compile: for one call at a time, in float32; with as many threads as it takes for None."""
+    """OpenVINO's options for one call at a time, in float32; ``threads`` is None for OpenVINO's own choice."""
     options = {"NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False, "INFERENCE_PRECISION_HINT": "f32"}
     return options if threads is None else options | {"INFERENCE_NUM_THREADS": threads}
 
 
-class Requests:
-    """The requests of one compiled model; any number of threads may run it.
+class InferRequests:
+    """The inference requests of one compiled model; any number of threads may run it.
 
-    Each request has activations of its own. Inputs that stay where they are from call to call, the weights, are bound
-    once: ``bind`` does that where ``address`` is not what the request was bound at.
+    Each request has activations of its own. Inputs whose memory stays the same from call to call, the weights, are
+    bound once: ``run`` calls ``bind`` only if ``address`` has changed since the request was bound.
     """
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._idle: list[tuple[Any, Any]] = []  # openvino.InferRequest, and the address
+        self._idle: list[tuple[Any, Any]] = []  # openvino.InferRequest, and the address that it was bound at
 
     def run(
         self,
@@ -30,16 +30,23 @@ class Requests:
         address: Any = None,
         bind: Callable[[Any], None] = lambda request: None,
     ) -> None:
-        """Reads the inputs, by their places, and writes all outputs; these are ``openvino.Tensor``."""
+        """Runs the model once.
+
+        Args:
+            inputs: the index and the ``openvino.Tensor`` of each input that is not bound.
+            outputs: the ``openvino.Tensor`` that each output is written to.
+            address: the address of what ``bind`` binds.
+            bind: sets the inputs that stay the same.
+        """
         try:
             request, bound = self._idle.pop()
         except IndexError:
             request, bound = self._model.create_infer_request(), None
         if bound != address:
             bind(request)
-        for place, tensor in inputs:
-            request.set_input_tensor(place, tensor)
-        for place, tensor in enumerate(outputs):
-            request.set_output_tensor(place, tensor)
+        for index, tensor in inputs:
+            request.set_input_tensor(index, tensor)
+        for index, tensor in enumerate(outputs):
+            request.set_output_tensor(index, tensor)
         request.infer()
         self._idle.append((request, address))

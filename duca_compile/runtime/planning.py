@@ -6,12 +6,12 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from duca_compile.core.ir import Branch, Facts, Role
-from duca_compile.core.steps import Kept, Probe, Step, StepKind
+from duca_compile.core.steps import CacheKinds, Probe, Step, StepKind
 from duca_compile.core.variants import Action, VariantSpec
 from duca_compile.errors import PolicyError
 from duca_compile.policies.adaptive import AdaptivePolicy
 from duca_compile.policies.base import Policy, Selection, TokenQuery
-from duca_compile.runtime.selection import Tokens, check_grid
+from duca_compile.runtime.selection import TokenSet, check_grid
 
 _ACTIONS = {
     StepKind.FULL: Action.COMPUTE,
@@ -45,7 +45,7 @@ def plan_step(facts: Facts, policy: Policy, step: Step) -> tuple[VariantSpec, di
         lite=lite,
         relational=forecast is not None and forecast.relational,
         chosen_with=_shared(facts, counts) if selection is not None and selection.shared else (),
-        keeps=Kept.BRANCHES if adaptive else step.kept,
+        keeps=CacheKinds.BRANCHES if adaptive else step.kept,
     )
     return (_adapted(spec, policy, step) if isinstance(policy, AdaptivePolicy) else spec), counts
 
@@ -175,7 +175,7 @@ def check_pairs(policy: Policy, rows: int) -> None:
         raise PolicyError(f"decide_per='pair' needs an even batch, and there are {rows} rows")
 
 
-def tokens_of(facts: Facts, selection: Selection, branch: Branch) -> Tokens:
+def tokens_of(facts: Facts, selection: Selection, branch: Branch) -> TokenSet:
     """The tokens that the branch chooses from. How they lie may be unknown, and is no question of text."""
     grid = None if branch.role is Role.TEXT else selection.grid or facts.grids.get(branch.tokens)
-    return Tokens(branch.shape[0], branch.tokens, grid if selection.patch_bonus else None)
+    return TokenSet(branch.shape[0], branch.tokens, grid if selection.patch_bonus else None)

@@ -1,4 +1,7 @@
-"""Chooses the tokens that a partial step recomputes (ToCa, arXiv 2410.05317, scores s1 to s4; DuCa's V-norm)."""
+"""Chooses the tokens that a partial step recomputes.
+
+The scores are s1 to s4 of ToCa (arXiv 2410.05317), and the value norms of DuCa (arXiv 2412.18911).
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,14 @@ from duca_compile.policies.base import Selection
 from duca_compile.runtime.arrays import Arrays
 
 
-class Tokens(NamedTuple):
-    """A set of tokens that branches choose from. ``grid`` says how they lie, (frames,) height and width, where known.
+class TokenSet(NamedTuple):
+    """The tokens that one or more branches choose from.
 
-    A patch bonus goes to tokens with a grid alone: text has none.
+    Attributes:
+        batch: the number of batch rows.
+        number: the number of tokens in each row.
+        grid: how they are laid out, (height, width) or (frames, height, width), if it is known. A patch bonus applies
+            only to tokens with a grid; text has none.
     """
 
     batch: int
@@ -26,57 +33,79 @@ class Tokens(NamedTuple):
     grid: tuple[int, ...] | None = None
 
 
-def check_grid(selection: Selection, tokens: Tokens) -> None:
-    """Raises PolicyError where a patch bonus is asked for and the grid is unknown or not tiled by patches."""
+def check_grid(selection: Selection, tokens: TokenSet) -> None:
+    """Checks that the tokens can get a patch bonus, if the selection has one.
+
+    Raises:
+        PolicyError: the grid is unknown, or patches do not tile it.
+    """
     _, count, grid = tokens
     patch = selection.patch
     if not selection.patch_bonus:
         return
     if grid is None:
         raise PolicyError(
-            f"patch_bonus needs to know how the {count} tokens lie, which this model's graph does not show; say "
+            f"patch_bonus needs the layout of the {count} tokens, which this model's graph does not show; say "
             "Selection(grid=(height, width)) or Selection(grid=(frames, height, width)), or set patch_bonus=0"
         )
     if prod(grid) != count:
         raise PolicyError(f"grid={grid} has {prod(grid)} places, and the model has {count} tokens")
     if grid[-2] % patch or grid[-1] % patch:
         raise PolicyError(
-            f"patch_bonus needs a grid that {patch}x{patch} patches tile, and the {count} tokens lie as "
+            f"patch_bonus needs a grid that {patch}x{patch} patches tile, and the grid of the {count} tokens is "
             f"{' x '.join(map(str, grid))}; set Selection(patch=...) to a divisor of both sides, or patch_bonus=0"
         )
 
 
-SCORE_BYTES = 4  # of each score and staleness, in float32
-AHEAD = 8  # steps that random tokens are drawn for at once
+SCORE_BYTES = 4  # of each score and each staleness, in float32
+STEPS_AHEAD = 8  # steps that random tokens are drawn for at once
 
 
 class TokenSelector:
-    """Chooses tokens for the selectable branches of one pass, which are known by their position among them.
+    """Chooses tokens for the selectable branches of one guidance pass.
 
-    Branches over the same tokens are scored together; ``tokens`` gives those of each branch. Random numbers
-    are numpy's, whatever the arrays are, so that one seed makes the same choice in every runtime.
+    A branch is known by its selector position, its index among the selectable branches. Branches over the same tokens
+    are scored together. Random numbers come from numpy, whatever the arrays are, so that a seed makes the same choice
+    in every runtime.
+
+    Args:
+        selection: how tokens are chosen.
+        tokens: the tokens of each selectable branch.
+        arrays: the array operations.
     """
 
-    def __init__(self, selection: Selection, tokens: Sequence[Tokens], arrays: Arrays) -> None:
+    def __init__(self, selection: Selection, tokens: Sequence[TokenSet], arrays: Arrays) -> None:
         groups = {each: _Group(selection, count, each, arrays) for each, count in Counter(tokens).items()}
         self._groups = list(groups.values())
-        self._places = [(groups[each], tokens[:i].count(each)) for i, each in enumerate(tokens)]
+        self._members = [(groups[each], tokens[:i].count(each)) for i, each in enumerate(tokens)]
         self._split: dict[tuple[int, ...], list[tuple[_Group, list[int], list[int]]]] = {}
 
     def refresh(self, raw: Mapping[int, Array | None]) -> None:
-        """Branches that were computed in full: ``raw`` maps their position to a new (batch, tokens) score."""
+        """Takes the new scores of branches that were computed in full.
+
+        Args:
+            raw: for each of their selector positions a (batch, tokens) score, or None if the selection needs none.
+        """
         scores = list(raw.values())
-        for group, own, rows in self._by_group(tuple(raw)):
-            group.refresh(dict(zip(rows, [scores[i] for i in own], strict=True)))
+        for group, indices, members in self._by_group(tuple(raw)):
+            group.refresh(dict(zip(members, [scores[i] for i in indices], strict=True)))
 
     def select(self, positions: Sequence[int], counts: Sequence[int], interval: int) -> list[Array | None]:
-        """Token indices, int64 (batch, count), for each branch in ``positions``; the others grow one step staler.
+        """Chooses the tokens to recompute; all other tokens of these branches grow one step staler.
 
-        None where the count is 0 for all branches over the same tokens.
+        Args:
+            positions: selector positions of the branches.
+            counts: how many tokens of each to recompute.
+            interval: steps from one full step to the next, which staleness is relative to.
+
+        Returns:
+            For each branch, token indices, int64 (batch, count); None where the count is 0 for all branches over the
+            same tokens.
         """
         chosen: list[Array | None] = [None] * len(positions)
-        for group, own, rows in self._by_group(tuple(positions)):
-            for i, tokens in zip(own, group.select(rows, [counts[i] for i in own], interval), strict=False):
+        for group, indices, members in self._by_group(tuple(positions)):
+            selected = group.select(members, [counts[i] for i in indices], interval)
+            for i, tokens in zip(indices, selected, strict=False):
                 chosen[i] = tokens
         return chosen
 
@@ -86,31 +115,31 @@ class TokenSelector:
         return sum(group.bytes for group in self._groups)
 
     def _by_group(self, positions: tuple[int, ...]) -> list[tuple[_Group, list[int], list[int]]]:
-        """For each group the indices into ``positions`` that are its own, and their rows in it."""
+        """For each group, the indices into ``positions`` of its branches, and their numbers within the group."""
         if positions not in self._split:
-            found: dict[_Group, tuple[list[int], list[int]]] = {}
+            split: dict[_Group, tuple[list[int], list[int]]] = {}
             for i, position in enumerate(positions):
-                group, row = self._places[position]
-                own, rows = found.setdefault(group, ([], []))
-                own.append(i)
-                rows.append(row)
-            self._split[positions] = [(group, own, rows) for group, (own, rows) in found.items()]
+                group, member = self._members[position]
+                indices, members = split.setdefault(group, ([], []))
+                indices.append(i)
+                members.append(member)
+            self._split[positions] = [(group, indices, members) for group, (indices, members) in split.items()]
         return self._split[positions]
 
 
 class _Group:
-    """Scores and staleness of branches over the same tokens, as (branches, batch, tokens) arrays."""
+    """Scores and staleness of the branches over the same tokens, as (branches, batch, tokens) arrays."""
 
-    def __init__(self, selection: Selection, branches: int, tokens: Tokens, arrays: Arrays) -> None:
+    def __init__(self, selection: Selection, branches: int, tokens: TokenSet, arrays: Arrays) -> None:
         self._selection = selection
         self._shape = (branches, tokens.batch, tokens.number)
-        self._grid = tokens.grid
+        self._grid = tokens.grid if selection.patch_bonus else None
         self._arrays = arrays
         self._scores: Array | None = None
         self._staleness: Array | None = arrays.zeros(self._shape) if selection.staleness else None
         self._random = np.random.default_rng(selection.seed)
-        self._stock: list[tuple[Array, ...]] = []  # random tokens for coming steps
-        self._stocked = 0  # how many for each branch
+        self._drawn: list[tuple[Array, ...]] = []  # random tokens for steps to come
+        self._drawn_count = 0  # how many of them for each branch
 
     @property
     def bytes(self) -> int:
@@ -119,77 +148,81 @@ class _Group:
 
     def refresh(self, raw: Mapping[int, Array | None]) -> None:
         if self._staleness is not None:
-            self._staleness[self._rows(list(raw))] = 0
-        scores = {position: score for position, score in raw.items() if score is not None}
+            self._staleness[self._index(list(raw))] = 0
+        scores = {member: score for member, score in raw.items() if score is not None}
         if self._selection.kind == "random" or not scores:
             return
         if self._scores is None:
             self._scores = self._arrays.zeros(self._shape)
-        self._scores[self._rows(list(scores))] = self._arrays.unit(list(scores.values()))
+        self._scores[self._index(list(scores))] = self._arrays.normalized(list(scores.values()))
 
-    def select(self, positions: list[int], counts: list[int], interval: int) -> Sequence[Array]:
+    def select(self, members: list[int], counts: list[int], interval: int) -> Sequence[Array]:
         most = max(counts)
-        stale = self._staleness
-        if not most and stale is None:
+        if not most and self._staleness is None:
             return ()
-        bonus = self._grid is not None and self._selection.patch_bonus
-        if self._selection.kind == "random" and stale is None and not bonus:
-            drawn = self._drawn(most)
-            if self._selection.shared:
-                cut = {n: self._first(drawn[0], n) for n in set(counts)}
-                return [cut[n] for n in counts]
-            return [self._first(drawn[position], n) for position, n in zip(positions, counts, strict=True)]
-        rows = self._rows(positions)
-        score = self._base()[rows]
+        if self._selection.kind == "random" and self._staleness is None and self._grid is None:
+            return self._select_random(members, counts, most)
+        return self._select_best(members, counts, most, interval)
+
+    def _select_random(self, members: list[int], counts: list[int], most: int) -> Sequence[Array]:
+        drawn = self._draw(most)
+        if self._selection.shared:
+            cut = {count: self._first(drawn[0], count) for count in set(counts)}
+            return [cut[count] for count in counts]
+        return [self._first(drawn[member], count) for member, count in zip(members, counts, strict=True)]
+
+    def _select_best(self, members: list[int], counts: list[int], most: int, interval: int) -> Sequence[Array]:
+        index, stale = self._index(members), self._staleness
+        score = self._base_scores()[index]
         if stale is not None:
-            score = score + self._selection.staleness * stale[rows] / interval
+            score = score + self._selection.staleness * stale[index] / interval
         if self._selection.shared:
             score = self._arrays.zeros(score.shape) + score.mean(0)
-        if bonus and most:
-            score = self._favour_patches(score)
-        order = self._arrays.top(score, most)
+        if self._grid is not None and most:
+            score = self._favour_patches(score, self._grid)
+        order = self._arrays.top_indices(score, most)
         if stale is not None:
-            self._age(stale, rows, order, counts)
-        return [self._first(chosen, count) for chosen, count in zip(order, counts, strict=True)]
+            self._age(stale, index, order, counts)
+        return [self._first(tokens, count) for tokens, count in zip(order, counts, strict=True)]
 
     def _first(self, tokens: Array, count: int) -> Array:
-        return self._arrays.dense(tokens if count == tokens.shape[1] else tokens[:, :count])
+        return self._arrays.contiguous(tokens if count == tokens.shape[1] else tokens[:, :count])
 
-    def _drawn(self, count: int) -> tuple[Array, ...]:
+    def _draw(self, count: int) -> tuple[Array, ...]:
         """Random tokens, (batch, count) for each branch. Drawing for many steps takes little longer than for one."""
-        if count != self._stocked or not self._stock:
+        if count != self._drawn_count or not self._drawn:
             branches, batch, tokens = self._shape
             branches = 1 if self._selection.shared else branches
-            steps = AHEAD if count == self._stocked else 1
+            steps = STEPS_AHEAD if count == self._drawn_count else 1
             draws = self._random.random((steps, branches, 1, tokens), np.float32)
             order = np.argsort(draws, axis=-1)[..., :count]
-            shared = np.repeat(order, batch, axis=2)
-            self._stock, self._stocked = [tuple(step) for step in self._arrays.of(shared)], count
-        return self._stock.pop()
+            repeated = np.repeat(order, batch, axis=2)
+            self._drawn = [tuple(step) for step in self._arrays.from_numpy(repeated)]
+            self._drawn_count = count
+        return self._drawn.pop()
 
-    def _age(self, staleness: Array, rows: list[int] | slice, order: Array, counts: Sequence[int]) -> None:
-        limit = self._arrays.of(np.array(counts).reshape(-1, 1, 1))
-        rank = self._arrays.of(np.arange(order.shape[-1]))
-        stale = staleness[rows] + 1
+    def _age(self, staleness: Array, index: list[int] | slice, order: Array, counts: Sequence[int]) -> None:
+        limit = self._arrays.from_numpy(np.array(counts).reshape(-1, 1, 1))
+        rank = self._arrays.from_numpy(np.arange(order.shape[-1]))
+        stale = staleness[index] + 1
         kept = self._arrays.take(stale, order) * (rank >= limit)
-        staleness[rows] = self._arrays.put(stale, order, kept)
+        staleness[index] = self._arrays.put(stale, order, kept)
 
-    def _rows(self, positions: list[int]) -> list[int] | slice:
-        """An index of the branches; a slice where it is all of them, which copies nothing."""
-        return slice(None) if positions == list(range(self._shape[0])) else positions
+    def _index(self, members: list[int]) -> list[int] | slice:
+        """An index of these branches; a slice if it is all of them, which copies nothing."""
+        return slice(None) if members == list(range(self._shape[0])) else members
 
-    def _base(self) -> Array:
+    def _base_scores(self) -> Array:
         if self._scores is not None:
             return self._scores
         branches, _, tokens = self._shape
         draw = self._random.random((branches, 1, tokens), np.float32)
-        return self._arrays.of(np.broadcast_to(draw, self._shape).copy())
+        return self._arrays.from_numpy(np.broadcast_to(draw, self._shape).copy())
 
-    def _favour_patches(self, score: Array) -> Array:
-        """Multiplies the highest score of each patch, of each frame where there are several, by 1 + patch_bonus."""
-        assert self._grid is not None
-        patch, (height, width) = self._selection.patch, self._grid[-2:]
-        cells = (*score.shape[:2], prod(self._grid[:-2]), height // patch, width // patch)
+    def _favour_patches(self, score: Array, token_grid: tuple[int, ...]) -> Array:
+        """Multiplies the highest score of each patch, in each frame if there are several, by 1 + patch_bonus."""
+        patch, (height, width) = self._selection.patch, token_grid[-2:]
+        cells = (*score.shape[:2], prod(token_grid[:-2]), height // patch, width // patch)
         grid = score.reshape(*cells[:-1], patch, cells[-1], patch).swapaxes(-3, -2)
         best = self._arrays.one_hot(grid.reshape(*cells, patch * patch).argmax(-1), patch * patch)
         boosted = grid * (1 + self._selection.patch_bonus * best.reshape(*cells, patch, patch))

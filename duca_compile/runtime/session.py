@@ -14,7 +14,8 @@ from typing import Any, cast
 
 from duca_compile.errors import UsageError
 from duca_compile.policies.base import Policy
-from duca_compile.runtime.request import Executed, Loops, Request, Schedule
+from duca_compile.runtime.loops import LoopMemory, LoopSchedule
+from duca_compile.runtime.request import Executed, Request
 
 
 class Requests:
@@ -23,14 +24,14 @@ class Requests:
     Each session has its own request, and so does each thread for calls outside of any session.
     """
 
-    def __init__(self, policy: Policy, total: int | None, schedule: Schedule | None = None) -> None:
+    def __init__(self, policy: Policy, total: int | None, schedule: LoopSchedule | None = None) -> None:
         self._policy, self.total, self._schedule = policy, total, schedule
-        self._loops = Loops()
+        self._memory = LoopMemory()
         self._local = threading.local()
 
     def new(self) -> Request:
         """A request that no session and no thread has."""
-        return Request(self._policy, self.total, self._schedule, self._loops)
+        return Request(self._policy, self.total, self._schedule, self._memory)
 
     def current(self) -> Request:
         """The request that a call in this context belongs to."""

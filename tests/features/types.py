@@ -160,7 +160,7 @@ def without(lower: Callable[..., Any], policy: str | Policy = "none") -> Pair:
 @feature(
     "fallbacks",
     "a variant that Inductor cannot compile",
-    says="that of full steps is running under eager instead",
+    says="that of full steps runs under eager instead",
     note="that variant alone runs under eager; `strict=True` refuses",
     slow=False,
 )
@@ -174,7 +174,7 @@ def a_variant_fails() -> Pair:
 @feature(
     "fallbacks",
     "no C++ compiler for Inductor",
-    says="all are running under eager instead",
+    says="all variants run under eager instead",
     note="runs under eager, with one warning",
     slow=False,
 )

@@ -199,7 +199,7 @@ def test_rows_are_merged(arrays: Arrays, array: Callable[..., Array]) -> None:
 def test_results_without_rows_cannot_be_merged(
     arrays: Arrays, array: Callable[..., Array], value: object, shape: str
 ) -> None:
-    with pytest.raises(PolicyError, match=rf"there is one of {shape}; use decide_per='batch'"):
+    with pytest.raises(PolicyError, match=rf"there is one of shape {shape}; use decide_per='batch'"):
         merged(arrays, [True, False], [array(value)], [array(value)])
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from duca_compile import FORA
 from duca_compile.integrations.diffusers import PipelineSchedule
-from duca_compile.runtime.clock import Tick
+from duca_compile.runtime.clock import CallPosition
 from duca_compile.runtime.request import Request
 
 FLUX_2048 = 1.15 + (16384 - 4096) * (1.15 - 0.5) / (4096 - 256)  # what its pipeline shifts by at 2048x2048
@@ -163,7 +163,7 @@ def evaluations(scheduler: Any, kind: str, dtype: torch.dtype, seed: int) -> Ite
             latent = scheduler.step(guess, t, latent).prev_sample
 
 
-def ticks(request: Request, calls: Iterator[Call], passes: str, prompt: int) -> list[list[Tick]]:
+def positions(request: Request, calls: Iterator[Call], passes: str, prompt: int) -> list[list[CallPosition]]:
     """Those of each evaluation."""
     texts = [noise(1000 + prompt, 1, 7, 8), noise(2000, 1, 7, 8)]
     found = []
@@ -171,15 +171,15 @@ def ticks(request: Request, calls: Iterator[Call], passes: str, prompt: int) -> 
         names = {"one": (None,), "named": ("cond", "uncond"), "unnamed": (None, None)}[passes]
         found.append(
             [
-                request.tick(Names, {"hidden_states": latent, "timestep": timestep, "text": text}, name)
+                request.locate(Names, {"hidden_states": latent, "timestep": timestep, "text": text}, name)
                 for name, text in zip(names, texts, strict=False)
             ]
         )
     return found
 
 
-def plain(found: list[list[Tick]]) -> list[list[tuple[int, int, bool]]]:
-    return [[(tick.step, tick.pass_index, tick.new_request) for tick in each] for each in found]
+def plain(found: list[list[CallPosition]]) -> list[list[tuple[int, int, bool]]]:
+    return [[(position.step, position.pass_index, position.new_request) for position in each] for each in found]
 
 
 def expected(steps: list[int], passes: str) -> list[list[tuple[int, int, bool]]]:
@@ -205,7 +205,7 @@ def check(name: str, kind: str, dtype: torch.dtype, passes: str, known: bool = T
         schedule, total = PipelineSchedule(pipe), None
     request = Request(FORA(3), total, schedule)
     for seed in (1, 2):
-        found = ticks(request, evaluations(pipe.scheduler, kind, dtype, seed), passes, seed)
+        found = positions(request, evaluations(pipe.scheduler, kind, dtype, seed), passes, seed)
         assert plain(found) == expected(steps, passes), f"{kind}, {dtype}, {passes}, loop {seed}"
         assert request.total == (len({*steps}) if known else None)
         pipe.scheduler = published.scheduler()

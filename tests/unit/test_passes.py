@@ -22,7 +22,7 @@ from duca_compile.errors import InternalError
 from duca_compile.passes.base import Draft, Pass, VariantDraft
 from duca_compile.passes.caching.forecast import Forecast
 from duca_compile.passes.caching.partial import RecomputeTokens
-from duca_compile.passes.caching.probe import GoOn
+from duca_compile.passes.caching.probe import ResumeFromProbe
 from duca_compile.passes.caching.residual import AddChanges
 from duca_compile.passes.caching.reuse import ReuseBranches
 from duca_compile.passes.caching.rows import KeepRows
@@ -34,7 +34,7 @@ from duca_compile.passes.exact.deduplicate import Deduplicate
 from duca_compile.passes.exact.differences import EmitDifferences
 from duca_compile.passes.exact.emit import EmitCaches
 from duca_compile.passes.exact.hoist import FEW, Hoist, row_layout
-from duca_compile.passes.exact.probe import LookAhead
+from duca_compile.passes.exact.probe import EmitProbe
 from duca_compile.passes.exact.scores import EmitScores
 from duca_compile.passes.exact.verification import VerifyForecast
 from duca_compile.passes.exact.write_last import WriteLast
@@ -491,7 +491,7 @@ class TestCaching:
         _, facts = self.model
         for of, seen in (("modulated", "add"), ("first_block", "sub")):
             draft = self.draft(*[COMPUTE] * 4, emit=False, probe=Probe(of), probing=True)  # type: ignore[arg-type]
-            assert self.apply(LookAhead(), draft)
+            assert self.apply(EmitProbe(), draft)
             returned = self.returned(draft)
             assert list(returned) == ["probe_change", "probe_seen", "probe_stream"]
             stream = facts.branches[0].stream if of == "modulated" else facts.branches[1].add
@@ -503,20 +503,20 @@ class TestCaching:
 
     def test_there_is_nothing_to_look_at(self) -> None:
         for spec in ({}, {"probe": Probe()}):
-            assert self.unchanged(LookAhead(), self.draft(*[COMPUTE] * 4, **spec))
+            assert self.unchanged(EmitProbe(), self.draft(*[COMPUTE] * 4, **spec))
 
     def test_a_variant_goes_on_from_the_look(self) -> None:
         _, facts = self.model
         draft = self.draft(*[COMPUTE] * 4, probe=Probe("first_block"))
         readers = self.readers(draft, facts.branches[1].add)
-        assert self.apply(GoOn(), draft)
+        assert self.apply(ResumeFromProbe(), draft)
         assert self.readers(draft, "probe_stream") == readers
         RemoveDeadCode().apply(draft)
         assert len(names(draft.graph, "scaled_dot_product")) == 1, "the first block is not computed again"
 
     def test_there_is_nothing_to_go_on_from(self) -> None:
-        assert self.unchanged(GoOn(), self.draft(*[COMPUTE] * 4))
-        assert self.unchanged(GoOn(), self.draft(*[COMPUTE] * 4, probe=Probe(), probing=True))
+        assert self.unchanged(ResumeFromProbe(), self.draft(*[COMPUTE] * 4))
+        assert self.unchanged(ResumeFromProbe(), self.draft(*[COMPUTE] * 4, probe=Probe(), probing=True))
 
     def test_what_a_stream_gains_is_returned(self) -> None:
         _, facts = self.model
@@ -646,8 +646,8 @@ def test_scores_equal_their_formulas(kind: str, mask: Tensor | None, scale: floa
 
 def test_passes_are_frozen_options() -> None:
     every: Sequence[type[Pass[Any]]] = [
-        Clean, Deduplicate, RemoveDeadCode, Hoist, LookAhead, EmitCaches, EmitChanges, EmitDifferences, KeepRows,
-        EmitScores, VerifyForecast, RecomputeTokens, Forecast, ReuseBranches, SkipBlocks, AddChanges, GoOn,
+        Clean, Deduplicate, RemoveDeadCode, Hoist, EmitProbe, EmitCaches, EmitChanges, EmitDifferences, KeepRows,
+        EmitScores, VerifyForecast, RecomputeTokens, Forecast, ReuseBranches, SkipBlocks, AddChanges, ResumeFromProbe,
     ]  # fmt: skip
     for each in every:
         assert each() == each()

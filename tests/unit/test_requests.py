@@ -21,8 +21,9 @@ from torch import Tensor
 
 from duca_compile import FORA
 from duca_compile.core.steps import StepKind
-from duca_compile.runtime.clock import Tick
-from duca_compile.runtime.request import MAX_PASSES, CacheState, Executed, Request
+from duca_compile.runtime.cache_state import CacheState
+from duca_compile.runtime.clock import CallPosition
+from duca_compile.runtime.request import MAX_PASSES, Executed, Request
 
 LINEAGES = dict[int, tuple[object, int]]
 
@@ -50,7 +51,7 @@ class Runs:
     total: int | None = None
     request: Request = field(init=False)
     owner: Owner = field(default_factory=Owner)
-    ticks: list[Tick] = field(default_factory=list)
+    positions: list[CallPosition] = field(default_factory=list)
     reused: int = 0  # calls that could use what the call of the step before left
     _known: LINEAGES = field(default_factory=dict)
     _kept: list[CacheState] = field(default_factory=list)
@@ -66,19 +67,19 @@ class Runs:
         name: str | None = None,
         step: int | None = None,
         **others: Tensor,
-    ) -> Tick:
+    ) -> CallPosition:
         time = timestep if isinstance(timestep, Tensor) else torch.tensor([timestep])
-        tick = self.request.tick(Names, {"x": latent, "t": time, **others}, name, step)
-        state = self.request.state(self.owner, (name, tick.pass_index))
+        position = self.request.locate(Names, {"x": latent, "t": time, **others}, name, step)
+        state = self.request.state(self.owner, (name, position.pass_index))
         self._kept.append(state)
         before = self._known.get(id(state))
-        if before is not None and tick.step - before[1] <= 1:
-            assert before[0] == lineage, f"at step {tick.step} a pass of {lineage} has what {before[0]} left"
+        if before is not None and position.step - before[1] <= 1:
+            assert before[0] == lineage, f"at step {position.step} a pass of {lineage} has what {before[0]} left"
             self.reused += 1
-        self._known[id(state)] = lineage, tick.step
-        self.request.history.append(Executed(tick.step, tick.pass_index, StepKind.FULL, 0.0, 0.0, name))
-        self.ticks.append(tick)
-        return tick
+        self._known[id(state)] = lineage, position.step
+        self.request.history.append(Executed(position.step, position.pass_index, StepKind.FULL, 0.0, 0.0, name))
+        self.positions.append(position)
+        return position
 
     @property
     def history(self) -> list[tuple[int, int, str | None]]:
@@ -203,7 +204,7 @@ def test_unnamed_passes_may_change_their_order(swaps: list[bool], fresh: bool) -
     loop(runs, TWO, steps=6, order=lambda step: [1, 0] if swaps[step] else [0, 1], fresh=fresh)
     assert runs.reused == 10, "each pass but the first two goes on with what it left"
     assert {(step, index) for step, index, _ in runs.history} == {(s, p) for s in range(6) for p in range(2)}
-    assert not any(tick.new_request for tick in runs.ticks[1:])
+    assert not any(position.new_request for position in runs.positions[1:])
 
 
 @settings(max_examples=60, deadline=None)
@@ -278,7 +279,7 @@ def test_named_tiles_are_cached_from_the_first_step_on_whatever_their_number(
     runs = Runs()
     calls = tiles(runs, count, 6, named=True)
     assert runs.reused == calls - count
-    assert sum(tick.new_request for tick in runs.ticks) == 1
+    assert sum(position.new_request for position in runs.positions) == 1
     assert not caplog.records
 
 
@@ -308,7 +309,7 @@ def test_what_changes_from_step_to_step_is_no_other_request() -> None:
         for step in range(6):
             runs.call(request, noise(step), 1000.0 - 100 * step, text=PROMPTS["A"], residual=noise(60 + step))
     assert runs.history == [(step, 0, None) for step in range(6)]
-    assert [tick.new_request for tick in runs.ticks[6:]] == [True, *[False] * 5] * 2
+    assert [position.new_request for position in runs.positions[6:]] == [True, *[False] * 5] * 2
 
 
 def test_passes_that_differ_in_options_alone() -> None:
@@ -323,9 +324,9 @@ def test_passes_that_differ_in_options_alone() -> None:
         for step in range(6):
             for names, prompt in draw.sample([(Names, "B"), (Names, "N"), (Skipping, "B")], 3):
                 call = {"x": latent, "t": torch.tensor([900.0 - step]), "text": PROMPTS[prompt]}
-                tick = runs.request.tick(names, call)
-                assert tick.step == step
-                slot = runs.request._slots.get((None, tick.pass_index))
+                position = runs.request.locate(names, call)
+                assert position.step == step
+                slot = runs.request._passes.get((None, position.pass_index))
                 seen.add((request, names, prompt, id(slot)))
             latent = latent + 0.3 * noise(50 + step)
     assert len(seen) == 6
@@ -342,7 +343,7 @@ def test_guidance_that_is_switched_off_in_mid_loop(kind: type[Names]) -> None:
     for step in range(6):
         rows, names = (1, kind) if step > 2 else (2, Names)
         call = {"x": noise(step, rows, 4), "t": torch.tensor([900.0 - step]), "text": PROMPTS["B"].expand(rows, 7, 8)}
-        assert request.tick(names, call)[:3] == (step, 0, step == 0)
+        assert request.locate(names, call)[:3] == (step, 0, step == 0)
 
 
 def test_a_name_for_each_request_does_not_fill_the_memory() -> None:
@@ -388,7 +389,7 @@ def test_a_latent_and_a_timestep_that_are_written_in_place(total: int | None, in
                 latent.mul_(0.9).add_(noise(step), alpha=0.1)
             latent.copy_(noise(request + 5))
         assert runs.history == [(step, i, None) for step in range(28) for i in range(2)]
-        assert sum(tick.new_request for tick in runs.ticks) == 3
+        assert sum(position.new_request for position in runs.positions) == 3
 
 
 def test_a_caller_may_say_the_step() -> None:
@@ -399,7 +400,7 @@ def test_a_caller_may_say_the_step() -> None:
             for name, prompt in NAMED:
                 runs.call((request, name), noise(step + request), 5.0 + step % 2, name, step, text=PROMPTS[prompt])
     assert runs.history == [(step, 0, name) for step in range(5) for name, _ in NAMED]
-    assert [tick.new_request for tick in runs.ticks] == [True, *[False] * 9] * 2
+    assert [position.new_request for position in runs.positions] == [True, *[False] * 9] * 2
     assert runs.reused == 2 * 8
     for request in range(3):
         assert runs.call(request + 9, noise(request), 5.0, "cond", 0, text=PROMPTS["B"]).new_request
@@ -442,8 +443,8 @@ def test_an_ancestral_sampler_of_second_order(
             for latent, timestep in second_order_ancestral(steps, ratio, dtype):
                 for name, prompt in passes:
                     runs.call((request, prompt), latent, timestep, name, text=PROMPTS[prompt])
-        assert [tick.step for tick in runs.ticks[:: len(passes)]] == expected * 2
-        assert sum(tick.new_request for tick in runs.ticks) == 2
+        assert [position.step for position in runs.positions[:: len(passes)]] == expected * 2
+        assert sum(position.new_request for position in runs.positions) == 2
     assert not caplog.records
 
 
@@ -459,13 +460,13 @@ def test_a_restarting_sampler_starts_a_request_each_time_and_is_told_so_or_says_
 ) -> None:
     runs = Runs()
     restarting(runs)
-    assert [i for i, tick in enumerate(runs.ticks) if tick.new_request] == [0, 7, 11]
+    assert [i for i, position in enumerate(runs.positions) if position.new_request] == [0, 7, 11]
     assert len(caplog.records) == 1
     assert "cache_context(name, step_index=i)" in caplog.text
     caplog.clear()
     runs = Runs()
     restarting(runs, step_index=True)
-    assert [tick.step for tick in runs.ticks] == [*range(17)]
+    assert [position.step for position in runs.positions] == [*range(17)]
     assert not caplog.records
 
 
@@ -478,6 +479,6 @@ def test_a_rounded_first_timestep_needs_the_number_of_steps(caplog: pytest.LogCa
             for _, prompt in TWO:
                 runs.call(prompt, latent, time.reshape(1).clone(), text=PROMPTS[prompt])
             latent = latent + 0.01 * noise(i)
-        assert [tick.step for tick in runs.ticks[::2]] == steps
+        assert [position.step for position in runs.positions[::2]] == steps
         assert len(caplog.records) == (total is None)
     assert "num_inference_steps" in caplog.text

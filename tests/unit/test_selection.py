@@ -13,7 +13,7 @@ from duca_compile.errors import PolicyError
 from duca_compile.policies import Selection
 from duca_compile.policies.base import SelectionKind
 from duca_compile.runtime.arrays import NumpyArrays
-from duca_compile.runtime.selection import Tokens, TokenSelector, check_grid
+from duca_compile.runtime.selection import TokenSelector, TokenSet, check_grid
 from duca_compile.runtime.torch.arrays import TorchArrays
 
 BATCH, TOKENS = 2, 16
@@ -27,7 +27,7 @@ def selector(
     tokens: int = TOKENS,
     grid: tuple[int, ...] | None = None,
 ) -> TokenSelector:
-    return TokenSelector(selection, [Tokens(batch, tokens, grid)] * branches, CPU)
+    return TokenSelector(selection, [TokenSet(batch, tokens, grid)] * branches, CPU)
 
 
 def scored(selection: Selection, *scores: Tensor, grid: tuple[int, ...] | None = None) -> TokenSelector:
@@ -126,7 +126,7 @@ def test_branches_that_are_not_asked_keep_their_state() -> None:
 
 def test_branches_over_other_tokens_choose_on_their_own() -> None:
     """Image and text branches in turn: each gets indices of its own range, in the order asked for."""
-    chosen = TokenSelector(Selection("attention"), [Tokens(BATCH, 16), Tokens(BATCH, 5), Tokens(BATCH, 16)], CPU)
+    chosen = TokenSelector(Selection("attention"), [TokenSet(BATCH, 16), TokenSet(BATCH, 5), TokenSet(BATCH, 16)], CPU)
     chosen.refresh({0: torch.arange(16.0).expand(BATCH, -1), 1: -torch.arange(5.0).expand(BATCH, -1), 2: None})
     image, text = chosen.select([0, 1], [2, 3], 3)
     assert image[0].tolist() == [15, 14]
@@ -185,14 +185,14 @@ class TestPatchBonus:
     @pytest.mark.parametrize(
         ("tokens", "message"),
         [
-            (Tokens(2, 16), "how the 16 tokens lie, which this model's graph does not show; say Selection"),
-            (Tokens(2, 15, (3, 5)), "that 2x2 patches tile, and the 15 tokens lie as 3 x 5"),
-            (Tokens(2, 24, (3, 2, 4)), None),
-            (Tokens(2, 24, (4, 2, 3)), "that 2x2 patches tile, and the 24 tokens lie as 4 x 2 x 3"),
-            (Tokens(2, 16, (4, 6)), r"grid=\(4, 6\) has 24 places, and the model has 16 tokens"),
+            (TokenSet(2, 16), "layout of the 16 tokens, which this model's graph does not show; say Selection"),
+            (TokenSet(2, 15, (3, 5)), "that 2x2 patches tile, and the grid of the 15 tokens is 3 x 5"),
+            (TokenSet(2, 24, (3, 2, 4)), None),
+            (TokenSet(2, 24, (4, 2, 3)), "that 2x2 patches tile, and the grid of the 24 tokens is 4 x 2 x 3"),
+            (TokenSet(2, 16, (4, 6)), r"grid=\(4, 6\) has 24 places, and the model has 16 tokens"),
         ],
     )
-    def test_needs_a_known_grid_that_patches_tile(self, tokens: Tokens, message: str | None) -> None:
+    def test_needs_a_known_grid_that_patches_tile(self, tokens: TokenSet, message: str | None) -> None:
         check_grid(Selection("random", patch=2), tokens)  # without a bonus any tokens will do
         if message is None:
             check_grid(Selection("random", patch_bonus=0.5, patch=2), tokens)
@@ -261,7 +261,7 @@ def test_numpy_and_torch_choose_the_same(
     """What runs an artifact has no torch, and is to choose the tokens that the optimized model chooses."""
     selection = Selection(kind, staleness, bonus, seed=seed, shared=shared)
     random = np.random.default_rng(seed)
-    tokens = [Tokens(BATCH, TOKENS, (4, 4))] * 2
+    tokens = [TokenSet(BATCH, TOKENS, (4, 4))] * 2
     pair = [TokenSelector(selection, tokens, arrays) for arrays in (CPU, NumpyArrays())]
     for _ in range(3):
         scores = random.standard_normal((2, BATCH, TOKENS), np.float32)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from duca_compile import DuCa, Policy, TaylorSeer, Uncached
 from duca_compile.core.steps import Step, StepKind
 from duca_compile.core.tensors import TensorVersions
-from duca_compile.runtime.request import CacheState, PlannedSteps
+from duca_compile.runtime.cache_state import CacheState
+from duca_compile.runtime.loops import PlannedSteps
 
 
 @dataclass(eq=False)
@@ -60,7 +61,7 @@ def test_inputs_that_are_gathered_once_are_those_of_now(changes: list[tuple[str,
         call = values(GIVEN)
         for program in PROGRAMS:
             whole = program.caches <= state.caches.keys()
-            assert state.gather(program).whole == whole
+            assert state.gather(program).complete == whole
             if whole:
                 now = {**call, **state.hoisted, **state.caches}
                 assert state.inputs(program, call) == [now[name] for name in program.inputs]

@@ -1,1 +1,1 @@
-"""Inductor, torch.compile's compiler; ``private`` holds all that it needs of torch and that is not public."""
+"""The Inductor backend; ``private`` holds every use of torch's private API that compiling needs."""

@@ -1,4 +1,4 @@
-"""torch.compile's compiler, Inductor, as a backend."""
+"""Inductor, the compiler of torch.compile, as a backend."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from duca_compile.backends.inductor.private import compile_graph, lacks_compiler
 
 
 class InductorBackend(CompilingBackend):
-    """torch.compile, one graph per variant, no recompilation for other token counts."""
+    """Inductor, with one graph for each variant; other token counts do not recompile."""
 
     name = "inductor"
     label = "Inductor"
     advice = "Install a C++ compiler (Debian: apt-get install g++) or set CXX, or ask for backend='eager'."
 
-    def is_hopeless(self, error: Exception) -> bool:
-        """Whether it is for want of a C++ compiler that works."""
+    def makes_unusable(self, error: Exception) -> bool:
+        """Whether no working C++ compiler is installed."""
         return lacks_compiler(error)
 
     def lower(self, lifted: Lifted, weights: list[Tensor], tensors: tuple[Tensor, ...]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""All private API of torch that compiling needs."""
+"""Every use of torch's private API that compiling needs."""
 
 from __future__ import annotations
 
@@ -32,28 +32,36 @@ _UNBACKED: DimDynamic = getattr(DimDynamic, "UNBACKED", None) or DimDynamic["SIZ
 
 
 def compile_graph(lifted: Lifted, weights: list[Tensor], tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
-    """Inductor's code for the graph.
+    """Compiles a graph with Inductor.
 
-    Dynamo is left out: the graph is one already, and the dispatcher calls it with nothing but tensors of the
-    captured kinds, so there is nothing to guard. Token counts are unbacked: no code may depend on their values.
+    Dynamo is not used: the graph exists already, and the dispatcher calls it only with tensors of the captured kinds,
+    so no guards are needed. Token counts are unbacked symbols: no code may depend on their values.
+
+    Args:
+        lifted: the graph.
+        weights: its weights.
+        tensors: example inputs.
+
+    Returns:
+        A function of the weights, then the tensors.
     """
     shapes = ShapeEnv()
     mode = FakeTensorMode(shape_env=shapes)
-    with shapes.ignore_fresh_unbacked_symbols():  # inputs have them: no operator is to account for them
+    with shapes.ignore_fresh_unbacked_symbols():  # the inputs have them, so no operator must bind them
         fakes = [_fake(mode, tensor, position in lifted.dynamic) for position, tensor in enumerate(tensors)]
     inputs = [*(_fake(mode, weight, False) for weight in weights), *fakes]
     module = fx.GraphModule({}, lifted.graph)
     _FakeValues(module, mode).propagate_dont_convert_inputs(*inputs)
     outline(module, lifted.cuts)
     context = torch._guards.tracing(torch._guards.TracingContext(mode))
-    # The dispatcher gives only what it was compiled for, so each call need not check the sizes of every tensor.
+    # The dispatcher calls it only with the shapes that it was compiled for, so calls need not check them.
     unchecked = inductor_config.patch(size_asserts=False, alignment_asserts=False)
     with context, unchecked, _without_hints(), _regions_evaluated_once(mode):
         return cast(Callable[..., Any], compile_fx(module, inputs))
 
 
 def lacks_compiler(error: Exception) -> bool:
-    """Whether compiling failed for want of a C++ compiler that works."""
+    """Whether compiling failed because no C++ compiler works."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, InvalidCxxCompiler | CppCompileError):
         cause = cause.__cause__ or cause.__context__
@@ -71,15 +79,15 @@ def _compiles_anything() -> bool:
 
 @contextmanager
 def _regions_evaluated_once(mode: FakeTensorMode) -> Iterator[None]:
-    """torch evaluates a region whose sizes are symbols again at each call of it, for each time that it looks at all."""
+    """Evaluates each region once. torch evaluates one with symbolic sizes again at each of its calls."""
     evaluate = registered_hop_fake_fns[_REGION]
     known: dict[Hashable, list[tuple[Any, ...]]] = {}
-    held: list[Any] = []  # so that no other region has the identity of one of these
+    held: list[Any] = []  # keeps regions alive, so that their identities stay unique
 
     def evaluated(region: Any, name: str, *operands: Any) -> Any:
         tensors = [operand for operand in operands if isinstance(operand, Tensor)]
         if not all(isinstance(tensor, FakeTensor) and tensor.fake_mode is mode for tensor in tensors):
-            return evaluate(region, name, *operands)  # of another thread
+            return evaluate(region, name, *operands)  # called by another thread
         body = getattr(region, "subgraph", region)
         key = id(body), *(kind_of(each) if isinstance(each, Tensor) else str(each) for each in operands)
         if key in known:
@@ -99,7 +107,7 @@ def _regions_evaluated_once(mode: FakeTensorMode) -> Iterator[None]:
 
 
 class _FakeValues(FakeTensorProp):
-    """Notes each node's fake value; what was computed of operands of the same kinds is not computed again."""
+    """Computes the fake value of each node; nodes with the same operator and kinds of operands are computed once."""
 
     def __init__(self, module: fx.GraphModule, mode: FakeTensorMode) -> None:
         super().__init__(module, mode)
@@ -117,7 +125,7 @@ class _FakeValues(FakeTensorProp):
 
 @contextmanager
 def _without_hints() -> Iterator[None]:
-    """torch logs where a lowering asks for the value of a token count, and then does without it."""
+    """Silences torch's log of lowerings that ask for the hint of a token count, and work without it."""
     logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -135,16 +143,16 @@ def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic: bool) -> Tensor:
     context: SymbolicContext = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=[None] * tensor.dim())
     fake = mode.from_tensor(tensor, static_shapes=False, symbolic_context=context)
     count: Any = fake.shape[1]
-    # Else strides are those of max(1, count), and regions copy their operands from one form of that to the other.
+    # Otherwise strides contain max(1, count), and regions copy operands whose strides are written differently.
     count.node.shape_env.constrain_symbol_range(count.node.expr, compiler_min=1, compiler_max=int_oo)
     return fake
 
 
 def compile_ahead(module: fx.GraphModule, example: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """AOTInductor's code of an exported program's module: what ``package`` takes."""
+    """Compiles the module of an exported program with AOTInductor, for ``package``."""
     return aot_compile(module, example, options=options)
 
 
 def package(path: str, code: dict[str, Any]) -> None:
-    """Writes the code of several models, by name, as one package."""
+    """Writes the compiled code of several models, by name, into one package."""
     package_aoti(path, code)

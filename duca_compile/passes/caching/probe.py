@@ -11,7 +11,7 @@ from duca_compile.passes.exact.probe import probed_stream
 
 
 @dataclass(frozen=True)
-class GoOn(CachingPass):
+class ResumeFromProbe(CachingPass):
     """Reads the stream from the look that was taken in this step, rather than compute it again."""
 
     def apply(self, draft: VariantDraft) -> bool:

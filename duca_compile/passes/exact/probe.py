@@ -35,7 +35,7 @@ _FIRST_PRODUCTS = {
 
 
 @dataclass(frozen=True)
-class LookAhead(ExactPass[VariantDraft]):
+class EmitProbe(ExactPass[VariantDraft]):
     """Returns how much the look has changed, what it saw, and the stream behind it; and nothing of the model's own.
 
     The change is the mean of |now - before| over the mean of |before|, for each row; both are added up in float32.

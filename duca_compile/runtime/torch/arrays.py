@@ -19,27 +19,27 @@ class TorchArrays:
     def zeros(self, shape: tuple[int, ...]) -> Array:
         return torch.zeros(shape, device=self._device)
 
-    def of(self, values: np.ndarray) -> Array:
+    def from_numpy(self, values: np.ndarray) -> Array:
         return torch.from_numpy(values).to(self._device, non_blocking=True)
 
-    def dense(self, array: Array) -> Array:
+    def contiguous(self, array: Array) -> Array:
         return array.contiguous()
 
-    def unit(self, rows: Sequence[Array]) -> Array:
+    def normalized(self, rows: Sequence[Array]) -> Array:
         return torch.nn.functional.normalize(torch.stack(list(rows)).float(), dim=-1)
 
-    def top(self, scores: Array, count: int) -> Array:
+    def top_indices(self, scores: Array, count: int) -> Array:
         return scores.topk(count, dim=-1).indices
 
-    def one_hot(self, places: Array, count: int) -> Array:
-        return torch.nn.functional.one_hot(places, count).float()
+    def one_hot(self, indices: Array, count: int) -> Array:
+        return torch.nn.functional.one_hot(indices, count).float()
 
-    def take(self, array: Array, places: Array) -> Array:
-        return array.gather(-1, places)
+    def take(self, array: Array, indices: Array) -> Array:
+        return array.gather(-1, indices)
 
-    def put(self, array: Array, places: Array, values: Array) -> Array:
-        return array.scatter(-1, places, values)
+    def put(self, array: Array, indices: Array, values: Array) -> Array:
+        return array.scatter(-1, indices, values)
 
-    def choose(self, rows: Sequence[bool], new: Array, old: Array) -> Array:
-        chosen = torch.tensor(rows).to(self._device)
+    def select_rows(self, mask: Sequence[bool], new: Array, old: Array) -> Array:
+        chosen = torch.tensor(mask).to(self._device)
         return torch.where(chosen.view(-1, *[1] * (new.dim() - 1)), new, old)

@@ -17,10 +17,10 @@ from duca_compile.core.steps import Step, StepKind
 from duca_compile.core.variants import Action, Variant, VariantFunction, VariantSpec
 from duca_compile.policies.base import Policy
 from duca_compile.policies.end_only import EndOnly
-from duca_compile.runtime.dispatcher import Plan, Program
+from duca_compile.runtime.dispatcher import Program, StepPlan
 from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
 from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec, score_output, tokens_of
-from duca_compile.runtime.selection import Tokens
+from duca_compile.runtime.selection import TokenSet
 from duca_compile.runtime.torch.arrays import TorchArrays
 from duca_compile.runtime.torch.rows import Rows
 
@@ -47,8 +47,8 @@ class Programs:
         check_rows(facts, policy)
         self._facts, self._policy, self._builder, self._cache_dtype = facts, policy, builder, cache_dtype
         self._rows: dict[frozenset[str] | None, Rows] = {}
-        self._plans: dict[Step, Plan] = {}
-        self._look: Plan | None = None
+        self._plans: dict[Step, StepPlan] = {}
+        self._probe_plan: StepPlan | None = None
         self.by_spec: dict[VariantSpec, tuple[Variant, Program]] = {}
         self._selectable = [b for b in facts.branches if b.pointwise]
         self._position = {b.index: i for i, b in enumerate(self._selectable)}
@@ -59,7 +59,7 @@ class Programs:
         return self._facts.batch
 
     @property
-    def tokens(self) -> list[Tokens]:
+    def tokens(self) -> list[TokenSet]:
         """The tokens of each branch whose tokens can be chosen."""
         selection = self._policy.selection
         return [] if selection is None else [tokens_of(self._facts, selection, b) for b in self._selectable]
@@ -67,33 +67,33 @@ class Programs:
     def arrays(self, like: Tensor) -> TorchArrays:
         return TorchArrays(like.device)
 
-    def rows(self, needed: frozenset[str] | None) -> Rows:
+    def timestep_rows(self, needed: frozenset[str] | None) -> Rows:
         """What computes the timestep-only values called ``needed``, or all."""
         if needed not in self._rows:
             with COMPILING:
                 self._rows[needed] = self._builder.build_rows(needed)
         return self._rows[needed]
 
-    def plan(self, step: Step) -> Plan:
+    def plan(self, step: Step) -> StepPlan:
         plan = self._plans.get(step)
         if plan is not None:
             return plan
         with COMPILING:
-            run = self._policy.instead_of(step) if isinstance(self._policy, EndOnly) else step
+            run = self._policy.replacement_for(step) if isinstance(self._policy, EndOnly) else step
             spec, counts = plan_step(self._facts, self._policy, run)
             variant, program = self._program(replace(spec, cache_dtype=self._cache_dtype))
-            waiting = tuple(counts.get(index, 0) for index in program.waiting)
-            plan = self._plans[step] = Plan(run, program, waiting, variant.flops(counts))
+            waiting = tuple(counts.get(index, 0) for index in program.cached_branches)
+            plan = self._plans[step] = StepPlan(run, program, waiting, variant.flops(counts))
         return plan
 
-    def look(self) -> Plan | None:
+    def probe_plan(self) -> StepPlan | None:
         """What measures before a step is decided; None where the policy does not ask for it."""
         spec = probe_spec(self._facts, self._policy)
-        if self._look is None and spec is not None:
+        if self._probe_plan is None and spec is not None:
             with COMPILING:
                 variant, program = self._program(replace(spec, cache_dtype=self._cache_dtype))
-            self._look = Plan(Step(StepKind.FULL), program, (), variant.flops({}))
-        return self._look
+            self._probe_plan = StepPlan(Step(StepKind.FULL), program, (), variant.flops({}))
+        return self._probe_plan
 
     def _program(self, spec: VariantSpec) -> tuple[Variant, Program]:
         if spec not in self.by_spec:
@@ -105,8 +105,8 @@ class Programs:
                 variant.outputs,
                 variant.pieces,
                 forecast=_forecast_inputs(variant),
-                waiting=waiting,
-                rows=tuple(self._position[index] for index in waiting),
+                cached_branches=waiting,
+                selector_positions=tuple(self._position[index] for index in waiting),
                 tokens=tuple(map(spec.tokens_input, waiting)),
                 computed=self._computed(variant),
             )

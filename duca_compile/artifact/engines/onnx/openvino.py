@@ -11,7 +11,7 @@ from duca_compile.artifact.engines.base import HOST, GraphFunction, Options
 from duca_compile.artifact.manifest import File, Graph, Manifest, inside
 from duca_compile.core.tensors import Array
 from duca_compile.errors import BackendError, first_line, missing_package
-from duca_compile.runtime.openvino import Requests, cpu_options
+from duca_compile.runtime.openvino import InferRequests, cpu_options
 
 with missing_package("openvino"):
     import openvino
@@ -68,7 +68,7 @@ class _Function:
     """Runs one graph; each result has its own memory."""
 
     def __init__(self, model: Any, graph: Graph, weights: dict[str, Any]) -> None:
-        self._requests, self._graph = Requests(model), graph
+        self._requests, self._graph = InferRequests(model), graph
         names = [spec.name for spec in graph.inputs]
         places = {name: i for i, port in enumerate(model.inputs) for name in port.get_names()}
         self._inputs = [(places[name], i) for i, name in enumerate(names) if name in places]  # the compiled model's own
