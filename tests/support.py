@@ -19,6 +19,7 @@ from duca_compile.compiler.analyze import analyze_call, step_values
 from duca_compile.compiler.captures import Captures
 from duca_compile.compiler.compiled import Compiled
 from duca_compile.core.ir import CapturedGraph, Facts
+from duca_compile.core.ports import Port
 from duca_compile.core.variants import Action
 from duca_compile.frontend.binder import Call
 from duca_compile.frontend.capture import live_tensors
@@ -57,7 +58,7 @@ def sampled(*values: object, slow: bool) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow if slow else pytest.mark.exhaustive)
 
 
-def values_of_step(compiled: Compiled, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+def values_of_step(compiled: Compiled, tensors: tuple[Tensor, ...]) -> dict[Port, Tensor]:
     """What a variant may read of one call but caches."""
     return step_values(compiled.captured, compiled.facts, compiled.dispatcher._prologue, compiled.named(tensors))
 

@@ -32,6 +32,7 @@ from duca_compile.app.demo import DemoModel
 from duca_compile.app.paper_flops import Blocks, paper_flops
 from duca_compile.backends.inductor import private
 from duca_compile.core.fx_utils import copy_graph
+from duca_compile.core.ports import Port, PortKind
 from duca_compile.core.variants import Action, VariantSpec
 from duca_compile.methods.training import checkpoint_path
 from duca_compile.passes.base import VariantDraft
@@ -323,7 +324,7 @@ def test_the_pass_changes_a_graph_once_and_no_other(model: nn.Module, trained: P
     compute = (Action.COMPUTE,) * len(found.branches)
     for names, changes in ((frozenset(Predictor.load(trained).weights), [True, False]), (frozenset[str](), [False])):
         spec = VariantSpec(compute, emit=False, lite=True, predict=names)
-        draft = VariantDraft(copy_graph(found.captured.graph), found.facts, spec, ["output_0"])
+        draft = VariantDraft(copy_graph(found.captured.graph), found.facts, spec, [Port(PortKind.OUTPUT, 0)])
         assert [PredictStream().apply(draft) for _ in changes] == changes
         draft.graph.lint()
 

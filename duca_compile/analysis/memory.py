@@ -13,6 +13,9 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from duca_compile.core.fx_utils import port_of
+from duca_compile.core.ports import Port
+
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages that operators make, from when they are made until they are freed."""
@@ -49,7 +52,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = max(self.peak, self.live)
 
 
-def peak_bytes(module: fx.GraphModule, sizes: Mapping[str, tuple[int, ...]]) -> int:
+def peak_bytes(module: fx.GraphModule, sizes: Mapping[Port, tuple[int, ...]]) -> int:
     """The most that one eager run of ``module`` allocates at once, its results included and its inputs not.
 
     ``sizes`` are the shapes of inputs whose shape differs from the one in the graph. Without what kernels allocate for
@@ -58,7 +61,7 @@ def peak_bytes(module: fx.GraphModule, sizes: Mapping[str, tuple[int, ...]]) -> 
     inputs = module.graph.find_nodes(op="placeholder")
     watch = _Watch()
     with FakeTensorMode() as mode, torch.no_grad():
-        given = tuple(_like(node.meta["val"], sizes.get(node.name)) for node in inputs)
+        given = tuple(_like(node.meta["val"], sizes.get(port_of(node))) for node in inputs)
         named = (*module.named_parameters(), *module.named_buffers())
         weights = {name: cast(Tensor, mode.from_tensor(tensor)) for name, tensor in named}
         watch.ignore([*given, *weights.values()])

@@ -411,10 +411,13 @@ def _check_rule(manifest: Manifest, policy: AdaptivePolicy, need: Callable[[bool
     need(looks == (look is not None), f"schedule.look must {'' if looks else 'not '}be there for {policy.name}")
     measures = {} if look is None else {look.variant: PROBE_CHANGE}
     measures |= {plans[step].variant: VERIFY_ERROR for step in policy.choices if step.verified}
-    for variant, name in measures.items():
+    for variant, port in measures.items():
         found = {spec.name for spec in graph(variant).outputs}
-        need(name in found, f"variants.{variant}: its graph lacks the output {name!r}, by which steps are decided")
-    by_row = any(spec.name == FULL_ROWS for spec in graph(plans[policy.choices[0]].variant).inputs)
+        need(
+            port.result_name in found,
+            f"variants.{variant}: its graph lacks the output {port.result_name!r}, by which steps are decided",
+        )
+    by_row = any(spec.name == FULL_ROWS.input_name for spec in graph(plans[policy.choices[0]].variant).inputs)
     need(by_row == (policy.per != "batch"), f"policy.rule: the graphs are not for decide_per={policy.per!r}")
 
 

@@ -43,7 +43,7 @@ class Artifact(HasSessions):
         rule = found.policy.rule
         self.policy: Policy = Recorded(found.policy, found.schedule) if rule is None else rule.rebuilt()
         self._functions = {name: engine.function(name, graph) for name, graph in found.graphs.items()}
-        self._prologue = Prologue(found.graphs[found.prologue], self._functions[found.prologue])
+        self._prologue = Prologue(found, self._functions[found.prologue])
         self._requests = Requests(self.policy, found.schedule.num_inference_steps)
         self._bind = Binder(found)
         self._dispatchers: dict[int, Dispatcher] = {}  # by batch size

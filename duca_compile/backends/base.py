@@ -16,10 +16,9 @@ from torch import Tensor, fx
 
 from duca_compile.backends.cuda_graphs import Replayed
 from duca_compile.core.lock import COMPILING
-from duca_compile.core.ports import PROBE_SEEN, cache_input
+from duca_compile.core.ports import WRITTEN, Port, PortKind
 from duca_compile.core.variants import Variant, VariantFunction
 from duca_compile.errors import BackendError, first_line
-from duca_compile.passes.exact.hoist import hoisted_input
 
 log = logging.getLogger("duca_compile")
 
@@ -109,7 +108,7 @@ class _FirstCall:
         self._compiled: Callable[..., Any] | None = None
         self._replayed: Replayed | None = None
         self._lifted = _lift(variant, cuts)
-        self._foreign = [place for place, name in enumerate(variant.inputs) if _is_foreign(name)]
+        self._foreign = [place for place, port in enumerate(variant.inputs) if _is_foreign(port)]
         self._weights: list[Tensor] = []
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -155,9 +154,9 @@ class _FirstCall:
         return lambda *arguments: self._module.forward(*arguments[count:])
 
 
-def _is_foreign(name: str) -> bool:
-    """Whether an input may lie in memory in any order; what the dispatcher keeps is contiguous, but for one value."""
-    return name == cache_input(PROBE_SEEN) or not name.startswith((cache_input(""), hoisted_input("")))
+def _is_foreign(port: Port) -> bool:
+    """Whether an input may lie in memory in any order; what the dispatcher keeps is contiguous, except what a probe saw."""
+    return port.kind is not PortKind.HOISTED and port.kind not in WRITTEN
 
 
 @dataclass(frozen=True)
@@ -184,6 +183,8 @@ def _lift(variant: Variant, cuts: frozenset[str]) -> Lifted:
         own[node] = graph.placeholder(f"weight_{node.name}")
     for node in module.graph.find_nodes(op="placeholder"):
         own[node] = graph.node_copy(node)
+    for node in graph.find_nodes(op="placeholder"):
+        node.target = node.name  # a weight may be called like an argument
     for node in module.graph.nodes:
         if node not in own:
             own[node] = graph.node_copy(node, lambda n: own[n])
@@ -193,4 +194,4 @@ def _lift(variant: Variant, cuts: frozenset[str]) -> Lifted:
 
 
 def dynamic_positions(variant: Variant) -> tuple[int, ...]:
-    return tuple(i for i, name in enumerate(variant.inputs) if name in variant.dynamic_inputs)
+    return tuple(i for i, port in enumerate(variant.inputs) if port in variant.dynamic_inputs)

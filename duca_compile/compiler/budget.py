@@ -11,7 +11,7 @@ import torch
 
 from duca_compile.analysis.memory import peak_bytes
 from duca_compile.core.ir import CapturedGraph, Facts
-from duca_compile.core.ports import cache_input, dead_slots
+from duca_compile.core.ports import Port, dead_kinds
 from duca_compile.core.variants import Variant, VariantSpec
 from duca_compile.errors import PolicyError, UsageError
 from duca_compile.passes.caching.predict import with_predictor
@@ -97,7 +97,7 @@ def variants(
 
 def cache_bytes(facts: Facts, policy: Policy, built: Iterable[Variant]) -> int:
     """Bytes that the caches and token scores of one pass hold at most, where these are the variants that run."""
-    held: dict[str, int] = {}
+    held: dict[Port, int] = {}
     for variant in built:
         held.update(variant.kept)
     selection = policy.selection
@@ -110,7 +110,7 @@ def peak_of_request(captured: CapturedGraph, facts: Facts, policy: Policy, total
     """The most that one pass of a request of ``total`` steps allocates at once, step by step under eager."""
     captured = with_predictor(captured, facts, policy.predictor)
     known: dict[tuple[VariantSpec, tuple[int, ...]], tuple[Variant, int]] = {}
-    held: dict[str, int] = {}
+    held: dict[Port, int] = {}
     most = 0
     for step in policy.planned(total):
         spec, counts = plan_step(facts, policy, step)
@@ -120,11 +120,10 @@ def peak_of_request(captured: CapturedGraph, facts: Facts, policy: Policy, total
             sizes = {spec.tokens_input(i): (facts.branches[i].shape[0], count) for i, count in counts.items()}
             known[key] = variant, peak_bytes(variant.module, sizes)
         variant, own = known[key]
-        replaced = {slot for slot in variant.kept if cache_input(slot) not in variant.inputs}
+        replaced = {slot for slot in variant.kept if slot not in variant.inputs}
         most = max(most, own + sum(size for slot, size in held.items() if slot not in replaced))
-        held = {
-            slot: size for slot, size in {**held, **variant.kept}.items() if not slot.startswith(dead_slots(step.live))
-        }
+        dead = dead_kinds(step.live)
+        held = {slot: size for slot, size in {**held, **variant.kept}.items() if slot.kind not in dead}
     hoisted = [node.meta["val"] for node in frontier(captured.graph, facts)]
     rows = row_layout(captured.graph, facts).items()
     outside: int = sum(value.numel() * value.element_size() for value in hoisted)

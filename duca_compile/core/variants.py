@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
+from duca_compile.core.ports import Port, PortKind
 from duca_compile.core.steps import Kept, Probe, Verify
 
 if TYPE_CHECKING:
@@ -57,22 +58,22 @@ class VariantSpec:
                 return f"{action.value} steps"
         return "skip steps" if self.skip else "reuse steps" if Action.REUSE in self.actions else "full steps"
 
-    def tokens_input(self, index: int) -> str:
-        """Name of the (batch, k) int64 input that says which tokens of branch ``index`` to recompute."""
-        return f"tokens_{self.chosen_with[index] if self.chosen_with else index}"
+    def tokens_input(self, index: int) -> Port:
+        """The (batch, k) int64 input that says which tokens of branch ``index`` to recompute."""
+        return Port(PortKind.TOKENS, self.chosen_with[index] if self.chosen_with else index)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A rewritten graph as a module: flat tensors in by name, flat tensors out by name."""
+    """A rewritten graph as a module: flat tensors in and out, each with its port."""
 
     spec: VariantSpec
     module: fx.GraphModule
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    dynamic_inputs: tuple[str, ...]  # token index inputs: their second dimension changes from step to step
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    dynamic_inputs: tuple[Port, ...]  # token index inputs: their second dimension changes from step to step
     pieces: frozenset[str]  # the timestep-only values that it reads
-    kept: Mapping[str, int]  # bytes of each cache that it returns
+    kept: Mapping[Port, int]  # bytes of each cache that it returns
     flops_fixed: int
     flops_per_token: Mapping[int, float]  # branch index -> FLOPs for one recomputed token position, all batch rows
 

@@ -23,6 +23,7 @@ from duca_compile.artifact.lowered import PRECISIONS, Lowered, lower
 from duca_compile.artifact.manifest import BATCH, Graph, Manifest, Size, TensorSpec, inside, read_manifest
 from duca_compile.artifact.tensorrt_build import FOLDER, RECORD, Build, Engine, Options, find_library
 from duca_compile.core.files import replacing
+from duca_compile.core.ports import Port, PortKind
 from duca_compile.errors import BackendError, ExportError, UsageError
 from duca_compile.export.onnx import MODULE
 
@@ -139,7 +140,7 @@ class _Builder:
         found: dict[str, list[int]] = {}
         for plan in self._manifest.schedule.plans:
             for branch, count in plan.counts.items():
-                found.setdefault(f"tokens_{branch}", []).append(count)
+                found.setdefault(Port(PortKind.TOKENS, int(branch)).input_name, []).append(count)
         return {name: (min(each), sorted(each)[len(each) // 2], max(each)) for name, each in found.items()}
 
     def _built(self, name: str, graph: Graph, lowered: Lowered) -> bytes:

@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from duca_compile.core.fx_utils import PACKAGE, module_path, source_line
 from duca_compile.core.ir import CapturedGraph
 from duca_compile.core.outputs import OutputLayout
-from duca_compile.core.ports import RESERVED
 from duca_compile.errors import CaptureError, first_line
 from duca_compile.frontend import away, casts, concrete
 from duca_compile.frontend.activations import Activations
@@ -320,8 +319,6 @@ def _lower(
                 mapping[node] = spec.arg.value
                 continue
             mapping[node] = graph.node_copy(node)
-            if node.name.startswith(RESERVED):
-                mapping[node].name = mapping[node].target = f"given_{node.name}"
             inputs.append(mapping[node].name)
             continue
         if not node.users:

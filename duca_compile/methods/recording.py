@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from duca_compile.backends.eager import EagerBackend
 from duca_compile.compiler.budget import CacheOptions
 from duca_compile.compiler.compiled import Compiled
-from duca_compile.core.ports import STREAM_END
+from duca_compile.core.ports import STREAM_END, Port, PortKind
 from duca_compile.core.variants import Variant, VariantFunction
 from duca_compile.drop_in import OptimizedModel, check_plain
 from duca_compile.errors import UsageError
@@ -23,9 +23,9 @@ Sample = Callable[[Any, int], Any]  # runs the denoising loop of this number, wi
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the model: what its graph read, by name, what it returned, and its last hidden state."""
+    """One call of the model: what its graph read, what it returned, and its last hidden state."""
 
-    inputs: Mapping[str, Tensor]
+    inputs: Mapping[Port, Tensor]
     outputs: tuple[Tensor, ...]
     hidden: Tensor
 
@@ -58,8 +58,8 @@ class Recorder(EagerBackend):
             found = dict(zip(variant.outputs, results, strict=True))
             call = Call({}, (), found[STREAM_END])
             if self._whole:
-                outputs = tuple(value.clone() for name, value in found.items() if name.startswith("output_"))
-                inputs = {name: tensor.clone() for name, tensor in zip(variant.inputs, tensors, strict=True)}
+                outputs = tuple(value.clone() for port, value in found.items() if port.kind is PortKind.OUTPUT)
+                inputs = {port: tensor.clone() for port, tensor in zip(variant.inputs, tensors, strict=True)}
                 call = replace(call, inputs=inputs, outputs=outputs)
             self._calls.append((variant, call))
             return results

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, fx, nn
 
 from duca_compile.compiler.compiled import Compiled
-from duca_compile.core.ports import STREAM_END, cache_input
+from duca_compile.core.ports import STREAM_END
 from duca_compile.core.variants import Action, Variant, VariantSpec
 from duca_compile.errors import UsageError
 from duca_compile.methods.recording import Call, Pass, Recorder, Sample
@@ -123,9 +123,9 @@ class _Graphs:
     def predict(self, compiled: Compiled, weights: Mapping[str, Tensor], start: Call, end: Call) -> tuple[Tensor, ...]:
         """What the model would return at ``end``, from the hidden state of ``start``."""
         variant = self._variant(compiled, weights)
-        values = {**end.inputs, cache_input(STREAM_END): start.hidden}
+        values = {**end.inputs, STREAM_END: start.hidden}
         typed = {n: w.to(_at(variant.module, n).dtype) for n, w in named(weights).items()}
-        inputs = tuple(values[name] for name in variant.inputs)
+        inputs = tuple(values[port] for port in variant.inputs)
         return torch.func.functional_call(variant.module, typed, inputs)  # type: ignore[no-any-return]
 
     def _variant(self, compiled: Compiled, weights: Mapping[str, Tensor]) -> Variant:

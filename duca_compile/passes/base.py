@@ -10,8 +10,9 @@ from typing import ClassVar, Generic, TypeVar
 import torch
 from torch import fx
 
+from duca_compile.core.fx_utils import add_placeholder, port_of
 from duca_compile.core.ir import Branch, Facts
-from duca_compile.core.ports import cache_input
+from duca_compile.core.ports import Port
 from duca_compile.core.variants import Action, VariantSpec
 from duca_compile.errors import InternalError
 
@@ -26,14 +27,15 @@ class Draft:
 
 @dataclass
 class VariantDraft(Draft):
-    """A draft on its way to becoming a variant; ``results`` names what the graph returns, in order."""
+    """A draft on its way to becoming a variant; ``results`` are the ports of what the graph returns, in order."""
 
     facts: Facts
     spec: VariantSpec
-    results: list[str]
+    results: list[Port]
 
     def __post_init__(self) -> None:
         self._nodes: dict[str, fx.Node] = {n.name: n for n in self.graph.nodes}
+        self._inputs: dict[Port, fx.Node] = {port_of(n): n for n in self.graph.find_nodes(op="placeholder")}
 
     def node(self, name: str) -> fx.Node:
         try:
@@ -44,21 +46,16 @@ class VariantDraft(Draft):
     def branches(self, action: Action) -> list[Branch]:
         return [b for b, a in zip(self.facts.branches, self.spec.actions, strict=True) if a is action]
 
-    def add_input(self, name: str, value: torch.Tensor) -> fx.Node:
-        """A new placeholder; ``value`` (fake or meta) says its shape and dtype."""
-        with self.graph.inserting_after(self._last_input()):
-            node = self.graph.placeholder(name)
-        node.meta["val"] = value
-        self._nodes[name] = node
-        return node
+    def find_input(self, port: Port) -> fx.Node | None:
+        """The placeholder of this port, where there is one."""
+        return self._inputs.get(port)
 
-    def cache(self, slot: str, value: torch.Tensor) -> fx.Node:
-        """The placeholder of a cache."""
-        return self.shared_input(cache_input(slot), value)
-
-    def shared_input(self, name: str, value: torch.Tensor) -> fx.Node:
-        """A placeholder that several may read: the same one each time."""
-        return self._nodes[name] if name in self._nodes else self.add_input(name, value)
+    def input(self, port: Port, value: torch.Tensor) -> fx.Node:
+        """The placeholder of this port, new or known; ``value`` (fake or meta) says its shape and dtype."""
+        if port not in self._inputs:
+            with self.graph.inserting_after(self._last_input()):
+                self._inputs[port] = add_placeholder(self.graph, port, value)
+        return self._inputs[port]
 
     def _last_input(self) -> fx.Node:
         inputs: list[fx.Node] = [n for n in self.graph.nodes if n.op == "placeholder"]
@@ -68,12 +65,12 @@ class VariantDraft(Draft):
         """Where nodes computed from ``node`` go: right behind it, and behind all inputs."""
         return self.graph.inserting_after(self._last_input() if node.op == "placeholder" else node)
 
-    def add_result(self, name: str, node: fx.Node) -> None:
+    def add_result(self, port: Port, node: fx.Node) -> None:
         output = self.graph.output_node()
         (results,) = output.args
         assert isinstance(results, tuple)
         output.args = ((*results, node),)
-        self.results.append(name)
+        self.results.append(port)
 
 
 D = TypeVar("D", bound=Draft, contravariant=True)

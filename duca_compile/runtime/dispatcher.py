@@ -10,13 +10,15 @@ from time import perf_counter
 from typing import Any, Protocol
 
 from duca_compile.core.ports import (
-    MEASURED,
+    CACHES,
+    MEASURES,
     PROBE_CHANGE,
     PROBE_SEEN,
     VERIFY_ERROR,
-    cache_input,
+    WRITTEN,
+    Port,
+    PortKind,
     dead_caches,
-    is_written,
 )
 from duca_compile.core.steps import Probe, Step, StepKind
 from duca_compile.core.tensors import Array, Sight
@@ -27,7 +29,7 @@ from duca_compile.runtime.adaptive import Decisions, merged
 from duca_compile.runtime.arrays import Arrays
 from duca_compile.runtime.clock import Tick
 from duca_compile.runtime.forecasting import ForecastInputs
-from duca_compile.runtime.request import CacheState, Executed, Request
+from duca_compile.runtime.request import CacheState, Executed, Given, Request
 from duca_compile.runtime.selection import Tokens, TokenSelector
 
 log = logging.getLogger("duca_compile")
@@ -40,39 +42,37 @@ class Program:
     """What runs a variant, with all that ties it to the state looked up once."""
 
     run: Callable[..., Sequence[Array]]
-    inputs: tuple[str, ...]
+    inputs: tuple[Port, ...]
     pieces: Hashable  # says which timestep-only values it reads; false where there are none
-    caches: frozenset[str]  # the caches among the inputs
-    reads: frozenset[str]  # those of them that must be there
+    caches: frozenset[Port]  # the caches among the inputs
+    reads: frozenset[Port]  # those of them that must be there
     forecast: ForecastInputs
     own: int  # how many outputs are the model's own; they come first
-    writes: dict[str, int]  # the caches to fill, and from which outputs
-    replaces: frozenset[str]  # those of them that it does not read
+    writes: dict[Port, int]  # the caches to fill, and from which outputs
+    replaces: frozenset[Port]  # those of them that it does not read
     waiting: tuple[int, ...]  # branches whose tokens a partial step chooses from, or leaves to grow stale
     rows: tuple[int, ...]  # their positions in the selector
-    tokens: Mapping[str, int]  # the inputs that say which tokens, each with the first of those branches that it is for
+    tokens: Mapping[Port, int]  # the inputs that say which tokens, each with the first of those branches that it is for
     computed: Mapping[int, int | None]  # positions that are computed in full -> the output with their scores
-    measures: tuple[tuple[str, int], ...] = ()  # what decisions are made from, and from which outputs
-    loose: tuple[str, ...] | None = None  # the caches whose outputs are views of larger tensors, or not contiguous
+    measures: tuple[tuple[Port, int], ...] = ()  # what decisions are made from, and from which outputs
+    loose: tuple[Port, ...] | None = None  # the caches whose outputs are views of larger tensors, or not contiguous
     aliases: tuple[int, ...] | None = None  # the model's own outputs that share memory with the state or each other
 
     @staticmethod
     def of(
         run: Callable[..., Sequence[Array]],
-        inputs: tuple[str, ...],
-        outputs: tuple[str, ...],
+        inputs: tuple[Port, ...],
+        outputs: tuple[Port, ...],
         pieces: Hashable,
         forecast: ForecastInputs,
         waiting: tuple[int, ...],
         rows: tuple[int, ...],
-        tokens: tuple[str, ...],
+        tokens: tuple[Port, ...],
         computed: Mapping[int, int | None],
     ) -> Program:
-        """Of a function of flat values with these names."""
-        own = sum(name.startswith("output_") for name in outputs)
-        extra = [*enumerate(outputs)][own:]
-        writes = {cache_input(name): i for i, name in extra if is_written(name)}
-        caches = frozenset(name for name in inputs if name.startswith(cache_input("")))
+        """Of a function of flat values with these ports."""
+        writes = {port: i for i, port in enumerate(outputs) if port.kind in WRITTEN}
+        caches = frozenset(port for port in inputs if port.kind in CACHES)
         return Program(
             run,
             inputs,
@@ -80,14 +80,14 @@ class Program:
             caches,
             reads=caches - forecast.old.keys(),
             forecast=forecast,
-            own=own,
+            own=sum(port.kind is PortKind.OUTPUT for port in outputs),
             writes=writes,
             replaces=frozenset(writes.keys() - set(inputs)),
             waiting=waiting,
             rows=rows,
-            tokens={name: tokens.index(name) for name in tokens if name in inputs},
+            tokens={port: tokens.index(port) for port in tokens if port in inputs},
             computed=computed,
-            measures=tuple((name, i) for i, name in extra if name in MEASURED),
+            measures=tuple((port, i) for i, port in enumerate(outputs) if port.kind in MEASURES),
         )
 
 
@@ -101,7 +101,7 @@ class Plan:
     flops: float
 
     @cached_property
-    def unread(self) -> tuple[str, ...]:
+    def unread(self) -> tuple[Port, ...]:
         """The caches that its program fills and no later step reads."""
         return dead_caches(self.step.live, self.program.writes)
 
@@ -114,13 +114,13 @@ class TimestepRows(Protocol):
     """Computes the timestep-only values of one graph, packed into one row for each type."""
 
     @property
-    def outputs(self) -> tuple[str, ...]: ...
+    def outputs(self) -> tuple[Port, ...]: ...
 
-    def compute(self, call: Mapping[str, Array], hoisted: Mapping[str, Array]) -> Sequence[Array]:
+    def compute(self, call: Mapping[str, Array], hoisted: Mapping[Port, Array]) -> Sequence[Array]:
         """The rows of the call's own timestep."""
 
     def compute_all(
-        self, call: Mapping[str, Array], hoisted: Mapping[str, Array], times: tuple[float, ...]
+        self, call: Mapping[str, Array], hoisted: Mapping[Port, Array], times: tuple[float, ...]
     ) -> Mapping[float, Sequence[Array]]:
         """The rows of each of ``times``; none where that is not to be done at once."""
 
@@ -153,9 +153,10 @@ class Hoister(Protocol):
     """Computes the loop-invariant values from the call's invariant inputs."""
 
     @property
-    def inputs(self) -> tuple[str, ...]: ...
+    def inputs(self) -> tuple[str, ...]:
+        """The names of these arguments."""
 
-    def compute(self, call: Mapping[str, Array]) -> dict[str, Array]: ...
+    def compute(self, call: Mapping[str, Array]) -> dict[Port, Array]: ...
 
 
 class Dispatcher:
@@ -212,7 +213,7 @@ class Dispatcher:
         measured: list[float] = []
         cheap: Sequence[Array] | None = None
         if isinstance(policy.measure, Probe):
-            known = bool(state.past) if policy.measure.of == "forecast" else cache_input(PROBE_SEEN) in state.caches
+            known = bool(state.past) if policy.measure.of == "forecast" else PROBE_SEEN in state.caches
             flops += self._look(state, call, request, tick)
             measured = state.measured[PROBE_CHANGE].tolist() if known else []
         elif drafts:
@@ -248,11 +249,11 @@ class Dispatcher:
 
     def _remember_look(self, probe: Probe, state: CacheState, full: Sequence[bool]) -> None:
         """What the next look compares with: this one, or where it is to be of a full step, that of the full rows."""
-        name, seen = cache_input(PROBE_SEEN), state.measured[PROBE_SEEN]
+        seen = state.measured[PROBE_SEEN]
         if probe.to_last_full and not all(full):
-            old = state.caches[name]
+            old = state.caches[PROBE_SEEN]
             seen = self.planner.arrays(seen).choose(full, seen, old) if any(full) else old
-        state.store({name: seen})
+        state.store({PROBE_SEEN: seen})
 
     def warm_up(
         self,
@@ -297,10 +298,10 @@ class Dispatcher:
         request: Request,
         tick: Tick,
         rows: Sequence[bool] | None = None,
-    ) -> dict[str, Array]:
+    ) -> Given:
         """The inputs that this step alone determines; a full step may be for some ``rows`` of the batch."""
         program = plan.program
-        given = {**call, **state.measured} if state.measured else {**call}
+        given: Given = {**call, **state.measured} if state.measured else {**call}
         if program.pieces:
             given.update(self._timestep_values(program.pieces, state, call, request, tick))
         if program.forecast.needed:
@@ -309,7 +310,7 @@ class Dispatcher:
 
     def _timestep_values(
         self, needed: Hashable, state: CacheState, call: Mapping[str, Array], request: Request, tick: Tick
-    ) -> Iterable[tuple[str, Array]]:
+    ) -> Iterable[tuple[Port, Array]]:
         """The rows that a program with these pieces reads: those computed before the loop, else computed now."""
         if self._foresees and not state.foreseen:
             state.foreseen = True
@@ -351,7 +352,7 @@ class Dispatcher:
             return plan
         return self.planner.plan(Step(StepKind.FULL, kept=step.kept, live=step.live))
 
-    def _run(self, plan: Plan, state: CacheState, given: dict[str, Array]) -> Sequence[Array]:
+    def _run(self, plan: Plan, state: CacheState, given: Given) -> Sequence[Array]:
         program = plan.program
         if program.replaces:  # free before they are computed anew, so that there are never two of them
             state.drop(program.replaces)
@@ -361,7 +362,7 @@ class Dispatcher:
         if program.writes:
             state.store(self._written(program, results))
         if program.measures:
-            state.measured.update({name: results[i] for name, i in program.measures})
+            state.measured.update({port: results[i] for port, i in program.measures})
         if program.computed:
             self._refresh(program.computed, results, state)
         outputs = self._unaliased(program, results[: program.own], state)
@@ -371,23 +372,23 @@ class Dispatcher:
             state.drop(plan.unread)
         return outputs
 
-    def _written(self, program: Program, results: Sequence[Array]) -> dict[str, Array]:
+    def _written(self, program: Program, results: Sequence[Array]) -> dict[Port, Array]:
         """The caches that a program fills: contiguous, as compiled code wants them, and as large as they seem."""
-        written = {name: results[i] for name, i in program.writes.items()}
+        written = {port: results[i] for port, i in program.writes.items()}
         if program.loose is None:  # a property of the variant, so looked up once
-            program.loose = tuple(name for name, value in written.items() if _is_loose(value))
-        for name in program.loose:
-            value = written[name]
-            written[name] = value.clone() if value.is_contiguous() else value.contiguous()
+            program.loose = tuple(port for port, value in written.items() if _is_loose(value))
+        for port in program.loose:
+            value = written[port]
+            written[port] = value.clone() if value.is_contiguous() else value.contiguous()
         return written
 
-    def _tokens(self, plan: Plan, state: CacheState) -> dict[str, Array | None]:
-        """The tokens that the waiting branches of a partial step recompute, by the name of the input."""
+    def _tokens(self, plan: Plan, state: CacheState) -> dict[Port, Array | None]:
+        """The tokens that the waiting branches of a partial step recompute, by the input."""
         program = plan.program
         if state.selector is None or not program.waiting:
             return {}
         chosen = state.selector.select(program.rows, plan.counts, plan.step.interval)
-        return {name: chosen[place] for name, place in program.tokens.items()}
+        return {port: chosen[place] for port, place in program.tokens.items()}
 
     def _unaliased(self, program: Program, outputs: Sequence[Array], state: CacheState) -> Sequence[Array]:
         """The outputs, copied where the caller's changing one in place would change the state or another output."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from duca_compile.core.ports import FORECAST_FACTORS, FORECAST_GAP, FORECAST_ORDERS, FULL_ROWS
+from duca_compile.core.ports import FORECAST_FACTORS, FORECAST_GAP, FORECAST_ORDERS, FULL_ROWS, Port
 from duca_compile.core.tensors import Array
 from duca_compile.policies.base import Forecast
 from duca_compile.runtime.past import Past
@@ -17,12 +17,12 @@ NUMBERS = (FORECAST_GAP, FORECAST_ORDERS, *FORECAST_FACTORS, FULL_ROWS)
 
 @dataclass(frozen=True)
 class ForecastInputs:
-    """The inputs of a variant that the step's number and decisions alone determine, by name, with what makes them."""
+    """The inputs of a variant that the step's number and decisions alone determine, with what makes them."""
 
-    numbers: Mapping[str, Callable[[tuple[float, ...]], Array]]
-    old: Mapping[str, Callable[[], Array]]  # caches that it compares with or keeps rows of; zeros where there are none
+    numbers: Mapping[Port, Callable[[tuple[float, ...]], Array]]
+    old: Mapping[Port, Callable[[], Array]]  # caches that it compares with or keeps rows of; zeros where there are none
     rows: int = 1  # how many values each number has: one, or one for each row of the batch
-    _known: dict[tuple[object, ...], dict[str, Array]] = field(default_factory=dict)  # as requests are alike
+    _known: dict[tuple[object, ...], dict[Port, Array]] = field(default_factory=dict)  # as requests are alike
 
     @property
     def needed(self) -> bool:
@@ -31,14 +31,14 @@ class ForecastInputs:
 
     def values(
         self, forecast: Forecast | None, state: CacheState, step: int, rows: Sequence[bool] | None = None
-    ) -> dict[str, Array]:
+    ) -> dict[Port, Array]:
         """The numbers for ``step``, which before a full step is noted in ``state``, with zeros for old caches.
 
         A pass that is new or missed a step has no differences: its full step counts as a first one. Where rows differ,
         ``rows`` says which of them a full step is for.
         """
         if missing := self.old.keys() - state.caches.keys():
-            state.store({name: self.old[name]() for name in missing})
+            state.store({port: self.old[port]() for port in missing})
         if not self.numbers:
             return {}
         full = (True,) * self.rows if rows is None or self.rows == 1 else tuple(rows)
@@ -61,12 +61,12 @@ class ForecastInputs:
         full: tuple[float, ...],
         past: tuple[Past, ...],
         after: tuple[Past, ...],
-    ) -> dict[str, Array]:
-        numbers: dict[str, tuple[float, ...]] = {FULL_ROWS: full}
+    ) -> dict[Port, Array]:
+        numbers: dict[Port, tuple[float, ...]] = {FULL_ROWS: full}
         if forecast is not None and FORECAST_FACTORS[0] in self.numbers:
             factors = [each.factors(step, forecast) for each in past]
             numbers |= zip(FORECAST_FACTORS, zip(*factors, strict=True), strict=False)
         elif forecast is not None:
             numbers[FORECAST_GAP] = tuple(each.distance(step) for each in past)
             numbers[FORECAST_ORDERS] = tuple(each.orders for each in after)
-        return {name: make(numbers[name]) for name, make in self.numbers.items()}
+        return {port: make(numbers[port]) for port, make in self.numbers.items()}

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from duca_compile.core.ir import Branch, Facts, Role
+from duca_compile.core.ports import Port
 from duca_compile.core.steps import Kept, Probe, Step, StepKind
 from duca_compile.core.variants import Action, VariantSpec
 from duca_compile.errors import PolicyError
@@ -104,7 +105,7 @@ def _shared(facts: Facts, counts: dict[int, int]) -> tuple[int, ...]:
     )
 
 
-def score_output(facts: Facts, branch: Branch, scores: str | None, outputs: Collection[str]) -> str | None:
+def score_output(facts: Facts, branch: Branch, scores: str | None, outputs: Collection[Port]) -> Port | None:
     """The output among ``outputs`` that holds the scores of the tokens of ``branch``; None where there is none."""
     source = facts.score_source(branch, scores)
     return source.score_slot if source is not None and source.score_slot in outputs else None

@@ -8,10 +8,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
-from duca_compile.core.ports import dead_caches
+from duca_compile.core.ports import Port, dead_caches
 from duca_compile.core.steps import Kept, Step, StepKind
 from duca_compile.core.tensors import Array, Sight
 from duca_compile.policies.base import Policy
@@ -43,19 +43,22 @@ class Executed(NamedTuple):
     rows: tuple[StepKind, ...] = ()  # of those whose rows decide for themselves: what each row did
 
 
+Given = dict[Any, Array]  # the values of one step: the tensors of the call by name, all others by port
+
+
 class Reader(Protocol):
     """A program, as far as its inputs go; known by its identity."""
 
-    inputs: tuple[str, ...]
-    caches: frozenset[str]  # those of them that are caches
-    reads: frozenset[str]  # those of the caches that must be there
+    inputs: tuple[Port, ...]
+    caches: frozenset[Port]  # those of them that are caches
+    reads: frozenset[Port]  # those of the caches that must be there
 
 
 class Gathered(NamedTuple):
-    """The inputs of one program, as far as they stay from step to step, and the places and names of the rest."""
+    """The inputs of one program, as far as they stay from step to step, and the places and keys of the rest."""
 
     values: list[Array | None]
-    rest: tuple[tuple[int, str], ...]
+    rest: tuple[tuple[int, Port | str], ...]
     whole: bool  # whether all caches that must be there are
 
 
@@ -63,10 +66,10 @@ class Gathered(NamedTuple):
 class CacheState:
     """What one pass of one request carries from step to step; dropped when the next request starts."""
 
-    caches: dict[str, Array] = field(default_factory=dict)  # placeholder name -> value
+    caches: dict[Port, Array] = field(default_factory=dict)
     last_step: int = -1
     gathered: dict[Reader, Gathered] = field(default_factory=dict)
-    hoisted: dict[str, Array] = field(default_factory=dict)
+    hoisted: dict[Port, Array] = field(default_factory=dict)
     hoisted_from: Sight | None = None
     condition: Sight | None = None  # of the whole call that they were last found right for
     rows: Mapping[float, Sequence[Array]] = field(default_factory=dict)  # timestep -> the values it alone determines
@@ -74,30 +77,30 @@ class CacheState:
     selector: TokenSelector | None = None
     past: tuple[Past, ...] = ()  # of the batch, or of each row where rows decide for themselves
     decisions: Decisions | None = None
-    measured: dict[str, Array] = field(default_factory=dict)  # what this step's variants measured, by name
+    measured: dict[Port, Array] = field(default_factory=dict)  # what this step's variants measured
 
     kept: Kept = Kept.ALL  # the kinds of caches that were kept behind the last step
     _most: tuple[int, int] = (0, 0)  # how many caches there were at most, and their bytes
 
-    def store(self, values: Mapping[str, Array]) -> None:
-        """Puts these caches in the places of those of the same names; what was written in place is there already."""
+    def store(self, values: Mapping[Port, Array]) -> None:
+        """Puts these caches in the places of those of the same ports; what was written in place is there already."""
         caches = self.caches
-        new = [name for name, value in values.items() if caches.get(name) is not value]
+        new = [port for port, value in values.items() if caches.get(port) is not value]
         if new:
             caches.update(values)
             self._changed(new)
 
-    def drop(self, names: Collection[str]) -> None:
+    def drop(self, ports: Collection[Port]) -> None:
         """Forgets these caches, as far as they are there."""
-        for name in names:
-            self.caches.pop(name, None)
-        self._changed(names)
+        for port in ports:
+            self.caches.pop(port, None)
+        self._changed(ports)
 
-    def _changed(self, names: Collection[str]) -> None:
-        for reader in [reader for reader in self.gathered if not reader.caches.isdisjoint(names)]:
+    def _changed(self, ports: Collection[Port]) -> None:
+        for reader in [reader for reader in self.gathered if not reader.caches.isdisjoint(ports)]:
             del self.gathered[reader]
 
-    def hoist(self, values: dict[str, Array], sources: Sight) -> None:
+    def hoist(self, values: dict[Port, Array], sources: Sight) -> None:
         """Notes the loop-invariant values of a call; those of timesteps may depend on them."""
         self.hoisted, self.hoisted_from = values, sources
         self.rows, self.foreseen = {}, False
@@ -108,17 +111,17 @@ class CacheState:
         gathered = self.gathered.get(reader)
         if gathered is None:
             values = [*map({**self.hoisted, **self.caches}.get, reader.inputs)]
-            rest = tuple([(place, reader.inputs[place]) for place, value in enumerate(values) if value is None])
-            whole = reader.reads.isdisjoint(name for _, name in rest)
+            rest = tuple([(place, reader.inputs[place].key) for place, value in enumerate(values) if value is None])
+            whole = reader.reads.isdisjoint(key for _, key in rest)
             gathered = self.gathered[reader] = Gathered(values, rest, whole)
         return gathered
 
-    def inputs(self, reader: Reader, given: Mapping[str, Array]) -> list[Array]:
+    def inputs(self, reader: Reader, given: Given) -> list[Array]:
         """What a program reads."""
         gathered = self.gathered.get(reader) or self.gather(reader)
         values = gathered.values.copy()
-        for place, name in gathered.rest:
-            values[place] = given[name]
+        for place, key in gathered.rest:
+            values[place] = given[key]
         return values
 
     @property

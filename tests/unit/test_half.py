@@ -20,7 +20,7 @@ from duca_compile.passes.pipeline import build_variant
 from duca_compile.policies import StepKind
 from tests.test_memory import held
 from tests.test_optimize import build, latent
-from tests.unit.tracing import COMPUTE, FORECAST, Runner, analysed
+from tests.unit.tracing import COMPUTE, FORECAST, Runner, analysed, names_of
 
 HALF, ROWS = (torch.bfloat16, torch.float16), 4
 Numbers = dict[str, Tensor]
@@ -185,7 +185,7 @@ def test_numbers_of_forecasts_stay_wide_where_caches_are_narrow() -> None:
     captured, facts = analysed(build(depth=2), **example(torch.float32))
     spec = VariantSpec((COMPUTE,) * 4, order=1, relational=True, cache_dtype=torch.bfloat16)
     variant = build_variant(captured, facts, spec)
-    results = dict(zip(variant.outputs, variant.module.graph.output_node().args[0], strict=True))  # type: ignore[arg-type]
+    results = dict(zip(names_of(variant.outputs), variant.module.graph.output_node().args[0], strict=True))  # type: ignore[arg-type]
     assert results["scale_0"].meta["val"].dtype is torch.float32
     assert results["input_0"].meta["val"].dtype is results["branch_0_d1"].meta["val"].dtype is torch.bfloat16
 

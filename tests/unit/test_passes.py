@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812
-from tracing import COMPUTE, FORECAST, PARTIAL, REUSE, Runner, analysed, module, names, node, raw
+from tracing import COMPUTE, FORECAST, PARTIAL, REUSE, Runner, analysed, module, names, names_of, node, raw
 
 from duca_compile.analysis.closure import ancestors
 from duca_compile.core.fx_utils import copy_graph, op_name, to_module
 from duca_compile.core.ir import CapturedGraph, Facts
-from duca_compile.core.ports import VERIFY_ERROR
+from duca_compile.core.ports import Port, PortKind
 from duca_compile.core.variants import Action, VariantSpec
 from duca_compile.errors import InternalError
 from duca_compile.passes.base import Draft, Pass, VariantDraft
@@ -42,6 +42,7 @@ from duca_compile.passes.pipeline import PREPARE, run_passes
 from duca_compile.policies import Probe, Verify
 
 X = torch.randn(2, 4, 8)
+OUTPUT = Port(PortKind.OUTPUT, 0)
 
 
 def operators(graph: fx.Graph) -> list[str]:
@@ -243,7 +244,7 @@ class TestCaching:
 
     def draft(self, *actions: Action, **spec: Any) -> VariantDraft:
         captured, facts = self.model
-        return VariantDraft(copy_graph(captured.graph), facts, VariantSpec(tuple(actions), **spec), ["output_0"])
+        return VariantDraft(copy_graph(captured.graph), facts, VariantSpec(tuple(actions), **spec), [OUTPUT])
 
     def apply(self, a_pass: Pass[VariantDraft], draft: VariantDraft) -> bool:
         """Applies the pass twice: the second time must change nothing."""
@@ -260,14 +261,14 @@ class TestCaching:
         return not self.apply(a_pass, draft) and str(draft.graph) == before
 
     def returned(self, draft: VariantDraft) -> dict[str, str]:
-        return dict(zip(draft.results, (n.name for n in draft.graph.output_node().args[0]), strict=True))
+        return dict(zip(names_of(draft.results), (n.name for n in draft.graph.output_node().args[0]), strict=True))
 
     def readers(self, draft: VariantDraft, name: str) -> set[str]:
         return {user.name for user in node(draft.graph, name).users}
 
     def test_hoisting_reads_the_frontier_from_inputs(self) -> None:
         captured, facts = analysed(models.build(models.CrossBlock), **models.example())
-        draft = VariantDraft(copy_graph(captured.graph), facts, VariantSpec((COMPUTE,) * 6), ["output_0"])
+        draft = VariantDraft(copy_graph(captured.graph), facts, VariantSpec((COMPUTE,) * 6), [OUTPUT])
         assert self.apply(Hoist(), draft)
         hoisted = [n.name for n in draft.graph.nodes if n.name.startswith("hoisted_")]
         assert len(hoisted) == 4 + 1, "keys and values of two blocks, and the frequencies of the timestep"
@@ -297,7 +298,7 @@ class TestCaching:
             return x + self.a(x * timestep[:, None, None])
 
         captured, facts = analysed(module(forward, a=nn.Linear(8, 8)), x=X, timestep=torch.ones(2))
-        draft = VariantDraft(copy_graph(captured.graph), facts, VariantSpec((COMPUTE,)), ["output_0"])
+        draft = VariantDraft(copy_graph(captured.graph), facts, VariantSpec((COMPUTE,)), [OUTPUT])
         assert self.unchanged(Hoist(), draft)
 
     def test_computed_branches_and_the_end_of_the_stream_are_returned(self) -> None:
@@ -362,7 +363,7 @@ class TestCaching:
         for branch in facts.branches:
             first, second = (node(draft.graph, returned[f"branch_{branch.index}_d{order}"]) for order in (1, 2))
             assert op_name(first) == op_name(second) == "where"
-            assert returned[branch.slot] == branch.core
+            assert returned[branch.slot.result_name] == branch.core
             changes = [n.args[1].args[0] for n in (first, second)]
             now = [node(draft.graph, branch.core), first]
             old = [node(draft.graph, f"cache_branch_{branch.index}{difference}") for difference in ("", "_d1")]
@@ -470,7 +471,7 @@ class TestCaching:
         draft = self.draft(*[FORECAST] * 4, order=1, emit=False, verify=Verify("norm_ratio", of))
         before = operators(draft.graph)
         assert self.apply(VerifyForecast(), draft)
-        assert list(self.returned(draft)) == ["output_0", VERIFY_ERROR]
+        assert list(self.returned(draft)) == ["output_0", "verify_error"]
         own = node(draft.graph, facts.stream_end if of == "stream" else facts.branches[-1].core)
         copies = {n.meta["copy_of"]: n for n in draft.graph.nodes if "copy_of" in n.meta}
         last = {name for b in facts.branches[2:] for name in b.body}
@@ -533,7 +534,7 @@ class TestCaching:
         """A long skip from behind the first block: two stretches, of which the second starts where the first ends."""
         captured, facts = analysed(models.build(depth=3, long_skip="late"), **models.example())
         spec = VariantSpec((COMPUTE,) * len(facts.branches), change=True)
-        draft = VariantDraft(copy_graph(captured.graph), facts, spec, ["output_0"])
+        draft = VariantDraft(copy_graph(captured.graph), facts, spec, [OUTPUT])
         assert self.apply(EmitChanges(), draft)
         adds = [b.add for b in facts.branches]
         ends = [[n.name for n in node(draft.graph, name).args] for name in list(self.returned(draft).values())[1:]]
@@ -630,7 +631,7 @@ MASK |= torch.eye(4, dtype=torch.bool)
 def test_scores_equal_their_formulas(kind: str, mask: Tensor | None, scale: float | None) -> None:
     model = attention_model(mask, scale)
     captured, facts = analysed(model, x=X, timestep=torch.ones(2))
-    draft = VariantDraft(copy_graph(captured.graph), facts, VariantSpec((COMPUTE, COMPUTE), scores=kind), ["output_0"])
+    draft = VariantDraft(copy_graph(captured.graph), facts, VariantSpec((COMPUTE, COMPUTE), scores=kind), [OUTPUT])
     assert EmitScores().apply(draft)
     draft.graph.lint()
     got = to_module(captured, draft.graph)(X, torch.ones(2))[1]

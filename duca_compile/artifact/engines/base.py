@@ -7,17 +7,28 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from duca_compile.artifact import manifest
-from duca_compile.core.ports import PROBE_CHANGE, VERIFY_ERROR
+from duca_compile.core.ports import PortKind, named_result
 from duca_compile.core.tensors import Array
 from duca_compile.errors import UsageError
 
-SCORE = "score_"
-# Outputs that leave the engine; all others only go into later steps.
-HOST = ("output_", SCORE, PROBE_CHANGE, VERIFY_ERROR)
+# The results that leave the engine; all others only go into later steps.
+HOST = (PortKind.OUTPUT, PortKind.SCORE, PortKind.PROBE_CHANGE, PortKind.VERIFY_ERROR)
 
 # Flat values in the order of a graph's inputs to those of its outputs. Values are numpy arrays, torch tensors or what
-# an earlier function of the same engine returned; what HOST names is returned as numpy arrays, or outputs as tensors.
+# an earlier function of the same engine returned; those of HOST are returned as numpy arrays, or outputs as tensors.
 GraphFunction = Callable[..., Sequence[Array]]
+
+
+def is_for_host(result: str) -> bool:
+    """Whether the result of this name leaves the engine."""
+    port = named_result(result)
+    return port is not None and port.kind in HOST
+
+
+def is_score(result: str) -> bool:
+    """Whether the result of this name holds scores, which are chosen from with numpy."""
+    port = named_result(result)
+    return port is not None and port.kind is PortKind.SCORE
 
 
 class Engine(Protocol):

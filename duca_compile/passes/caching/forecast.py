@@ -35,7 +35,7 @@ class Forecast(CachingPass):
         series = Series(draft)
         for slot, value in values.items():
             like = value.meta["val"]
-            start = draft.cache(slot, like)
+            start = draft.input(slot, like)
             with draft.graph.inserting_before(value):
                 total = series.behind(start, slot, like)
             total.meta["val"] = like

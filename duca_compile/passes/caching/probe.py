@@ -21,5 +21,5 @@ class GoOn(CachingPass):
         stream = as_carried(probed_stream(draft, probe)[1])
         if not stream.users:
             return False
-        stream.replace_all_uses_with(draft.add_input(PROBE_STREAM, stream.meta["val"]))
+        stream.replace_all_uses_with(draft.input(PROBE_STREAM, stream.meta["val"]))
         return True

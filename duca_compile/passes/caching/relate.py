@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from duca_compile.core.ports import cache_input
 from duca_compile.core.variants import Action
 from duca_compile.passes.base import CachingPass, VariantDraft
 from duca_compile.passes.numbers import distance, limited, ratio, row_norm, row_numbers
@@ -30,8 +29,8 @@ class ForecastFromInputs(CachingPass):
         for branch in branches:
             output, given = draft.node(branch.core), draft.node(branch.input)
             like = output.meta["val"]
-            start, old_given = draft.cache(branch.slot, like), draft.cache(branch.input_slot, given.meta["val"])
-            scale = draft.add_input(cache_input(branch.scale_slot), row_numbers(output))
+            start, old_given = draft.input(branch.slot, like), draft.input(branch.input_slot, given.meta["val"])
+            scale = draft.input(branch.scale_slot, row_numbers(output))
             with graph.inserting_before(output):
                 direction = series.change(branch.slot, like)
                 moved = graph.call_function(aten.mul.Tensor, (scale, distance(draft, given, old_given)))

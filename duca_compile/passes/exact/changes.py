@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from duca_compile.core.ir import Branch
-from duca_compile.core.ports import change_slot
+from duca_compile.core.ports import Port, PortKind
 from duca_compile.frontend.operators import as_carried
 from duca_compile.passes.base import ExactPass, VariantDraft
 from duca_compile.passes.exact.probe import probed_stream
@@ -25,12 +25,13 @@ class EmitChanges(ExactPass[VariantDraft]):
     def apply(self, draft: VariantDraft) -> bool:
         if not draft.spec.change or not draft.spec.emit:
             return False
-        new = {i: ends for i, ends in stretches(draft).items() if change_slot(i) not in draft.results}
-        for index, (start, end) in new.items():
+        found = {Port(PortKind.CHANGE, index): ends for index, ends in stretches(draft).items()}
+        new = {port: ends for port, ends in found.items() if port not in draft.results}
+        for port, (start, end) in new.items():
             with draft.graph.inserting_before(draft.graph.output_node()):
                 change = draft.graph.call_function(aten.sub.Tensor, (end, start))
             change.meta["val"] = end.meta["val"]
-            draft.add_result(change_slot(index), change)
+            draft.add_result(port, change)
         return bool(new)
 
 

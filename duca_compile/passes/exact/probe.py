@@ -9,7 +9,7 @@ from torch import fx
 
 from duca_compile.core.fx_utils import op_name
 from duca_compile.core.ir import Branch, Role
-from duca_compile.core.ports import PROBE_CHANGE, PROBE_SEEN, PROBE_STREAM, cache_input
+from duca_compile.core.ports import PROBE_CHANGE, PROBE_SEEN, PROBE_STREAM
 from duca_compile.core.steps import Probe
 from duca_compile.errors import PolicyError
 from duca_compile.frontend.operators import as_carried
@@ -50,7 +50,7 @@ class LookAhead(ExactPass[VariantDraft]):
         seen = _modulated(draft) if probe.of == "modulated" else None
         call, output = draft.graph.call_function, draft.graph.output_node()
         like = stream.meta["val"] if seen is None else seen.meta["val"]
-        before = draft.add_input(cache_input(PROBE_SEEN), like)
+        before = draft.input(PROBE_SEEN, like)
         with draft.graph.inserting_before(output):
             if seen is None:
                 seen = call(aten.sub.Tensor, (stream, as_carried(draft.node(_first_branches(draft)[0].stream))))
@@ -67,7 +67,7 @@ class LookAhead(ExactPass[VariantDraft]):
         branch, graph = draft.facts.first, draft.graph
         given = draft.node(branch.input)
         like = given.meta["val"]
-        start = draft.cache(branch.input_slot, like)
+        start = draft.input(branch.input_slot, like)
         with graph.inserting_before(graph.output_node()):
             expected = Series(draft).behind(start, branch.input_slot, like)
             missed = row_norm(draft, graph.call_function(aten.sub.Tensor, (given, expected)), like, 1)

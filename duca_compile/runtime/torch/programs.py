@@ -10,9 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from duca_compile.core.fx_utils import port_of
 from duca_compile.core.ir import Facts
 from duca_compile.core.lock import COMPILING
-from duca_compile.core.ports import FORECAST_GAP, FULL_ROWS, cache_input
+from duca_compile.core.ports import CACHES, FORECAST_GAP, FULL_ROWS
 from duca_compile.core.steps import Step, StepKind
 from duca_compile.core.variants import Action, Variant, VariantFunction, VariantSpec
 from duca_compile.policies.base import Policy
@@ -123,11 +124,11 @@ class Programs:
 
 
 def _forecast_inputs(variant: Variant) -> ForecastInputs:
-    kinds = {n.name: n.meta["val"] for n in variant.module.graph.nodes if n.op == "placeholder"}
-    numbers = {name: partial(_number, kinds[name]) for name in NUMBERS if name in kinds}
-    caches = {name: partial(_zeros, like) for name, like in kinds.items() if name.startswith(cache_input(""))}
+    kinds = {port_of(n): n.meta["val"] for n in variant.module.graph.find_nodes(op="placeholder")}
+    numbers = {port: partial(_number, kinds[port]) for port in NUMBERS if port in kinds}
+    caches = {port: partial(_zeros, like) for port, like in kinds.items() if port.kind in CACHES}
     compares = variant.spec.probing or numbers.keys() & {FORECAST_GAP, FULL_ROWS}
-    rows = max((kinds[name].numel() for name in numbers), default=1)
+    rows = max((kinds[port].numel() for port in numbers), default=1)
     return ForecastInputs(numbers, caches if compares else {}, rows)
 
 
