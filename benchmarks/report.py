@@ -1,13 +1,13 @@
-"""Write benchmarks/README.md from the results of the benchmarks, so that each figure in it is from a file.
+"""Write the summary and the full report of the benchmarks, so that each figure in them comes from a file.
 
-python benchmarks/report.py benchmarks/results > benchmarks/README.md
+python benchmarks/report.py  # writes README.md and results.md
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,8 +15,6 @@ from typing import Any
 
 from compare import OK, TARGET, Match, frontier, matches, peers_of, speed, split
 
-LIMITS = {"partial": 0.10, "reuse": 0.02, "skip": 0.01}  # of a full step
-EFFICIENCY = 0.9
 LIMITS = {"partial": 0.10, "reuse": 0.02, "skip": 0.01}  # of a full step
 EFFICIENCY = 1.0
 LOSSLESS = 0.97  # of torch.compile of the plain model, for the policy that caches nothing
@@ -33,57 +31,74 @@ MIB = 2**20
 
 Found = dict[str, Any]
 
-INTRODUCTION = """# Benchmarks
+FOLDER = Path(__file__).parent
+GAIN = (
+    "What each method gains in PSNR, image by image, over the fewest plain steps with at least the same FLOPs, to half "
+    "a percent (dB, with standard error), and its rank by perceptual distance among all methods of the level, "
+    "including plain steps."
+)
+
+SUMMARY = """# Benchmarks
+
+How fast, how close and how large, measured on one thread of a CPU. **Nothing here has been run on a GPU.** Every figure
+comes from a file in `benchmarks/results`; [all results](results.md) has every row, how each was measured, and
+[where we lose](results.md#where-we-lose). `report.py` writes both pages.
 
 ```
-python -m venv .venv && .venv/bin/pip install -c constraints.txt -e '.[bench]'
+python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e '.[bench]'
 .venv/bin/python benchmarks/suite.py --out benchmarks/results/suite.json
 .venv/bin/python benchmarks/pareto.py --out benchmarks/results/pareto.json
 .venv/bin/python benchmarks/methods.py --out benchmarks/results/methods.json
-.venv/bin/python benchmarks/report.py benchmarks/results > benchmarks/README.md
+.venv/bin/python benchmarks/report.py
 ```
 
-`suite.py` measures time, start-up, memory and the host's work, on models with random weights. `pareto.py` sets speed
-against fidelity, on the trained model in the package. Both run on one thread of a CPU and need a C++ compiler. With
-`--quick` each tries everything on tiny models or with few settings, in minutes. cache-dit is needed for its own rows
-alone. The last command writes this file. All figures below are from [results](results).
+With `--quick`, each command tries everything on tiny models or with few settings, in minutes. You need a C++ compiler;
+cache-dit is needed for its own rows only.
+"""
+
+INTRODUCTION = """# Benchmark results
+
+Everything that [the summary](README.md) is made from. `suite.py` measures time, start-up, memory and host time, on
+models with random weights. `pareto.py` compares speed with fidelity, on the trained model in the package. Both run on
+one thread of a CPU.
 
 | file | holds |
 |---|---|
-| `suite.py`, `pareto.py` | the two commands |
-| `methods.py` | a fourth: every method at matched FLOPs; it goes on where it was stopped |
+| `suite.py`, `pareto.py` | the two main commands |
+| `methods.py` | every method at matched FLOPs; it continues where it was stopped |
+| `scale.py` | what happens before compiling, on a model of real size |
+| `artifact.py`, `backends.py` | artifacts under ONNX Runtime, and a step of each kind under each backend |
 | `workloads.py` | the models, their sizes and their loops |
-| `runners.py`, `peers.py` | the ways of running them: PyTorch, duca_compile, other libraries |
-| `scale.py` | a third command: what comes before compiling, on a model of real size (`results/scale.json`) |
-| `host.py` | the host's work for a step, on a tiny FLUX of 57 blocks |
+| `runners.py`, `peers.py` | the ways to run them: PyTorch, duca_compile, other libraries |
+| `host.py` | host time per step, on a tiny FLUX of 57 blocks |
 | `measure.py` | clocks, memory, FLOPs |
-| `report.py`, `compare.py` | this page; what beats what |
+| `report.py`, `compare.py` | these pages; what beats what |
 """
 
 METHOD = """
-**Schedules.** All that cache compute the first step and each {nth} after it; TaylorSeer, ours and diffusers', computes
-one more near the start. cache-dit runs a static mask with one block before its decision, the fewest that it takes.
-FirstBlockCache has no schedule, so its decision is computed as ever, and then that of the same mask is taken. By its
-own patterns TaylorSeer of diffusers matches next to nothing in some of these models, so it is told the names of
-attention and MLPs or, *lite*, of the blocks and the last projection. Other libraries compile with
-`torch.compile(model)`, whose graphs their hooks break; the limit of recompilations is raised for them. Ours is
+**Schedules.** Every method that caches computes the first step and each {nth} after it. TaylorSeer, ours and
+diffusers', computes one more near the start. cache-dit runs a static mask with one block before its decision, the
+fewest that it accepts. FirstBlockCache has no schedule, so its decision is computed as usual and then replaced by that
+of the same mask. By its own patterns, TaylorSeer of diffusers matches next to nothing in some of these models, so it is
+given the names of attention and MLPs or, for *lite*, of the blocks and the last projection. Other libraries compile
+with `torch.compile(model)`; their hooks break the graph, and the limit of recompilations is raised for them. Ours uses
 `backend="inductor"`, and the plain model is compiled with `fullgraph=True`.
 
 **Time.** All rows of a model are interleaved in one process: each round has one loop of each. Loops that compile are
-not counted. Rounds counted: {rounds}. Times are their medians with the interquartile range; ratios are medians of the
-ratios within each round. CPU time leaves out waiting for a core that another process has. Where it differs, it is the
-one to read.
+not counted. Rounds counted: {rounds}. Times are medians with the interquartile range; ratios are medians of the ratios
+within each round. CPU time leaves out waiting for a core that another process uses. Where the two differ, read the CPU
+time.
 
-**Ideal.** FLOPs of the plain loop over those of the row's own, as torch's counter sees them while the loop runs under
-eager: what is counted was executed. *Blocks* counts calls of the first projection of each block's attention, in the
-same loop. *Achieved / ideal* sets the speed-up over the plain model in the same mode against that.
+**Ideal.** FLOPs of the plain loop over those of the row, as torch's counter sees them while the loop runs under eager:
+what is counted was executed. *Blocks* counts calls of the first projection of each block's attention, in the same loop.
+*Achieved / ideal* divides the speed-up over the plain model in the same mode by that ideal.
 
-**Start.** A fresh process with an empty folder for what Inductor compiles, then another with the folder that the first
-left. {calls} calls are enough for every variant to run, and for a full step after them. Importing and building the
-model are not counted.
+**Start.** A fresh process with an empty folder for Inductor's cache, then another process with the folder that the
+first left. {calls} calls are enough for every variant to run, and for a full step after them. Importing and building
+the model are not counted.
 
-**Memory.** The kernel's record of the process's highest resident set, without mapped files, less what the process held
-before the model was built; in a second request of the warm process, so compiling does not count."""
+**Memory.** The kernel's record of the highest resident set of the process, without mapped files, minus what the process
+held before the model was built; in a second request of the warm process, so compiling does not count."""
 
 
 def prose(*sentences: str) -> str:
@@ -131,7 +146,7 @@ def setting(suite: Found) -> list[str]:
     given = suite["arguments"]
     return [
         "## What was measured\n",
-        *head("", ""),
+        *head("what", "value"),
         row("machine", f"{machine}; {where['threads']} thread used"),
         row("software", f"Python {where['python']}, {packages}, duca_compile at {where['commit']}"),
         row("seed", f"{given['seed']}, of weights, prompts and latents"),
@@ -153,10 +168,6 @@ def setting(suite: Found) -> list[str]:
         "Weights are random and float32. A batch of 2 is both halves of classifier-free guidance.",
         *method(suite),
     ]
-
-
-def described(model: Found) -> tuple[str, str, str]:
-    return f"`{model['config']['class']}`", model["shape"], f"`{model['loop']['scheduler']}`, {model['steps']} steps"
 
 
 def method(suite: Found) -> list[str]:
@@ -231,8 +242,8 @@ def starts(suite: Found) -> Iterator[str]:
     yield "## Start and memory"
     yield prose(
         f"Seconds of the first call, and of the first {calls}, with nothing compiled (cold) and with what an earlier",
-        "process compiled (warm). Where nothing is compiled, there is one process. *CPU* is the CPU time of the same",
-        "calls, the C++ compiler's included.",
+        "process compiled (warm). Rows that compile nothing have one process. *CPU* is the CPU time of the same",
+        "calls, including the C++ compiler.",
     )
     for name, model in suite["models"].items():
         rows = model.get("start", {})
@@ -259,9 +270,9 @@ def depth(found: Found) -> Iterator[str]:
     """Cold and warm starts of models that differ in depth alone."""
     yield "## Compiling by depth"
     yield prose(
-        "Seconds of the first calls of a process until each variant of the policy has run, less what the same calls",
-        "take later in that process: capturing, analysing, rewriting and compiling, the C++ compiler's processes",
-        "included, one at a time. DiTs of width 384 and 256 tokens. *Warm* finds what the cold process compiled. The",
+        "Seconds of the first calls of a process until each variant of the policy has run, minus what the same calls",
+        "take later in that process: capturing, analysing, rewriting and compiling, including the C++ compiler, one",
+        "process at a time. DiTs of width 384 and 256 tokens. *Warm* finds what the cold process compiled. The",
         f"verdicts are by CPU time. {measured(found['load_average_before_and_after'], found['commit'])}",
     )
     yield from head("run", "blocks", "cold, s", "CPU time, s", "warm, s", "CPU time, s")
@@ -297,11 +308,11 @@ def depth_verdicts(found: Found, spent: dict[tuple[str, int], float]) -> Iterato
 def depth_profile(found: dict[int, dict[str, float]]) -> Iterator[str]:
     """What grows with the depth."""
     yield prose(
-        "What grows is what is done before repeated blocks are one: torch.export unrolls the model, and each variant's",
-        "graph is traced as a whole. The last kernel of a partial step, which adds what all blocks add to the other",
-        "tokens, has as many inputs as there are branches. A second process finds the kernels, and does again what",
-        "comes before them: a run of the model itself, torch.export, analysis and rewriting.",
-        "Seconds under cProfile, which slows down Python and not the C++ compiler; the stages overlap:",
+        "What grows with depth is the work before repeated blocks are merged: torch.export unrolls the model, and",
+        "each variant's graph is traced as a whole. The last kernel of a partial step, which adds what all blocks add",
+        "to the other tokens, has as many inputs as there are branches. A second process finds the kernels, but",
+        "repeats what comes before them: a run of the model itself, torch.export, analysis and rewriting. Seconds",
+        "under cProfile, which slows down Python and not the C++ compiler; the stages overlap:",
     )
     yield from head("stage", *(f"{blocks} blocks" for blocks in found))
     for stage in dict.fromkeys(stage for each in found.values() for stage in each):
@@ -317,7 +328,7 @@ def calls(suite: Found) -> Iterator[str]:
     yield "## One call of each kind"
     yield prose(
         f"Medians of {suite['arguments']['calls']} calls. *Host* is the wall-clock time of a call outside of the",
-        "compiled variant: telling the step, planning, choosing tokens, handing caches over.",
+        "compiled variant: recognising the step, planning, choosing tokens, passing caches.",
     )
     yield from head("model", "call", "time, ms (IQR)", "of full", "by CPU time", "FLOPs of full", "host, ms", "target")
     for name, model in suite["models"].items():
@@ -335,15 +346,14 @@ def calls(suite: Found) -> Iterator[str]:
 def hosts(host: Found) -> Iterator[str]:
     model = host["model"]
     sizes = f"{model['double'] + model['single']} blocks ({model['double']} double, {model['single']} single)"
-    yield "## The host's work per step"
+    yield "## Host time per step"
     yield prose(
-        f"A FLUX of {sizes}, so small that its graphs take next to no time, called as pipelines call it (a tuple",
-        "returned). All alternate, so that each finds the processor's caches as another left them.",
+        f"A FLUX of {sizes}, so small that its graphs take next to no time, called as pipelines call it (returning a",
+        "tuple). All rows alternate, so each finds the processor's caches as another left them.",
         measured(host["load_average_before_and_after"], host["commit"]),
-        "*In a row*: steps of one kind with nothing else in between, as where an accelerator computes.",
-        "*Nothing computed*: the same, where the compiled graphs return what they returned before. Of others, the call",
-        "is that of a skipped step. *Outside* is what is left of a call of ours when the compiled graph's own time is",
-        "taken off.",
+        "*In a row*: steps of one kind with nothing else in between, as if an accelerator did the computing. *Nothing",
+        "computed*: the same, with compiled graphs that return what they returned before. For other libraries, the",
+        "call is that of a skipped step. *Outside* is the time of one of our calls minus that of its compiled graph.",
     )
     yield from head("step", "mode", "call, ms (IQR)", "outside, ms (IQR)", "target")
     for mode, rows in host.get("found", {}).items():
@@ -357,9 +367,9 @@ def hosts(host: Found) -> Iterator[str]:
             yield row(label, mode, spread(each["seconds"], 1e3), spread(outside, 1e3) if outside else "", met)
     yield prose(
         *idle(host["found"]),
-        "By stage, in calls of their own. In a row, with nothing computed behind the stroke; the others are of a loop",
-        "whose kinds take turns. There a step after a full one looks its inputs up anew, and one that is the last to",
-        "read caches frees them.",
+        "The table shows the stages, measured in separate calls. For steps in a row, the second number is with",
+        "nothing computed. The other columns are from a loop whose kinds alternate: a step after a full one looks its",
+        "inputs up again, and the last one to read caches frees them.",
     )
     for mode, rows in host["found"].items():
         stages = {label: each["stage_seconds"] for label, each in rows.items() if "stage_seconds" in each}
@@ -380,8 +390,8 @@ def idle(found: Found) -> Iterator[str]:
             own, idle = (1e6 * rows[each]["host_seconds_outside_the_graph"]["median"] for each in (label, label + IDLE))
             times.append(f"{kind} {own:.0f} and {idle:.0f}")
     if times:
-        yield f"In a row, and so with nothing computed, they take, in µs: {'; '.join(times)}. It is the same code both"
-        yield "times: what it takes longer is the price of finding the processor's caches as the graph has left them."
+        yield f"In a row, with the graph and with nothing computed, they take, in µs: {'; '.join(times)}. The code is"
+        yield "the same: the difference is the price of finding the processor's caches as the graph left them."
 
 
 def quality(pareto: Found) -> Iterator[str]:
@@ -391,23 +401,25 @@ def quality(pareto: Found) -> Iterator[str]:
     yield "## Speed against fidelity"
     yield prose(
         f"The trained model in the package, {seeds * classes} images ({seeds} of each class), DDIM, duca_compile at",
-        f"{where['commit']}, load {before:.1f} at the start, {after:.1f} at the end. Speed is over `torch.compile` of",
-        "the plain model in the same round. PSNR is to its images of the same noise; it says how much changed, not how",
-        f"good an image is, and counts to a tenth. Other libraries ran under {modes}"
+        f"{where['commit']}, load {before:.1f} at the start, {after:.1f} at the end. Speed-up is over `torch.compile`",
+        "of the plain model in the same round. PSNR is measured to its images from the same noise and rounded to a",
+        "tenth: it",
+        f"says how much changed, not how good an image is. Other libraries ran under {modes}"
         + ("; the faster counts." if len(pareto["modes"]) > 1 else "."),
         "Points that skip nothing are left out.",
-        *([f"Of our settings, one in {pareto['every']} was run."] if pareto["every"] > 1 else []),
-        *([f"Of the others' settings, one in {others} was run."] if (others := pareto["every_of_others"]) > 1 else []),
-        *([f"Of ours, all that are calibrated were run again, at {pareto['again']}."] if "again" in pareto else []),
+        *([f"One in {pareto['every']} of our settings was run."] if pareto["every"] > 1 else []),
+        *([f"One in {others} of the others' settings was run."] if (others := pareto["every_of_others"]) > 1 else []),
+        *([f"All calibrated ones of ours were run again, at {pareto['again']}."] if "again" in pareto else []),
     )
     yield "![Time against PSNR of all settings](results/pareto.png)"
     for steps in pareto["steps"]:
         by_library = split(pareto["points"], steps)
         yield f"\n### {steps} steps"
         yield prose(claim(by_library, steps))
-        yield "The others' settings that no other one of theirs beats, and the fastest of ours at no lower PSNR:\n"
+        yield "The best settings of other libraries (none of theirs is both faster and closer), and our fastest at no"
+        yield "lower PSNR:\n"
         yield from versus(matches(by_library[OWN], frontier(peers_of(by_library))))
-        yield "\nOurs that no other one of ours beats, and simply fewer steps at no lower PSNR:\n"
+        yield "\nOur best settings, and plain loops of fewer steps at no lower PSNR:\n"
         yield from against_fewer(by_library)
     failed = {**pareto["failed"], **failures(pareto)}
     if failed:
@@ -459,7 +471,7 @@ def against_fewer(by_library: dict[str, list[Found]]) -> Iterator[str]:
 
 def losses(suite: Found, pareto: Found | None) -> Iterator[str]:
     yield "## Where we lose"
-    yield prose("Whatever the rules in `report.py` find in the files, by name.")
+    yield prose("Everything that the rules in `report.py` find in the files.")
     found = [*loop_losses(suite), *start_losses(suite), *host_losses(suite), *quality_losses(pareto)]
     yield from (f"- {line}" for line in found)
     if not found:
@@ -569,14 +581,14 @@ def scale(found: dict[str, Any]) -> list[str]:
     weights = f"{dit['parameters'] / 1e6:.0f} M"
     lines = [
         "\n## Capturing a model of real size\n",
-        "What precedes compiling, under `scale.py`: the first call captures the model, analyses the graph, checks what",
-        "the analysis says of tokens, and rewrites the graph to the variants of `DuCa(interval=5)` and FORA's reuse",
+        "What precedes compiling, measured by `scale.py`: the first call captures the model, analyses the graph,",
+        "checks the token analysis, and rewrites the graph to the variants of `DuCa(interval=5)` and FORA's reuse",
         f"step. The DiT is diffusers' `DiTTransformer2DModel`, of {weights} parameters in float32 ({sizes['layers']}",
         f"blocks, width {width}, {tokens} tokens, batch {sizes['batch']}, random weights), {dit['nodes']} nodes; the",
-        f"FLUX is that of `host.py`, of {flux['nodes']} nodes. Each has a process of its own, and one thread. Load",
-        f"{before:.1f} at the start, {after:.1f} at the end. *Memory* is the process's highest in that stage, over",
-        "what it was before the model was built, less the parameters: all that is held besides them, torch.export's",
-        "own modules included.\n",
+        f"FLUX is that of `host.py`, of {flux['nodes']} nodes. Each has its own process and one thread. Load",
+        f"{before:.1f} at the start, {after:.1f} at the end. *Memory* is the peak of the process in that stage, minus",
+        "what it held before the model was built and minus the parameters: everything else, including torch.export's",
+        "own modules.\n",
         row("stage", "DiT, s", "CPU time, s", "memory, MiB", "FLUX, s", "CPU time, s"),
         "|---|---|---|---|---|---|",
     ]
@@ -591,11 +603,10 @@ def scale(found: dict[str, Any]) -> list[str]:
         "",
         f"- Time: {seconds:.1f} s, {dit['total']['cpu']:.1f} s by CPU time;",
         f"  {verdict(seconds < CAPTURE_SECONDS, f'under {CAPTURE_SECONDS:.0f} s')}. By CPU time it is"
-        f" {dit['total']['cpu'] / dit['stages']['first call']['cpu']:.1f} times the model's own first call.",
-        f"- Memory, parameters included: {share:.3f} times theirs;",
-        f"  {verdict(share < CAPTURE_MEMORY, f'under {CAPTURE_MEMORY}')}.",
-        "- The first call makes tables that a trace must not make. The verification computes one branch of each kind.",
-        "  The FLUX's time is torch.export's.",
+        f"{dit['total']['cpu'] / dit['stages']['first call']['cpu']:.1f} times the model's own first call. - Memory,",
+        f"parameters included: {share:.3f} times theirs; {verdict(share < CAPTURE_MEMORY, f'under {CAPTURE_MEMORY}')}.",
+        "- The first call creates tables that a trace must not create. Verification computes one branch of each kind.",
+        "For the FLUX, torch.export takes most of the time.",
     ]
 
 
@@ -614,8 +625,9 @@ def methods_tables(found: Found) -> Iterator[str]:
     """The page beside ``methods.json``: every point."""
     yield "# Every method at matched FLOPs"
     yield prose(
-        "Written by `benchmarks/methods.py`. What the columns mean is said in [the benchmarks](../README.md); standard",
-        "errors are over images, that of the Fréchet distance by drawing pairs of images with replacement.",
+        "Written by `benchmarks/methods.py`. [The benchmarks](../results.md#every-method-at-matched-flops) explain",
+        "the columns. Standard errors are over images; that of the Fréchet distance comes from drawing pairs of",
+        "images with replacement.",
     )
     for steps, level, points in groups(found):
         yield f"\n## DDIM, {steps} steps, about 1/{level} of the FLOPs"
@@ -657,34 +669,34 @@ def methods(found: Found) -> Iterator[str]:
     updates, last = training["loops"] * training["updates"], training["losses"][-1]
     yield "## Every method at matched FLOPs"
     yield prose(
-        f"The trained model in the package under `methods.py`, {found['backend']}, one thread, duca_compile at",
-        f"{where['commit']}. In each round one image of each class is made uncached and then by every method from the",
-        "same noise. All is measured against the uncached images: it says how much changed, not how good an image is.",
-        "*FLOPs* are of the uncached loop. Intervals are those that come nearest to the level, thresholds those of a",
-        "bisection on other noise. TaylorSeer has one full step at the start. SpeCa has two, and drafts as many steps",
-        "in a row as the level's number at most; its threshold falls to a hundredth, and that of *SpeCa constant* does",
-        "not fall. *Calibrated* was measured on two loops of other noise. All else is as by default.",
-        "Methods that decide in the step do so for the strictest of a round's 20 rows. DisCa's predictor was",
-        f"trained for {updates} updates on {training['loops']} loops of {training['steps']} steps, to a relative",
+        f"The trained model in the package, run by `methods.py`, {found['backend']}, one thread, duca_compile at",
+        f"{where['commit']}. In each round, one image of each class is made uncached and then by every method from the",
+        "same noise. Everything is compared with the uncached images: it says how much changed, not how good an image",
+        "is. *FLOPs* are relative to the uncached loop. Intervals are those nearest to the level; thresholds come",
+        "from a bisection on other noise. TaylorSeer has one full step at the start. SpeCa has two, and drafts at",
+        "most as many steps in a row as the level's number; its threshold falls to a hundredth, and that of *SpeCa",
+        "constant* does not fall. *Calibrated* was measured on two loops of other noise. Everything else is at its",
+        "default. Methods that decide in the step decide for the strictest of a round's 20 rows. DisCa's predictor",
+        f"was trained for {updates} updates on {training['loops']} loops of {training['steps']} steps, to a relative",
         f"squared error of {last:.3f}; the paper trains longer, and against a discriminator.",
     )
     yield prose(
-        "The perceptual distance is as LPIPS without learned weights, in the three blocks of convolutions of a small",
-        "CNN that was trained on the real Fashion-MNIST (`examples/eval_demo.py`, seed 1; it names 92.3 % of the",
-        "held-out images right; `results/judge.safetensors`): the network of no published metric, so compare within",
-        "this table alone. The Fréchet distance is between its 64 features of the method's images and of the uncached",
-        "ones. It falls with the number of images.",
+        "The perceptual distance is computed like LPIPS without learned weights, in the three convolution blocks of a",
+        "small CNN trained on the real Fashion-MNIST (`examples/eval_demo.py`, seed 1; it classifies 92.3 % of the",
+        "held-out images correctly; `results/judge.safetensors`). No published metric uses this network, so compare",
+        "only within this table. The Fréchet distance is between the network's 64 features of the method's images and",
+        "of the uncached ones. It falls with the number of images.",
     )
     yield "![Time against quality of all methods](results/methods.png)"
     yield prose(
-        "What each method gains in PSNR, image by image, over the fewest plain steps whose FLOPs are no less, to half",
-        "a percent (dB, with standard error), and its place by perceptual distance among all of the level, plain steps",
-        "included. [The tables](results/methods.md) have all columns; so has [the CSV file](results/methods.csv).",
+        GAIN,
+        "[The tables](results/methods.md) have all columns, and so does [the CSV file](results/methods.csv).",
     )
     yield from methods_matrix(found)
 
 
-def methods_matrix(found: Found) -> Iterator[str]:
+def methods_matrix(found: Found, judged: bool = True) -> Iterator[str]:
+    """A row for each method and a column for each level; below it, if ``judged``, what is ahead of plain steps."""
     columns = {(steps, level): points for steps, level, points in groups(found)}
     yield from head("method", *(f"{steps} steps, 1/{level}" for steps, level in columns))
     names = dict.fromkeys(each["method"] for each in found["points"] if each["method"] != FEWER)
@@ -698,10 +710,10 @@ def methods_matrix(found: Found) -> Iterator[str]:
             cells.append(f"{plus_minus(against, 2, '+')}{place}" if against else place.removeprefix("; "))
         yield row(name, *cells)
     yield ""
-    for (steps, level), points in columns.items():
-        judged = {each["method"]: each["over_plain"] for each in points if "over_plain" in each}
-        ahead = [name for name, each in judged.items() if each["mean"] > 2 * each["error"]]
-        behind = [name for name, each in judged.items() if each["mean"] < -2 * each["error"]]
+    for (steps, level), points in columns.items() if judged else ():
+        gains = {each["method"]: each["over_plain"] for each in points if "over_plain" in each}
+        ahead = [name for name, each in gains.items() if each["mean"] > 2 * each["error"]]
+        behind = [name for name, each in gains.items() if each["mean"] < -2 * each["error"]]
         counts = sorted({each["images"] for each in points})
         images = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else counts[0]
         yield (
@@ -711,10 +723,111 @@ def methods_matrix(found: Found) -> Iterator[str]:
     yield ""
 
 
-def page(folder: Path) -> str:
+def read(folder: Path, name: str) -> Found | None:
+    """One file of results, if it is there."""
+    path = folder / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def summary(folder: Path) -> str:
+    """The page of two screens."""
     suite = json.loads((folder / "suite.json").read_text())
-    path = folder / "pareto.json"
-    pareto = json.loads(path.read_text()) if path.exists() else None
+    parts = [SUMMARY, *best_loops(suite), *costs(suite)]
+    if pareto := read(folder, "pareto"):
+        parts += best_quality(pareto)
+    if found := read(folder, "methods"):
+        parts += ["\n## Methods at matched FLOPs", prose(GAIN), *methods_matrix(found, judged=False)]
+        parts.append("![Time against quality of all methods](results/methods.png)")
+    return tidy(parts)
+
+
+def best_loops(suite: Found) -> Iterator[str]:
+    where = suite["surroundings"]
+    yield "\n## Time of a loop"
+    yield prose(
+        "Speed-up over `torch.compile` of the plain model, and the speed-up that FLOPs promise, for five models with",
+        f"random weights; {where['cpu']}, torch {where['torch']}. Every cached loop computes each",
+        f"{ordinal(suite['interval'])} step in full.",
+    )
+    yield from head("model", "no caching", "DuCa", "ideal", "TaylorSeer lite", "ideal", "best of the others", "ideal")
+    for name, model in suite["models"].items():
+        rows = {label: each for label, each in ran(of_part(model, "loops")).items() if each["mode"] == "compile"}
+        if rows:
+            yield best_loop(name, rows)
+
+
+def best_loop(name: str, rows: Found) -> str:
+    others = {label: each for label, each in rows.items() if not label.startswith((OWN, "PyTorch"))}
+    fastest = min(others, key=lambda label: others[label]["seconds"]["median"], default="")
+    labels = (f"{OWN}, duca, compile", f"{OWN}, taylorseer lite, compile", fastest)
+    cells = [times(rows.get(NONE, {}).get("speedup_over_compile"))]
+    for label in labels:
+        each = rows.get(label, {})
+        speedup = times(each.get("speedup_over_compile"))
+        by = f" ({label.removesuffix(', compile')})" if label and label == fastest else ""
+        cells += [f"{speedup}{by}", f"{each['ideal']:.2f}x" if each else ""]
+    return row(name, *cells)
+
+
+def costs(suite: Found) -> Iterator[str]:
+    """What a first request and the caches cost, from least to most over the models."""
+    rows = [each for model in suite["models"].values() for each in [ran(model.get("start", {}))] if each]
+    labels = {"plain model": COMPILE, "DuCa": f"{OWN}, duca, compile", "TaylorSeer": f"{OWN}, taylorseer, compile"}
+    if not rows:
+        return
+    yield "\n## Start and memory"
+    yield prose(
+        f"Seconds of the first {suite['starting_calls']} calls of a process, from the least to the most over the",
+        "models, with nothing compiled and with what an earlier process compiled; and peak memory over that of the",
+        "plain compiled model.",
+    )
+    yield from head("", "cold, s", "warm, s", "memory")
+    for name, label in labels.items():
+        found = [(each[label], each[COMPILE]) for each in rows if label in each and COMPILE in each]
+        cold, warm = (
+            [each[run]["first_calls_seconds"] for each, _ in found if run in each] for run in ("cold", "warm")
+        )
+        yield cost(name, cold, warm, [peak(each) / peak(plain) for each, plain in found])
+    plain = [model[COMPILE] for model in rows if COMPILE in model]
+    others = [compiled_others(model) for model in rows if COMPILE in model]
+    if all(others):
+        cold, warm = (
+            [min(each[run]["first_calls_seconds"] for each in of) for of in others] for run in ("cold", "warm")
+        )
+        memory = [min(map(peak, of)) / peak(each) for of, each in zip(others, plain, strict=True)]
+        yield cost("best of the others", cold, warm, memory)
+
+
+def compiled_others(model: Found) -> list[Found]:
+    return [each for label, each in model.items() if "compile" in label and not label.startswith((OWN, "PyTorch"))]
+
+
+def cost(name: str, cold: list[float], warm: list[float], memory: list[float]) -> str:
+    return row(name, *(f"{min(each):.0f} to {max(each):.0f}" for each in (cold, warm)), between(memory))
+
+
+def peak(each: Found) -> float:
+    return float(each.get("warm", each["cold"])["peak_bytes"])
+
+
+def between(ratios: list[float]) -> str:
+    low, high = f"{min(ratios):.2f}x", f"{max(ratios):.2f}x"
+    return low if low == high else f"{low} to {high}"
+
+
+def best_quality(pareto: Found) -> Iterator[str]:
+    yield "\n## Speed against fidelity"
+    yield prose(
+        f"The trained model in the package, {pareto['seeds'] * pareto['classes']} images, compared with those of the",
+        "plain loop from the same noise.",
+    )
+    yield from (f"- {steps} steps: {claim(split(pareto['points'], steps), steps)}" for steps in pareto["steps"])
+    yield "\n![Time against PSNR of all settings](results/pareto.png)"
+
+
+def page(folder: Path) -> str:
+    """The page of everything."""
+    suite, pareto = json.loads((folder / "suite.json").read_text()), read(folder, "pareto")
     parts = [INTRODUCTION, *setting(suite), *loops(suite), *starts(suite)]
     if any(of_part(model, "calls") for model in suite["models"].values()):
         parts += calls(suite)
@@ -722,18 +835,26 @@ def page(folder: Path) -> str:
         parts += depth(suite["depth"])
     if suite.get("host", {}).get("found"):
         parts += hosts(suite["host"])
-    if (folder / "scale.json").exists():
-        parts += scale(json.loads((folder / "scale.json").read_text()))
+    if found := read(folder, "scale"):
+        parts += scale(found)
     if pareto:
         parts += quality(pareto)
-    if (folder / "methods.json").exists():
-        parts += methods(json.loads((folder / "methods.json").read_text()))
-    text = "\n".join([*parts, *losses(suite, pareto)])
-    return re.sub(r"\n{3,}", "\n\n", text).rstrip()
+    if found := read(folder, "methods"):
+        parts += methods(found)
+    return tidy([*parts, *losses(suite, pareto)])
+
+
+def tidy(parts: Sequence[str]) -> str:
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(parts)).rstrip() + "\n"
 
 
 def main() -> None:
-    print(page(Path(sys.argv[1])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="?", default=FOLDER / "results", help="folder of the JSON files")
+    parser.add_argument("--out", type=Path, default=FOLDER, help="folder of the two pages")
+    given = parser.parse_args()
+    (given.out / "README.md").write_text(summary(given.results))
+    (given.out / "results.md").write_text(page(given.results))
 
 
 if __name__ == "__main__":

@@ -253,7 +253,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         Takes the arguments of one call of the model. Shows its progress on a terminal. No request is touched.
 
         Raises:
-            what the call itself would raise.
+            DucaError: what the call itself would raise.
         """
         check_model(self.source)
         call = self._bind(args, kwargs)

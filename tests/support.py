@@ -33,20 +33,25 @@ BLOCKS = 4
 POLICY = DuCa(interval=3, fresh_ratio=0.5)
 HEAD = f"""# Models in the test suite
 
-No model is registered, and nothing depends on a class's name. This table is what `duca_compile.explain` finds in tiny
-versions ({BLOCKS} blocks of each kind, random weights) of real architectures; `python -m tests.support` writes it, and
-the tests compare it with what they see. That the branches are those that the architecture has, stream by stream, is
-asserted against numbers taken from each model's source by hand ([tests/zoo.py](../tests/zoo.py)).
+No model is registered, and nothing depends on a class's name. The test suite has 27 models, tiny and with random
+weights: 22 from diffusers 0.42 (20 classes), from DiT to FLUX, video models and a mixture of experts, and 5 written for
+it. All are captured, have the branches that their source has, and give the model's own bits in full steps. 24 of them
+recompute tokens in partial steps; of the others, AuraFlow reuses everything then, and Sana and HiDream compute their
+MLPs in full. This says nothing about images: no pretrained weights were used.
+
+The table is what `duca_compile.explain` finds in versions with {BLOCKS} blocks of each kind. `python -m tests.support`
+writes it, and the tests compare it with what they see. They also compare the branches, stream by stream, with numbers
+counted by hand in each model's source (`tests/zoo.py`).
 
 - **branches**: residual additions `x + gate * f(x)`. *main* carries the latent to the output; *text* runs beside it and
   meets it in attention; *refiner* comes before the two join; *encoder* does not depend on the latent.
-- **traced with real values**: forward reads values of these arguments in Python (`.item()`, a mask's length), so the
-  graph holds for these values, and others are captured anew. **One operator**: submodules whose Python depends on
-  values that change from step to step run as they are.
-- **partial step**: what recomputes chosen tokens, and what is computed in full since its tokens mix in a way that is
+- **traced with real values**: forward reads values of these arguments in Python (`.item()`, the length of a mask), so
+  the graph holds for these values, and other values are captured again. **One operator**: submodules whose Python
+  depends on values that change from step to step run as they are.
+- **partial step**: what recomputes chosen tokens, and what is computed in full because its tokens mix in a way that is
   not attention. The rest comes from the cache.
-- **FLOPs**: of a partial step with half of the tokens, and of a skip step, each as a share of a full one. Tiny models
-  have heavy embeddings; deeper ones have smaller shares.
+- **FLOPs**: of a partial step with half of the tokens, and of a skip step, each as a share of a full step. Tiny models
+  have heavy embeddings; deeper models have smaller shares.
 
 | model | branches | traced with real values | partial step | FLOPs, partial | FLOPs, skip |
 |---|---|---|---|---|---|

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from duca_compile.cli import app
 from typer.testing import CliRunner
 
 from duca_compile import FORA, DuCa, Explanation, ResidualGate, UsageError, explain
+from duca_compile.app.cli import app
 from duca_compile.app.pass_diff import PassReport, pass_report
 from duca_compile.passes.pipeline import REWRITE, build_variant
 from duca_compile.policies import StepKind

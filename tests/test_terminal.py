@@ -12,7 +12,8 @@ import torch
 from typer.testing import CliRunner
 
 import duca_compile.export.tensorrt
-from duca_compile import Explanation, Uncached, cli, demo, explanation
+from duca_compile import Explanation, Uncached, explanation
+from duca_compile.app import cli, demo
 from duca_compile.app.paper_flops import loop_flops, published_policies
 from duca_compile.policies import StepKind
 from tests.test_explain import example

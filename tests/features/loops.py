@@ -133,7 +133,7 @@ def rounded_timesteps() -> Pair:
     return steps_of(session), torch.arange(7)
 
 
-@feature("loops", "the same as views of one tensor", note="with or without `num_inference_steps`")
+@feature("loops", "the same, as views of one tensor", note="with or without `num_inference_steps`")
 def rounded_views() -> Pair:
     session = fast()
     loop(session, times=ROUNDED)
@@ -142,7 +142,7 @@ def rounded_views() -> Pair:
 
 @feature(
     "loops",
-    "the same where the first ones are equal and nothing says how many steps there are",
+    "the same, where the first ones are equal and the number of steps is unknown",
     Outcome.WARNED,
     says="num_inference_steps=N",
     note="the first step is taken for a request of its own",
@@ -162,7 +162,9 @@ def said_steps() -> Pair:
     return steps_of(session), torch.arange(5)
 
 
-@feature("loops", "a `step_index` that is no whole number", Outcome.REFUSED, says="must count the loop's steps from 0")
+@feature(
+    "loops", "a `step_index` that is not a whole number", Outcome.REFUSED, says="must count the loop's steps from 0"
+)
 def bad_step() -> Pair:
     with named(fast(), "cond", 0.5):  # type: ignore[arg-type]
         return (), ()
@@ -227,7 +229,7 @@ def ancestral(model: Any, steps: int = 10) -> list[Tensor]:
     return outputs
 
 
-@feature("loops", "an ancestral sampler of second order (`dpmpp_2s_ancestral` of k-diffusion)", note="one request")
+@feature("loops", "a second-order ancestral sampler (`dpmpp_2s_ancestral` of k-diffusion)", note="one request")
 def ancestral_sampler() -> Pair:
     session = fast()
     found, own = ancestral(session), ancestral(source())
@@ -249,7 +251,7 @@ def restarting(saying: bool) -> Pair:
     return (found, steps_of(session)), (own, torch.arange(len(RESTARTING)))
 
 
-@feature("loops", "a sampler that restarts in mid-loop, with `step_index`")
+@feature("loops", "a sampler that restarts in the middle of a loop, with `step_index`")
 def restarting_said() -> Pair:
     return restarting(True)
 
@@ -259,7 +261,7 @@ def restarting_said() -> Pair:
     "the same without",
     Outcome.WARNED,
     says="turned back in mid-loop",
-    note="each restart is a request, so its first step is a full one",
+    note="each restart is a request, so its first step is full",
 )
 def restarting_unsaid() -> Pair:
     found, own = restarting(False)
@@ -272,7 +274,7 @@ def restarting_unsaid() -> Pair:
     "a prompt that changes at each step, where the model is conditioned on nothing else",
     Outcome.WARNED,
     says="changes at each step",
-    note="a name says that it is one pass",
+    note="a name tells that it is one pass",
 )
 def prompt_travel() -> Pair:
     session, latent = fast(), models.example()["x"]

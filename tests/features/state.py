@@ -122,7 +122,7 @@ def add_cache(name: str, make: Callable[[], Any]) -> None:
     feature("diffusers", f"enable_cache({name}Config)", Outcome.REFUSED, says="call disable_cache() first")(cache)
 
 
-@feature("diffusers", "enable_cache behind optimize", Outcome.REFUSED, says="call disable_cache() first")
+@feature("diffusers", "enable_cache after optimize", Outcome.REFUSED, says="call disable_cache() first")
 def cache_later() -> Results:
     def during(model: nn.Module, step: int) -> None:
         if step == 2:
@@ -249,24 +249,24 @@ def at(step: int, *acts: Callable[[Any], object]) -> During:
     return during
 
 
-@feature("peft", "set_adapters in the loop")
+@feature("peft", "set_adapters during a loop")
 def adapters_weighted() -> Results:
     change = at(1, lambda m: m.set_adapters("one", 0.3), lambda m: m.set_adapters("two"))
     return both(lambda: with_adapters(sd3()), change)
 
 
-@feature("peft", "disable_lora and enable_lora in the loop")
+@feature("peft", "disable_lora and enable_lora during a loop")
 def adapters_switched() -> Results:
     change = at(1, lambda m: m.disable_lora(), lambda m: None, lambda m: m.enable_lora())
     return both(lambda: with_adapters(sd3()), change)
 
 
-@feature("peft", "an adapter deleted in the loop")
+@feature("peft", "an adapter deleted during a loop")
 def adapters_deleted() -> Results:
     return both(lambda: with_adapters(sd3()), at(2, lambda m: m.delete_adapters("two")))
 
 
-@feature("peft", "fuse_lora in the loop")
+@feature("peft", "fuse_lora during a loop")
 def adapters_fused() -> Results:
     return both(lambda: with_adapters(sd3()), at(2, lambda m: m.fuse_lora()))
 
@@ -312,7 +312,7 @@ def block(model: Any) -> Any:
     return (model.blocks if isinstance(model, models.DiT) else model.transformer_blocks)[1]
 
 
-@feature("diffusers", "set_attn_processor in the loop")
+@feature("diffusers", "set_attn_processor during a loop")
 def processor_set() -> Results:
     def louder(model: Any) -> None:
         model.set_attn_processor({name: Louder() for name in model.attn_processors})
@@ -320,13 +320,13 @@ def processor_set() -> Results:
     return both(sd3, at(2, louder))
 
 
-@feature("diffusers", "a number of a processor, set in the loop")
+@feature("diffusers", "a number that a processor holds, set during a loop")
 def processor_number() -> Results:
     gains = [lambda p, gain=gain: setattr(p, "gain", gain) for gain in (0.5, 1.0, 2.0)]
     return held(lambda m: m.transformer_blocks[1].attn.processor, processed(Louder), 1, *gains)
 
 
-@feature("hooks", "a forward hook that changes outputs, set and removed in the loop", slow=False)
+@feature("hooks", "a forward hook that changes outputs, set and removed during a loop", slow=False)
 def hook_in_loop() -> Results:
     handles: list[Any] = []
 
@@ -336,7 +336,7 @@ def hook_in_loop() -> Results:
     return held(block, small, 1, add, lambda part: None, lambda part: handles.pop().remove())
 
 
-@feature("hooks", "a forward pre-hook that changes arguments, set in the loop")
+@feature("hooks", "a forward pre-hook that changes arguments, set during a loop")
 def pre_hook_in_loop() -> Results:
     def add(part: nn.Module) -> None:
         part.register_forward_pre_hook(lambda module, args: (args[0] * 1.5, *args[1:]))
@@ -344,7 +344,7 @@ def pre_hook_in_loop() -> Results:
     return held(block, small, 2, add)
 
 
-@feature("hooks", "the number in a closure of a hook, changed in the loop")
+@feature("hooks", "a number in the closure of a hook, changed during a loop")
 def hook_closure() -> Results:
     gain = [1.0]
 
@@ -357,7 +357,7 @@ def hook_closure() -> Results:
     return both(build, at(1, lambda m: gain.__setitem__(0, 2.0), lambda m: gain.__setitem__(0, 3.0)))
 
 
-@feature("hooks", "forward of a block replaced in the loop")
+@feature("hooks", "the forward of a block, replaced during a loop")
 def forward_replaced() -> Results:
     def patch(part: Any) -> None:
         part.forward = types.MethodType(lambda self, x, *rest: type(self).forward(self, x, *rest) * 0.5, part)
@@ -365,7 +365,7 @@ def forward_replaced() -> Results:
     return held(block, small, 2, patch)
 
 
-@feature("modules", "a block replaced by nn.Identity-like one in the loop")
+@feature("modules", "a block replaced by one like nn.Identity during a loop")
 def block_replaced() -> Results:
     class Through(nn.Module):
         def forward(self, x: Tensor, *rest: Any) -> Tensor:
@@ -374,7 +374,7 @@ def block_replaced() -> Results:
     return held(lambda m: m.blocks, small, 2, lambda blocks: blocks.__setitem__(1, Through()))
 
 
-@feature("modules", "an attribute in a nested dictionary, changed in the loop")
+@feature("modules", "an attribute in a nested dictionary, changed during a loop")
 def attribute_in_loop() -> Results:
     class Scaled(models.Block):
         def __init__(self) -> None:
@@ -402,7 +402,7 @@ class Counting(JointAttnProcessor2_0):
         return tuple((1.5 if self.calls <= 3 else 1.0) * out for out in super().__call__(*args, **kwargs))
 
 
-@feature("diffusers", "an attention processor that counts its calls and goes by them", note="it runs as it is")
+@feature("diffusers", "an attention processor that counts its calls and depends on the count", note="it runs as it is")
 def counting() -> Results:
     return both(processed(Counting))
 
@@ -496,7 +496,7 @@ def injecting() -> Results:
     return both(processed(Injecting))
 
 
-@feature("modules", "an attention that keeps its last arguments and goes by them", note="it runs as it is")
+@feature("modules", "an attention that keeps its last arguments and depends on them", note="it runs as it is")
 def arguments_kept() -> Results:
     class Differing(models.Attention):
         last: Tensor | None = None
@@ -530,7 +530,7 @@ def hook_collects() -> Results:
     return hooked(add)
 
 
-@feature("hooks", "a forward hook that collects, in the loop replaced by one that changes outputs")
+@feature("hooks", "a forward hook that collects, replaced during a loop by one that changes outputs")
 def hook_replaced() -> Results:
     handles: list[Any] = []
 
@@ -579,7 +579,7 @@ def hook_method() -> Results:
     return collected(build, lambda model: [*store.found["all"], *store.last])
 
 
-@feature("hooks", "a hook that counts in a variable of its closure and goes by it", note="the block runs as it is")
+@feature("hooks", "a hook that counts in a variable of its closure and depends on it", note="the block runs as it is")
 def hook_counts() -> Results:
     def build() -> nn.Module:
         calls = 0
@@ -625,7 +625,7 @@ def attending(kind: type[models.Attention]) -> Callable[[], nn.Module]:
 
 @feature(
     "modules",
-    "blocks that count in a global variable and go by it",
+    "blocks that count in a global variable and depend on it",
     Outcome.REFUSED,
     says="changes blocks.0.NUMBER at each call",
     note="nothing is left to cache",
@@ -725,7 +725,9 @@ def root_keeps() -> Results:
     return collected(root(forward), lambda model: [model.last])  # type: ignore[list-item]
 
 
-@feature("modules", "a model that goes by a count of its own calls", Outcome.REFUSED, says="changes calls at each call")
+@feature(
+    "modules", "a model that depends on a count of its own calls", Outcome.REFUSED, says="changes calls at each call"
+)
 def root_goes_by_count() -> Results:
     def forward(self: Any, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         self.calls += 1
@@ -736,7 +738,7 @@ def root_goes_by_count() -> Results:
     return both(root(forward))
 
 
-@feature("modules", "TeaCache by a forward of its own", Outcome.REFUSED, says="and reads it")
+@feature("modules", "TeaCache in a forward of its own", Outcome.REFUSED, says="and reads it")
 def teacache() -> Results:
     def forward(self: Any, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         self.calls += 1
@@ -780,7 +782,7 @@ def tables() -> Results:
     return both(lambda: models.build(Table), policy="none")
 
 
-@feature("modules", "a table that is made of the arguments' values and kept by their identity", note="runs as it is")
+@feature("modules", "a table made from the arguments' values and kept by their identity", note="runs as it is")
 def table_by_identity() -> Results:
     class ByIdentity(models.Attention):
         known: Any = None

@@ -27,16 +27,16 @@ PAGE = Path(__file__).parents[2] / "docs" / "followed.md"
 PARTS = ("state", "untraced", "loops", "types")
 HEAD = """# What is followed, and what is not
 
-Models run under conditions: hooks are set, weights are quantized or away, loops are unusual. The rule is that a full
-step's result is the model's own, or that an error or a warning says what is not followed. Each row is a case of the
-test suite ([tests/features](../tests/features)), on a tiny model with random weights on a CPU, with policy `"none"`
-and the eager backend unless it says otherwise; `python -m tests.features.table` writes this page from what it observes.
+Models run under many conditions: hooks are set, weights are quantized or elsewhere, loops are unusual. The rule is that
+the result of a full step is the model's own, or that an error or a warning says what is not followed. Each row is a
+case of the test suite (`tests/features`), with a tiny model with random weights on a CPU, policy `"none"` and the eager
+backend unless it says otherwise. `python -m tests.features.table` writes this page from what it observes.
 
 - **works**: every result equals the model's own, bit for bit.
 - **refused**: an error says what is wrong and what to do; nothing was computed.
 - **not followed, with a warning**: it runs, and a warning says what it does not follow.
 
-| of | feature | outcome | |
+| area | condition | outcome | note |
 |---|---|---|---|
 """
 

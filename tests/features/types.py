@@ -135,7 +135,7 @@ def mixed_types() -> Pair:
     return loop(duca_compile.optimize(model, "none", "eager"), model, steps(3))
 
 
-@feature("types", "the model converted after `optimize()`", note="another capture")
+@feature("types", "a model converted after `optimize()`", note="another capture")
 def converted_later() -> Pair:
     case = case_of("DiT", torch.float32)
     optimized = duca_compile.optimize(case.model, "none", "eager")
@@ -161,7 +161,7 @@ def without(lower: Callable[..., Any], policy: str | Policy = "none") -> Pair:
     "fallbacks",
     "a variant that Inductor cannot compile",
     says="that of full steps is running under eager instead",
-    note="runs under eager, that one alone; `strict=True` refuses",
+    note="that variant alone runs under eager; `strict=True` refuses",
     slow=False,
 )
 def a_variant_fails() -> Pair:
@@ -192,7 +192,7 @@ def no_compiler() -> Pair:
 
 @feature(
     "fallbacks",
-    "more kinds of shapes in turn than captures are kept",
+    "more kinds of shapes in turn than captures that are kept",
     says="captured and compiled again and again",
     note="each is captured again, with one warning",
 )
@@ -205,7 +205,7 @@ def too_many_shapes() -> Pair:
 
 @feature(
     "fallbacks",
-    "DuCa on MLPs with a convolution",
+    "DuCa on MLPs that contain a convolution",
     says="partial steps compute 2 of 4 branches in full",
     note="full steps; partial ones compute these MLPs in full, with one warning",
     slow=False,

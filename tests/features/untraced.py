@@ -251,17 +251,21 @@ torch.library.define("duca_features::doubled", "(Tensor x) -> Tensor")
 torch.library.impl("duca_features::doubled", "CPU", lambda x: x * 2)
 
 
-@feature("custom kernels", "an operator of `torch.library` without a fake", note="its module runs as one operator")
+@feature(
+    "custom kernels",
+    "an operator of `torch.library` without a fake implementation",
+    note="its module runs as one operator",
+)
 def library() -> Results:
     return with_kernel(torch.ops.duca_features.doubled)
 
 
-@feature("custom kernels", "numpy on a tensor's memory", note="its module runs as one operator")
+@feature("custom kernels", "numpy working on a tensor's memory", note="its module runs as one operator")
 def numpy() -> Results:
     return with_kernel(lambda x: torch.from_numpy(np.tanh(x.numpy())))
 
 
-@feature("custom kernels", "a C function that gets addresses", note="its module runs as one operator")
+@feature("custom kernels", "a C function that receives addresses", note="its module runs as one operator")
 def address() -> Results:
     def kernel(x: Tensor) -> Tensor:
         x, result = x.contiguous(), torch.empty(x.shape)
@@ -412,7 +416,7 @@ def hooked(change: Change) -> Callable[[Any], None]:
     return all_linear
 
 
-@feature("torch", "hooks of one's own that move weights", note="each such module runs as it is, as one operator")
+@feature("torch", "your own hooks that move weights", note="each such module runs as it is, as one operator")
 def own_hooks() -> Results:
     def change(part: nn.Module) -> None:
         part.register_forward_pre_hook(lambda module, _: module.to(torch.float32) and None)
