@@ -155,7 +155,7 @@ class _FirstCall:
 
 
 def _is_foreign(port: Port) -> bool:
-    """Whether an input may lie in memory in any order; what the dispatcher keeps is contiguous, except what a probe saw."""
+    """Whether an input may lie in any order in memory: what the dispatcher keeps is contiguous, but for PROBE_SEEN."""
     return port.kind is not PortKind.HOISTED and port.kind not in WRITTEN
 
 
