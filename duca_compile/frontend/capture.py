@@ -304,7 +304,9 @@ def _lower(
     graph, mapping = fx.Graph(), dict[fx.Node, Any]()
     attributes: dict[str, Tensor] = {}
     inputs: list[str] = []
-    for node in program.graph.nodes:
+    arguments = {name for name, spec in specs.items() if spec.kind is InputKind.USER_INPUT}
+    # The arguments come first, so that no weight takes the name of one.
+    for node in sorted(program.graph.nodes, key=lambda node: node.name not in arguments):
         if getattr(node.target, "__module__", None) == _TRANSFORMS:
             raise Untraceable(
                 module_path(node), RuntimeError(f"it transforms a function (vmap), at {source_line(node)}")
