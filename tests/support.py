@@ -117,7 +117,8 @@ def row(entry: Entry, found: Explanation) -> str:
     if found.captured.opaque:
         given = f"one operator: {len(found.captured.opaque)} submodules"
     spec, recomputed = plan_step(found.facts, POLICY, Step(StepKind.PARTIAL, ratio=POLICY.fresh_ratio))
-    counts = {"tokens of {} MLPs": len(recomputed), "{} branches in full": spec.actions.count(Action.COMPUTE)}
+    computed = [spec.action(branch.index) for branch in found.branches]
+    counts = {"tokens of {} MLPs": len(recomputed), "{} branches in full": computed.count(Action.COMPUTE)}
     partial = [text.format(count) for text, count in counts.items() if count]
     cells = [entry.name, branches, given, "; ".join(partial) or "all reused"]
     return "| " + " | ".join([*cells, f"{planned[StepKind.PARTIAL]:.1%}", f"{planned[StepKind.SKIP]:.1%}"]) + " |\n"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import duca_compile
 from duca_compile import FORA, OptimizedModel, TaylorSeer
 from duca_compile.core.ports import STREAM_END, Port, PortKind
-from duca_compile.core.variants import Action, VariantSpec
+from duca_compile.core.variants import FullVariant, ReuseVariant, SkipVariant
 from duca_compile.frontend.binder import Binder
 from duca_compile.passes.pipeline import build_variant
 from tests.support import values_of_step
@@ -67,10 +67,9 @@ def test_each_step_is_the_series_by_hand(name: str, lite: bool) -> None:
     for step, each in enumerate(calls(ZOO[name], arguments)):
         outputs = sample(optimized(**each))
         (compiled,) = optimized._compiled.values()
-        count = len(compiled.facts.branches)
         values = values_of_step(compiled, Binder(model)((), each).tensors)
         full = step < 2 or step % 3 == 1
-        spec = VariantSpec(((Action.COMPUTE if full else Action.REUSE),) * count, skip=lite and not full)
+        spec = FullVariant() if full else SkipVariant() if lite else ReuseVariant()
         if not full:
             values |= by_hand.at(step)
         variant = build_variant(compiled.captured, compiled.facts, spec)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
@@ -91,8 +91,8 @@ def variants(
     captured = with_predictor(captured, facts, policy.predictor)
     steps = dict.fromkeys(islice(policy.planned(total), LOOKED_AHEAD))
     look = probe_spec(facts, policy)
-    specs = [plan_step(facts, policy, step)[0] for step in steps] + ([] if look is None else [look])
-    return [build_variant(captured, facts, replace(spec, cache_dtype=dtype)) for spec in dict.fromkeys(specs)]
+    specs = [*(plan_step(facts, policy, step)[0] for step in steps), *([] if look is None else [look])]
+    return [build_variant(captured, facts, spec, cache_dtype=dtype) for spec in dict.fromkeys(specs)]
 
 
 def cache_bytes(facts: Facts, policy: Policy, built: Iterable[Variant]) -> int:

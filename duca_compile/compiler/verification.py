@@ -11,8 +11,8 @@ from torch import Tensor, fx
 
 from duca_compile.core.fx_utils import port_of
 from duca_compile.core.ir import Branch, CapturedGraph, Facts
-from duca_compile.core.ports import Port
-from duca_compile.core.variants import Action, Variant, VariantSpec
+from duca_compile.core.ports import Port, PortKind
+from duca_compile.core.variants import Action, FullVariant, PartialVariant, Variant
 from duca_compile.errors import InternalError, first_line
 from duca_compile.passes.exact.outline import form_of
 from duca_compile.passes.pipeline import build_variant
@@ -30,8 +30,9 @@ def verified(captured: CapturedGraph, facts: Facts, values: Mapping[Port, Tensor
     partial = [b for b in facts.branches if b.pointwise]
     if not partial or any(value.is_meta for value in values.values()):
         return facts
-    full = build_variant(captured, facts, VariantSpec((Action.COMPUTE,) * len(facts.branches)))
-    spec = VariantSpec(tuple(Action.PARTIAL if b.pointwise else Action.REUSE for b in facts.branches))
+    full = build_variant(captured, facts, FullVariant())
+    tokens = {b.index: Port(PortKind.TOKENS, b.index) for b in partial}
+    spec = PartialVariant(tuple(tokens.get(b.index, Action.REUSE) for b in facts.branches))
     variant = build_variant(captured, facts, spec)
     forms = _forms(captured, partial)
     try:

@@ -224,13 +224,13 @@ class TracedVariant:
 
     def describe(self, facts: Facts, rows: str | None) -> manifest.Variant:
         """It for the manifest, with the name of the graph that computes the timestep-only values it reads."""
-        outputs = self._each[0][1].outputs
+        variant = self._each[0][1]
         waiting, computed = [], dict[str, str | None]()
         for branch in facts.branches:
             if not branch.pointwise:
                 continue
-            if self.spec.actions[branch.index] is Action.COMPUTE:
-                score = score_output(facts, branch, self.spec.scores, outputs)
+            if self.spec.action(branch.index) is Action.COMPUTE:
+                score = score_output(facts, branch, variant)
                 computed[str(branch.index)] = None if score is None else score.result_name
             else:
                 waiting.append(branch.index)

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from duca_compile.compiler.compiled import Compiled
 from duca_compile.core.ports import STREAM_END
-from duca_compile.core.variants import Action, Variant, VariantSpec
+from duca_compile.core.variants import PredictVariant, Variant
 from duca_compile.errors import UsageError
 from duca_compile.methods.recording import Call, Pass, Recorder, Sample
 from duca_compile.passes.caching.predict import last_products, named, trained_weights, with_predictor
@@ -133,9 +133,7 @@ class _Graphs:
             captured, facts = compiled.captured, compiled.facts
             plain = {name: weight.detach() for name, weight in weights.items()}
             spliced = with_predictor(captured, facts, Predictor(self._config, plain))
-            actions = (Action.COMPUTE,) * len(facts.branches)
-            spec = VariantSpec(actions, emit=False, lite=True, predict=frozenset(weights))
-            variant = build_variant(spliced, facts, spec)
+            variant = build_variant(spliced, facts, PredictVariant(frozenset(weights)))
             _make_differentiable(variant.module)
             self._variants[id(compiled)] = compiled, variant
         return self._variants[id(compiled)][1]

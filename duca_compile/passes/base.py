@@ -13,7 +13,15 @@ from torch import fx
 from duca_compile.core.fx_utils import add_placeholder, port_of
 from duca_compile.core.ir import Branch, Facts
 from duca_compile.core.ports import Port
-from duca_compile.core.variants import Action, VariantSpec
+from duca_compile.core.steps import Probe
+from duca_compile.core.variants import (
+    Action,
+    ForecastVariant,
+    FullVariant,
+    PredictVariant,
+    ProbeVariant,
+    VariantSpec,
+)
 from duca_compile.errors import InternalError
 
 
@@ -32,6 +40,7 @@ class VariantDraft(Draft):
     facts: Facts
     spec: VariantSpec
     results: list[Port]
+    cache_dtype: torch.dtype | None = None  # what caches are kept in, where that is narrower
 
     def __post_init__(self) -> None:
         self._nodes: dict[str, fx.Node] = {n.name: n for n in self.graph.nodes}
@@ -44,7 +53,17 @@ class VariantDraft(Draft):
             raise InternalError(f"node {name!r} is gone from the graph") from None
 
     def branches(self, action: Action) -> list[Branch]:
-        return [b for b, a in zip(self.facts.branches, self.spec.actions, strict=True) if a is action]
+        return [branch for branch in self.facts.branches if self.spec.action(branch.index) is action]
+
+    @property
+    def by_row(self) -> bool:
+        """Whether the numbers of forecasts differ by batch row."""
+        return isinstance(self.spec, FullVariant | ForecastVariant | ProbeVariant) and self.spec.by_row
+
+    @property
+    def after(self) -> Probe | None:
+        """The probe of the same step that the variant continues from."""
+        return None if isinstance(self.spec, PredictVariant | ProbeVariant) else self.spec.after
 
     def find_input(self, port: Port) -> fx.Node | None:
         """The placeholder of this port, where there is one."""

@@ -44,8 +44,8 @@ def row_norm(draft: VariantDraft, node: fx.Node, like: Tensor, power: int = 2) -
 
 
 def number_input(draft: VariantDraft, port: Port, like: torch.Tensor) -> fx.Node:
-    """An input of 0 dimensions, or of one value for each row where the spec says that rows differ."""
-    shape = (draft.facts.batch,) if draft.spec.by_row else ()
+    """An input of 0 dimensions, or of one value for each row where batch rows differ."""
+    shape = (draft.facts.batch,) if draft.by_row else ()
     return draft.input(port, like.new_empty(shape, dtype=torch.float32))
 
 
@@ -54,7 +54,7 @@ def beside(draft: VariantDraft, number: fx.Node, like: torch.Tensor) -> fx.Node:
 
     Unlike a number of no dimensions, one for each row would widen the value, so it takes the value's own type.
     """
-    if not draft.spec.by_row:
+    if not draft.by_row:
         return number
     rows = by_row(draft, number, like)
     if like.dtype is torch.float32:

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import fx
 
 from duca_compile.analysis.closure import ancestors
@@ -98,19 +99,22 @@ def build_variant(
     facts: Facts,
     spec: VariantSpec,
     observe: Callable[[VariantDraft], None] = lambda draft: None,
+    cache_dtype: torch.dtype | None = None,
 ) -> Variant:
     """Rewrites a copy of the prepared graph as ``spec`` says; its weights are the source model's own.
 
-    ``observe`` is called with the draft before the first pass, and after each.
+    Caches are kept in ``cache_dtype``, where that is narrower than their features. ``observe`` is called with the draft
+    before the first pass, and after each.
     """
     (own,) = captured.graph.output_node().args
     assert isinstance(own, tuple)
     results = [Port(PortKind.OUTPUT, i) for i in range(len(own))]
-    draft = run_passes(VariantDraft(copy_graph(captured.graph), facts, spec, results), REWRITE, observe)
+    draft = VariantDraft(copy_graph(captured.graph), facts, spec, results, cache_dtype)
+    run_passes(draft, REWRITE, observe)
     pieces = frozenset(str(n.meta["piece"]) for n in draft.graph.nodes if "piece" in n.meta)
     fixed, per_token = variant_flops(draft.graph, facts)
     inputs = tuple(map(port_of, draft.graph.find_nodes(op="placeholder")))
-    partial = {spec.tokens_input(i) for i, action in enumerate(spec.actions) if action is Action.PARTIAL}
+    partial = {spec.tokens_input(branch.index) for branch in draft.branches(Action.PARTIAL)}
     return Variant(
         spec=spec,
         module=to_module(captured, draft.graph),

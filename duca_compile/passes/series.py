@@ -6,20 +6,17 @@ import torch
 from torch import fx
 
 from duca_compile.core.ports import FORECAST_FACTORS, Port
-from duca_compile.errors import InternalError
 from duca_compile.passes.base import VariantDraft
 from duca_compile.passes.numbers import beside, limited, number_input
 
 aten = torch.ops.aten
 
 
-class Series:
+class SeriesBuilder:
     """Builds the series of caches where the graph is inserted to; each factor is one input."""
 
-    def __init__(self, draft: VariantDraft) -> None:
-        if draft.spec.order is None:
-            raise InternalError("a forecast needs to know its order")
-        self._draft, self._order = draft, draft.spec.order
+    def __init__(self, draft: VariantDraft, order: int) -> None:
+        self._draft, self._order = draft, order
         self._factors: dict[tuple[Port, torch.dtype, int], fx.Node] = {}
 
     def behind(self, start: fx.Node, cache: Port, like: torch.Tensor) -> fx.Node:

@@ -209,8 +209,10 @@ def test_every_variant_is_well_formed_and_shares_the_weights(run: Runner) -> Non
     live = {p.data_ptr(): p for p in run.model.parameters()}
     pointwise = (COMPUTE, PARTIAL, REUSE)
     seen: set[int] = set()
-    for attention, cross, mlp, skip in product((COMPUTE, REUSE), pointwise, pointwise, (False, True)):
-        variant = run.variant(attention, cross, mlp, attention, cross, mlp, skip=skip, scores="v_norm")
+    every = [(block * 2, False) for block in product((COMPUTE, REUSE), pointwise, pointwise)]
+    every += [((COMPUTE,) * count + (REUSE,) * (6 - count), True) for count in range(7)]
+    for actions, skip in every:
+        variant = run.variant(*actions, skip=skip, scores="v_norm")
         variant.module.graph.lint()
         tensors = [*variant.module.parameters(), *variant.module.buffers()]
         attributes = [getattr(variant.module, str(n.target)) if "." not in str(n.target) else

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +12,7 @@ from duca_compile.analysis import analyze
 from duca_compile.compiler.outside import make_rows
 from duca_compile.core.ir import CapturedGraph, Facts
 from duca_compile.core.ports import Port, PortKind, hoisted
-from duca_compile.core.variants import Action, Variant, VariantSpec
+from duca_compile.core.variants import Action, FullVariant, PartialVariant, Scores, SkipVariant, Variant
 from duca_compile.frontend.binder import Binder
 from duca_compile.frontend.capture import capture
 from duca_compile.passes.pipeline import build_prologue, build_variant, prepare
@@ -59,8 +59,10 @@ class Runner:
     def variant(
         self, *actions: Action, skip: bool = False, scores: str | None = None, chosen_with: tuple[int, ...] = ()
     ) -> Variant:
-        spec = actions if len(actions) > 1 else actions * len(self.facts.branches)
-        return build_variant(self.captured, self.facts, VariantSpec(tuple(spec), skip, scores, chosen_with=chosen_with))
+        every = actions if len(actions) > 1 else actions * len(self.facts.branches)
+        kind = None if scores is None else Scores(scores)
+        spec = SkipVariant(leading(every), scores=kind) if skip else mixed(*every, scores=kind, chosen_with=chosen_with)
+        return build_variant(self.captured, self.facts, spec)
 
     def run(self, variant: Variant, arguments: dict[str, Tensor], **extra: Tensor) -> dict[str, Tensor]:
         """Everything the variant returns, by name; ``extra`` are caches and token indices by the names of inputs."""
@@ -75,6 +77,22 @@ class Runner:
         values = by_input_name(outside) | call | extra
         results = variant.module(*[values[port.input_name] for port in variant.inputs])
         return by_result_name(dict(zip(variant.outputs, results, strict=True)))
+
+
+def leading(actions: Sequence[Action]) -> int:
+    """How many branches at the front are computed, where all others are reused."""
+    count = actions.count(COMPUTE)
+    assert [*actions] == [COMPUTE] * count + [REUSE] * (len(actions) - count)
+    return count
+
+
+def mixed(*actions: Action, chosen_with: Sequence[int] = (), **fields: Any) -> FullVariant | PartialVariant:
+    """The variant that does this with each branch; ``chosen_with`` are the branches whose token inputs they read."""
+    if set(actions) == {COMPUTE}:
+        return FullVariant(**fields)
+    tokens = chosen_with or range(len(actions))
+    pairs = zip(actions, tokens, strict=True)
+    return PartialVariant(tuple(Port(PortKind.TOKENS, i) if a is PARTIAL else a for a, i in pairs), **fields)
 
 
 def by_input_name(values: Mapping[Port, Value]) -> dict[str, Value]:

@@ -16,13 +16,13 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class CastCaches(CachingPass):
-    """Cached features are read, written in place and returned as the spec's ``cache_dtype``.
+    """Cached features are read, written in place and returned as the draft's ``cache_dtype``.
 
     All else keeps its own type: the numbers that decisions and forecasts are made from, too.
     """
 
     def apply(self, draft: VariantDraft) -> bool:
-        dtype = draft.spec.cache_dtype
+        dtype = draft.cache_dtype
         if dtype is None:
             return False
         features = [n for n in draft.graph.find_nodes(op="placeholder") if port_of(n).kind in FEATURES]

@@ -12,6 +12,7 @@ from duca_compile.analysis.closure import ancestors
 from duca_compile.core.fx_utils import op_name
 from duca_compile.core.ir import Branch, CapturedGraph, Facts
 from duca_compile.core.ports import STREAM_END, hoisted
+from duca_compile.core.variants import PredictVariant
 from duca_compile.errors import PolicyError
 from duca_compile.frontend.operators import as_carried
 from duca_compile.passes.base import CachingPass, VariantDraft
@@ -32,7 +33,8 @@ class PredictStream(CachingPass):
     """
 
     def apply(self, draft: VariantDraft) -> bool:
-        if not draft.spec.predict or any(_is_own(n) for n in draft.graph.nodes):
+        spec = draft.spec
+        if not isinstance(spec, PredictVariant) or any(_is_own(n) for n in draft.graph.nodes):
             return False
         tail = last_blocks(draft.facts)
         _fuse(draft, as_carried(draft.node(_entry(draft.facts, tail).stream)))
@@ -40,7 +42,7 @@ class PredictStream(CachingPass):
         for branch in tail:
             for node in [n for n in draft.graph.nodes if n.name in branch.body]:
                 for weight in [n for n in node.all_input_nodes if n.op == "get_attr"]:
-                    if str(weight.target) in draft.spec.predict:
+                    if str(weight.target) in spec.weights:
                         node.replace_input_with(weight, _weight(draft, str(weight.target)))
         _check_alone(draft, tail)
         return True

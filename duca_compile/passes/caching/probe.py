@@ -15,10 +15,9 @@ class GoOn(CachingPass):
     """Reads the stream from the look that was taken in this step, rather than compute it again."""
 
     def apply(self, draft: VariantDraft) -> bool:
-        probe = draft.spec.probe
-        if probe is None or draft.spec.probing:
+        if draft.after is None:
             return False
-        stream = as_carried(probed_stream(draft, probe)[1])
+        stream = as_carried(probed_stream(draft, draft.after)[1])
         if not stream.users:
             return False
         stream.replace_all_uses_with(draft.input(PROBE_STREAM, stream.meta["val"]))

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from duca_compile.core.variants import Action
+from duca_compile.core.variants import Action, ForecastVariant
 from duca_compile.passes.base import CachingPass, VariantDraft
 from duca_compile.passes.numbers import distance, limited, ratio, row_norm, row_numbers
-from duca_compile.passes.series import Series
+from duca_compile.passes.series import SeriesBuilder
 
 aten = torch.ops.aten
 
@@ -22,10 +22,11 @@ class ForecastFromInputs(CachingPass):
     """
 
     def apply(self, draft: VariantDraft) -> bool:
-        branches = [b for b in draft.branches(Action.FORECAST) if draft.node(b.core).users]
-        if not draft.spec.relational or not branches:
+        spec = draft.spec
+        if not isinstance(spec, ForecastVariant) or spec.series.of != "inputs":
             return False
-        graph, series = draft.graph, Series(draft)
+        branches = [b for b in draft.branches(Action.FORECAST) if draft.node(b.core).users]
+        graph, series = draft.graph, SeriesBuilder(draft, spec.series.order)
         for branch in branches:
             output, given = draft.node(branch.core), draft.node(branch.input)
             like = output.meta["val"]
@@ -42,4 +43,4 @@ class ForecastFromInputs(CachingPass):
                 total = graph.call_function(aten.addcmul.default, (start, direction, factor))
             total.meta["val"] = like
             output.replace_all_uses_with(total)
-        return True
+        return bool(branches)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from duca_compile.core.ports import Port, PortKind
+from duca_compile.core.variants import SkipVariant
 from duca_compile.passes.base import CachingPass, VariantDraft
 from duca_compile.passes.exact.changes import stretches
 
@@ -18,7 +19,7 @@ class AddChanges(CachingPass):
     """What a stream ends as is where it starts now, and what the blocks added to it at the last full step."""
 
     def apply(self, draft: VariantDraft) -> bool:
-        if not draft.spec.change or not draft.spec.skip:
+        if not isinstance(draft.spec, SkipVariant) or not draft.spec.change:
             return False
         ports = {index: Port(PortKind.CHANGE, index) for index in range(len(draft.facts.branches))}
         new = {i: ends for i, ends in stretches(draft).items() if draft.find_input(ports[i]) is None}

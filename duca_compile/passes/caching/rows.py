@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from duca_compile.core.ports import FULL_ROWS, PortKind
+from duca_compile.core.variants import FullVariant
 from duca_compile.passes.base import CachingPass, VariantDraft
 from duca_compile.passes.numbers import by_row
 
@@ -25,7 +26,7 @@ class KeepRows(CachingPass):
         (results,) = output.args
         assert isinstance(results, tuple)
         own = sum(port.kind is PortKind.OUTPUT for port in draft.results)
-        if not draft.spec.by_row or not draft.spec.emit or len(results) == own:
+        if not isinstance(draft.spec, FullVariant) or not draft.by_row or len(results) == own:
             return False
         if draft.find_input(FULL_ROWS) is not None:
             return False

@@ -9,6 +9,7 @@ from torch import fx
 
 from duca_compile.core.ir import Branch
 from duca_compile.core.ports import Port, PortKind
+from duca_compile.core.variants import Changes, FullVariant
 from duca_compile.frontend.operators import as_carried
 from duca_compile.passes.base import ExactPass, VariantDraft
 from duca_compile.passes.exact.probe import probed_stream
@@ -23,7 +24,7 @@ class EmitChanges(ExactPass[VariantDraft]):
     ensures = frozenset({"changes_emitted"})
 
     def apply(self, draft: VariantDraft) -> bool:
-        if not draft.spec.change or not draft.spec.emit:
+        if not isinstance(draft.spec, FullVariant) or draft.spec.keeps != Changes():
             return False
         found = {Port(PortKind.CHANGE, index): ends for index, ends in stretches(draft).items()}
         new = {port: ends for port, ends in found.items() if port not in draft.results}
@@ -45,8 +46,8 @@ def stretches(draft: VariantDraft) -> dict[int, tuple[fx.Node, fx.Node]]:
     for branch in draft.facts.branches:
         chains.setdefault(branch.chain, []).append(branch)
     starts = {chain: draft.node(branches[0].stream) for chain, branches in chains.items()}
-    if draft.spec.probe is not None:
-        chain, starts[chain] = probed_stream(draft, draft.spec.probe)
+    if draft.after is not None:
+        chain, starts[chain] = probed_stream(draft, draft.after)
         names = [branch.add for branch in chains[chain]]
         seen = names.index(starts[chain].name) + 1 if starts[chain].name in names else 0
         chains[chain] = chains[chain][seen:]

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from duca_compile.core.ports import FORECAST_GAP, FORECAST_ORDERS, STREAM_END
-from duca_compile.core.variants import Action
+from duca_compile.core.variants import Action, FullVariant, Series
 from duca_compile.passes.base import ExactPass, VariantDraft
 from duca_compile.passes.numbers import beside, number_input
 
@@ -28,9 +28,12 @@ class EmitDifferences(ExactPass[VariantDraft]):
     ensures = frozenset({"differences_emitted"})
 
     def apply(self, draft: VariantDraft) -> bool:
-        order = draft.spec.order or 0
+        spec = draft.spec
+        if not isinstance(spec, FullVariant) or not isinstance(spec.keeps, Series):
+            return False
+        order = spec.keeps.order
         kept = {STREAM_END, *(b.slot for b in draft.branches(Action.COMPUTE))}
-        if draft.spec.probe is not None and draft.spec.probe.of == "forecast":
+        if spec.after is not None and spec.after.of == "forecast":
             kept.add(draft.facts.first.input_slot)
         slots = [port for port in draft.results if port in kept and port.difference(order) not in draft.results]
         if not slots:

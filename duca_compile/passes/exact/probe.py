@@ -11,11 +11,12 @@ from duca_compile.core.fx_utils import op_name
 from duca_compile.core.ir import Branch, Role
 from duca_compile.core.ports import PROBE_CHANGE, PROBE_SEEN, PROBE_STREAM
 from duca_compile.core.steps import Probe
+from duca_compile.core.variants import ProbeVariant
 from duca_compile.errors import PolicyError
 from duca_compile.frontend.operators import as_carried
 from duca_compile.passes.base import ExactPass, VariantDraft
 from duca_compile.passes.numbers import ratio, row_norm, row_numbers
-from duca_compile.passes.series import Series
+from duca_compile.passes.series import SeriesBuilder
 
 aten = torch.ops.aten
 
@@ -41,11 +42,11 @@ class LookAhead(ExactPass[VariantDraft]):
     """
 
     def apply(self, draft: VariantDraft) -> bool:
-        probe = draft.spec.probe
-        if not draft.spec.probing or probe is None or PROBE_CHANGE in draft.results:
+        if not isinstance(draft.spec, ProbeVariant) or PROBE_CHANGE in draft.results:
             return False
+        probe = draft.spec.probe
         if probe.of == "forecast":
-            return self._against_forecast(draft)
+            return self._against_forecast(draft, draft.spec.order)
         stream = as_carried(probed_stream(draft, probe)[1])
         seen = _modulated(draft) if probe.of == "modulated" else None
         call, output = draft.graph.call_function, draft.graph.output_node()
@@ -62,14 +63,14 @@ class LookAhead(ExactPass[VariantDraft]):
         draft.results[:] = [PROBE_CHANGE, PROBE_SEEN, PROBE_STREAM]
         return True
 
-    def _against_forecast(self, draft: VariantDraft) -> bool:
+    def _against_forecast(self, draft: VariantDraft, order: int) -> bool:
         """The change is ||I - F||_1 / ||I||_1 for each row: I is what the first branch reads, and F its forecast."""
         branch, graph = draft.facts.first, draft.graph
         given = draft.node(branch.input)
         like = given.meta["val"]
         start = draft.input(branch.input_slot, like)
         with graph.inserting_before(graph.output_node()):
-            expected = Series(draft).behind(start, branch.input_slot, like)
+            expected = SeriesBuilder(draft, order).behind(start, branch.input_slot, like)
             missed = row_norm(draft, graph.call_function(aten.sub.Tensor, (given, expected)), like, 1)
             change = ratio(draft, missed, row_norm(draft, given, like, 1))
         change.meta["val"] = row_numbers(given)

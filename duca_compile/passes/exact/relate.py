@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from duca_compile.core.ports import FORECAST_ORDERS
-from duca_compile.core.variants import Action
+from duca_compile.core.variants import Action, FullVariant, Series
 from duca_compile.passes.base import ExactPass, VariantDraft
 from duca_compile.passes.numbers import distance, number_input, ratio, row_numbers
 
@@ -26,8 +26,11 @@ class EmitRelations(ExactPass[VariantDraft]):
     ensures = frozenset({"relations_emitted"})
 
     def apply(self, draft: VariantDraft) -> bool:
+        spec = draft.spec
+        if not isinstance(spec, FullVariant) or not isinstance(spec.keeps, Series) or spec.keeps.of != "inputs":
+            return False
         branches = [b for b in draft.branches(Action.COMPUTE) if b.scale_slot not in draft.results]
-        if not draft.spec.relational or not draft.spec.emit or not branches:
+        if not branches:
             return False
         graph = draft.graph
         with graph.inserting_before(graph.output_node()):

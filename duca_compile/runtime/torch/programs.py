@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -15,7 +14,7 @@ from duca_compile.core.ir import Facts
 from duca_compile.core.lock import COMPILING
 from duca_compile.core.ports import CACHES, FORECAST_GAP, FULL_ROWS
 from duca_compile.core.steps import Step, StepKind
-from duca_compile.core.variants import Action, Variant, VariantFunction, VariantSpec
+from duca_compile.core.variants import Action, ProbeVariant, Variant, VariantFunction, VariantSpec
 from duca_compile.policies.base import Policy
 from duca_compile.policies.end_only import EndOnly
 from duca_compile.runtime.dispatcher import Plan, Program
@@ -43,10 +42,10 @@ class Programs:
         PolicyError: this graph cannot serve the policy.
     """
 
-    def __init__(self, facts: Facts, policy: Policy, builder: Builder, cache_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, facts: Facts, policy: Policy, builder: Builder) -> None:
         check_selection(facts, policy)
         check_rows(facts, policy)
-        self._facts, self._policy, self._builder, self._cache_dtype = facts, policy, builder, cache_dtype
+        self._facts, self._policy, self._builder = facts, policy, builder
         self._rows: dict[frozenset[str] | None, Rows] = {}
         self._plans: dict[Step, Plan] = {}
         self._look: Plan | None = None
@@ -82,7 +81,7 @@ class Programs:
         with COMPILING:
             run = self._policy.instead_of(step) if isinstance(self._policy, EndOnly) else step
             spec, counts = plan_step(self._facts, self._policy, run)
-            variant, program = self._program(replace(spec, cache_dtype=self._cache_dtype))
+            variant, program = self._program(spec)
             waiting = tuple(counts.get(index, 0) for index in program.waiting)
             plan = self._plans[step] = Plan(run, program, waiting, variant.flops(counts))
         return plan
@@ -92,14 +91,14 @@ class Programs:
         spec = probe_spec(self._facts, self._policy)
         if self._look is None and spec is not None:
             with COMPILING:
-                variant, program = self._program(replace(spec, cache_dtype=self._cache_dtype))
+                variant, program = self._program(spec)
             self._look = Plan(Step(StepKind.FULL), program, (), variant.flops({}))
         return self._look
 
     def _program(self, spec: VariantSpec) -> tuple[Variant, Program]:
         if spec not in self.by_spec:
             variant, run = self._builder.build(spec)
-            waiting = tuple(b.index for b in self._selectable if spec.actions[b.index] is not Action.COMPUTE)
+            waiting = tuple(b.index for b in self._selectable if spec.action(b.index) is not Action.COMPUTE)
             program = Program.of(
                 run,
                 variant.inputs,
@@ -117,8 +116,8 @@ class Programs:
     def _computed(self, variant: Variant) -> dict[int, int | None]:
         found: dict[int, int | None] = {}
         for branch in self._selectable:
-            if variant.spec.actions[branch.index] is Action.COMPUTE:
-                score = score_output(self._facts, branch, variant.spec.scores, variant.outputs)
+            if variant.spec.action(branch.index) is Action.COMPUTE:
+                score = score_output(self._facts, branch, variant)
                 found[self._position[branch.index]] = None if score is None else variant.outputs.index(score)
         return found
 
@@ -127,7 +126,7 @@ def _forecast_inputs(variant: Variant) -> ForecastInputs:
     kinds = {port_of(n): n.meta["val"] for n in variant.module.graph.find_nodes(op="placeholder")}
     numbers = {port: partial(_number, kinds[port]) for port in NUMBERS if port in kinds}
     caches = {port: partial(_zeros, like) for port, like in kinds.items() if port.kind in CACHES}
-    compares = variant.spec.probing or numbers.keys() & {FORECAST_GAP, FULL_ROWS}
+    compares = isinstance(variant.spec, ProbeVariant) or numbers.keys() & {FORECAST_GAP, FULL_ROWS}
     rows = max((kinds[port].numel() for port in numbers), default=1)
     return ForecastInputs(numbers, caches if compares else {}, rows)
 
