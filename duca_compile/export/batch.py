@@ -19,7 +19,8 @@ from torch.export import Dim
 from duca_compile.artifact.manifest import BATCH, Size, TensorSpec
 from duca_compile.core.fx_utils import copy_graph
 from duca_compile.core.ports import Port
-from duca_compile.errors import ExportError, first_line
+from duca_compile.errors import ExportError, InternalError, first_line
+from duca_compile.passes.base import returned
 
 aten = torch.ops.aten
 
@@ -120,7 +121,7 @@ def open_graph(name: str, one: Seen, other: Seen) -> OpenGraph:
         found = nodes[node.name]
         node.args = fit.both(node.args, found.args, expressions.node)
         node.kwargs = fit.both(node.kwargs, found.kwargs, expressions.node)
-    outputs = tuple(zip(one.outputs, _results(one.module.graph), _results(other.module.graph), strict=True))
+    outputs = tuple(zip(one.outputs, returned(one.module.graph), returned(other.module.graph), strict=True))
     _drop_idle_squeezes(graph)
     in_place = _functional(graph, names, one.outputs)
     graph.lint()
@@ -131,12 +132,6 @@ def open_graph(name: str, one: Seen, other: Seen) -> OpenGraph:
         outputs=tuple(_spec(fit, mine, theirs, result) for result, mine, theirs in outputs),
         in_place=in_place,
     )
-
-
-def _results(graph: fx.Graph) -> Sequence[fx.Node]:
-    (results,) = graph.output_node().args
-    assert isinstance(results, Sequence)
-    return results  # type: ignore[return-value]
 
 
 def _spec(fit: Fit, mine: fx.Node, theirs: fx.Node, name: str, tokens: bool = False) -> TensorSpec:
@@ -227,7 +222,8 @@ class _Expressions:
         return self._add(operator.add, node, size.plus) if size.plus else node
 
     def _add(self, target: Callable[..., Any], *args: Any) -> fx.Node:
-        assert self._last is not None
+        if self._last is None:
+            raise InternalError("a graph without inputs has no size that depends on the batch")
         with self._graph.inserting_after(self._last):
             self._last = self._graph.call_function(target, args)
         return self._last
@@ -250,6 +246,6 @@ def _functional(graph: fx.Graph, inputs: Mapping[fx.Node, str], outputs: Sequenc
         cache = node.args[0]
         if cache in inputs and len(cache.users) == 1:
             found |= {
-                name: inputs[cache] for name, result in zip(outputs, _results(graph), strict=True) if result is node
+                name: inputs[cache] for name, result in zip(outputs, returned(graph), strict=True) if result is node
             }
     return found

@@ -25,6 +25,21 @@ from duca_compile.core.variants import (
 from duca_compile.errors import InternalError
 
 
+def returned(graph: fx.Graph) -> tuple[fx.Node, ...]:
+    """The nodes that a graph returns. Raises InternalError where it returns anything else."""
+    (results,) = graph.output_node().args
+    if not isinstance(results, tuple):
+        raise InternalError(f"a graph must return a tuple of nodes, not {results!r}")
+    return tuple(map(as_node, results))
+
+
+def as_node(argument: object) -> fx.Node:
+    """An operand as the node that it is. Raises InternalError where it is none."""
+    if not isinstance(argument, fx.Node):
+        raise InternalError(f"expected a node of the graph, not {argument!r}")
+    return argument
+
+
 @dataclass
 class Draft:
     """A working copy of a graph; ``properties`` holds what the passes so far have ensured."""
@@ -85,10 +100,7 @@ class VariantDraft(Draft):
         return self.graph.inserting_after(self._last_input() if node.op == "placeholder" else node)
 
     def add_result(self, port: Port, node: fx.Node) -> None:
-        output = self.graph.output_node()
-        (results,) = output.args
-        assert isinstance(results, tuple)
-        output.args = ((*results, node),)
+        self.graph.output_node().args = ((*returned(self.graph), node),)
         self.results.append(port)
 
 

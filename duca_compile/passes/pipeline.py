@@ -15,12 +15,12 @@ from duca_compile.core.ir import CapturedGraph, Facts, Variance
 from duca_compile.core.ports import CACHES, Port, PortKind
 from duca_compile.core.variants import Action, Variant, VariantSpec
 from duca_compile.errors import InternalError
-from duca_compile.passes.base import D, Draft, Pass, VariantDraft
+from duca_compile.passes.base import D, Draft, Pass, VariantDraft, returned
 from duca_compile.passes.caching.cast import CastCaches
 from duca_compile.passes.caching.forecast import Forecast
 from duca_compile.passes.caching.partial import RecomputeTokens
 from duca_compile.passes.caching.predict import PredictStream
-from duca_compile.passes.caching.probe import GoOn
+from duca_compile.passes.caching.probe import ContinueFromProbe
 from duca_compile.passes.caching.relate import ForecastFromInputs
 from duca_compile.passes.caching.residual import AddChanges
 from duca_compile.passes.caching.reuse import ReuseBranches
@@ -33,7 +33,7 @@ from duca_compile.passes.exact.deduplicate import Deduplicate
 from duca_compile.passes.exact.differences import EmitDifferences
 from duca_compile.passes.exact.emit import EmitCaches
 from duca_compile.passes.exact.hoist import Hoist, invariant_graph
-from duca_compile.passes.exact.probe import LookAhead
+from duca_compile.passes.exact.probe import RunProbe
 from duca_compile.passes.exact.relate import EmitRelations
 from duca_compile.passes.exact.scores import EmitScores
 from duca_compile.passes.exact.verification import VerifyForecast
@@ -44,7 +44,7 @@ PREPARE: tuple[Pass[Draft], ...] = (Clean(), Deduplicate(), RemoveDeadCode())
 # branches come first of the replacements: their bodies are copied from the nodes that reuse leaves dead.
 REWRITE: tuple[Pass[VariantDraft], ...] = (
     Hoist(),
-    LookAhead(),
+    RunProbe(),
     EmitCaches(),
     EmitChanges(),
     EmitDifferences(),
@@ -58,7 +58,7 @@ REWRITE: tuple[Pass[VariantDraft], ...] = (
     ReuseBranches(),
     SkipBlocks(),
     AddChanges(),
-    GoOn(),
+    ContinueFromProbe(),
     PredictStream(),
     CastCaches(),
     RemoveDeadCode(),
@@ -106,9 +106,7 @@ def build_variant(
     Caches are kept in ``cache_dtype``, where that is narrower than their features. ``observe`` is called with the draft
     before the first pass, and after each.
     """
-    (own,) = captured.graph.output_node().args
-    assert isinstance(own, tuple)
-    results = [Port(PortKind.OUTPUT, i) for i in range(len(own))]
+    results = [Port(PortKind.OUTPUT, place) for place in range(len(returned(captured.graph)))]
     draft = VariantDraft(copy_graph(captured.graph), facts, spec, results, cache_dtype)
     run_passes(draft, REWRITE, observe)
     pieces = frozenset(str(n.meta["piece"]) for n in draft.graph.nodes if "piece" in n.meta)
@@ -136,10 +134,8 @@ def build_prologue(captured: CapturedGraph, facts: Facts) -> fx.GraphModule:
 
 def _kept(draft: VariantDraft) -> dict[Port, int]:
     """Bytes of the results that are kept until the next step."""
-    (results,) = draft.graph.output_node().args
-    assert isinstance(results, tuple)
     found: dict[Port, int] = {}
-    for port, node in zip(draft.results, results, strict=True):
+    for port, node in zip(draft.results, returned(draft.graph), strict=True):
         if port.kind in CACHES:
             value = node.meta["val"]
             found[port] = value.numel() * value.element_size()

@@ -35,7 +35,7 @@ from duca_compile.errors import InternalError
 from duca_compile.passes.base import Draft, Pass, VariantDraft
 from duca_compile.passes.caching.forecast import Forecast
 from duca_compile.passes.caching.partial import RecomputeTokens
-from duca_compile.passes.caching.probe import GoOn
+from duca_compile.passes.caching.probe import ContinueFromProbe
 from duca_compile.passes.caching.residual import AddChanges
 from duca_compile.passes.caching.reuse import ReuseBranches
 from duca_compile.passes.caching.rows import KeepRows
@@ -47,7 +47,7 @@ from duca_compile.passes.exact.deduplicate import Deduplicate
 from duca_compile.passes.exact.differences import EmitDifferences
 from duca_compile.passes.exact.emit import EmitCaches
 from duca_compile.passes.exact.hoist import FEW, Hoist, row_layout
-from duca_compile.passes.exact.probe import LookAhead
+from duca_compile.passes.exact.probe import RunProbe
 from duca_compile.passes.exact.scores import EmitScores
 from duca_compile.passes.exact.verification import VerifyForecast
 from duca_compile.passes.exact.write_last import WriteLast
@@ -505,7 +505,7 @@ class TestCaching:
         _, facts = self.model
         for of, seen in (("modulated", "add"), ("first_block", "sub")):
             draft = self.of(ProbeVariant(Probe(of)))  # type: ignore[arg-type]
-            assert self.apply(LookAhead(), draft)
+            assert self.apply(RunProbe(), draft)
             returned = self.returned(draft)
             assert list(returned) == ["probe_change", "probe_seen", "probe_stream"]
             stream = facts.branches[0].stream if of == "modulated" else facts.branches[1].add
@@ -517,20 +517,20 @@ class TestCaching:
 
     def test_there_is_nothing_to_look_at(self) -> None:
         for after in (None, Probe()):
-            assert self.unchanged(LookAhead(), self.of(FullVariant(after=after)))
+            assert self.unchanged(RunProbe(), self.of(FullVariant(after=after)))
 
     def test_a_variant_goes_on_from_the_look(self) -> None:
         _, facts = self.model
         draft = self.of(FullVariant(after=Probe("first_block")))
         readers = self.readers(draft, facts.branches[1].add)
-        assert self.apply(GoOn(), draft)
+        assert self.apply(ContinueFromProbe(), draft)
         assert self.readers(draft, "probe_stream") == readers
         RemoveDeadCode().apply(draft)
         assert len(names(draft.graph, "scaled_dot_product")) == 1, "the first block is not computed again"
 
     def test_there_is_nothing_to_go_on_from(self) -> None:
-        assert self.unchanged(GoOn(), self.of(FullVariant()))
-        assert self.unchanged(GoOn(), self.of(ProbeVariant(Probe())))
+        assert self.unchanged(ContinueFromProbe(), self.of(FullVariant()))
+        assert self.unchanged(ContinueFromProbe(), self.of(ProbeVariant(Probe())))
 
     def test_what_a_stream_gains_is_returned(self) -> None:
         _, facts = self.model
@@ -659,8 +659,8 @@ def test_scores_equal_their_formulas(kind: str, mask: Tensor | None, scale: floa
 
 def test_passes_are_frozen_options() -> None:
     every: Sequence[type[Pass[Any]]] = [
-        Clean, Deduplicate, RemoveDeadCode, Hoist, LookAhead, EmitCaches, EmitChanges, EmitDifferences, KeepRows,
-        EmitScores, VerifyForecast, RecomputeTokens, Forecast, ReuseBranches, SkipBlocks, AddChanges, GoOn,
+        Clean, Deduplicate, RemoveDeadCode, Hoist, RunProbe, EmitCaches, EmitChanges, EmitDifferences, KeepRows,
+        EmitScores, VerifyForecast, RecomputeTokens, Forecast, ReuseBranches, SkipBlocks, AddChanges, ContinueFromProbe,
     ]  # fmt: skip
     for each in every:
         assert each() == each()

@@ -9,7 +9,7 @@ from torch import fx
 
 from duca_compile.core.fx_utils import port_of
 from duca_compile.core.ports import FEATURES
-from duca_compile.passes.base import CachingPass, VariantDraft
+from duca_compile.passes.base import CachingPass, VariantDraft, returned
 
 aten = torch.ops.aten
 
@@ -64,8 +64,7 @@ def _widen(graph: fx.Graph, node: fx.Node, own: torch.dtype, keep: set[fx.Node])
 
 def _return(draft: VariantDraft, dtype: torch.dtype) -> bool:
     output = draft.graph.output_node()
-    (results,) = output.args
-    assert isinstance(results, tuple)
+    results = returned(draft.graph)
     narrow = list(results)
     for place, (port, node) in enumerate(zip(draft.results, results, strict=True)):
         if port.kind in FEATURES and _is_wider(node, dtype):

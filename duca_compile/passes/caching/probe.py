@@ -1,4 +1,4 @@
-"""Goes on from the look at the start of the model that was taken in this step."""
+"""Continues from the probe of the same step, in the place of computing the start of the model again."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from duca_compile.passes.exact.probe import probed_stream
 
 
 @dataclass(frozen=True)
-class GoOn(CachingPass):
-    """Reads the stream from the look that was taken in this step, rather than compute it again."""
+class ContinueFromProbe(CachingPass):
+    """Reads the stream behind the probe from an input."""
 
     def apply(self, draft: VariantDraft) -> bool:
         if draft.after is None:

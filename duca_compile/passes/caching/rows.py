@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import fx
 
 from duca_compile.core.ports import FULL_ROWS, PortKind
 from duca_compile.core.variants import FullVariant
-from duca_compile.passes.base import CachingPass, VariantDraft
+from duca_compile.passes.base import CachingPass, VariantDraft, returned
 from duca_compile.passes.numbers import by_row
 
 aten = torch.ops.aten
@@ -23,14 +22,13 @@ class KeepRows(CachingPass):
 
     def apply(self, draft: VariantDraft) -> bool:
         output = draft.graph.output_node()
-        (results,) = output.args
-        assert isinstance(results, tuple)
+        results = returned(draft.graph)
         own = sum(port.kind is PortKind.OUTPUT for port in draft.results)
         if not isinstance(draft.spec, FullVariant) or not draft.by_row or len(results) == own:
             return False
         if draft.find_input(FULL_ROWS) is not None:
             return False
-        emitted = [node for node in results[own:] if isinstance(node, fx.Node)]
+        emitted = results[own:]
         kind = emitted[0].meta["val"].new_empty(draft.facts.batch, dtype=torch.bool)
         rows = draft.input(FULL_ROWS, kind)
         kept = list(results[:own])

@@ -40,7 +40,7 @@ def stretches(draft: VariantDraft) -> dict[int, tuple[fx.Node, fx.Node]]:
     """Where each stretch of a residual stream starts and ends, by the number of its last branch.
 
     A stream is one stretch, and more where something but its own branches reads a value in between (a long skip). Those
-    whose end nothing reads, once no block is computed, are left out. The stream that the probe looked at starts there.
+    whose end nothing reads, once no block is computed, are left out. The probed stream starts behind the probe.
     """
     chains: dict[int, list[Branch]] = {}
     for branch in draft.facts.branches:

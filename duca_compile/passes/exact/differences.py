@@ -9,7 +9,7 @@ from torch import fx
 
 from duca_compile.core.ports import FORECAST_GAP, FORECAST_ORDERS, STREAM_END
 from duca_compile.core.variants import Action, FullVariant, Series
-from duca_compile.passes.base import ExactPass, VariantDraft
+from duca_compile.passes.base import ExactPass, VariantDraft, returned
 from duca_compile.passes.numbers import beside, number_input
 
 aten = torch.ops.aten
@@ -38,9 +38,7 @@ class EmitDifferences(ExactPass[VariantDraft]):
         slots = [port for port in draft.results if port in kept and port.difference(order) not in draft.results]
         if not slots:
             return False
-        (results,) = draft.graph.output_node().args
-        assert isinstance(results, tuple)
-        emitted = dict(zip(draft.results, results, strict=True))
+        emitted = dict(zip(draft.results, returned(draft.graph), strict=True))
         known: dict[tuple[torch.dtype, int], tuple[fx.Node, list[fx.Node]]] = {}  # by type and dimensions
         for slot in slots:
             now, like = emitted[slot], emitted[slot].meta["val"]

@@ -1,4 +1,4 @@
-"""A look at the start of the model: a variant of its own, and what goes on from there (TeaCache, FirstBlockCache)."""
+"""Makes the variant that measures the start of the model before a step is decided (TeaCache, FirstBlockCache)."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ _PRODUCTS = {
 
 
 @dataclass(frozen=True)
-class LookAhead(ExactPass[VariantDraft]):
-    """Returns how much the look has changed, what it saw, and the stream behind it; and nothing of the model's own.
+class RunProbe(ExactPass[VariantDraft]):
+    """Returns how much what the probe sees has changed, what it sees, and the stream behind it; no output of the model.
 
     The change is the mean of |now - before| over the mean of |before|, for each row; both are added up in float32.
     """
@@ -80,7 +80,7 @@ class LookAhead(ExactPass[VariantDraft]):
 
 
 def probed_stream(draft: VariantDraft, probe: Probe) -> tuple[int, fx.Node]:
-    """The main stream's number, and its value where the look ends: at the start, or behind the first block."""
+    """The main stream's number, and its value where the probe ends: at the start, or behind the first block."""
     if probe.of == "forecast":
         return draft.facts.first.chain, draft.node(draft.facts.first.stream)
     branches = _first_branches(draft)

@@ -14,7 +14,7 @@ from duca_compile.core.ir import Branch
 from duca_compile.core.variants import Action, ForecastVariant, PredictVariant, ProbeVariant, Scores
 from duca_compile.errors import InternalError
 from duca_compile.frontend.operators import argument
-from duca_compile.passes.base import ExactPass, VariantDraft
+from duca_compile.passes.base import ExactPass, VariantDraft, as_node
 from duca_compile.passes.numbers import precise
 
 aten = torch.ops.aten
@@ -64,8 +64,7 @@ def _score(draft: VariantDraft, branch: Branch, scores: Scores) -> fx.Node:
     if start is None:
         raise InternalError(f"the keys of {attention.name} are not the tokens of branch {branch.index}")
     if scores.kind == "v_norm":
-        values = attention.args[2]
-        assert isinstance(values, fx.Node)
+        values = as_node(attention.args[2])
         norm = _call(draft, aten.linalg_vector_norm.default, values, 2, [-1], **_wide(values))
         score = _call(draft, aten.sum.dim_IntList, _call(draft, aten.rsub.Scalar, norm, 1), [1])
     else:
@@ -93,8 +92,7 @@ def _twice(draft: VariantDraft, score: fx.Node) -> fx.Node:
 
 def _mean_map(draft: VariantDraft, attention: fx.Node) -> fx.Node:
     """The attention's weights, mean over heads: (batch, queries, keys)."""
-    query, key = attention.args[:2]
-    assert isinstance(query, fx.Node)
+    query, key = map(as_node, attention.args[:2])
     mask = argument(attention, "attn_mask")
     scale = argument(attention, "scale") or (value_shape(query) or (1,))[-1] ** -0.5
     transposed = _call(draft, aten.transpose.int, key, -2, -1)
