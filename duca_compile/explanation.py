@@ -163,7 +163,7 @@ class Explanation:
                 variants[spec] = build_variant(captured, self.facts, spec)
             return variants[spec]
 
-        look = probe_spec(self.facts, chosen)
+        look = probe_spec(chosen)
         looking = 0.0 if look is None else variant(look).flops({})
 
         def planned(index: int, step: Step) -> PlannedStep:

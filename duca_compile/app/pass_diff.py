@@ -140,7 +140,7 @@ def _chosen(
 ) -> tuple[str, VariantSpec, dict[int, int]]:
     """What the variant is called, its spec, and the tokens that its partial branches recompute."""
     if step == PROBE:
-        spec = probe_spec(found.facts, policy)
+        spec = probe_spec(policy)
         if spec is None:
             raise UsageError(f"{policy.name} has no probe: it decides without one")
         return PROBE, spec, {}

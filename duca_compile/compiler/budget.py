@@ -90,7 +90,7 @@ def variants(
     """All that the policy's steps need, built and not compiled."""
     captured = with_predictor(captured, facts, policy.predictor)
     steps = dict.fromkeys(islice(policy.planned(total), LOOKED_AHEAD))
-    look = probe_spec(facts, policy)
+    look = probe_spec(policy)
     specs = [*(plan_step(facts, policy, step)[0] for step in steps), *([] if look is None else [look])]
     return [build_variant(captured, facts, spec, cache_dtype=dtype) for spec in dict.fromkeys(specs)]
 

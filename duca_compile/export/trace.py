@@ -145,7 +145,7 @@ class Traced:
         )
 
     def _look(self) -> manifest.Look | None:
-        spec = probe_spec(self.facts, self.policy)
+        spec = probe_spec(self.policy)
         if spec is None:
             return None
         name = self._variant(spec, "look")

@@ -56,9 +56,8 @@ def plan_step(facts: Facts, policy: Policy, step: Step) -> tuple[VariantSpec, di
             return PredictVariant(frozenset(policy.predictor.weights)), counts
 
 
-def probe_spec(facts: Facts, policy: Policy) -> ProbeVariant | None:
+def probe_spec(policy: Policy) -> ProbeVariant | None:
     """The variant that looks before a step is decided; None where the policy has none."""
-    del facts
     if not isinstance(policy, AdaptivePolicy) or not isinstance(policy.measure, Probe):
         return None
     if policy.measure.of != "forecast":

@@ -88,7 +88,7 @@ class Programs:
 
     def look(self) -> Plan | None:
         """What measures before a step is decided; None where the policy does not ask for it."""
-        spec = probe_spec(self._facts, self._policy)
+        spec = probe_spec(self._policy)
         if self._look is None and spec is not None:
             with COMPILING:
                 variant, program = self._program(spec)
