@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import duca_compile
 from duca_compile import OptimizedModel, Policy
-from duca_compile.compiler.captures import Captures
+from duca_compile.compiler.captures import CaptureCache
 from duca_compile.core.outputs import OutputLayout
 from duca_compile.frontend.binder import Binder
 from duca_compile.runtime.dispatcher import Dispatcher
@@ -39,7 +39,7 @@ IDLE = ", nothing computed"  # the same calls, where graphs return what they ret
 # What a call does besides running a graph, by the functions that do it: they do not overlap.
 STAGES = {
     "binding the arguments": (Binder, "__call__"),
-    "finding the capture": (Captures, "find"),
+    "finding the capture": (CaptureCache, "find"),
     "telling step, pass and request": (Request, "tick"),
     "what the pass carries": (Request, "state"),
     "loop-invariant values": (Dispatcher, "_hoist"),

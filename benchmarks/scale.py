@@ -41,7 +41,7 @@ from duca_compile.runtime.planning import plan_step
 SECONDS, SHARE = 20.0, 1.3  # what is aimed at: of wall-clock time, and of memory over that of the parameters
 POLICIES = (DuCa(interval=5), FORA(interval=5))  # between them all four kinds of step
 STAGES = {  # what is timed -> the function, by module and name
-    "first call": ("frontend.state", "warm"),
+    "first call": ("frontend.side_effects", "warm"),
     "torch.export": ("frontend.capture", "_exported"),
     "lowering": ("frontend.capture", "_lower"),
     "cleaning": ("compiler.analyze", "prepare"),

@@ -32,9 +32,9 @@ def optimize(
 ) -> Any:
     """A drop-in for ``model`` that reuses features from step to step of a denoising loop.
 
-    The model is captured at the first call, from its real arguments, and never modified. Of a model, steps are told
-    apart by the timestep argument; a timestep that jumps back starts a new request, and so does ``reset()``. Of a
-    pipeline, the scheduler tells where a request starts and how many steps it has.
+    The model is captured at its first call, from the actual arguments, and is never modified. A model's steps are
+    recognised by the timestep argument; a timestep that jumps back starts a new request, and so does ``reset()``. For
+    a pipeline, the scheduler says where a request starts and how many steps it has.
 
     Args:
         model: a Diffusion Transformer in eval mode, that is any nn.Module that takes a latent and a timestep; or a
@@ -42,15 +42,16 @@ def optimize(
         policy: "duca", "toca", "fora", "taylorseer", "rfc", "speca", "gate", "none", or a Policy object such as
             ``DuCa(interval=5, fresh_ratio=0.1)``.
         backend: "inductor" (the compiler of torch.compile), "openvino" (on a CPU) or "eager".
-        num_inference_steps: steps of a request; needed by schedules that depend on it. Not for a pipeline.
-        timestep: name of the timestep argument, where it cannot be told from the graph.
+        num_inference_steps: the number of steps of a request, which some schedules need. Not for a pipeline.
+        timestep: the name of the timestep argument, where the graph does not show it.
         strict: raise BackendError where the backend cannot compile, instead of falling back to eager with a warning.
         mode: "reduce-overhead" replays each step of the Inductor backend as a CUDA graph, from static buffers; on a CPU
             it is the same as "default".
-        cache_dtype: keep caches in this type, such as ``torch.bfloat16``, where the features are wider; rounds them.
-        cache_budget_bytes: the most that the caches of one pass of one request may hold. Where the policy needs more,
-            they are kept in bfloat16; where that is too much, steps that read the branches' caches skip the blocks
-            instead, for which one tensor is kept. A warning says so, at the first call of each shape.
+        cache_dtype: the dtype of caches, such as ``torch.bfloat16``, where features are wider; rounds them.
+        cache_budget_bytes: the most bytes that the caches of one guidance pass of one request may hold. Where the
+            policy needs more, caches are kept in bfloat16; where that is still too much, steps that would read the
+            branches' caches skip the blocks instead, which takes a single cached tensor. A warning says so, at the
+            first call of each shape.
 
     Returns:
         An ``OptimizedModel``: an nn.Module with the same call signature, outputs, config, dtype, device and
@@ -60,8 +61,8 @@ def optimize(
         UsageError: ``model`` is neither an nn.Module nor a pipeline with a transformer, is in training mode or
             optimized already, or the backend is unknown.
         BackendError: the backend's package is not installed.
-        PolicyError: an unknown policy, or one that cannot plan without ``num_inference_steps``. At the first call:
-            the policy does not fit the model, or the budget is too small; the message says what the least would be.
+        PolicyError: the policy is unknown, or cannot plan without ``num_inference_steps``. At the first call: the
+            policy does not fit the model, or the budget is too small; the message says what the smallest would be.
     """
     chosen, engine = resolve_policy(policy), make_backend(backend, strict, mode)
     options = CacheOptions(cache_dtype, cache_budget_bytes)
@@ -70,7 +71,7 @@ def optimize(
     check_plain(model)
     if num_inference_steps is not None:
         check_whole("num_inference_steps", num_inference_steps, least=1)
-    next(chosen.steps(num_inference_steps))  # a policy that cannot plan says so now, not at the first call
+    next(chosen.steps(num_inference_steps))  # a policy that cannot plan raises now, not at the first call
     return OptimizedModel(model, chosen, engine, Requests(chosen, num_inference_steps), timestep, options)
 
 
@@ -82,7 +83,7 @@ def _optimize_pipeline(
     timestep: str | None,
     options: CacheOptions,
 ) -> Any:
-    """Replaces the transformers of ``pipe``; they share their requests, since one loop calls them all."""
+    """Replaces the transformers of ``pipe``, which share their requests, since one loop calls all of them."""
     if num_inference_steps is not None:
         raise UsageError("a pipeline's scheduler says how many steps a request has; leave num_inference_steps out")
     found = transformers(pipe)
@@ -95,10 +96,10 @@ def _optimize_pipeline(
 
 
 def restore(target: Any) -> Any:
-    """Undoes ``optimize``: puts a pipeline's original transformers back; of an optimized model, returns its source.
+    """Undoes ``optimize``: puts a pipeline's original transformers back, or returns an optimized model's source.
 
     Raises:
-        UsageError: there is nothing optimized.
+        UsageError: ``target`` is not optimized.
     """
     if isinstance(target, OptimizedModel):
         return target.source

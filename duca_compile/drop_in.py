@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from duca_compile.backends.base import Backend
 from duca_compile.compiler.analyze import analyze_call
 from duca_compile.compiler.budget import CacheOptions, fitted
-from duca_compile.compiler.captures import Captures
+from duca_compile.compiler.captures import CaptureCache
 from duca_compile.compiler.checks import (
     DIFFUSERS_HOOKS,
     check_caching,
@@ -33,13 +33,14 @@ from duca_compile.compiler.checks import (
 )
 from duca_compile.compiler.compiled import Compiled
 from duca_compile.core.ir import CapturedGraph
+from duca_compile.core.once import Once
 from duca_compile.core.steps import StepKind
 from duca_compile.errors import UsageError
-from duca_compile.frontend import away, casts
+from duca_compile.frontend import casts, offloading
 from duca_compile.frontend.binder import Binder, Call
 from duca_compile.frontend.capture import live_tensors
-from duca_compile.frontend.reproduce import COMPILED, ROUNDING, apart, relative
-from duca_compile.frontend.state import Held
+from duca_compile.frontend.side_effects import ModelState
+from duca_compile.frontend.trace_check import COMPILED_TOLERANCE, MAX_ULPS, relative_distance, ulp_distance
 from duca_compile.policies import Policy
 from duca_compile.runtime.dispatcher import Plan
 from duca_compile.runtime.planning import not_recomputed
@@ -48,8 +49,8 @@ from duca_compile.runtime.session import HasSessions, Requests, current_pass, na
 
 log = logging.getLogger("duca_compile")
 
-LOOKED_AHEAD = 1000  # steps that a warm-up looks at for variants that they need
-_SHARED = (  # tables that an optimized model has in common with its source
+WARM_UP_HORIZON = 1000  # a warm-up compiles the variants that this many steps need
+_SHARED = (  # tables that an optimized model shares with its source
     "_parameters",
     "_buffers",
     "_modules",
@@ -60,10 +61,10 @@ _SHARED = (  # tables that an optimized model has in common with its source
     "_load_state_dict_post_hooks",
 )
 _READ_ONLY = {bool, int, float, str, bytes, type(None), torch.dtype, torch.device, torch.Size, Tensor, nn.Parameter}
-_ACCELERATE = frozenset({"forward", "_old_forward", "_hf_hook"})  # what its hooks set, and put back
+_ACCELERATE = frozenset({"forward", "_old_forward", "_hf_hook"})  # attributes that its hooks set and restore
 
 
-class _Guise(type):
+class _EqualToSource(type):
     """Makes the type of an optimized model equal to its source's: diffusers' ``from_pipe`` compares types."""
 
     source_type: type | None = None
@@ -74,26 +75,29 @@ class _Guise(type):
     __hash__ = type.__hash__
 
 
-class _First(NamedTuple):
-    """The tensors of the call that a capture was made of, and the leaves of what the model itself gave for it."""
+class _EagerRun(NamedTuple):
+    """The tensors of the call that was captured, and the leaves of the results that the model itself gave for it."""
 
     tensors: tuple[Tensor, ...]
     results: tuple[Any, ...]
 
-    def is_given_by(self, call: Call, output: Any, exact: bool) -> bool:
-        """Whether a full step of that very call has given it, but for rounding; of other calls nothing is known."""
+    def is_consistent_with(self, call: Call, output: Any, exact: bool) -> bool:
+        """Whether a full step gave the model's results, up to rounding; True for another call."""
         if len(call.tensors) != len(self.tensors) or not all(map(is_, call.tensors, self.tensors)):
             return True
         leaves = tree_leaves(output)
-        return apart(self.results, leaves) <= ROUNDING or (not exact and relative(self.results, leaves) <= COMPILED)
+        if ulp_distance(self.results, leaves) <= MAX_ULPS:
+            return True
+        return not exact and relative_distance(self.results, leaves) <= COMPILED_TOLERANCE
 
 
-class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
+class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
     """A drop-in for the model it was made from; see ``optimize``.
 
-    It shares the source's parameter, buffer and submodule tables, so ``state_dict``, ``load_state_dict``, ``to`` and
-    the like act on the source's own weights. Everything that it does not have itself is read, set and deleted on the
-    source, and ``isinstance`` takes it for one of the source's class. What wraps its ``forward`` is its own.
+    It shares the source's tables of parameters, buffers and submodules, so ``state_dict``, ``load_state_dict``, ``to``
+    and the like act on the source's own weights. Attributes that it does not have itself are read, set and deleted on
+    the source, and ``isinstance`` takes it for an instance of the source's class. A wrapper around its ``forward``
+    belongs to it alone.
     """
 
     source: nn.Module
@@ -103,15 +107,15 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
     _backend: Backend
     _requests: Requests
     _bind: Binder
-    _compiled: Captures
-    _told: bool  # whether it was said what partial steps cannot do
-    _careful: bool  # whether a step was once not what the model gives, so that captures are made with all checks
-    _first: _First | None  # of the last capture, until a step was compared with it
+    _compiled: CaptureCache
+    _warned: Once
+    _careful: bool  # whether a step's results once differed from the model's, so that captures run all checks
+    _unverified: _EagerRun | None  # that of the last capture, until a step was compared with it
 
     def __new__(cls, model: nn.Module, *_: Any) -> OptimizedModel:
         source = type(model)
         names = {"source_type": source, "__module__": source.__module__}
-        return super().__new__(cast(type[OptimizedModel], _Guise(cls.__name__, (cls,), names)))
+        return super().__new__(cast(type[OptimizedModel], _EqualToSource(cls.__name__, (cls,), names)))
 
     def __init__(
         self,
@@ -124,11 +128,10 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
     ) -> None:
         super().__init__()
         self.__dict__.update({name: model.__dict__[name] for name in _SHARED})
-        own = {"source": model, "policy": policy, "_backend": backend, "_requests": requests, "timestep_name": timestep}
-        self.__dict__.update(own, cache_options=cache_options)
-        self.__dict__["_bind"] = Binder(model, timestep)
-        self.__dict__["_compiled"] = Captures(model, self._capture)
-        self.__dict__.update(_told=False, _careful=False, _first=None)
+        self.__dict__.update(source=model, policy=policy, timestep_name=timestep, cache_options=cache_options)
+        self.__dict__.update(_backend=backend, _requests=requests, _bind=Binder(model, timestep))
+        self.__dict__.update(_compiled=CaptureCache(model, self._capture))
+        self.__dict__.update(_warned=Once(), _careful=False, _unverified=None)
         self.training = model.training
         self._set_forward()
 
@@ -149,7 +152,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         if source is None:
             raise AttributeError(name)
         value = getattr(source, name)
-        if type(value) not in _READ_ONLY and name != "config":  # through anything else the model can be changed
+        if type(value) not in _READ_ONLY and name != "config":  # the caller may change the model through any other
             self._touch()
         return value
 
@@ -167,15 +170,15 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         yield from super().named_children()
 
     def _is_own(self, name: str) -> bool:
-        """Whether ``name`` is set here: where it would be found here. All else is set where forward reads it."""
-        mine, source = self.__dict__, self.__dict__.get("source")
-        if source is None:  # this is nn.Module's own start
+        """Whether setting ``name`` sets it here, since it is found here. Others are set on the source, as forward's."""
+        attributes, source = self.__dict__, self.__dict__.get("source")
+        if source is None:  # within nn.Module.__init__
             return True
-        if name in _ACCELERATE:  # whose hook it is, the source's or that of this model, is told by the saved forward
-            return "_old_forward" in mine or "_old_forward" not in vars(source)
+        if name in _ACCELERATE:  # the saved forward tells whether the hook is the source's or this model's
+            return "_old_forward" in attributes or "_old_forward" not in vars(source)
         if name == DIFFUSERS_HOOKS:
-            return name in mine or name not in vars(source)
-        return name in mine or (hasattr(OptimizedModel, name) and name != "__class__")
+            return name in attributes or name not in vars(source)
+        return name in attributes or (hasattr(OptimizedModel, name) and name != "__class__")
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._is_own(name):
@@ -201,9 +204,9 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         source = self.source
         check_model(source)
-        if away.has_hooks(source):
-            args, kwargs = away.entered(source, args, kwargs)
-            return away.left(source, self._run(self._bind(args, kwargs)))
+        if offloading.has_hooks(source):
+            args, kwargs = offloading.before_call(source, args, kwargs)
+            return offloading.after_call(source, self._run(self._bind(args, kwargs)))
         return self._run(self._bind(args, kwargs))
 
     def _run(self, call: Call) -> Any:
@@ -217,10 +220,10 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
             named = compiled.named(call.tensors)
             tick = request.tick(compiled.facts, named, name, step)
             if tick.new_request:
-                compiled = self._compiled.find_anew(call)
+                compiled = self._compiled.find_revalidated(call)
                 named = compiled.named(call.tensors)
                 request.captured(compiled.facts)
-            if (captured := compiled.captured).casts or torch.is_inference_mode_enabled():
+            if (captured := compiled.captured).explicit_casts or torch.is_inference_mode_enabled():
                 with _outside_of_modes(captured):
                     output = compiled.run(request, tick, named, name)
             elif records:
@@ -231,17 +234,20 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         except BaseException:
             request.reset()
             raise
-        first = self._first
-        if first is None:
+        run = self._unverified
+        if run is None:
             return output
-        self.__dict__["_first"] = None
-        if request.history[-1].kind is not StepKind.FULL or first.is_given_by(call, output, self._backend.exact):
+        self.__dict__["_unverified"] = None
+        if request.history[-1].kind is not StepKind.FULL or run.is_consistent_with(call, output, self._backend.exact):
             return output
-        return self._again_with_care(compiled, request, call)
+        return self._recapture_with_checks(compiled, request, call)
 
-    def _again_with_care(self, compiled: Compiled, request: Request, call: Call) -> Any:
-        """The call, whose first step was not what the model itself gives: captured anew, now with all checks."""
-        log.info("%s: a step does not give its results; capturing it with all checks", type(self.source).__name__)
+    def _recapture_with_checks(self, compiled: Compiled, request: Request, call: Call) -> Any:
+        """Runs the call again, captured anew with all checks, since its step did not give the model's results."""
+        log.info(
+            "%s: a step does not give the model's results; capturing it again with all checks",
+            type(self.source).__name__,
+        )
         self.__dict__["_careful"] = True
         request.reset()
         self._compiled.forget(compiled)
@@ -250,55 +256,59 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
     def warm_up(self, *args: Any, **kwargs: Any) -> None:
         """Captures this kind of call and compiles every variant that the policy needs, so that no request waits for it.
 
-        Takes the arguments of one call of the model. Shows its progress on a terminal. No request is touched.
+        Takes the arguments of one call of the model, and shows progress on a terminal. Requests and their caches stay
+        as they are.
 
         Raises:
             DucaError: what the call itself would raise.
         """
         check_model(self.source)
         call = self._bind(args, kwargs)
-        compiled, requests = self._compiled.find_anew(call), self._requests
+        compiled, requests = self._compiled.find_revalidated(call), self._requests
         steps = self.policy.planned(requests.total)
         console = Console(stderr=True)
 
         def watch(plans: Sequence[Plan]) -> Iterable[Plan]:
             return track(plans, f"compiling {type(self.source).__name__}", console=console, transient=True)
 
-        with torch.no_grad(), casts.none_for(compiled.captured):
+        with torch.no_grad(), casts.without_autocast(compiled.captured):
             call_by_name = compiled.named(call.tensors)
-            held = Held(self.source) if compiled.captured.opaque else None
-            compiled.dispatcher.warm_up(requests.new(), call_by_name, islice(steps, LOOKED_AHEAD), watch)
-            if held is not None:
-                held.put_back()
+            state = ModelState(self.source) if compiled.captured.opaque else None
+            compiled.dispatcher.warm_up(requests.new(), call_by_name, islice(steps, WARM_UP_HORIZON), watch)
+            if state is not None:
+                state.put_back()
 
     def _capture(self, call: Call, known: Mapping[str, str]) -> Compiled:
         with self._source_context():
             captured, facts, prologue = analyze_call(self.source, call, self.timestep_name, known, self._careful)
-        self.__dict__["_first"] = None if self._careful else _First(call.tensors, captured.results)
-        captured = replace(captured, results=())
+        self.__dict__["_unverified"] = None if self._careful else _EagerRun(call.tensors, captured.eager_results)
+        captured = replace(captured, eager_results=())
         limit = not_recomputed(facts, self.policy)
-        if limit is not None and not self._told:
-            self.__dict__["_told"] = True
+        if limit is not None and self._warned.first("partial steps"):
             log.warning("%s: %s", type(self.source).__name__, limit)
         policy, dtype = fitted(captured, facts, self.policy, self.cache_options, self._requests.total)
         return Compiled(captured, facts, prologue, policy, self._backend, live_tensors(self.source), dtype)
 
     def _source_context(self) -> AbstractContextManager[None]:
-        """The source's own ``cache_context``: capturing is the only time that the source itself runs."""
-        named, own = current_pass(self), getattr(self.source, "cache_context", None)
-        if named is None or own is None:
+        """The source's own ``cache_context``, entered for capturing, which is the only time that the source runs."""
+        guidance_pass, enter = current_pass(self), getattr(self.source, "cache_context", None)
+        if guidance_pass is None or enter is None:
             return nullcontext()
-        options = dict(named.options)
-        if not _takes(own, "step_index"):
+        options = dict(guidance_pass.options)
+        if not _takes(enter, "step_index"):
             options.pop("step_index", None)
-        return cast(AbstractContextManager[None], own(named.name, **options))
+        return cast(AbstractContextManager[None], enter(guidance_pass.name, **options))
 
     def cache_context(self, name: str, **options: Any) -> AbstractContextManager[None]:
-        """Calls inside, ``with model.cache_context("cond"):``, are of the pass called ``name``, with caches of its own.
+        """Calls inside belong to the guidance pass called ``name``, which has caches of its own.
 
-        As in diffusers, whose pipelines use it; ``options`` go to the source's own ``cache_context``. One of them says
-        at which step the calls are: ``step_index``, counted from 0 at the loop's start, or None where the timestep is
-        to tell. One that is smaller than the last starts a request.
+        Used as in diffusers, by its pipelines too: ``with model.cache_context("cond"): ...``
+
+        Args:
+            name: the guidance pass.
+            options: passed to the source's own ``cache_context``. One of them, ``step_index``, says at which step the
+                calls are, counted from 0 at the start of the loop; where it is None, the timestep tells. A smaller
+                index than the last starts a request.
 
         Raises:
             UsageError: when it is entered, if ``step_index`` is neither None nor a whole number from 0 on.
@@ -306,53 +316,54 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_Guise):
         return named_pass(self, name, options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> OptimizedModel:
-        """An optimized copy of the source, which captures anew."""
+        """An optimized copy of the source, without captures."""
         source, requests = copy.deepcopy(self.source, memo), copy.deepcopy(self._requests, memo)
         return OptimizedModel(source, self.policy, self._backend, requests, self.timestep_name, self.cache_options)
 
     def __copy__(self) -> OptimizedModel:
-        """Another optimized model of the same source, with requests of its own, which captures anew."""
+        """Another optimized model of the same source, with requests of its own and without captures."""
         requests = copy.deepcopy(self._requests)
         return OptimizedModel(self.source, self.policy, self._backend, requests, self.timestep_name, self.cache_options)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise UsageError(
-            "an optimized model cannot be pickled or saved whole, since it holds compiled code; "
-            "save duca_compile.restore(model), or its state_dict(), and optimize what is loaded"
+            "an optimized model cannot be pickled or saved as a whole, since it holds compiled code; "
+            "save duca_compile.restore(model), or its state_dict(), and optimize the model that is loaded"
         )
 
 
 @contextmanager
 def _outside_of_modes(captured: CapturedGraph) -> Iterator[None]:
-    """Recording neither gradients nor inference tensors, which nobody could write to outside of inference mode."""
-    with torch.inference_mode(False), torch.no_grad(), casts.none_for(captured):
+    """Turns off gradients, and inference mode, whose tensors could not be written to at a later step outside of it."""
+    with torch.inference_mode(False), torch.no_grad(), casts.without_autocast(captured):
         yield
 
 
 def _takes(function: Callable[..., Any], name: str) -> bool:
-    """Whether it takes an argument of that name."""
+    """Whether the function accepts an argument of that name."""
     parameters = inspect.signature(function).parameters.values()
     return any(each.name == name or each.kind is each.VAR_KEYWORD for each in parameters)
 
 
 def check_plain(model: Any) -> None:
+    """Raises UsageError where ``model`` cannot be optimized in its present state."""
     check_model(model, "an nn.Module or a diffusers pipeline")
     if isinstance(model, OptimizedModel):
-        raise UsageError("this model is optimized already; duca_compile.restore it first")
+        raise UsageError("this model is optimized already; call duca_compile.restore on it first")
     check_parts(model)
     check_caching(model)
 
 
 def check_parts(model: nn.Module) -> None:
-    """Raises UsageError where it is compiled, or a submodule is an optimized model, whose state no trace can hold."""
+    """Raises UsageError where ``model`` is compiled, or a submodule is an optimized model: no trace holds its state."""
     if isinstance(model, CompiledModule):
         raise UsageError(
-            f"this is what torch.compile made of a {type(model._orig_mod).__name__}; pass the model itself, which is "
-            "its attribute _orig_mod: duca_compile compiles what it makes of it"
+            f"this is a {type(model._orig_mod).__name__} compiled by torch.compile; pass the original model, its "
+            "attribute _orig_mod: duca_compile compiles the graphs that it derives"
         )
     inner = next((path for path, part in model.named_modules() if isinstance(part, OptimizedModel)), None)
     if inner is not None:
         raise UsageError(
             f"{type(model).__name__}.{inner} is an optimized model; "
-            "put duca_compile.restore of it there to optimize the whole, or leave the whole as it is"
+            "put duca_compile.restore of it there to optimize the whole model, or do not optimize the whole"
         )

@@ -246,14 +246,14 @@ class Explanation:
 
     def _traced(self) -> Iterator[str]:
         """What the trace took for given, and what it left alone."""
-        for name, read in self.captured.given.items():
+        for name, read in self.captured.guarded_inputs.items():
             source = _shown(read.source)
             yield f"captured for what forward reads of {name} ({source}): for other values, it is captured anew"
         operators = {site.path: site.reason for site in self.captured.opaque}
         for reason, (first, *more) in _grouped(operators).items():
             like = f", and so does each of {len(more)} like it" if more else ""
-            yield f"{first} {_shown(reason)}: it runs as it is, as one operator{like}"
-        hooks = Counter(" and ".join(hook.name for hook in weight.hooks) for weight in self.captured.away)
+            yield f"{first} {_shown(reason)}: it runs as one opaque operator{like}"
+        hooks = Counter(" and ".join(hook.name for hook in weight.hooks) for weight in self.captured.fetched)
         for names, count in hooks.items():
             yield f"{count} weights that {names} bring are read where they are kept, whenever a step needs them"
 

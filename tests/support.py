@@ -16,7 +16,7 @@ import duca_compile
 from duca_compile import DuCa, Explanation, OptimizedModel, Policy
 from duca_compile.backends.make import make_backend
 from duca_compile.compiler.analyze import analyze_call, step_values
-from duca_compile.compiler.captures import Captures
+from duca_compile.compiler.captures import CaptureCache
 from duca_compile.compiler.compiled import Compiled
 from duca_compile.core.ir import CapturedGraph, Facts
 from duca_compile.core.ports import Port
@@ -90,7 +90,7 @@ class Shared:
         def capture(call: Call, known: Mapping[str, str]) -> Compiled:
             return Compiled(*self.captured(call), policy, engine, live, None)
 
-        made.__dict__["_compiled"] = Captures(self.model, capture)
+        made.__dict__["_compiled"] = CaptureCache(self.model, capture)
         return made
 
 
@@ -113,7 +113,7 @@ def row(entry: Entry, found: Explanation) -> str:
     """The model's line of the table."""
     planned = {step.kind: step.flops / found.flops for step in found.schedule(POLICY, 3).steps}
     branches = ", ".join(f"{count} {role}" for role, count in sorted(streams(found).items(), key=lambda item: -item[1]))
-    given = ", ".join(f"`{name}`" for name in found.captured.given)
+    given = ", ".join(f"`{name}`" for name in found.captured.guarded_inputs)
     if found.captured.opaque:
         given = f"one operator: {len(found.captured.opaque)} submodules"
     spec, recomputed = plan_step(found.facts, POLICY, Step(StepKind.PARTIAL, ratio=POLICY.fresh_ratio))

@@ -68,7 +68,7 @@ def test_not_a_module() -> None:
 
 
 def test_optimized_already() -> None:
-    with pytest.raises(UsageError, match=r"optimized already; duca_compile\.restore it first"):
+    with pytest.raises(UsageError, match=r"optimized already; call duca_compile\.restore on it first"):
         optimize(optimize(TinyDiT()))
 
 
@@ -129,7 +129,7 @@ def test_side_effects_are_refused() -> None:
 
 
 def test_no_residual_stream_is_an_error_never_a_silent_no_op() -> None:
-    with pytest.raises(StructureError, match=r"no residual branch found.*run it as it is"):
+    with pytest.raises(StructureError, match=r"no residual branch found.*run it without duca_compile"):
         call(optimize(TinyDiT("no residual")))
     with pytest.raises(StructureError, match="no residual branch found"):
         duca_compile.explain(TinyDiT("no residual").eval(), torch.ones(2, 4, 8), torch.ones(2))

@@ -108,7 +108,7 @@ def test_a_budget_is_met_by_cheaper_caches(
     assert all(each.isfinite().all() for each in found)
     warned = [each.getMessage() for each in caplog.records if "cache_budget_bytes" in each.getMessage()]
     assert len(warned) == (slots < 2 * DEPTH + 1)
-    assert all(f"holds {int(bytes_held)}" in message for message in warned)
+    assert all(f"which hold {int(bytes_held)}" in message for message in warned)
 
 
 @torch.no_grad()

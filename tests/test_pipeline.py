@@ -110,7 +110,7 @@ def test_what_cannot_be_optimized_or_restored() -> None:
     with pytest.raises(UsageError, match="scheduler says how many steps a request has; leave num_inference_steps out"):
         duca_compile.optimize(pipe, num_inference_steps=8)
     duca_compile.optimize(pipe, backend="eager")
-    with pytest.raises(UsageError, match=r"optimized already; duca_compile\.restore it first"):
+    with pytest.raises(UsageError, match=r"optimized already; call duca_compile\.restore on it first"):
         duca_compile.optimize(pipe)
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
     unet = diffusers.UNet2DModel(sample_size=8, block_out_channels=(32,), **blocks)

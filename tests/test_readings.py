@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,6 +18,27 @@ MASKS = ("branch", "length", "numpy", "selection", "masked_select", "slice", "ar
 POLICY = DuCa(interval=3, fresh_ratio=0.5)
 
 
+def _written_through_data(text: Tensor, mask: Tensor) -> Tensor:
+    places = torch.zeros_like(text)
+    places.data[:, :3].copy_(text[:, :3])
+    return text + places
+
+
+READ_MASK: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # what becomes of the text, by what is read of its mask
+    "branch": lambda text, mask: text * 2 if mask.all() else text,
+    "length": lambda text, mask: text[:, : int(mask.sum(1).max())],
+    "numpy": lambda text, mask: text * float(mask.numpy().mean()),
+    "selection": lambda text, mask: text[:1, mask[0]].expand(BATCH, -1, -1),
+    "masked_select": lambda text, mask: text + torch.masked_select(text, mask[..., None]).mean(),
+    "data": _written_through_data,
+    "slice": lambda text, mask: text[:, : mask[0].sum()],
+    "arange": lambda text, mask: text + torch.arange(mask[0].sum()).sum(),
+    "where": lambda text, mask: text * torch.where(mask[0])[0].shape[0],
+    "repeat_interleave": lambda text, mask: text.repeat_interleave(mask[0].long(), 1),
+    "no difference": lambda text, mask: text + 0 if mask.any() else text,
+}
+
+
 class Reader(nn.Module):
     """A DiT whose forward reads its prompt's mask, or its latent, in the way called ``how``."""
 
@@ -28,33 +50,11 @@ class Reader(nn.Module):
         self.register_buffer("flag", torch.ones(()))
 
     def forward(self, x: Tensor, timestep: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        if self.how == "branch" and mask.all():
-            text = text * 2
-        elif self.how == "length":
-            text = text[:, : int(mask.sum(1).max())]
-        elif self.how == "numpy":
-            text = text * float(mask.numpy().mean())
-        elif self.how == "selection":
-            text = text[:1, mask[0]].expand(BATCH, -1, -1)
-        elif self.how == "masked_select":
-            text = text + torch.masked_select(text, mask[..., None]).mean()
-        elif self.how == "data":
-            places = torch.zeros_like(text)
-            places.data[:, :3].copy_(text[:, :3])
-            text = text + places
-        elif self.how == "slice":
-            text = text[:, : mask[0].sum()]
-        elif self.how == "arange":
-            text = text + torch.arange(mask[0].sum()).sum()
-        elif self.how == "where":
-            text = text * torch.where(mask[0])[0].shape[0]
-        elif self.how == "repeat_interleave":
-            text = text.repeat_interleave(mask[0].long(), 1)
+        if self.how in READ_MASK:
+            text = READ_MASK[self.how](text, mask)
         elif self.how == "buffer" and self.flag.item() > 0:
             text = text * 2
-        elif self.how == "no difference" and mask.any():
-            text = text + 0
-        if self.how == "experts":
+        elif self.how == "experts":
             x, _ = self.experts(x)
         elif self.how == "latent" and x.mean() > 0:
             x = x * 2

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import duca_compile
 from duca_compile import CaptureError, StructureError, UsageError
+from duca_compile.frontend.side_effects import ModelState
 from duca_compile.frontend.snapshot import Watch
-from duca_compile.frontend.state import Held
 from tests import models
 from tests.features import state as cases
 from tests.features.state import attending, block, call, guided, loop, sd3, small
@@ -85,7 +85,7 @@ def test_a_capture_that_fails_leaves_the_model_as_it_was(fails: str, monkeypatch
         monkeypatch.setattr(
             "duca_compile.compiler.analyze.analyze", lambda *_: (_ for _ in ()).throw(StructureError("none"))
         )
-    held = Held(model)
+    held = ModelState(model)
     with pytest.raises((CaptureError, StructureError)):
         duca_compile.optimize(model, "none", "eager")(**models.example())
     assert not held.changes()
@@ -134,7 +134,7 @@ def test_what_is_found_late_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pyt
     optimized = duca_compile.optimize(model, "none", "eager")
     call(optimized, 0)
     with monkeypatch.context() as patch:
-        patch.setattr(Watch, "due", lambda watch: False)
+        patch.setattr(Watch, "is_due", lambda watch: False)
         block(model).gain = 2.0
         call(optimized, 1)
         block(model).attention.forward = types.MethodType(lambda self, x: x, block(model).attention)
@@ -317,7 +317,7 @@ class Scaled(models.Attention):
 
 @pytest.mark.parametrize("kind", ["context", "thread", "module", "object"])
 def test_globals_that_are_set_within_a_request_are_followed(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("duca_compile.frontend.snapshot.PATIENCE", 0)
+    monkeypatch.setattr("duca_compile.frontend.snapshot.WATCH_BACKOFF", 0)
 
     def during(_: nn.Module, step: int) -> None:
         for each in ("context", "thread", "module", "object"):
@@ -329,7 +329,7 @@ def test_globals_that_are_set_within_a_request_are_followed(kind: str, monkeypat
 
 
 def test_the_forward_of_a_class_may_be_replaced_within_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("duca_compile.frontend.snapshot.PATIENCE", 0)
+    monkeypatch.setattr("duca_compile.frontend.snapshot.WATCH_BACKOFF", 0)
     own = models.Attention.forward
 
     def during(_: nn.Module, step: int) -> None:

@@ -1,4 +1,4 @@
-"""What cannot be traced runs as it is, and weights that hooks move stay where these put them."""
+"""What cannot be traced runs as an opaque operator, and weights that hooks move stay where these put them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch.nn import functional
 
 import duca_compile
 from duca_compile import CaptureError, DuCa, StructureError, Uncached
-from duca_compile.analysis.memory import _Watch
+from duca_compile.analysis.memory import _AllocationCounter
 from tests import models
 from tests.models import WIDTH
 
@@ -159,7 +159,7 @@ class Returns(models.DiT):
 
 
 def test_a_result_that_torch_cannot_look_into_is_named() -> None:
-    with pytest.raises(CaptureError, match="forward returns a Object, into which torch cannot look"):
+    with pytest.raises(CaptureError, match="forward returns a Object, which torch cannot flatten"):
         duca_compile.optimize(Returns().eval(), Uncached(), "eager")(**models.example())
 
 
@@ -167,7 +167,7 @@ def test_a_result_that_torch_cannot_look_into_is_named() -> None:
 def test_what_runs_as_one_operator_is_named_and_its_tokens_are_recomputed() -> None:
     found = duca_compile.explain(build("address"), **models.example())
     assert {site.path for site in found.captured.opaque} == {"blocks.0.mlp", "blocks.1.mlp"}
-    assert "blocks.0.mlp does what its trace does not show: it runs as it is, as one operator" in str(found)
+    assert "blocks.0.mlp does what its trace does not show: it runs as one opaque operator" in str(found)
     assert [branch.kind for branch in found.branches] == ["self_attention", "mlp"] * 2
     fixed, partial = (found.schedule(DuCa(interval=3, fresh_ratio=ratio), 3).steps[1].flops for ratio in (0.25, 0.5))
     assert partial > fixed
@@ -289,7 +289,7 @@ def test_a_step_holds_one_layer_of_weights_that_hooks_bring(way: str) -> None:
     optimized.reset()
     for step in range(4):
         held = [tensor.dtype for tensor in tensors_of(model)], [tensor.device for tensor in tensors_of(model)]
-        watch = _Watch()
+        watch = _AllocationCounter()
         watch.ignore([tensor for tensor in tensors_of(model) if not tensor.is_meta])
         with watch:
             optimized(**sized_call(step))
@@ -409,7 +409,9 @@ def test_blocks_that_are_hidden_are_named() -> None:
     for block in model.blocks:
         with_hooks(block)
         stored(block)
-    with pytest.raises(StructureError, match=r"What is in blocks.0 is not seen: it cannot be traced .* one operator"):
+    with pytest.raises(
+        StructureError, match=r"The inside of blocks.0 is hidden: it cannot be traced .* one opaque operator"
+    ):
         duca_compile.optimize(model, POLICY, "eager")(**models.example())
 
 

@@ -1,4 +1,4 @@
-"""FLOPs of each node, at two per multiply-add; elementwise work counts as none."""
+"""FLOPs of each node, at two per multiply-add; elementwise operators count as zero."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from duca_compile.core.fx_utils import op_name
 from duca_compile.frontend.opaque import opaque, site_flops
 
-_PRODUCTS = {
+_COUNTED = {
     "_int_mm", "_scaled_mm", "addmm", "baddbmm", "bilinear", "bmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
     "conv_transpose2d", "conv_transpose3d", "convolution", "einsum", "linear", "matmul", "mm",
     "scaled_dot_product_attention",
@@ -27,14 +27,14 @@ _UNKNOWN_TO_TORCH = {torch.ops.aten._int_mm: _int_mm_flops}
 
 
 def node_flops(graph: fx.Graph) -> dict[str, int]:
-    """FLOPs of every node by name, counted by torch's own counter on meta tensors of the captured shapes."""
+    """FLOPs of every node by name, from torch's own counter on meta tensors of the captured shapes."""
     known: dict[str, int] = {}
     found: dict[str, int] = {}
     for node in graph.nodes:
         if node.target is opaque:
             found[node.name] = site_flops(node)
             continue
-        if op_name(node) not in _PRODUCTS:
+        if op_name(node) not in _COUNTED:
             found[node.name] = 0
             continue
         args, kwargs = tree_map_only(fx.Node, _as_meta, (node.args, node.kwargs))

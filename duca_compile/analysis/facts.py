@@ -1,4 +1,4 @@
-"""Runs every analysis and gathers what they found."""
+"""Runs all analyses and gathers their results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from duca_compile.core.ir import Branch, CapturedGraph, Facts
 
 
 def analyze(captured: CapturedGraph, timestep: str | None = None) -> Facts:
-    """All facts of ``captured``; ``timestep`` names the timestep input where it cannot be told from the graph.
+    """All facts about ``captured``; ``timestep`` names the timestep input where the graph does not show it.
 
     Raises:
         StructureError: no timestep, no latent, or no residual stream.
@@ -19,8 +19,8 @@ def analyze(captured: CapturedGraph, timestep: str | None = None) -> Facts:
     graph = captured.graph
     time = timestep_input(graph, captured.inputs, timestep)
     latent = latent_input(graph, captured.inputs, time)
-    own_list = captured.lists[captured.inputs.index(latent)]
-    latents = {name for name, each in zip(captured.inputs, captured.lists, strict=True) if each == own_list}
+    latent_path = captured.argument_paths[captured.inputs.index(latent)]
+    latents = {name for name, path in zip(captured.inputs, captured.argument_paths, strict=True) if path == latent_path}
     variance = variances(graph, latents, time)
     flops = node_flops(graph)
     branches, stream_end, streams = find_branches(graph, variance, flops)
@@ -41,7 +41,7 @@ def analyze(captured: CapturedGraph, timestep: str | None = None) -> Facts:
 
 
 def _notes(branches: tuple[Branch, ...]) -> tuple[str, ...]:
-    """What is not understood: one note for branches from the same source line, for the same reason."""
+    """What was not understood: one note for all branches from the same source line with the same reason."""
     alike: dict[tuple[str, str | None], list[Branch]] = {}
     for branch in branches:
         if branch.kind == "mixing":

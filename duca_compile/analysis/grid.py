@@ -1,4 +1,4 @@
-"""Where the tokens of a stream lie: the grid that was flattened into the token axis."""
+"""The grid of a stream's tokens, which a model flattens into the token axis."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from duca_compile.core.ir import Branch, Role
 
 
 def token_grids(graph: fx.Graph, branches: Iterable[Branch]) -> Mapping[int, tuple[int, ...]]:
-    """(height, width) or (frames, height, width) by the number of tokens, for the latent's tokens of ``branches``.
+    """(height, width) or (frames, height, width) by number of tokens, for the latent's tokens of ``branches``.
 
-    It is what the first reshape ahead of the stream merges into as many entries. A model that is handed tokens, as
-    FLUX is, shows no grid, and has no entry.
+    These are the dimensions that the first reshape before the stream merges into that many entries. A model whose
+    input is a sequence of tokens, such as FLUX, shows no grid and has no entry.
     """
     nodes = {node.name: node for node in graph.nodes}
     order = {node: place for place, node in enumerate(graph.nodes)}
@@ -36,7 +36,7 @@ def token_grids(graph: fx.Graph, branches: Iterable[Branch]) -> Mapping[int, tup
 
 
 def _merged(node: fx.Node, tokens: int) -> tuple[int, ...] | None:
-    """The two or three dimensions that the reshape makes one of, if it has ``tokens`` entries."""
+    """The two or three dimensions that the reshape merges into one, if that one has ``tokens`` entries."""
     before, after = value_shape(node.all_input_nodes[0]) or (), value_shape(node) or ()
     for place, size in enumerate(after):
         for start in range(len(before)):

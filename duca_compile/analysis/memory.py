@@ -1,4 +1,4 @@
-"""What one run of a variant allocates at most, found by running it with tensors that have no memory."""
+"""The peak memory of one run of a variant, found by running it with tensors that have no memory."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from duca_compile.core.fx_utils import port_of
 from duca_compile.core.ports import Port
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all storages that operators make, from when they are made until they are freed."""
+class _AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all storages that operators allocate, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.peak = 0
-        self._held: dict[int, weakref.ref[Any]] = {}
+        self._known: dict[int, weakref.ref[Any]] = {}
 
     def ignore(self, tensors: Sequence[Tensor]) -> None:
-        """These are there before the run: neither they nor views of them are counted."""
-        self._held.update({t.untyped_storage()._cdata: weakref.ref(t) for t in tensors})
+        """Does not count these, which exist before the run, nor views of them."""
+        self._known.update({t.untyped_storage()._cdata: weakref.ref(t) for t in tensors})
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -40,34 +40,34 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._held:
+        if key in self._known:
             return
 
         def free(_: object) -> None:
-            self._held.pop(key, None)
+            self._known.pop(key, None)
             self.live -= size
 
-        self._held[key] = weakref.ref(storage, free)
+        self._known[key] = weakref.ref(storage, free)
         self.live += size
         self.peak = max(self.peak, self.live)
 
 
 def peak_bytes(module: fx.GraphModule, sizes: Mapping[Port, tuple[int, ...]]) -> int:
-    """The most that one eager run of ``module`` allocates at once, its results included and its inputs not.
+    """The most bytes that one eager run of ``module`` allocates at once, including its results but not its inputs.
 
-    ``sizes`` are the shapes of inputs whose shape differs from the one in the graph. Without what kernels allocate for
-    themselves, which is little.
+    ``sizes`` has the shapes of inputs where they differ from those in the graph. What kernels allocate for themselves,
+    which is little, is not counted.
     """
     inputs = module.graph.find_nodes(op="placeholder")
-    watch = _Watch()
+    counter = _AllocationCounter()
     with FakeTensorMode() as mode, torch.no_grad():
-        given = tuple(_like(node.meta["val"], sizes.get(port_of(node))) for node in inputs)
+        arguments = tuple(_like(node.meta["val"], sizes.get(port_of(node))) for node in inputs)
         named = (*module.named_parameters(), *module.named_buffers())
         weights = {name: cast(Tensor, mode.from_tensor(tensor)) for name, tensor in named}
-        watch.ignore([*given, *weights.values()])
-        with watch:
-            functional_call(module, weights, given)
-    return watch.peak
+        counter.ignore([*arguments, *weights.values()])
+        with counter:
+            functional_call(module, weights, arguments)
+    return counter.peak
 
 
 def _like(value: Tensor, shape: tuple[int, ...] | None) -> Tensor:

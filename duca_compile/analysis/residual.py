@@ -1,4 +1,4 @@
-"""Finds the residual stream and its branches: adds of a value and something computed from that value."""
+"""Finds residual streams and their branches: additions of a value and something computed from that value."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from duca_compile.analysis.tokens import (
     Mixing,
     Places,
     follow_tokens,
+    key_offset,
     overlapped,
-    own_keys,
 )
 from duca_compile.core.fx_utils import module_path, op_name, source_line, value_shape
 from duca_compile.core.ir import Branch, Role, Stream, Variance
 from duca_compile.errors import StructureError
-from duca_compile.frontend.operators import as_carried
+from duca_compile.frontend.operators import carried_value
 
 _SUMS = {"add", "addcmul"}
 _SOFTMAX = {"softmax", "_softmax"}
-_PRODUCTS = {"scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum"}
+_ACTIVATION_PRODUCTS = {"scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum"}
 _PASSTHROUGH = {"to", "_to_copy", "clone", "contiguous", "dropout", "alias", "detach", "clamp", "clip"}
 
 
 @dataclass(frozen=True)
 class _Residual:
-    """One candidate: ``add`` = ``carried`` + ``result``, where the nodes of ``body`` compute result from ``stream``.
+    """A candidate: ``add`` = ``carried`` + ``result``, where the nodes of ``body`` compute ``result`` from ``stream``.
 
-    ``stream`` is ``carried``, or for parallel branches (x + f(x) + g(x)) the value before the branches added so far.
+    ``stream`` is ``carried``; for parallel branches (x + f(x) + g(x)) it is the value before those added so far.
     """
 
     add: fx.Node
@@ -45,14 +45,14 @@ class _Residual:
 def find_branches(
     graph: fx.Graph, variance: dict[str, Variance], flops: dict[str, int]
 ) -> tuple[tuple[Branch, ...], str, tuple[Stream, ...]]:
-    """The branches to cache in order, the name of the main stream's last value, and every stream there is.
+    """The branches to cache in graph order, the name of the main stream's last value, and all streams.
 
-    The main stream is the chain of residual adds with the most FLOPs in its branches, the chains that go on behind it
-    (a long skip, a projection or a concatenation lies between them), and every chain that leads into one of these.
-    What does not depend on the latent is no branch, but its streams are counted.
+    The main stream consists of the chain of residual additions with the most FLOPs in its branches, the chains that
+    continue it (after a long skip, a projection or a concatenation), and every chain that leads into one of these.
+    Streams that do not depend on the latent are listed, but have no branches to cache.
 
     Raises:
-        StructureError: there is no residual add whose branch does any work.
+        StructureError: there is no residual addition whose branch does any work.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     latent, encoders = (
@@ -61,15 +61,15 @@ def find_branches(
     main = _main_stream(latent)
     if not main:
         raise StructureError(
-            "no residual branch found: no add joins a latent-dependent value with something computed from it by "
-            "matrix products. There is nothing to cache in this model; run it as it is."
+            "no residual branch found: no addition joins a latent-dependent value with something computed from it by "
+            "matrix products. There is nothing to cache in this model; run it without duca_compile."
         )
     heaviest = max(main, key=_work)
     lineage = _lineage(graph, {each.add: each.carried for chain in latent for each in chain}, variance)
     above = ancestors(heaviest[0].stream)
     roles = [_role(chain, chain is heaviest, above, variance, lineage) for chain in latent]
     role_of = {each.add: role for chain, role in zip(latent, roles, strict=True) for each in chain}
-    chain_of = {each.add: place for place, chain in enumerate(latent) for each in chain}
+    chain_of = {each.add: number for number, chain in enumerate(latent) for each in chain}
     cached = sorted((each for chain in main for each in chain), key=lambda each: order[each.add])
     branches: list[Branch] = []
     for index, residual in enumerate(cached):
@@ -81,7 +81,7 @@ def find_branches(
         )
     streams = [_stream(chain, role, chain in main) for chain, role in zip(latent, roles, strict=True)]
     streams += [_stream(chain, Role.ENCODER, cached=False) for chain in encoders]
-    return tuple(branches), as_carried(cached[-1].add).name, tuple(streams)
+    return tuple(branches), carried_value(cached[-1].add).name, tuple(streams)
 
 
 def _stream(chain: list[_Residual], role: Role, cached: bool) -> Stream:
@@ -95,22 +95,22 @@ def _role(
     variance: dict[str, Variance],
     lineage: dict[fx.Node, Variance],
 ) -> Role:
-    """Text where the tokens are not the latent's; a refiner where an input of the main stream has yet to come.
+    """Text where the tokens are not the latent's; a refiner where an input of the main stream joins only later.
 
-    ``above`` is all that the main stream starts from.
+    ``above`` is everything that the start of the main stream is computed from.
     """
     if lineage[chain[0].stream] is not Variance.LATENT:
         return Role.TEXT
     if is_heaviest or chain[-1].add not in above:
         return Role.MAIN
-    own, joined = (_inputs(nodes, variance) for nodes in (ancestors(chain[-1].add), above))
-    return Role.REFINER if joined - own else Role.MAIN
+    inputs, main_inputs = (_inputs(nodes, variance) for nodes in (ancestors(chain[-1].add), above))
+    return Role.REFINER if main_inputs - inputs else Role.MAIN
 
 
 def _lineage(
     graph: fx.Graph, carried: dict[fx.Node, fx.Node], variance: dict[str, Variance]
 ) -> dict[fx.Node, Variance]:
-    """The variance of each value but for what branches add to it: that of the tokens that a stream started from."""
+    """The variance of each value without what branches add to it: that of the tokens its stream starts from."""
     found: dict[fx.Node, Variance] = {}
     for node in graph.nodes:
         sources = [carried[node]] if node in carried else _sliced_from(node)
@@ -119,7 +119,7 @@ def _lineage(
 
 
 def _sliced_from(node: fx.Node) -> list[fx.Node]:
-    """What a value is made of; of a slice from a concatenation, the pieces that it takes."""
+    """The operands of a value; for a slice of a concatenation, the pieces that it takes entries from."""
     if op_name(node) != "slice":
         return node.all_input_nodes
     source = node.all_input_nodes[0]
@@ -136,7 +136,7 @@ def _inputs(nodes: set[fx.Node], variance: dict[str, Variance]) -> set[fx.Node]:
 def _residuals(
     order: dict[fx.Node, int], variance: dict[str, Variance], flops: dict[str, int], changing: bool
 ) -> list[_Residual]:
-    """The residual adds of values that depend on the latent, or of those that do not."""
+    """The residual additions of values that depend on the latent (``changing``), or of those that do not."""
     found: dict[fx.Node, _Residual] = {}
     for node in order:
         if op_name(node) in _SUMS and (variance[node.name] is Variance.LATENT) == changing:
@@ -156,21 +156,21 @@ def _residual(
     operands = _summands(node, variance)
     if len(operands) != 2 or any(value_shape(operand) != value_shape(node) for operand in operands):
         return None
-    ways = [(a, b, Ancestors(b, order)) for a, b in (operands, operands[::-1])]
-    sources = [(a, a, b, above) for a, b, above in ways if a in above]
+    orders = [(a, b, Ancestors(b, order)) for a, b in (operands, operands[::-1])]
+    sources = [(a, a, b, above) for a, b, above in orders if a in above]
     if not sources:
-        earlier = [(a, _earlier_stream(a, above, found), b, above) for a, b, above in ways]
+        earlier = [(a, _earlier_stream(a, above, found), b, above) for a, b, above in orders]
         sources = [(a, stream, b, above) for a, stream, b, above in earlier if stream is not None]
     if not sources:
         return None
     carried, stream, result, above = sources[0]
-    body = frozenset(above.behind(stream) | {result})
+    body = frozenset(above.computed_from(stream) | {result})
     work = sum(flops[n.name] for n in body)
     return _Residual(node, carried, stream, result, body, work) if work else None
 
 
 def _summands(node: fx.Node, variance: dict[str, Variance]) -> list[fx.Node]:
-    """What is added; of ``addcmul``, x + gate * f(x), the stream and what is gated."""
+    """The values that are added; for ``addcmul``, x + gate * f(x), the stream and the gated value."""
     if op_name(node) == "add":
         return node.all_input_nodes
     stream, *factors = node.all_input_nodes
@@ -179,7 +179,7 @@ def _summands(node: fx.Node, variance: dict[str, Variance]) -> list[fx.Node]:
 
 
 def _earlier_stream(carried: fx.Node, above: Ancestors, found: dict[fx.Node, _Residual]) -> fx.Node | None:
-    """The nearest earlier value of the stream ``carried`` that is in ``above``."""
+    """The nearest earlier value of the stream of ``carried`` that is in ``above``."""
     while carried not in above:
         residual = found.get(_origin(carried))
         if residual is None:
@@ -189,18 +189,18 @@ def _earlier_stream(carried: fx.Node, above: Ancestors, found: dict[fx.Node, _Re
 
 
 def _origin(node: fx.Node) -> fx.Node:
-    """The value a stream operand really is, behind casts and copies."""
+    """The value that a stream operand is a cast or a copy of."""
     while op_name(node) in _PASSTHROUGH and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
 
 
 def _without_long_skips(candidates: list[_Residual]) -> list[_Residual]:
-    """Drops adds that join the stream's start to its end, and then residuals inside another's branch.
+    """Drops additions that join the stream's start to its end, and then residuals inside another's branch.
 
-    An add over two or more residuals in a row that start where it does is such a skip; over a single one it is the
-    branch itself (AuraFlow: x + mlp(norm(x + attention(x)))). So is one that stands alone over a row of residuals
-    behind an embedding: x + network(x).
+    An addition that spans two or more residuals in a row from the same start is such a skip; one that spans a single
+    residual is the branch itself (AuraFlow: x + mlp(norm(x + attention(x)))). A lone addition that spans a row of
+    residuals after an embedding, x + network(x), is a skip as well.
     """
     alone = {chain[0].add for chain in _chains(candidates) if len(chain) == 1}
     followers: dict[fx.Node, list[_Residual]] = {}
@@ -238,20 +238,20 @@ def _work(chain: list[_Residual]) -> int:
 
 
 def _main_stream(chains: list[list[_Residual]]) -> list[list[_Residual]]:
-    """The heaviest chain, those that go on behind it and all that lead into these."""
+    """The heaviest chain, those that continue it, and all that lead into these."""
     if not chains:
         return []
     rest = sorted(chains, key=_work, reverse=True)
     main = [rest.pop(0)]
-    while after := _first_behind(main[-1][-1].add, rest):
-        main.append(after)
-        rest.remove(after)
+    while following := _first_after(main[-1][-1].add, rest):
+        main.append(following)
+        rest.remove(following)
     seen: set[fx.Node] = set()
 
     def unseen(node: fx.Node) -> list[fx.Node]:
         return [each for each in node.all_input_nodes if each not in seen]
 
-    for chain in main:  # grows while it is walked
+    for chain in main:  # grows during the loop
         above = set(closure(chain[0].stream, unseen))
         before = [other for other in rest if other[-1].add in above]
         rest = [other for other in rest if other not in before]
@@ -260,7 +260,7 @@ def _main_stream(chains: list[list[_Residual]]) -> list[list[_Residual]]:
     return main
 
 
-def _first_behind(node: fx.Node, chains: list[list[_Residual]]) -> list[_Residual] | None:
+def _first_after(node: fx.Node, chains: list[list[_Residual]]) -> list[_Residual] | None:
     below = set(descendants(node))
     return next((chain for chain in chains if chain[0].stream in below), None)
 
@@ -275,7 +275,7 @@ def _branch(
     order: dict[fx.Node, int],
     flops: dict[str, int],
 ) -> Branch:
-    core, gated = _behind_gate(residual, variance)
+    core, gated = _before_gate(residual, variance)
     value = core.meta["val"]
     shape = tuple(value.shape)
     above = closure(core, lambda n: residual.body.intersection(n.all_input_nodes))
@@ -313,26 +313,29 @@ def _branch(
 
 
 def _input(stream: fx.Node, inside: list[fx.Node], rows: int, flops: dict[str, int]) -> fx.Node:
-    """What the first product of a branch reads, in its form of one entry for each row of the branch."""
-    own = {stream, *inside}
+    """What the first product of a branch reads, at the point where its first dimension is the batch of ``rows``."""
+    nodes = {stream, *inside}
     product = next((n for n in inside if flops[n.name]), inside[0])
-    node = next(n for n in product.all_input_nodes if n in own)
+    node = next(n for n in product.all_input_nodes if n in nodes)
     while node is not stream and (value_shape(node) or (0,))[0] != rows:
-        node = next(n for n in node.all_input_nodes if n in own)
+        node = next(n for n in node.all_input_nodes if n in nodes)
     return node
 
 
 def _is_scored(attention: fx.Node, kind: str, batch: int, tokens: int) -> bool:
-    """Whether its map says something of each of the branch's tokens: as keys, or as queries of a cross-attention."""
+    """Whether its attention map scores each token of the branch: as a key, or as a query of a cross-attention."""
     if kind != "cross_attention":
-        return own_keys(attention, batch, tokens) is not None
+        return key_offset(attention, batch, tokens) is not None
     query = attention.args[0]
     shape = (value_shape(query) if isinstance(query, fx.Node) else None) or ()
     return len(shape) == 4 and (shape[0], shape[2]) == (batch, tokens)
 
 
-def _behind_gate(residual: _Residual, variance: dict[str, Variance]) -> tuple[fx.Node, bool]:
-    """Peels multiplications by values that do not depend on the latent: what the literature caches is before them."""
+def _before_gate(residual: _Residual, variance: dict[str, Variance]) -> tuple[fx.Node, bool]:
+    """The result before multiplications by values that do not depend on the latent, which is what methods cache.
+
+    Also returns whether there was such a gate.
+    """
     node, gated = residual.result, op_name(residual.add) == "addcmul"
     while True:
         if op_name(node) in _PASSTHROUGH:
@@ -349,20 +352,20 @@ def _behind_gate(residual: _Residual, variance: dict[str, Variance]) -> tuple[fx
         node = inner[0]
 
 
-def _weighs(node: fx.Node) -> bool:
+def _is_attention(node: fx.Node) -> bool:
     """Whether it is an attention, or a product with weights from a softmax."""
     if op_name(node) == "scaled_dot_product_attention":
         return True
-    return op_name(node) in _PRODUCTS and any(op_name(_origin(n)) in _SOFTMAX for n in node.all_input_nodes)
+    return op_name(node) in _ACTIVATION_PRODUCTS and any(op_name(_origin(n)) in _SOFTMAX for n in node.all_input_nodes)
 
 
 def _kind(residual: _Residual, inside: list[fx.Node], places: Places | None) -> str:
-    """Attention is what multiplies two values of the stream, or what softmax weighs."""
-    weighed = any(_weighs(n) for n in inside)
+    """Self-attention multiplies two values of the stream; cross-attention weighs other values with a softmax."""
+    attends = any(_is_attention(n) for n in inside)
     if places is not None:
-        return "cross_attention" if weighed else "mlp"
-    own = {residual.stream, *inside}
-    if not any(op_name(n) in _PRODUCTS and len(own.intersection(n.all_input_nodes)) > 1 for n in inside):
-        return "cross_attention" if weighed else "mixing"
-    wide = sum(op_name(n) in ("gelu", "silu", "relu") for n in inside)
-    return "attention+mlp" if weighed and wide else "self_attention"
+        return "cross_attention" if attends else "mlp"
+    nodes = {residual.stream, *inside}
+    if not any(op_name(n) in _ACTIVATION_PRODUCTS and len(nodes.intersection(n.all_input_nodes)) > 1 for n in inside):
+        return "cross_attention" if attends else "mixing"
+    activates = any(op_name(n) in ("gelu", "silu", "relu") for n in inside)
+    return "attention+mlp" if attends and activates else "self_attention"

@@ -1,11 +1,11 @@
-"""Which part of a branch is pointwise along the token axis, by one rule per operator.
+"""Whether a branch is pointwise along the token axis, by one rule per operator.
 
-A body is pointwise along tokens where f(x[idx]) = f(x)[idx]: each output token depends on the same input token
-alone. The rules follow the token axis from the stream to the branch's output; the first operator that mixes
-tokens, or that has no rule, ends the walk with a reason.
+A body is pointwise along tokens where f(x[idx]) = f(x)[idx]: each output token depends on the same input token only.
+The rules follow the token axis from the stream to the branch's output; the first operator that mixes tokens, or that
+has no rule, ends the walk with a reason.
 
-The stream's tokens may be a part of a longer axis for a while: joined with the text's and cut out again. An axis of 0
-says that they are one dimension with the batch, the first: many a linear flattens the two and tells them apart again.
+The stream's tokens may be part of a longer axis for a while: joined with the text's, and cut out again. An axis of 0
+means that they are merged with the batch into the first dimension, as some linear layers do and undo.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from math import prod
 
 from torch import fx
 
-from duca_compile.core.fx_utils import op_name, value_shape
+from duca_compile.core.fx_utils import int_operand, node_operand, op_name, value_shape
 from duca_compile.core.ir import TokenPlace
+from duca_compile.errors import InternalError
 from duca_compile.frontend.opaque import opaque, site_of
 from duca_compile.frontend.operators import argument
 
@@ -36,7 +37,7 @@ ELEMENTWISE = {
 
 
 class Mixing(Exception):  # noqa: N818 - a verdict, not a failure
-    """Tokens mix at ``node``."""
+    """Tokens mix at ``node``, or may do so."""
 
     def __init__(self, node: fx.Node, why: str) -> None:
         super().__init__(f"{op_name(node)}: {why}")
@@ -48,10 +49,10 @@ Places = dict[str, TokenPlace]
 
 
 def follow_tokens(stream: fx.Node, body: list[fx.Node], core: fx.Node) -> Places:
-    """Where ``stream`` and every node of ``body`` (in graph order) hold the tokens, by name.
+    """Where ``stream`` and every node of ``body`` (in graph order) hold the tokens, by node name.
 
     Raises:
-        Mixing: tokens mix, or an operator has no rule; says which and why.
+        Mixing: tokens mix, or an operator has no rule; the message says which operator, and why.
     """
     shape = value_shape(stream) or ()
     if len(shape) != 3:
@@ -60,12 +61,14 @@ def follow_tokens(stream: fx.Node, body: list[fx.Node], core: fx.Node) -> Places
     places: Places = {stream.name: whole}
     for node in body:
         place = places[node.name] = _place_of(node, places, shape[TOKEN_AXIS])
-        own = value_shape(node)
-        rows = shape[BATCH_AXIS] * (place.length if place.axis == MERGED else 1)
-        if own is not None and own[BATCH_AXIS] != rows:
+        node_shape = value_shape(node)
+        if node_shape is None:
+            continue
+        first = shape[BATCH_AXIS] * (place.length if place.axis == MERGED else 1)
+        if node_shape[BATCH_AXIS] != first:
             raise Mixing(node, "the batch is not its first dimension")
-        if own is not None and place.axis != MERGED and own[place.axis] != place.length:
-            raise Mixing(node, f"it has {own[place.axis]} entries where there are {place.length} tokens")
+        if place.axis != MERGED and node_shape[place.axis] != place.length:
+            raise Mixing(node, f"it has {node_shape[place.axis]} entries where there are {place.length} tokens")
     if places[core.name] != whole:
         raise Mixing(core, "the branch does not end as (batch, tokens, channels)")
     return places
@@ -73,7 +76,7 @@ def follow_tokens(stream: fx.Node, body: list[fx.Node], core: fx.Node) -> Places
 
 def _place_of(node: fx.Node, places: Places, tokens: int) -> TokenPlace:
     if node.target is opaque:
-        return _operator(node, places)
+        return _opaque_module(node, places)
     if cuts_tokens(node, places):
         return _cut(node, places, tokens)
     if joins_tokens(node, places):
@@ -88,18 +91,18 @@ def _place_of(node: fx.Node, places: Places, tokens: int) -> TokenPlace:
     return TokenPlace(rule(node, {name: place.axis for name, place in places.items()}), *sources.pop())
 
 
-def _operator(node: fx.Node, places: Places) -> TokenPlace:
-    """A module that runs as it is is taken to be pointwise where its shapes allow it; values tell (verification.py)."""
+def _opaque_module(node: fx.Node, places: Places) -> TokenPlace:
+    """An opaque module counts as pointwise where its shapes allow it; verification.py checks that on values."""
     operands, values = node.all_input_nodes, node.meta["val"]
-    own = {places[n.name] for n in operands if n.name in places}
-    if not site_of(node).may_be_pointwise or len(own) != 1:
-        raise Mixing(node, "a module that runs as it is, as one operator")
-    place = next(iter(own))
+    sources = {places[n.name] for n in operands if n.name in places}
+    if not site_of(node).may_be_pointwise or len(sources) != 1:
+        raise Mixing(node, "an opaque module")
+    place = next(iter(sources))
     sizes = [value.shape[place.axis : place.axis + 1] for value in values]
     others = [(value_shape(n) or ())[place.axis : place.axis + 1] for n in operands if n.name not in places]
     size = (value_shape(next(n for n in operands if n.name in places)) or ())[place.axis]
     if any(each != (size,) for each in sizes) or (size,) in others:
-        raise Mixing(node, "a module that runs as it is, as one operator, of other shapes")
+        raise Mixing(node, "an opaque module whose results have other shapes")
     return place
 
 
@@ -112,12 +115,12 @@ def joins_tokens(node: fx.Node, places: Mapping[str, TokenPlace]) -> bool:
 
 def _join(node: fx.Node, places: Places) -> TokenPlace:
     pieces = _pieces(node)
-    own = [i for i, piece in enumerate(pieces) if piece.name in places]
-    if len(own) != 1:
+    positions = [i for i, piece in enumerate(pieces) if piece.name in places]
+    if len(positions) != 1:
         raise Mixing(node, "it joins the tokens with others that depend on them")
-    axis, start, _ = places[pieces[own[0]].name]
+    axis, start, _ = places[pieces[positions[0]].name]
     sizes = [(value_shape(piece) or ())[axis] for piece in pieces]
-    return TokenPlace(axis, sum(sizes[: own[0]]) + start, sum(sizes))
+    return TokenPlace(axis, sum(sizes[: positions[0]]) + start, sum(sizes))
 
 
 def cuts_tokens(node: fx.Node, places: Mapping[str, TokenPlace]) -> bool:
@@ -133,11 +136,10 @@ def cuts_tokens(node: fx.Node, places: Mapping[str, TokenPlace]) -> bool:
 
 
 def _cut(node: fx.Node, places: Places, tokens: int) -> TokenPlace:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
+    source = node_operand(node, 0)
     axis, start, length = places[source.name]
     if op_name(node) in _SPLITS:
-        return places[source.name]  # its pieces are taken by getitem
+        return places[source.name]  # getitem takes one of its pieces
     first, after = _range(node, source, length)
     if argument(node, "step") not in (None, 1) or not first <= start <= start + tokens <= after:
         raise Mixing(node, "it takes some of the tokens and not others")
@@ -145,20 +147,19 @@ def _cut(node: fx.Node, places: Places, tokens: int) -> TokenPlace:
 
 
 def _range(node: fx.Node, source: fx.Node, length: int) -> tuple[int, int]:
-    """The entries of the token axis, which has ``length``, that a slice or a piece of a split takes."""
+    """The entries that a slice, or a piece of a split, takes of the token axis, which has ``length`` entries."""
     if op_name(node) == "slice":
         first, after = argument(node, "start") or 0, argument(node, "end")
         span = range(length)[first:after]
         return span.start, span.stop
-    index = node.args[1]
-    assert isinstance(index, int)
+    index = int_operand(node, 1)
     (dim,) = _dims(source, "dim", _rank(source.all_input_nodes[0])) or [0]
     sizes = [piece.shape[dim] for piece in source.meta["val"]]
     return sum(sizes[:index]), sum(sizes[: index + 1])
 
 
 def overlapped(cut: fx.Node, joined: fx.Node) -> list[fx.Node]:
-    """The operands of the concatenation ``joined`` that the slice ``cut`` of its result takes entries of."""
+    """The operands of the concatenation ``joined`` from which the slice ``cut`` of its result takes entries."""
     dims = _dims(joined, "dim", _rank(joined)) or []
     if dims != _dims(cut, "dim", _rank(cut)):
         return _pieces(joined)
@@ -170,12 +171,13 @@ def overlapped(cut: fx.Node, joined: fx.Node) -> list[fx.Node]:
 
 def _pieces(node: fx.Node) -> list[fx.Node]:
     pieces = node.args[0]
-    assert isinstance(pieces, list | tuple)
+    if not isinstance(pieces, list | tuple):
+        raise InternalError(f"the first argument of {node.format_node()} is not a list")
     return [piece for piece in pieces if isinstance(piece, fx.Node)]
 
 
 def _elementwise(node: fx.Node, axes: Axes) -> int:
-    """Operands broadcast from the right."""
+    """The axis counted from the right is that of every operand, by the rules of broadcasting."""
     rank = _rank(node)
     places = {axes[n.name] + rank - _rank(n) for n in node.all_input_nodes if n.name in axes}
     if len(places) != 1:
@@ -188,7 +190,7 @@ def _elementwise(node: fx.Node, axes: Axes) -> int:
 
 
 def per_token_operands(node: fx.Node, places: Mapping[str, TokenPlace]) -> list[fx.Node]:
-    """Operands off the stream that hold one value per token: what must be gathered with the chosen tokens."""
+    """Operands outside of the stream with one value per token, which must be gathered for the chosen tokens."""
     others = [n for n in node.all_input_nodes if n.name not in places]
     if op_name(node) in JOINS:
         return others
@@ -197,8 +199,8 @@ def per_token_operands(node: fx.Node, places: Mapping[str, TokenPlace]) -> list[
     axis, rank = places[node.name].axis, _rank(node)
     found = []
     for other in others:
-        own, shape = axis + _rank(other) - rank, value_shape(other)  # operands broadcast from the right
-        if shape is not None and own >= 0 and shape[own] != 1:
+        other_axis, shape = axis + _rank(other) - rank, value_shape(other)  # operands broadcast from the right
+        if shape is not None and other_axis >= 0 and shape[other_axis] != 1:
             found.append(other)
     return found
 
@@ -208,7 +210,7 @@ def _rank(node: fx.Node) -> int:
 
 
 def _first(node: fx.Node, axes: Axes) -> tuple[fx.Node, int]:
-    """The first operand, which must be the only one on the stream, and its token axis."""
+    """The first operand, which must be the only one in the stream, and its token axis."""
     source = node.args[0]
     if not isinstance(source, fx.Node) or source.name not in axes:
         raise Mixing(node, "the stream is not its first operand")
@@ -218,15 +220,15 @@ def _first(node: fx.Node, axes: Axes) -> tuple[fx.Node, int]:
 
 
 def _dims(node: fx.Node, argument_name: str, rank: int) -> list[int] | None:
-    """The dimensions given as an argument, counted from the front; None where it is left out."""
-    given = argument(node, argument_name)
-    if given is None:
+    """The dimensions given as an argument, counted from the front; None where the argument is left out."""
+    dims = argument(node, argument_name)
+    if dims is None:
         return None
-    return [int(d) % rank for d in (given if isinstance(given, list | tuple) else [given])]
+    return [int(d) % rank for d in (dims if isinstance(dims, list | tuple) else [dims])]
 
 
 def _join_channels(node: fx.Node, axes: Axes) -> int:
-    """Concatenation along another dimension."""
+    """Concatenation along a dimension other than the tokens'."""
     axis = next(axes[n.name] for n in _pieces(node) if n.name in axes)
     if any(axes.get(n.name, axis) != axis for n in _pieces(node)):
         raise Mixing(node, "its operands hold tokens in different places")
@@ -250,8 +252,7 @@ def _expand(node: fx.Node, axes: Axes) -> int:
 
 def _product(node: fx.Node, axes: Axes) -> int:
     source, axis = _first(node, axes)
-    weight = node.args[1]
-    assert isinstance(weight, fx.Node)
+    weight = node_operand(node, 1)
     if axis == _rank(source) - 1:
         raise Mixing(node, "it sums over the tokens")
     if _rank(weight) > 2 and (axis != _rank(source) - 2 or _rank(weight) > _rank(source)):
@@ -267,7 +268,7 @@ def _norm(node: fx.Node, axes: Axes) -> int:
 
 
 def _along_dim(node: fx.Node, axes: Axes) -> int:
-    """Operators that act within one dimension given as an argument: it must not be the tokens'."""
+    """Operators that act along one dimension given as an argument, which must not be the tokens'."""
     source, axis = _first(node, axes)
     if axis in (_dims(node, "dim", _rank(source)) or []):
         raise Mixing(node, "it acts along the tokens")
@@ -288,7 +289,7 @@ def _select(node: fx.Node, axes: Axes) -> int:
 
 
 def _unary(node: fx.Node, axes: Axes) -> int:
-    """Also a slice: along the tokens it is a cut."""
+    """Also a slice, which along the tokens is a cut."""
     return _first(node, axes)[1]
 
 
@@ -303,7 +304,7 @@ def _reduce(node: fx.Node, axes: Axes) -> int:
 
 
 def _order(node: fx.Node, rank: int) -> list[int]:
-    """For each dimension of a transposed or permuted value, the one it was before."""
+    """For each dimension of a transposed or permuted value, its dimension before that."""
     if op_name(node) == "permute":
         return _dims(node, "dims", rank) or []
     order = list(range(rank))
@@ -313,7 +314,7 @@ def _order(node: fx.Node, rank: int) -> list[int]:
 
 
 def _permute(node: fx.Node, axes: Axes) -> int:
-    """Also transpose. The batch stays first, or gathered operands would not line up with it."""
+    """Also transpose. The batch must stay first, or gathered operands would not line up with it."""
     source, axis = _first(node, axes)
     order = _order(node, _rank(source))
     if order[BATCH_AXIS] != BATCH_AXIS:
@@ -337,9 +338,9 @@ def _squeeze(node: fx.Node, axes: Axes) -> int:
 
 
 def _reshape(node: fx.Node, axes: Axes) -> int:
-    """The token dimension survives where one output dimension has its size and the same product before it.
+    """The token dimension survives where an output dimension has its size and the same product of sizes before it.
 
-    It may also become one with the batch, and be told from it again.
+    It may also be merged with the batch, and split from it again.
     """
     source, axis = _first(node, axes)
     before, after = value_shape(source) or (), value_shape(node) or ()
@@ -355,7 +356,7 @@ def _reshape(node: fx.Node, axes: Axes) -> int:
 
 
 def _type_as(node: fx.Node, axes: Axes) -> int:
-    """The second operand lends nothing but its type."""
+    """The second operand contributes only its type."""
     source = node.args[0]
     if not isinstance(source, fx.Node) or source.name not in axes:
         raise Mixing(node, "the stream is not its first operand")
@@ -363,12 +364,9 @@ def _type_as(node: fx.Node, axes: Axes) -> int:
 
 
 def _attention(node: fx.Node, axes: Axes) -> int:
-    """Each query attends on its own, so cross-attention is pointwise along the queries."""
-    query, key, value = node.args[:3]
+    """Queries do not depend on each other, so cross-attention is pointwise along them."""
+    query, key, value = (node_operand(node, position) for position in range(3))
     mask = argument(node, "attn_mask")
-    assert isinstance(query, fx.Node)
-    assert isinstance(key, fx.Node)
-    assert isinstance(value, fx.Node)
     if key.name in axes or value.name in axes:
         raise Mixing(node, "keys and values come from the stream, so every token sees every other")
     if argument(node, "is_causal") or (mask is not None and (value_shape(mask) or (1, 1))[-2] != 1):
@@ -416,10 +414,10 @@ _RULES: dict[str, _Rule] = {
 }
 
 
-def own_keys(attention: fx.Node, batch: int, tokens: int) -> int | None:
-    """Where the stream's tokens begin among the keys of a self-attention; None where that cannot be told.
+def key_offset(attention: fx.Node, batch: int, tokens: int) -> int | None:
+    """The index of the stream's first token among the keys of a self-attention; None where that is unclear.
 
-    Joint attention concatenates them with the text's: they are the one piece that is as long as the stream.
+    Joint attention concatenates the stream's tokens with the text's; they are the only piece as long as the stream.
     """
     value, axis = attention.args[2], 2
     shape = (value_shape(value) if isinstance(value, fx.Node) else None) or ()

@@ -1,4 +1,4 @@
-"""Which input is the latent, which the timestep, and how often each value of the loop changes."""
+"""Which input is the latent and which the timestep, and how often each value changes in the denoising loop."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _PERIODIC = {"sin", "cos"}
 
 
 def timestep_input(graph: fx.Graph, names: tuple[str, ...], requested: str | None = None) -> str:
-    """The placeholder that carries the timestep.
+    """The name of the placeholder that carries the timestep.
 
-    It is the input of at most one element per batch row that reaches a sinusoidal embedding; where several do
-    (a guidance scale, say), one that is called ``t...`` or ``...time...`` wins, else the first. One that is plainly
-    called a timestep may have several, one for each token.
+    It has at most one element per batch row and reaches a sinusoidal embedding. Where several inputs do (a guidance
+    scale, for example), one called ``t...`` or ``...time...`` wins, else the first. An input whose name clearly says
+    that it is a timestep may have several elements per row, one for each token.
 
     Raises:
         UsageError: ``requested`` is not a tensor input.
-        StructureError: no input looks like a timestep; the message lists the candidates.
+        StructureError: no input looks like a timestep; the message lists all inputs.
     """
     if requested is not None:
         if requested not in names:
@@ -39,19 +39,19 @@ def timestep_input(graph: fx.Graph, names: tuple[str, ...], requested: str | Non
     named = [n for n in candidates if _sounds_like_time(n.name)]
     if not candidates:
         raise StructureError(
-            f"no timestep among the tensor inputs {list(names)}: none of one element per row, or called a "
+            f"no timestep among the tensor inputs {list(names)}: none with one element per row, or called a "
             "timestep, is embedded by sin/cos. Name it: optimize(model, timestep='argument')."
         )
     return str((named or candidates)[0].name)
 
 
 def latent_input(graph: fx.Graph, names: tuple[str, ...], timestep: str) -> str:
-    """The placeholder that carries the latent: of a floating type, shaped like the output, else the largest.
+    """The name of the placeholder that carries the latent: of a floating-point type, shaped like the output.
 
-    The batch, which all inputs share, does not count as likeness.
+    Sizes are compared without the batch, which all inputs share; among equally similar inputs the largest wins.
 
     Raises:
-        StructureError: no floating-point input but the timestep.
+        StructureError: the timestep is the only input of a floating-point type.
     """
     placeholders = [n for n in graph.nodes if n.op == "placeholder" and n.name in names and n.name != timestep]
     placeholders = [n for n in placeholders if n.meta["val"].is_floating_point()]
@@ -63,27 +63,28 @@ def latent_input(graph: fx.Graph, names: tuple[str, ...], timestep: str) -> str:
     result = next(iter(_output_nodes(graph)), None)
     shape = value_shape(result) if result is not None else None
 
-    def likeness(node: fx.Node) -> tuple[int, int]:
-        own = value_shape(node) or ()
-        same = sum(a == b for a, b in zip(own[1:], shape[1:], strict=True)) if shape and len(own) == len(shape) else 0
-        return same, prod(own)
+    def similarity(node: fx.Node) -> tuple[int, int]:
+        sizes = value_shape(node) or ()
+        if not shape or len(sizes) != len(shape):
+            return 0, prod(sizes)
+        return sum(a == b for a, b in zip(sizes[1:], shape[1:], strict=True)), prod(sizes)
 
-    return str(max(placeholders, key=likeness).name)
+    return str(max(placeholders, key=similarity).name)
 
 
 def variances(graph: fx.Graph, latents: set[str], timestep: str) -> dict[str, Variance]:
-    """Variance of every node by name. Random operators count as latent-dependent, so they are never hoisted.
+    """The variance of every node by name. Random operators count as latent-dependent, so they are never hoisted.
 
-    ``latents`` are the inputs that carry the latent: one, or one for each image where a list of them is given.
+    ``latents`` are the inputs that carry the latent: one, or one for each image where the model takes a list.
     """
     kinds = dict.fromkeys(latents, Variance.LATENT) | {timestep: Variance.TIMESTEP}
     found: dict[str, Variance] = {}
     for node in graph.nodes:
         if node.op == "placeholder":
-            own = kinds.get(node.name, Variance.INVARIANT)
+            least = kinds.get(node.name, Variance.INVARIANT)
         else:
-            own = Variance.LATENT if is_random(node) else Variance.INVARIANT
-        found[node.name] = max([own, *(found[n.name] for n in node.all_input_nodes)])
+            least = Variance.LATENT if is_random(node) else Variance.INVARIANT
+        found[node.name] = max([least, *(found[n.name] for n in node.all_input_nodes)])
     return found
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from duca_compile.api import optimize
-from duca_compile.core.files import replacing
+from duca_compile.core.files import atomic_write
 from duca_compile.drop_in import OptimizedModel
 from duca_compile.errors import UsageError
 from duca_compile.policies import (
@@ -278,7 +278,7 @@ def draw(runs: list[Run], class_names: tuple[str, ...], path: Path) -> None:
     used = [kind for kind in StepKind if any(kind in run.kinds for run in runs)]
     handles = [Patch(color=COLORS[kind], label=kind.value) for kind in used]
     figure.legend(handles=handles, loc="lower center", ncol=len(used), fontsize=8, frameon=False)
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", bbox_inches="tight")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from duca_compile.backends.cuda_graphs import Replayed
 from duca_compile.core.lock import COMPILING
+from duca_compile.core.once import Once
 from duca_compile.core.ports import WRITTEN, Port, PortKind
 from duca_compile.core.variants import Variant, VariantFunction
 from duca_compile.errors import BackendError, first_line
@@ -45,7 +46,7 @@ class CompilingBackend(ABC):
 
     def __init__(self, strict: bool = False, mode: str = "default") -> None:
         self._strict = strict
-        self._told = set[str]()
+        self._reasons = Once()
         self.hopeless = False  # whether no variant can be compiled
         self.replays = mode == "reduce-overhead"
 
@@ -77,10 +78,9 @@ class CompilingBackend(ABC):
         if self._strict:
             raise BackendError(f"{self.label} could not compile a variant: {reason}. It is that of {kind}") from error
         self.hopeless = self.is_hopeless(error)
-        if reason in self._told:
+        if not self._reasons.first(reason):
             log.info("%s could not compile that of %s either, for the same reason", self.label, kind)
             return
-        self._told.add(reason)
         log.info("%s could not compile that of %s: %s", self.label, kind, reason)
         which = "all are" if self.hopeless else f"that of {kind} is"
         advice = self.advice if self.hopeless else "Others are tried on their own; strict=True makes it an error."

@@ -1,4 +1,4 @@
-"""How caches are kept, in which type and within how many bytes, and what a request allocates with them."""
+"""The dtype of caches, the budget for them, and what a request allocates together with them."""
 
 from __future__ import annotations
 
@@ -32,11 +32,15 @@ NARROW = torch.bfloat16
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """Attributes: ``dtype`` of the caches, and ``budget``, the most bytes that those of one pass may hold.
+    """How caches are kept.
+
+    Attributes:
+        dtype: of the caches; None for the dtype of the features.
+        budget: the most bytes that the caches of one guidance pass may hold.
 
     Raises:
-        UsageError: the type is not a floating one.
-        PolicyError: the budget is no whole number of bytes.
+        UsageError: ``dtype`` is not a floating-point type.
+        PolicyError: ``budget`` is not a whole number of bytes.
     """
 
     dtype: torch.dtype | None = None
@@ -51,7 +55,7 @@ class CacheOptions:
 
 @dataclass(frozen=True)
 class Fit:
-    """A policy and a type of its caches, with the bytes that these hold at most."""
+    """A policy and the dtype of its caches, with the most bytes that these hold."""
 
     policy: Policy
     dtype: torch.dtype | None
@@ -61,10 +65,10 @@ class Fit:
 def fitted(
     captured: CapturedGraph, facts: Facts, policy: Policy, options: CacheOptions, total: int | None
 ) -> tuple[Policy, torch.dtype | None]:
-    """The policy and the caches' type within the budget: as asked for, else in bfloat16, else with one cache alone.
+    """The policy and cache dtype that fit the budget: as requested, else in bfloat16, else with a single cache.
 
     Raises:
-        PolicyError: the budget is too small for all of these; names what the least would be.
+        PolicyError: the budget is too small for all of these; says what the smallest would be.
     """
     if options.budget is None or not policy.caches:
         return policy, options.dtype
@@ -87,7 +91,7 @@ def fitted(
 def variants(
     captured: CapturedGraph, facts: Facts, policy: Policy, dtype: torch.dtype | None, total: int | None
 ) -> list[Variant]:
-    """All that the policy's steps need, built and not compiled."""
+    """All variants that the policy's steps need, built but not compiled."""
     captured = with_predictor(captured, facts, policy.predictor)
     steps = dict.fromkeys(islice(policy.planned(total), LOOKED_AHEAD))
     look = probe_spec(policy)
@@ -96,7 +100,7 @@ def variants(
 
 
 def cache_bytes(facts: Facts, policy: Policy, built: Iterable[Variant]) -> int:
-    """Bytes that the caches and token scores of one pass hold at most, where these are the variants that run."""
+    """The most bytes that caches and token scores of one guidance pass hold, if ``built`` are the variants that run."""
     held: dict[Port, int] = {}
     for variant in built:
         held.update(variant.kept)
@@ -107,7 +111,7 @@ def cache_bytes(facts: Facts, policy: Policy, built: Iterable[Variant]) -> int:
 
 
 def peak_of_request(captured: CapturedGraph, facts: Facts, policy: Policy, total: int | None) -> int:
-    """The most that one pass of a request of ``total`` steps allocates at once, step by step under eager."""
+    """The most bytes that one guidance pass of a request of ``total`` steps allocates at once, under eager."""
     captured = with_predictor(captured, facts, policy.predictor)
     known: dict[tuple[VariantSpec, tuple[int, ...]], tuple[Variant, int]] = {}
     held: dict[Port, int] = {}
@@ -131,7 +135,7 @@ def peak_of_request(captured: CapturedGraph, facts: Facts, policy: Policy, total
 
 
 def _candidates(policy: Policy, dtype: torch.dtype | None) -> Iterator[tuple[Policy, torch.dtype | None]]:
-    alone = isinstance(policy, AdaptivePolicy) or policy.predictor is not None  # a predictor reads the end alone anyhow
+    alone = isinstance(policy, AdaptivePolicy) or policy.predictor is not None  # a predictor only reads the end anyway
     for candidate in (policy,) if alone else (policy, EndOnly(policy)):
         yield candidate, dtype
         if dtype is None or dtype.itemsize > NARROW.itemsize:
@@ -142,7 +146,8 @@ def _report(tried: list[Fit], budget: int) -> None:
     asked, found = tried[0], tried[-1]
     if found is not asked:
         log.warning(
-            "the caches of %s would hold %d bytes, more than cache_budget_bytes=%d; %s with caches in %s holds %d",
+            "the caches of %s would hold %d bytes, more than cache_budget_bytes=%d; running %s with caches in %s, "
+            "which hold %d",
             asked.policy.name,
             asked.bytes,
             budget,

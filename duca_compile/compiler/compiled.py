@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, fx
 
 from duca_compile.backends.base import Backend, HoldsWeights
-from duca_compile.compiler.outside import make_rows
-from duca_compile.core.guards import Readings
+from duca_compile.compiler.precompute import make_rows
+from duca_compile.core.guards import ValueGuards
 from duca_compile.core.ir import CapturedGraph, Facts
-from duca_compile.core.tensors import Sight
+from duca_compile.core.tensors import TensorVersions
 from duca_compile.core.variants import Variant, VariantFunction, VariantSpec
-from duca_compile.frontend.away import fetch
+from duca_compile.frontend.offloading import fetch
 from duca_compile.frontend.opaque import opaque
 from duca_compile.frontend.snapshot import kind
 from duca_compile.passes.caching.predict import with_predictor
@@ -36,7 +36,7 @@ REMEMBERED = 16  # kinds of call whose last capture is remembered, so that the l
 
 
 class _Variants:
-    """Builds the variants of one captured graph, and keeps the weights in all of them those of the model."""
+    """Builds the variants of one captured graph, and keeps all of them on the model's current weights."""
 
     def __init__(
         self,
@@ -50,8 +50,8 @@ class _Variants:
         self._modules = [prologue.module]
         self._compiled: list[HoldsWeights] = []
         self._cuts = frozenset({facts.branches[0].stream, *(branch.add for branch in facts.branches)})
-        if captured.readings is not None:
-            self._modules.append(captured.readings.module)
+        if captured.guards is not None:
+            self._modules.append(captured.guards.module)
 
     def build(self, spec: VariantSpec) -> tuple[Variant, VariantFunction]:
         started = perf_counter()
@@ -70,15 +70,15 @@ class _Variants:
         return rows
 
     def follow(self, module: fx.GraphModule) -> None:
-        """Keeps the weights of this module, too, those of the model."""
+        """Keeps this module on the model's current weights as well."""
         self._modules.append(module)
 
     def rebind(self, weights: Mapping[str, Tensor]) -> None:
-        held = self.captured.attributes
-        changed = {name: tensor for name, tensor in weights.items() if held[name] is not tensor}
+        current = self.captured.attributes
+        changed = {name: tensor for name, tensor in weights.items() if current[name] is not tensor}
         if not changed:
             return
-        self.captured = replace(self.captured, attributes={**held, **changed})
+        self.captured = replace(self.captured, attributes={**current, **changed})
         for module in self._modules:
             for name in {str(n.target) for n in module.graph.nodes if n.op == "get_attr"} & changed.keys():
                 prefix, _, leaf = name.rpartition(".")
@@ -101,38 +101,38 @@ class Compiled:
         cache_dtype: torch.dtype | None = None,
     ) -> None:
         self.facts = facts
-        self._readings = [] if captured.readings is None else [captured.readings]
-        self._places = _places(self._readings)
-        self._held: Sight | None = None  # the last tensors that they held for
-        self._read_weights = () if captured.readings is None else tuple(captured.readings.attributes)
+        self._guards = [] if captured.guards is None else [captured.guards]
+        self._places = _places(self._guards)
+        self._held_for: TensorVersions | None = None  # the tensors for which the guards held last
+        self._read_weights = () if captured.guards is None else tuple(captured.guards.attributes)
         captured = with_predictor(captured, facts, policy.predictor)
         self._inputs = captured.inputs
         self._variants = _Variants(captured, facts, prologue, backend, cache_dtype)
         names = {id(tensor): name for name, tensor in live.items()}
-        # A trace may have names of its own for the model's weights. What is none of these is a constant of the graph.
-        self._weights = {own: names[id(t)] for own, t in captured.attributes.items() if id(t) in names}
+        # A trace may name the model's weights differently. Every other attribute is a constant of the graph.
+        self._weights = {name: names[id(t)] for name, t in captured.attributes.items() if id(t) in names}
         self.programs = Programs(facts, policy, self._variants)
         self.dispatcher = Dispatcher(self.programs, policy, prologue, not backend.exact)
-        self.used = 0  # when it was last called, by the model's count of calls
+        self.used = 0  # the number of the model's call that used it last
 
     @property
     def captured(self) -> CapturedGraph:
         return self._variants.captured
 
-    def holds(self, tensors: tuple[Tensor, ...], anew: bool = False) -> bool:
-        """Whether it is right for a call with these tensors: for the values that forward reads in Python, if any.
+    def guards_hold(self, tensors: tuple[Tensor, ...], anew: bool = False) -> bool:
+        """Whether it is valid for a call with these tensors, given the values that forward reads in Python, if any.
 
-        Between two looks ``anew``, tensors that are the same objects and were not written to hold the same.
+        Unless ``anew``, tensors that are the same objects as last time and were not written to are taken as unchanged.
         """
-        if not self._readings:
+        if not self._guards:
             return True
-        own = tuple([tensors[place] for place in self._places])
-        own += tuple([self.captured.attributes[name] for name in self._read_weights])
-        if not anew and self._held is not None and self._held.holds_of(own):
+        read = tuple([tensors[place] for place in self._places])
+        read += tuple([self.captured.attributes[name] for name in self._read_weights])
+        if not anew and self._held_for is not None and self._held_for.matches(read):
             return True
-        if not any(readings.hold(tensors) for readings in self._readings):
+        if not any(guards.hold(tensors) for guards in self._guards):
             return False
-        self._held = Sight.of(own)
+        self._held_for = TensorVersions.of(read)
         return True
 
     def summary(self) -> str:
@@ -141,57 +141,61 @@ class Compiled:
         parts = [f"{len(captured.graph.nodes)} nodes", f"{len(facts.branches)} branches in {facts.blocks} blocks"]
         if captured.opaque:
             parts.append(f"{len(captured.opaque)} submodules as one operator each")
-        if captured.given:
-            parts.append(f"for what forward reads of {', '.join(captured.given)}")
+        if captured.guarded_inputs:
+            parts.append(f"for what forward reads of {', '.join(captured.guarded_inputs)}")
         return ", ".join(parts)
 
-    def holds_too(self, readings: Readings | None) -> None:
-        """Notes further values that its graph is right for."""
-        if readings is not None:
-            known = [*self._readings[1 - REMEMBERED :], readings]
-            self._places = _places(known)  # first, since another thread may look meanwhile
-            self._readings = known
-            self._variants.follow(readings.module)
+    def add_guards(self, guards: ValueGuards | None) -> None:
+        """Notes further values for which its graph is valid."""
+        if guards is not None:
+            known = [*self._guards[1 - REMEMBERED :], guards]
+            self._places = _places(known)  # first, since another thread may be checking the guards
+            self._guards = known
+            self._variants.follow(guards.module)
 
     def named(self, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """The tensors of a call by their names in the graph."""
         return dict(zip(self._inputs, tensors, strict=True))
 
     def run(self, request: Request, tick: Tick, call: Mapping[str, Tensor], name: str | None) -> Any:
-        """What the model returns for a call, with its tensors by name, where ``tick`` says, in the pass ``name``."""
+        """What the model returns for a call of the guidance pass ``name`` at the step that ``tick`` says.
+
+        ``call`` has the call's tensors by name.
+        """
         return self.captured.output.rebuild(self.dispatcher(request, tick, call, name))
 
     def rebind(self, live: Mapping[str, Tensor]) -> None:
-        """Puts the model's tensors of now in the place of those it was captured with, which are of the same kinds."""
-        self._variants.rebind({own: live[name] for own, name in self._weights.items()})
+        """Replaces the weights by the model's current ones, ``live``, which are of the same kinds."""
+        self._variants.rebind({name: live[own_name] for name, own_name in self._weights.items()})
 
-    def holds_others(self, known: Collection[int]) -> bool:
-        """Whether it holds weights that are not among those whose identities are ``known``."""
+    def holds_other_weights(self, known: Collection[int]) -> bool:
+        """Whether it holds weights other than those whose identities are ``known``."""
         return any(id(self.captured.attributes[name]) not in known for name in self._weights)
 
     def same_graph(self, other: Compiled) -> bool:
         """Whether both compute the same, given the same weights."""
-        mine, theirs = self.captured, other.captured
-        if _text(mine) != _text(theirs) or mine.attributes.keys() != theirs.attributes.keys():
+        first, second = self.captured, other.captured
+        if _text(first) != _text(second) or first.attributes.keys() != second.attributes.keys():
             return False
-        pairs = [(name, mine.attributes[name], theirs.attributes[name]) for name in mine.attributes]
+        pairs = [(name, first.attributes[name], second.attributes[name]) for name in first.attributes]
         return all(kind(a) == kind(b) and (name in self._weights or _equal(a, b)) for name, a, b in pairs)
 
 
-def _places(known: Iterable[Readings]) -> tuple[int, ...]:
-    """Where the tensors are among a call's that any of them reads."""
-    return tuple(sorted({place for readings in known for place in readings.places}))
+def _places(known: Iterable[ValueGuards]) -> tuple[int, ...]:
+    """The positions of the call's tensors that any of these guards reads."""
+    return tuple(sorted({place for guards in known for place in guards.places}))
 
 
 def _text(captured: CapturedGraph) -> Hashable:
+    """A graph without its weights, in a form that can be compared."""
     paths = {opaque: {site.number: site.path for site in captured.opaque}}
-    paths[fetch] = {weight.number: str(weight) for weight in captured.away}
+    paths[fetch] = {weight.number: str(weight) for weight in captured.fetched}
     nodes = tuple((n.op, n.name, str(n.target), _arguments(n, paths), str(n.kwargs)) for n in captured.graph.nodes)
     return nodes, captured.inputs, repr(captured.output)
 
 
 def _arguments(node: fx.Node, paths: Mapping[Any, Mapping[int, str]]) -> str:
-    """What runs as it is, or is brought by hooks, has a number of its own in each trace; its path is what counts."""
+    """Opaque submodules and fetched weights have another number in each trace, so their paths are compared instead."""
     if node.target in paths:
         *operands, number = node.args
         return f"{operands} {paths[node.target][cast(int, number)]}"

@@ -1,4 +1,4 @@
-"""What differs between two kinds of call, in words, for the log."""
+"""The differences between two kinds of call, in words, for the log."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LONGEST = 60  # characters of a value that is shown
 
 
 def differences(now: Key, before: Key) -> list[str]:
-    """The arguments in which a call differs from an earlier one, with what each is in both."""
+    """The arguments in which a call differs from an earlier one, with their kinds in both."""
     new, old = _by_argument(now), _by_argument(before)
     names = [name for name in {**new, **old} if new.get(name) != old.get(name)]
     return [f"{name}: {_kinds(old.get(name))} before, {_kinds(new.get(name))} now" for name in names]
@@ -40,12 +40,12 @@ def _kinds(kinds: list[Hashable] | None) -> str:
 
 
 def _kind(kind: Hashable) -> str:
-    """One leaf of an argument: of a tensor its type and shape, else the value; or the structure of several."""
+    """The kind of one leaf of an argument: a tensor's dtype, shape and device, or a value; else a container."""
     if isinstance(kind, tuple) and isinstance(kind[0], torch.Size):
         shape, dtype, device = kind
         return f"{str(dtype).removeprefix('torch.')}{[*shape]} on {device}"
     if isinstance(kind, tuple):
-        return reprlib.repr(kind[1])  # of any object: it may be long, or raise
+        return reprlib.repr(kind[1])  # the repr of any object may be long, or raise
     if kind is None or isinstance(kind, torch.dtype):
         return str(kind)
     return "a container"

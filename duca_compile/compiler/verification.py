@@ -1,4 +1,4 @@
-"""Holds the token analysis to account: recomputing some tokens must give what computing all of them gives."""
+"""Verifies the token analysis on values: recomputing some tokens must give what computing all of them gives."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def verified(captured: CapturedGraph, facts: Facts, values: Mapping[Port, Tensor
     forms = _forms(captured, partial)
     try:
         failed = _failed(full, variant, facts, forms, values)
-    except _NodeError as error:  # on other token counts
+    except _NodeError as error:  # it depends on the number of tokens
         index = error.node.meta.get("tokens_of", (None,))[0]
         alike = [b for b in partial if index is None or forms[b.slot] == forms[facts.branches[index].slot]]
         rest = _without_partial(facts, alike, f"it cannot run on some of its tokens ({error})")
@@ -47,7 +47,7 @@ def verified(captured: CapturedGraph, facts: Facts, values: Mapping[Port, Tensor
 
 
 class _NodeError(Exception):
-    """A node of a variant fails."""
+    """A node of a variant failed."""
 
     def __init__(self, node: fx.Node, reason: Exception) -> None:
         super().__init__(first_line(reason))
@@ -67,7 +67,7 @@ def _forms(captured: CapturedGraph, branches: list[Branch]) -> dict[Port, Hashab
 def _failed(
     full: Variant, partial: Variant, facts: Facts, forms: Mapping[Port, Hashable], values: Mapping[Port, Tensor]
 ) -> set[Hashable]:
-    """The forms of the branches of which ``partial`` computes other values than ``full``."""
+    """The forms of the branches for which ``partial`` computes other values than ``full``."""
     branches = {b.slot: b for b in facts.branches if b.slot in partial.inputs}
     by_tokens = {partial.spec.tokens_input(b.index): b for b in branches.values()}
     expected = _Expected(full, values, branches.keys())
@@ -92,9 +92,9 @@ def _failed(
         expected.drop(slot)
         if not _close(found, value):
             failed.add(form)
-            found.copy_(value)  # what follows is judged on its own
+            found.copy_(value)  # so that later branches are judged on their own
         elif not _differs_by_token(value):
-            continue  # any tokens in its place would be as close
+            continue  # the values of any other tokens would pass as well
         unknown.discard(form)
         if not unknown:
             break
@@ -102,7 +102,7 @@ def _failed(
 
 
 class _Expected:
-    """What a full evaluation computes for each branch; it goes on no further than it is asked for."""
+    """What a full evaluation computes for each branch; it runs only as far as results are asked for."""
 
     def __init__(self, full: Variant, values: Mapping[Port, Tensor], slots: Collection[Port]) -> None:
         self._coming = _results(full, values.__getitem__)
@@ -129,9 +129,9 @@ class _Expected:
 
 
 def _results(variant: Variant, value_of: Callable[[Port], Tensor]) -> Iterator[tuple[Port, Tensor]]:
-    """Runs a variant, and gives each of its results with its port as soon as it is there.
+    """Runs a variant, and yields each of its results with its port as soon as it is computed.
 
-    An input is asked for at its first use, and no value is kept behind its last one. Raises _NodeError.
+    An input is requested at its first use, and no value is kept after its last use. Raises _NodeError.
     """
     graph, runner = variant.module.graph, fx.Interpreter(variant.module)
     nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]

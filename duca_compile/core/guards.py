@@ -1,4 +1,4 @@
-"""What a graph takes for given of the values that forward reads in Python."""
+"""Guards on the values that forward reads in Python, and to which a graph is therefore specialized."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ from duca_compile.core.tensors import same_values
 
 
 @dataclass(frozen=True)
-class Read:
-    """Who reads values that depend on an input in Python: the first source line, and the modules' paths."""
+class ValueRead:
+    """Where Python reads values that depend on an input: the first source line, and the paths of all modules."""
 
     source: str
     paths: frozenset[str]
 
 
 @dataclass(frozen=True)
-class Readings:
-    """All that forward's Python read in one call: how to compute it from the call's tensors, and what it was.
+class ValueGuards:
+    """All values that Python code of forward read in one call, and a graph that computes them from a call's tensors.
 
-    The graph of that call is right for every call with the same readings, whatever the rest of its values.
+    The graph captured from that call is valid for every call that reads the same values.
     """
 
-    module: fx.GraphModule  # computes them from the tensors at ``places`` of a call
+    module: fx.GraphModule  # computes the values from the call's tensors at ``places``
     places: tuple[int, ...]
     values: tuple[Tensor, ...]
 
     @property
     def attributes(self) -> dict[str, Tensor]:
-        """The model's own tensors that they depend on, by the names that the graph has for them."""
+        """The model's own tensors that the values depend on, by their names in the graph."""
         names = {str(n.target) for n in self.module.graph.find_nodes(op="get_attr")}
         return {name: attrgetter(name)(self.module) for name in names}
 
     def hold(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether a call with these tensors reads the same."""
+        """Whether forward reads the same values from a call with these tensors."""
         try:
             now = self.module(*[tensors[place] for place in self.places])
-        except (RuntimeError, IndexError):  # an earlier reading differs, and what follows does not fit it
+        except (RuntimeError, IndexError):  # an earlier value differs, and later operators do not fit it
             return False
         return all(map(same_values, now, self.values))

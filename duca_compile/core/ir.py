@@ -1,11 +1,12 @@
-"""A captured graph, and what the analyses know of it.
+"""A captured graph, and the facts that the analyses derive from it.
 
-Nodes are referred to by name: every graph is a copy of the captured one, and copies keep the names. Planning an
-artifact's steps needs these types too, so torch is not imported.
+Nodes are referred to by name: every graph is a copy of the captured one, and copies keep the names. An artifact needs
+these types as well, to plan its steps, so torch is not imported.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, fx
 
-    from duca_compile.core.guards import Read, Readings
+    from duca_compile.core.guards import ValueGuards, ValueRead
     from duca_compile.core.outputs import OutputLayout
 
 
 class Variance(IntEnum):
-    """How often a value changes in a denoising loop; a node is as variable as its most variable input."""
+    """How often a value changes in a denoising loop. A node is as variable as its most variable input."""
 
     INVARIANT = 0
     TIMESTEP = 1
@@ -31,7 +32,7 @@ class Variance(IntEnum):
 
 
 class OpaqueCall(Protocol):
-    """A submodule that runs as one operator, as far as the graph shows it."""
+    """A call of a submodule that runs as one operator."""
 
     number: int  # the operator's last operand
     path: str
@@ -39,41 +40,47 @@ class OpaqueCall(Protocol):
     flops: int
 
 
-class BroughtHook(Protocol):
-    """One of the hooks that bring a weight."""
+class OffloadingHook(Protocol):
+    """A hook that puts a weight in place before a call and removes it afterwards."""
 
     name: str
 
 
-class BroughtWeight(Protocol):
-    """A weight that hooks bring for each call; as text it says which."""
+class OffloadedWeight(Protocol):
+    """A weight that hooks put in place for each call. ``str`` gives its path and the hooks."""
 
-    number: int  # the operand of the operator that makes it
+    number: int  # the operand of the operator that fetches it
 
     @property
-    def hooks(self) -> Sequence[BroughtHook]: ...
+    def hooks(self) -> Sequence[OffloadingHook]: ...
 
 
 @dataclass(frozen=True)
 class CapturedGraph:
-    """One forward pass: placeholders are the call's tensors, get_attr nodes the model's live weights."""
+    """One call of forward as a graph: placeholders are the call's tensors, get_attr nodes the model's live weights."""
 
     graph: fx.Graph
     attributes: Mapping[str, Tensor]  # get_attr target -> the source model's own tensor, never a copy
     inputs: tuple[str, ...]  # placeholder names, one for each tensor leaf of the call
     output: OutputLayout
-    lists: tuple[str, ...]  # for each input, its argument's path, without the place in a list
-    given: Mapping[str, Read]  # inputs that the readings depend on
-    readings: Readings | None  # what the graph takes for given
+    argument_paths: tuple[str, ...]  # for each input, the path of its argument, without the position in a list
+    guarded_inputs: Mapping[str, ValueRead]  # inputs that the guards read
+    guards: ValueGuards | None  # the values read by forward that the graph is specialized to
     opaque: tuple[OpaqueCall, ...]  # submodules that run as one operator
-    away: tuple[BroughtWeight, ...]  # weights that hooks bring for each call
-    casts: bool  # whether it does what autocast would do, so that it is to run with autocast turned off
-    results: tuple[Any, ...] = ()  # the leaves of what the model itself gave, until a step is compared with it
-    unread: frozenset[tuple[str, str]] = frozenset()  # attributes that forward changes at each call, and never reads
+    fetched: tuple[OffloadedWeight, ...]  # weights that hooks put in place for each call
+    explicit_casts: bool  # whether autocast's casts are in the graph, which therefore runs with autocast turned off
+    eager_results: tuple[Any, ...] = ()  # the leaves of the model's own results, until a step is compared with them
+    write_only: frozenset[tuple[str, str]] = frozenset()  # attributes that forward changes at each call and never reads
+
+    @property
+    def given(self) -> Mapping[str, ValueRead]:
+        """Deprecated: the old name of ``guarded_inputs``."""
+        warnings.warn("CapturedGraph.given is now called guarded_inputs", DeprecationWarning, stacklevel=2)
+        return self.guarded_inputs
 
 
 class TokenPlace(NamedTuple):
-    """Where a value holds the stream's tokens: from ``start`` on along ``axis``, which has ``length`` entries."""
+    """Where a value holds the stream's tokens: from index ``start`` along ``axis``, which has ``length`` entries."""
 
     axis: int
     start: int
@@ -83,17 +90,17 @@ class TokenPlace(NamedTuple):
 class Role(Enum):
     """What a residual stream carries."""
 
-    MAIN = "main"  # the latent, to the output; in single-stream blocks the text with it
-    TEXT = "text"  # other tokens, which meet the latent's in attention
-    REFINER = "refiner"  # the latent, before the other tokens join it
-    ENCODER = "encoder"  # what does not depend on the latent
+    MAIN = "main"  # the latent, on its way to the output; in single-stream blocks together with the text
+    TEXT = "text"  # other tokens, which attention combines with the latent's
+    REFINER = "refiner"  # the latent, before other tokens join it
+    ENCODER = "encoder"  # values that do not depend on the latent
 
 
 @dataclass(frozen=True)
 class Stream:
-    """One residual stream: how many branches it has, the shape of its values, and whether they are cached.
+    """One residual stream: its number of branches, the shape of its values, and whether its branches are cached.
 
-    A text stream is not, where nothing but cached attention reads it. Nor is an encoder's.
+    Those of a text stream that only cached attention reads are not, nor are those of an encoder.
     """
 
     role: Role
@@ -104,14 +111,14 @@ class Stream:
 
 @dataclass(frozen=True)
 class Branch:
-    """One residual branch ``stream + gate * core``; ``core`` is what the caches hold.
+    """One residual branch, ``stream + gate * core``; the caches hold ``core``.
 
     ``shape`` is (batch, tokens, channels); ``flops`` counts the body at two per multiply-add.
     """
 
     index: int
     block: int
-    chain: int  # the place of its stream among all streams
+    chain: int  # the position of its stream among all streams
     path: str
     source: str
     role: Role
@@ -124,9 +131,9 @@ class Branch:
     shape: tuple[int, ...]
     dtype: torch.dtype
     flops: int
-    input: str  # what its first product reads: in a transformer, the stream behind norm, scale and shift
+    input: str  # what its first product reads: in a transformer, the stream after norm, scale and shift
     attention: str | None  # the scaled_dot_product_attention whose keys (in cross-attention, queries) are its tokens
-    token_places: Mapping[str, TokenPlace] | None  # body node -> where its tokens are; None where they mix
+    token_places: Mapping[str, TokenPlace] | None  # body node -> where it holds the tokens; None where tokens mix
     mixing_reason: str | None
 
     @property
@@ -151,7 +158,7 @@ class Branch:
 
     @property
     def pointwise(self) -> bool:
-        """Whether chosen tokens can be recomputed on their own."""
+        """Whether some tokens can be recomputed without the others."""
         return self.token_places is not None
 
     @property
@@ -165,7 +172,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that the analyses know of one captured graph."""
+    """Everything that the analyses know about one captured graph."""
 
     latent: str
     timestep: str
@@ -176,8 +183,8 @@ class Facts:
     flops: Mapping[str, int]
     notes: tuple[str, ...]  # what was not understood, and why
     changing: frozenset[str]  # the inputs that change from step to step: the timestep and the latents
-    batch: int  # rows of the latent
-    grids: Mapping[int, tuple[int, ...]]  # how the latent's tokens lie, by their number, where the graph shows it
+    batch: int  # batch rows of the latent
+    grids: Mapping[int, tuple[int, ...]]  # number of tokens -> the grid that they form, where the graph shows it
 
     @property
     def blocks(self) -> int:
@@ -185,13 +192,13 @@ class Facts:
 
     @property
     def first(self) -> Branch:
-        """The first branch whose tokens are the latent's: what it reads tells soonest how far the latent has moved."""
+        """The first branch whose tokens are the latent's: its input shows earliest how far the latent has moved."""
         return next((b for b in self.branches if b.role is not Role.TEXT), self.branches[0])
 
     def score_source(self, branch: Branch, scores: str | None) -> Branch | None:
-        """The attention whose token scores choose the tokens of ``branch``: the nearest one before it.
+        """The attention whose token scores choose the tokens of ``branch``: the nearest one up to it.
 
-        Scores by entropy come from a cross-attention, maybe the branch itself; the others from a self-attention.
+        Scores by entropy come from a cross-attention, which may be the branch itself; others from a self-attention.
         """
         if scores is None:
             return None

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import threading
 
-# torch.export and Inductor patch classes and set flags that all threads see, so one thread at a time. Running what is
-# compiled takes no lock, but for submodules that run as they are (frontend/opaque.py).
+# torch.export and Inductor patch classes and set flags that all threads see, so only one thread may use them at a time.
+# Running compiled code takes no lock, except for opaque submodules (frontend/opaque.py).
 COMPILING = threading.RLock()

@@ -1,4 +1,4 @@
-"""How a graph's flat results become the model's own output."""
+"""Rebuilds the model's own output object from the flat results of a graph."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from torch.utils._pytree import SUPPORTED_NODES, TreeSpec, tree_unflatten
 
 @dataclass(frozen=True)
 class OutputLayout:
-    """How the flat tensors a graph returns become the model's own output object."""
+    """The structure of the model's output object, whose tensors a graph returns as a flat sequence."""
 
     spec: TreeSpec
     constants: Mapping[int, Any]  # leaf position -> value, for leaves that are not tensors
 
     @cached_property
     def _flat(self) -> Callable[[Sequence[Tensor]], Any] | None:
-        """Makes the output where it is one container of tensors, as most are: a walk of the tree takes longer."""
+        """A faster way than the general one, where the output is one container of tensors, as most are."""
         if self.constants or self.spec.num_nodes != self.spec.num_leaves + 1:
             return None
         unflatten, context = SUPPORTED_NODES[self.spec.type].unflatten_fn, self.spec.context
         return lambda tensors: unflatten(tensors, context)
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
+        """The output object with these tensors as its leaves."""
         if self._flat is not None:
             return self._flat(tensors)
         if not self.constants:

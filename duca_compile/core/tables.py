@@ -1,4 +1,4 @@
-"""Tables for the terminal that never cut a figure, however narrow it is."""
+"""Tables for the terminal that never truncate a figure, however narrow the terminal is."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Column, Table
 from rich.text import Text
 
-_BETWEEN, _EDGES = 3, 4  # characters that rich's box takes between two columns, and at both ends
+_BETWEEN, _EDGES = 3, 4  # characters that rich's box needs between two columns, and at both ends
 
 
 class FigureTable:
-    """A table whose cells are shown whole: where its rows are too long for the terminal, each becomes a list.
+    """A table that shows its cells whole: where its rows are too long for the terminal, each becomes a list.
 
     Args:
-        columns: the headers, no two alike; they may wrap at spaces. The first cell of a row is its title where it
-            becomes a list.
-        wrapped: headers of the columns whose cells may wrap at spaces, too; all other cells stay on one line.
+        columns: the headers, all different; they may wrap at spaces. The first cell of a row is its title in a list.
+        wrapped: headers of the columns whose cells may wrap at spaces as well; other cells stay on one line.
     """
 
     def __init__(self, *columns: str, wrapped: Collection[str] = ()) -> None:
@@ -42,7 +41,7 @@ class FigureTable:
         yield table
 
     def _widths(self, available: int) -> list[int] | None:
-        """The width of each column; None where they do not fit beside each other."""
+        """The width of each column; None where the columns do not fit side by side."""
         available -= _EDGES + _BETWEEN * (len(self._columns) - 1)
         wanted, widths = [], []
         for place, name in enumerate(self._columns):
@@ -76,7 +75,7 @@ class Fields:
 
 
 class Items:
-    """Sentences, one below the other and indented; what goes on in a further line is indented more."""
+    """Indented sentences, one below the other; continuation lines are indented further."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._texts = tuple(texts)
@@ -91,7 +90,7 @@ def _words(texts: Iterable[str]) -> list[str]:
 
 
 def _labelled(values: Mapping[str, str], available: int, indent: int = 0, style: str = "") -> Iterator[Text]:
-    """Each value beside its label, or below it where a word of it would be broken there."""
+    """Each value beside its label, or below it where one of its words would not fit beside it."""
     width = max(map(len, values), default=0)
     for name, value in values.items():
         beside = indent + width + 2

@@ -1,4 +1,4 @@
-"""Whether tensors, or arrays, still hold what they held."""
+"""Whether tensors or arrays still hold the same values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy import ndarray
 
-# A torch.Tensor or a numpy array; of one runtime all are of one kind.
+# A torch.Tensor or a numpy array; one runtime has only one of them.
 Array = Any
 
 
@@ -22,27 +22,26 @@ def same_values(one: Array, other: Array) -> bool:
 
 
 def version(tensor: Array) -> int:
-    """How often the tensor was written in place; -1 for inference tensors and numpy's arrays, which do not count."""
+    """How often the tensor was written in place; -1 for inference tensors and numpy arrays, which do not count that."""
     return -1 if isinstance(tensor, ndarray) or tensor.is_inference() else tensor._version
 
 
 def on_host(tensor: Array) -> bool:
-    """Whether reading its values waits for no device."""
+    """Whether its values can be read without waiting for a device."""
     return isinstance(tensor, ndarray) or bool(tensor.is_cpu)
 
 
-def held(tensor: Array) -> Array:
-    """It, or a copy where nothing would tell that it was written to and comparing does not wait for a device."""
+def _reference(tensor: Array) -> Array:
+    """The tensor itself, or a copy where writes to it are not counted and values can be compared on the host."""
     if isinstance(tensor, ndarray):
         return tensor.copy()
     return tensor.clone() if tensor.is_inference() and tensor.is_cpu else tensor
 
 
 def unchanged(tensor: Array, known: Array, at_version: int) -> bool:
-    """Whether it is the object that ``held`` gave ``known`` of, and still holds what it held.
+    """Whether it still holds what it held when ``known`` was remembered of it, at that version.
 
-    Where tensors do not count what is written to them, values are compared on a CPU; on an accelerator, the object
-    counts.
+    Where writes are not counted, values are compared on the host; on an accelerator, identity counts.
     """
     if at_version >= 0:
         return tensor is known and tensor._version == at_version
@@ -52,28 +51,28 @@ def unchanged(tensor: Array, known: Array, at_version: int) -> bool:
 
 
 def equal(tensor: Array, known: Array, at_version: int) -> bool:
-    """Whether it holds what ``known`` held; reads both where they are different objects."""
+    """Whether it holds what ``known`` held; reads the values of both where they are different objects."""
     if unchanged(tensor, known, at_version):
         return True
     return version(known) == at_version and tensor is not known and same_values(tensor, known)
 
 
 @dataclass(frozen=True)
-class Sight:
-    """Tensors as they were at one time: the same objects, not written to since, still hold the same."""
+class TensorVersions:
+    """Tensors at one time. The same objects, not written to since, hold the same values."""
 
     tensors: tuple[Array, ...]
     versions: tuple[int, ...]
-    counted: bool  # whether all of them count what is written to them
+    counted: bool  # whether all of them count in-place writes
 
     @staticmethod
-    def of(tensors: Sequence[Array]) -> Sight:
-        """It is safe from what is written to arrays later."""
+    def of(tensors: Sequence[Array]) -> TensorVersions:
+        """Remembers ``tensors``; later writes to numpy arrays do not change what is remembered."""
         versions = tuple(map(version, tensors))
-        return Sight(tuple(map(held, tensors)), versions, -1 not in versions)
+        return TensorVersions(tuple(map(_reference, tensors)), versions, -1 not in versions)
 
-    def holds_of(self, tensors: Sequence[Array]) -> bool:
-        """Whether these are they, and hold what they held; asked at every call."""
+    def matches(self, tensors: Sequence[Array]) -> bool:
+        """Whether these are the same tensors and hold the same values. Runs at every call."""
         if len(tensors) != len(self.tensors):
             return False
         if self.counted:

@@ -22,7 +22,7 @@ from rich.progress import Progress, TaskID
 from duca_compile.artifact.lowered import PRECISIONS, Lowered, lower
 from duca_compile.artifact.manifest import BATCH, Graph, Manifest, Size, TensorSpec, inside, read_manifest
 from duca_compile.artifact.tensorrt_build import FOLDER, RECORD, Build, Engine, Options, find_library
-from duca_compile.core.files import replacing
+from duca_compile.core.files import atomic_write
 from duca_compile.core.ports import Port, PortKind
 from duca_compile.errors import BackendError, ExportError, UsageError
 from duca_compile.export.onnx import MODULE
@@ -305,5 +305,5 @@ class _Phases:
 
 def _replace(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(data)

@@ -15,12 +15,12 @@ from duca_compile.artifact import manifest
 from duca_compile.compiler.analyze import analyze_call
 from duca_compile.compiler.budget import CacheOptions
 from duca_compile.compiler.checks import check_model
-from duca_compile.compiler.outside import make_rows
+from duca_compile.compiler.precompute import make_rows
 from duca_compile.core.ir import CapturedGraph, Facts
 from duca_compile.core.ports import argument
 from duca_compile.core.steps import Step, StepKind
 from duca_compile.core.variants import Action, Variant, VariantSpec
-from duca_compile.drop_in import LOOKED_AHEAD, OptimizedModel
+from duca_compile.drop_in import WARM_UP_HORIZON, OptimizedModel
 from duca_compile.errors import ExportError, UsageError
 from duca_compile.export.batch import Fit, OpenGraph, Seen, open_graph
 from duca_compile.frontend.binder import Binder, Call
@@ -129,7 +129,7 @@ class Traced:
     def schedule(self) -> manifest.Schedule:
         """The policy's steps; the variants that they need are in ``variants`` afterwards."""
         plans: dict[Step, manifest.Plan] = {}
-        steps = list(islice(self.policy.planned(self._total), LOOKED_AHEAD))
+        steps = list(islice(self.policy.planned(self._total), WARM_UP_HORIZON))
         full = Step(StepKind.FULL, kept=steps[0].kept)
         choices = self.policy.choices if isinstance(self.policy, AdaptivePolicy) else ()
         for step in (*steps, *choices, full):
@@ -174,13 +174,13 @@ class Traced:
                 f"{name}.{graph.opaque[0].path} {graph.opaque[0].reason}, so it runs as it is and is in no graph; a "
                 "model with such a submodule cannot be exported"
             )
-        if graph.away:
+        if graph.fetched:
             raise ExportError(
-                f"{name}: {graph.away[0]} is brought for each call only; remove these hooks, or load the model without "
-                "them, to export it"
+                f"{name}: {graph.fetched[0]} is brought for each call only; remove these hooks, or load the model "
+                "without them, to export it"
             )
-        if graph.readings is not None:
-            argument, read = next(iter(graph.given.items()))
+        if graph.guards is not None:
+            argument, read = next(iter(graph.guarded_inputs.items()))
             raise ExportError(
                 f"{name}.forward reads {argument!r} in Python at {read.source}, so its graph holds for these values "
                 "only and cannot be exported; compute what it reads before the loop"

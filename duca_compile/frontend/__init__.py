@@ -1,1 +1,1 @@
-"""From a module and one call to a graph: binding, tracing, and what the model is and does besides."""
+"""From a module and one call to a graph: binding arguments, tracing, and the module's state and side effects."""

@@ -1,4 +1,4 @@
-"""Which tensors depend on those of a call: one that is still there when the call is over was kept by somebody."""
+"""Tensors that are computed from those of a call; one that is alive after the call was kept by something."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_leaves
 from duca_compile.core.fx_utils import PACKAGE
 
 _ROOTS = (str(Path(torch.__file__).parent), PACKAGE, "<")
-_LIBRARY: dict[str, bool] = {}  # by the name of a file
+_LIBRARY: dict[str, bool] = {}  # by file name
 
 
 def is_library(filename: str) -> bool:
-    """Whether code is torch's or ours."""
+    """Whether a file's code is torch's or this package's."""
     known = _LIBRARY.get(filename)
     if known is None:
         known = _LIBRARY[filename] = filename.startswith(_ROOTS)
@@ -31,19 +31,20 @@ def is_library(filename: str) -> bool:
 
 
 def source_of(frame: FrameType | None) -> str:
-    """The innermost line from ``frame`` outwards that is neither torch's nor ours."""
+    """The innermost line, from ``frame`` outwards, that is neither torch's nor this package's."""
     while frame is not None and frame.f_back is not None and is_library(frame.f_code.co_filename):
         frame = frame.f_back
     return "?" if frame is None else line_of(frame.f_code.co_filename, frame.f_lineno)
 
 
 def line_of(filename: str, line: int) -> str:
+    """``file:line``, with the text of the line."""
     text = getline(filename, line).strip()
     return f"{filename}:{line}" + (f' ("{text}")' if text else "")
 
 
 def storage_key(tensor: Tensor) -> int:
-    """Tells the memory of a tensor from that of others, as long as it is there; 0 where it has none."""
+    """Identifies the memory of a tensor while that is allocated; 0 where the tensor has none."""
     try:
         return int(tensor.untyped_storage()._cdata)
     except (NotImplementedError, RuntimeError):
@@ -51,12 +52,12 @@ def storage_key(tensor: Tensor) -> int:
 
 
 class Activations(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """While open, notes what is computed of ``tensors``, and where."""
+    """While open, notes which tensors are computed from ``tensors``, and at which line."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._given = {key for tensor in tensors if (key := storage_key(tensor))}
-        self._found: dict[int, tuple[StorageWeakRef, str, int]] = {}  # a reference keeps its key from being reused
+        self._found: dict[int, tuple[StorageWeakRef, str, int]] = {}  # a reference prevents reuse of its key
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -89,21 +90,22 @@ class Activations(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._found[key] = reference, frame.f_code.co_filename, frame.f_lineno
 
     def kept(self, results: Iterable[Any]) -> dict[int, str]:
-        """Where what is still there was made, by its memory, but for the results of the call."""
-        gone = {storage_key(result) for result in results if isinstance(result, Tensor)}
-        if self._left(gone):
+        """The lines that made what is still alive, by its memory; without the results of the call."""
+        returned = {storage_key(result) for result in results if isinstance(result, Tensor)}
+        if self._alive(returned):
             gc.collect()
-        return {key: self._where(key) for key in self._left(gone)}
+        return {key: self._where(key) for key in self._alive(returned)}
 
-    def _left(self, but: set[int]) -> list[int]:
+    def _alive(self, without: set[int]) -> list[int]:
         found = self._found.items()
-        return [key for key, (held, *_) in found if key not in but and not held.expired()]  # type: ignore[no-untyped-call]
+        return [key for key, (storage, *_) in found if key not in without and not storage.expired()]  # type: ignore[no-untyped-call]
 
     def has(self, key: int) -> bool:
+        """Whether this memory belongs to the call's tensors, or to what was computed from them."""
         return key in self._found or key in self._given
 
     def source(self, tensor: Tensor) -> str | None:
-        """Where it was made, if it is one of these."""
+        """The line that made the tensor, if it depends on the call's tensors."""
         key = storage_key(tensor)
         return "the call itself" if key in self._given else self._where(key) if key in self._found else None
 

@@ -1,4 +1,4 @@
-"""The arguments of a call: bound to forward's signature, and told from calls of another kind."""
+"""Binds the arguments of a call to forward's signature, and gives each kind of call a key."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from duca_compile.errors import UsageError
 
 _CLEAR, _VAGUE = ("timestep", "timesteps"), ("t", "time", "sigma")  # names of timesteps that may be given as numbers
 LEAVES = {Tensor, nn.Parameter, bool, int, float, str, type(None), torch.dtype, torch.device}
-_TENSOR_GUARDS: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # without it each call is bound anew
+_TENSOR_GUARDS: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # without it no call takes the fast path
 
 
 class Key:
-    """What tells a call from calls of another kind; its hash is remembered, since every call looks itself up."""
+    """Identifies a kind of call. Its hash is kept, since every call looks itself up."""
 
     __slots__ = ("_hash", "_parts")
 
@@ -29,7 +29,7 @@ class Key:
 
     @property
     def parts(self) -> tuple[Hashable, ...]:
-        """The name of each argument, with what is built in of its leaves behind it; at the end, autocast's type."""
+        """The name of each argument, followed by what a capture specializes to; at the end, autocast's dtype."""
         return self._parts
 
     def __hash__(self) -> int:
@@ -42,7 +42,7 @@ class Key:
 class Call(NamedTuple):
     """The arguments of one call by name, its tensors, and its kind."""
 
-    defaults: Mapping[str, Any]  # of all arguments that have one
+    defaults: Mapping[str, Any]  # the default of each argument that has one
     given: Mapping[str, Any]
     tensors: tuple[Tensor, ...]
     key: Key
@@ -55,12 +55,14 @@ class Call(NamedTuple):
         return self._replace(defaults={}, given=arguments)
 
 
-class _Known(NamedTuple):
-    """The last call, as far as the next is likely to be like it: plain values, and tensors within none of them."""
+class _LastCall(NamedTuple):
+    """The last call, where the next one can be compared with it quickly: its arguments are tensors and plain values."""
 
     names: tuple[str, ...]
-    tensors: Callable[[Mapping[str, Any]], tuple[Tensor, ...]]  # those among the arguments, in the signature's order
-    fit: Callable[..., bool]  # whether others are of the same kinds
+    tensors: Callable[
+        [Mapping[str, Any]], tuple[Tensor, ...]
+    ]  # picks them from the arguments, in the signature's order
+    fit: Callable[..., bool]  # whether other tensors are of the same kinds
     values: tuple[tuple[str, type, Any], ...]
     device: str
     autocast: Hashable
@@ -68,7 +70,7 @@ class _Known(NamedTuple):
 
 
 class Binder:
-    """Makes a ``Call`` of the arguments of one model's forward. It runs at every step, so the common case is short."""
+    """Makes a ``Call`` of the arguments of one model's forward. Runs at every step, so the common case is short."""
 
     def __init__(self, model: nn.Module, timestep: str | None = None) -> None:
         self.signature = inspect.signature(model.forward)
@@ -80,25 +82,26 @@ class Binder:
             if parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         }
         self._required = {name for name, value in self._defaults.items() if value is inspect.Parameter.empty}
-        self._rest = inspect.Parameter.VAR_KEYWORD in kinds.values()
-        self._plain = inspect.Parameter.POSITIONAL_ONLY not in kinds.values()
+        self._takes_others = inspect.Parameter.VAR_KEYWORD in kinds.values()
+        self._by_name = inspect.Parameter.POSITIONAL_ONLY not in kinds.values()
         self._timesteps = (*_CLEAR, *_VAGUE) if timestep is None else (timestep,)
-        self._known: _Known | None = None
+        self._last: _LastCall | None = None
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Binds one call.
 
-        Raises UsageError where the arguments do not fit the signature, with Python's own reason.
+        Raises:
+            UsageError: the arguments do not fit the signature; gives Python's own reason.
         """
         given = kwargs if not args else dict(zip(self._by_place, args, strict=False)) | kwargs
-        whole = not args or len(given) == len(args) + len(kwargs)
-        if whole and (call := self._again(given)) is not None:
+        unambiguous = not args or len(given) == len(args) + len(kwargs)
+        if unambiguous and (call := self._like_last(given)) is not None:
             return call
         known = self._defaults.keys()
-        fits = self._required <= given.keys() and (self._rest or given.keys() <= known)
-        if not (fits and self._plain and whole):
+        fits = self._required <= given.keys() and (self._takes_others or given.keys() <= known)
+        if not (fits and self._by_name and unambiguous):
             self._refuse(args, kwargs)
-        arguments = {**self._defaults, **given}  # a default is the same call whether it is given or not
+        arguments = {**self._defaults, **given}  # passing a default explicitly is the same call
         converted = self._convert_timestep(arguments)
         tensors: list[Tensor] = []
         key: list[Hashable] = []
@@ -113,31 +116,31 @@ class Binder:
                     _add(leaf, tensors, key)
         autocast = _autocast(tensors[0].device.type) if tensors else None
         call = Call({}, arguments, tuple(tensors), Key((*key, autocast)))
-        self._known = None if converted else _known(given, call, autocast)
+        self._last = None if converted else _last_call(given, call, autocast)
         return call
 
-    def _again(self, given: dict[str, Any]) -> Call | None:
-        """The call, if it is of the kind of the last one."""
-        known = self._known
-        if known is None or known.names != tuple(given):
+    def _like_last(self, given: dict[str, Any]) -> Call | None:
+        """The call, if it is of the same kind as the last one."""
+        last = self._last
+        if last is None or last.names != tuple(given):
             return None
-        for name, cls, value in known.values:
+        for name, cls, value in last.values:
             if type(given[name]) is not cls or given[name] != value:
                 return None
-        tensors = known.tensors(given)
-        if not known.fit(*tensors):
+        tensors = last.tensors(given)
+        if not last.fit(*tensors):
             return None
-        if known.autocast != _autocast(known.device):
+        if last.autocast != _autocast(last.device):
             return None
-        return Call(self._defaults, given, tensors, known.key)
+        return Call(self._defaults, given, tensors, last.key)
 
     def _convert_timestep(self, arguments: dict[str, Any]) -> bool:
-        """Makes a tensor of a timestep given as a number, Python's or numpy's, or every step would be another graph.
+        """Makes a tensor of a timestep given as a number, or every step would be another kind of call.
 
-        Integers become int64 and others float32, for a model may look integers up in a table; so a loop that gives
-        both makes two kinds of call. Next to a timestep that is a tensor, a number called ``t`` is an option.
+        Integers become int64 and others float32, since a model may look integers up in a table; a loop that passes
+        both makes two kinds of call. A number called ``t`` next to a timestep that is a tensor is an option.
 
-        Returns whether there was one.
+        Returns whether there was such a timestep.
         """
         converted = False
         for name in self._timesteps:
@@ -157,11 +160,11 @@ class Binder:
             raise UsageError(f"the call does not fit the model's forward{self.signature}: {error}") from error
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
         name = next(name for name, each in self.signature.parameters.items() if each.kind in positional)
-        raise UsageError(f"forward takes {name!r} by position only; give it a name to optimize this model")
+        raise UsageError(f"forward takes {name!r} by position only; make it a named parameter to optimize this model")
 
 
-def _known(given: Mapping[str, Any], call: Call, autocast: Hashable) -> _Known | None:
-    """None where a call cannot be told to be like it by a look at each argument."""
+def _last_call(given: Mapping[str, Any], call: Call, autocast: Hashable) -> _LastCall | None:
+    """None where comparing each argument does not tell whether another call is of the same kind."""
     tensors = tuple(name for name, value in call.arguments.items() if name in given and isinstance(value, Tensor))
     plain = all(type(value) in LEAVES for value in given.values()) and 1 < len(tensors) == len(call.tensors)
     if not plain or _TENSOR_GUARDS is None:
@@ -171,7 +174,7 @@ def _known(given: Mapping[str, Any], call: Call, autocast: Hashable) -> _Known |
     shapes = [[*tensor.shape] for tensor in call.tensors]
     fit = _TENSOR_GUARDS(*call.tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=any_strides)
     device = call.tensors[0].device.type
-    return _Known(tuple(given), itemgetter(*tensors), fit.check, values, device, autocast, call.key)
+    return _LastCall(tuple(given), itemgetter(*tensors), fit.check, values, device, autocast, call.key)
 
 
 def _add(leaf: Any, tensors: list[Tensor], key: list[Hashable]) -> None:
@@ -181,19 +184,19 @@ def _add(leaf: Any, tensors: list[Tensor], key: list[Hashable]) -> None:
 
 
 def _leaf_kind(leaf: Any) -> Hashable:
-    """What is built into a capture of a value."""
+    """What a capture specializes to: the shape, dtype and device of a tensor, any other value itself."""
     if isinstance(leaf, Tensor):
         return leaf.shape, leaf.dtype, leaf.device
     return type(leaf).__name__, leaf if isinstance(leaf, Hashable) else repr(leaf)
 
 
 def _autocast(device: str) -> Hashable:
-    """Autocast changes what the same graph computes, so it is part of a call's identity."""
+    """The dtype of autocast, which changes what the same graph computes; None where it is off."""
     enabled = device != "meta" and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if enabled else None
 
 
 def tensor_names(call: Call) -> tuple[str, ...]:
-    """The argument path of each tensor leaf, such as ``hidden_states`` or ``extra['size']``."""
+    """The path of each tensor among the arguments, such as ``hidden_states`` or ``extra['size']``."""
     found = tree_flatten_with_path(call.arguments)[0]
     return tuple(keystr(path[:1])[2:-2] + keystr(path[1:]) for path, leaf in found if isinstance(leaf, Tensor))

@@ -1,7 +1,7 @@
-"""Autocast that forward sets for a part of itself: what it casts becomes casts in the graph.
+"""Makes explicit the casts of an autocast that forward sets for a part of itself.
 
-torch.export keeps such a part as a region, and loses its borders where the graph is made flat. So each operator gets
-the casts that it has where it is, and the whole graph is run with autocast turned off.
+torch.export keeps such a part as a region, whose borders are lost when the graph is flattened. So each operator gets
+the casts that apply where it is, and the whole graph runs with autocast turned off.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from duca_compile.core.ir import CapturedGraph
+from duca_compile.errors import InternalError
 from duca_compile.frontend.operators import argument
 
 aten = torch.ops.aten
@@ -44,7 +45,7 @@ def off() -> Settings:
 
 @contextmanager
 def autocast(settings: Settings) -> Iterator[None]:
-    """Sets autocast, of devices that are not there too."""
+    """Sets autocast while open, also for types of devices that this machine does not have."""
     before = ambient()
     try:
         _set(settings)
@@ -59,13 +60,13 @@ def _set(settings: Settings) -> None:
         torch.set_autocast_dtype(device, dtype)
 
 
-def none_for(captured: CapturedGraph) -> AbstractContextManager[None]:
-    """What a graph runs under: autocast is turned off where the graph does what that would."""
-    return autocast(off()) if captured.casts else _NOTHING
+def without_autocast(captured: CapturedGraph) -> AbstractContextManager[None]:
+    """The context that a graph runs in: autocast is turned off if its casts are in the graph."""
+    return autocast(off()) if captured.explicit_casts else _NOTHING
 
 
 def has_regions(module: fx.GraphModule) -> bool:
-    """Whether a part of forward sets autocast; not where that is off everywhere and stays so."""
+    """Whether a part of forward sets autocast; False where autocast is off and all these parts turn it off."""
     regions = [
         node
         for each in module.modules()
@@ -76,9 +77,9 @@ def has_regions(module: fx.GraphModule) -> bool:
 
 
 def make_explicit(module: fx.GraphModule, settings: Settings) -> None:
-    """Rewrites ``module``, which runs under ``settings``, so that it does the same with autocast turned off.
+    """Rewrites ``module``, which runs under ``settings``, to compute the same with autocast turned off.
 
-    Every node needs its fake value (``meta["val"]``).
+    Every node must have its fake value in ``meta["val"]``.
     """
     for node in list(module.graph.nodes):
         if node.target is _REGION:
@@ -95,8 +96,8 @@ def make_explicit(module: fx.GraphModule, settings: Settings) -> None:
 
 
 def _cast_operands(module: fx.GraphModule, node: fx.Node, settings: Settings) -> None:
-    expected = _Seen.of(node, settings)
-    if _does(node, expected.operators):
+    expected = _Trace.of(node, settings)
+    if _runs(node, expected.operators):
         return
     casts = expected.casts
 
@@ -108,22 +109,22 @@ def _cast_operands(module: fx.GraphModule, node: fx.Node, settings: Settings) ->
         made.meta = {**operand.meta, "val": operand.meta["val"].to(dtype)}
         return made
 
-    own = node.args, node.kwargs
+    arguments = node.args, node.kwargs
     with module.graph.inserting_before(node), autocast(off()):
-        node.args, node.kwargs = tree_map_only(fx.Node, cast, own)
+        node.args, node.kwargs = tree_map_only(fx.Node, cast, arguments)
     names = [each.name for each in node.target._schema.arguments]  # type: ignore[union-attr]
-    if "dtype" in names and argument(node, "dtype") is None and not _does(node, ([], *expected.operators[1:])):
-        node.kwargs = {**node.kwargs, "dtype": expected.dtype}  # some operators are told the type of their result
-    if not _does(node, ([], *expected.operators[1:])):
-        node.args, node.kwargs = own
+    if "dtype" in names and argument(node, "dtype") is None and not _runs(node, ([], *expected.operators[1:])):
+        node.kwargs = {**node.kwargs, "dtype": expected.dtype}  # autocast passes some operators their result's dtype
+    if not _runs(node, ([], *expected.operators[1:])):
+        node.args, node.kwargs = arguments
         _decompose(module, node, settings)
 
 
-def _does(node: fx.Node, operators: Any) -> bool:
-    """Whether it comes down to this with autocast turned off; it may fail then, for want of casts."""
+def _runs(node: fx.Node, operators: Any) -> bool:
+    """Whether the node runs these operators with autocast turned off, under which it may fail for lack of casts."""
     _FAKES.disabled = True  # it would print the failure
     try:
-        return bool(_Seen.of(node, off()).operators == operators)
+        return bool(_Trace.of(node, off()).operators == operators)
     except RuntimeError:
         return False
     finally:
@@ -131,12 +132,12 @@ def _does(node: fx.Node, operators: Any) -> bool:
 
 
 def _decompose(module: fx.GraphModule, node: fx.Node, settings: Settings) -> None:
-    """Puts what the operator does in its place: the casts are within it."""
+    """Replaces the operator by those that it consists of, since the casts are inside of it."""
     operands = node.all_input_nodes
 
     def call(*values: Tensor) -> Any:
-        given = dict(zip(operands, values, strict=True))
-        args, kwargs = tree_map_only(fx.Node, given.__getitem__, (node.args, node.kwargs))
+        by_operand = dict(zip(operands, values, strict=True))
+        args, kwargs = tree_map_only(fx.Node, by_operand.__getitem__, (node.args, node.kwargs))
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
     with autocast(settings):
@@ -147,16 +148,17 @@ def _decompose(module: fx.GraphModule, node: fx.Node, settings: Settings) -> Non
 
 
 def _inline(module: fx.GraphModule, node: fx.Node, body: fx.GraphModule, operands: Sequence[Any]) -> None:
-    """Puts the nodes of ``body`` in the place of ``node``, which calls it."""
-    graph, own = module.graph, dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
+    """Replaces ``node``, which calls ``body``, by the nodes of ``body``."""
+    graph, mapping = module.graph, dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
     for each in body.graph.find_nodes(op="get_attr"):
         name = f"{node.name}_{each.target}"
         setattr(module, name, getattr(body, str(each.target)))
         each.target = name
     with graph.inserting_before(node):
-        result = graph.graph_copy(body.graph, own)
+        result = graph.graph_copy(body.graph, mapping)
     for user in list(node.users) if isinstance(result, list | tuple) else ():
-        assert user.target is operator.getitem
+        if user.target is not operator.getitem:
+            raise InternalError(f"{user.format_node()} uses a sequence as a whole")
         user.replace_all_uses_with(cast(Any, result)[user.args[1]])
         graph.erase_node(user)
     if isinstance(result, fx.Node):
@@ -164,8 +166,8 @@ def _inline(module: fx.GraphModule, node: fx.Node, body: fx.GraphModule, operand
     graph.erase_node(node)
 
 
-class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """What an operator comes down to: the casts of its operands, which autocast puts first, and the rest."""
+class _Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The operators that a node runs: casts of its operands, which autocast inserts first, and the rest."""
 
     def __init__(self, operands: Sequence[Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -175,14 +177,14 @@ class _Seen(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.dtype: torch.dtype | None = None  # of its result
 
     @classmethod
-    def of(cls, node: fx.Node, settings: Settings) -> _Seen:
-        """As it runs under ``settings``."""
+    def of(cls, node: fx.Node, settings: Settings) -> _Trace:
+        """The trace of ``node`` under ``settings``."""
         args, kwargs = tree_map_only(fx.Node, lambda n: n.meta["val"], (node.args, node.kwargs))
-        seen = cls(tree_leaves((args, kwargs)))
-        with torch.no_grad(), autocast(settings), seen:
+        trace = cls(tree_leaves((args, kwargs)))
+        with torch.no_grad(), autocast(settings), trace:
             result = node.target(*args, **kwargs)  # type: ignore[operator]
-        seen.dtype = next((each.dtype for each in tree_leaves(result) if isinstance(each, Tensor)), None)
-        return seen
+        trace.dtype = next((each.dtype for each in tree_leaves(result) if isinstance(each, Tensor)), None)
+        return trace
 
     @property
     def operators(self) -> Any:

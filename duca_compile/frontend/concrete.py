@@ -1,8 +1,8 @@
-"""Traces one call with its real values, for forwards whose Python reads tensors.
+"""Traces a call with its real values, for models whose forward reads tensors in Python.
 
-``torch.export`` traces without values, so a forward that asks for one (``.item()``, ``.tolist()``, ``.numpy()``, a
-boolean mask) stops it. Here Python gets the values of this very call. What it read is kept, with the graph that
-computes it: the trace holds for calls that read the same.
+``torch.export`` traces without values, so it fails where forward needs one (``.item()``, ``.tolist()``, ``.numpy()``, a
+boolean mask). Here Python gets the values of this call. The values that it reads become guards, with the graph that
+computes them: the trace is valid for calls that read the same values.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from duca_compile.core.fx_utils import module_path, source_line
-from duca_compile.core.guards import Read, Readings
-from duca_compile.frontend.away import Brought
+from duca_compile.core.guards import ValueGuards, ValueRead
+from duca_compile.frontend.offloading import Offloading
 from duca_compile.frontend.opaque import CallSite, as_operators
 from duca_compile.frontend.operators import is_random
-from duca_compile.frontend.reproduce import hookable
+from duca_compile.frontend.trace_check import hookable_modules
 
 _GET_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 aten = torch.ops.aten
 
-# The readers that are noted. What C++ reads (a size, a bound of a slice) leaves an operator of _READS in the trace, but
-# for buffers, of which it leaves nothing.
+# Python functions that read values. A read in C++ (a size, a bound of a slice) leaves an operator of _READS in the
+# trace, except where it reads a buffer, which leaves nothing.
 _READERS = {
     torch.Tensor.item, torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.__bool__,
     torch.Tensor.__int__, torch.Tensor.__float__, torch.Tensor.__index__, torch.Tensor.__complex__, torch.equal,
     torch.Tensor.equal, torch.allclose, torch.Tensor.allclose, torch.is_nonzero, torch.Tensor.is_nonzero,
     torch.Tensor.data_ptr, torch.Tensor.storage, torch.Tensor.untyped_storage, torch.Tensor.__dlpack__,
 }  # fmt: skip
-_TRACE = "trace"  # the attribute of _Replay that holds the graph
+_TRACE = "trace"  # the attribute of _Replay with the graph
 _UNTAGGED = {aten.where.default, aten.nonzero_numpy.default, aten.tensor_split.tensor_indices_or_sections}
 
 
 @torch.library.custom_op("duca_compile::read", mutates_args=())
-def _noted(x: Tensor) -> Tensor:
+def _read_operator(x: Tensor) -> Tensor:
     return x.clone()
 
 
@@ -54,26 +54,28 @@ fx.node.has_side_effect(_read)  # nothing uses its result, and it must not be dr
 
 @dataclass(frozen=True)
 class ConcreteTrace:
-    """A module without data-dependent control flow or shapes, and what it took for given.
+    """A module without data-dependent control flow or shapes, specialized to the values that forward read.
 
-    ``reads`` says for each argument whose value matters who reads it, by its place among the call's tensors.
+    ``reads`` says where each argument whose values matter is read, by its position among the call's tensors.
     """
 
     module: nn.Module
-    reads: dict[int, Read]
-    readings: Readings
+    reads: dict[int, ValueRead]
+    guards: ValueGuards
     opaque: tuple[CallSite, ...]
 
 
-class Untraceable(Exception):  # noqa: N818 - a finding: the module becomes an operator
-    """The innermost module that a trace fails in, by its path."""
+class Untraceable(Exception):  # noqa: N818 - not an error: the module becomes an operator
+    """A trace failed; ``path`` is that of the innermost module in which it did."""
 
     def __init__(self, path: str, error: Exception) -> None:
         super().__init__(path)
         self.path, self.error = path, error
 
 
-def trace(model: nn.Module, arguments: dict[str, Any], opaque: Mapping[str, str], brought: Brought) -> ConcreteTrace:
+def trace(
+    model: nn.Module, arguments: dict[str, Any], opaque: Mapping[str, str], offloaded: Offloading
+) -> ConcreteTrace:
     """Traces ``model(**arguments)`` by running it, with the submodules at the paths ``opaque`` as one operator each.
 
     Raises Untraceable.
@@ -81,17 +83,17 @@ def trace(model: nn.Module, arguments: dict[str, Any], opaque: Mapping[str, str]
     leaves, spec = tree_flatten(arguments)
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     tensors = [leaves[i] for i in places]
-    layout: list[Any] = []
+    output_specs: list[Any] = []
 
-    def run(*given: Tensor) -> list[Any]:
-        mine = list(leaves)
-        for place, tensor in zip(places, given, strict=True):
-            mine[place] = tensor
-        flat, out = tree_flatten(model(**tree_unflatten(mine, spec)))
-        layout.append(out)
-        return flat
+    def run(*traced: Tensor) -> list[Any]:
+        replaced = list(leaves)
+        for place, tensor in zip(places, traced, strict=True):
+            replaced[place] = tensor
+        results, output_spec = tree_flatten(model(**tree_unflatten(replaced, spec)))
+        output_specs.append(output_spec)
+        return results
 
-    operators = as_operators(model, opaque, brought)
+    operators = as_operators(model, opaque, offloaded)
     with preserve_node_meta(), operators as sites, _module_paths(model) as paths, DataAsDetach(), _NoteReads():
         make = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False, record_stack_traces=True)
         try:
@@ -103,17 +105,17 @@ def trace(model: nn.Module, arguments: dict[str, Any], opaque: Mapping[str, str]
     try:
         _check_random(graph)
         _index_by_number(graph)
-        reads, readings = _reads(graph), _readings(graph, tensors)
+        reads, guards = _reads(graph), _guards(graph, tensors)
         _fold(graph, tensors)
     except (torch.OutOfMemoryError, Untraceable):
         raise
-    except Exception as error:  # it does not do what it did
+    except Exception as error:  # the trace fails on the values that it was made with
         raise Untraceable(failing_path(error), error) from error
-    return ConcreteTrace(_Replay(graph, layout[0]), reads, readings, tuple(sites))
+    return ConcreteTrace(_Replay(graph, output_specs[0]), reads, guards, tuple(sites))
 
 
 class DataAsDetach(TorchFunctionMode):
-    """``tensor.data`` is an alias that no tracer sees; ``detach()`` is the same alias, seen."""
+    """Replaces ``tensor.data``, an alias that no tracer sees, by ``detach()``, which makes the same alias."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -124,7 +126,7 @@ class DataAsDetach(TorchFunctionMode):
 
 
 class _NoteReads(TorchFunctionMode):
-    """Leaves a node in the trace for each value that Python reads."""
+    """Puts a node into the trace for each value that Python reads."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -138,11 +140,11 @@ class _NoteReads(TorchFunctionMode):
 
 @contextmanager
 def _module_paths(model: nn.Module) -> Iterator[list[str]]:
-    """Each traced node learns the path of the module it comes from; yields the paths of those that run."""
+    """Notes in each traced node the path of its module; yields the paths of the modules that are running."""
     running = [""]
     stacks: list[dict[str, tuple[str, str]]] = [{}]
     with ExitStack() as hooks:
-        for path, module in hookable(model):
+        for path, module in hookable_modules(model):
             entry = {path: (path, type(module).__qualname__)}
 
             def enter(_module: nn.Module, _args: Any, entry: dict[str, tuple[str, str]] = entry) -> None:
@@ -160,25 +162,25 @@ def _module_paths(model: nn.Module) -> Iterator[list[str]]:
         yield running
 
 
-def _reads(graph: fx.GraphModule) -> dict[int, Read]:
-    """The arguments behind every value that Python read, or that a shape depends on."""
-    found: dict[int, Read] = {}
+def _reads(graph: fx.GraphModule) -> dict[int, ValueRead]:
+    """The arguments that determine a value that Python read, or a shape."""
+    found: dict[int, ValueRead] = {}
     inputs = {node: i for i, node in enumerate(graph.graph.find_nodes(op="placeholder"))}
-    behind: dict[fx.Node, set[int]] = {}
+    sources: dict[fx.Node, set[int]] = {}
     for node in graph.graph.nodes:
-        own = {inputs[node]} if node in inputs else set()
-        behind[node] = own.union(*(behind[n] for n in node.all_input_nodes))
+        first = {inputs[node]} if node in inputs else set()
+        sources[node] = first.union(*(sources[n] for n in node.all_input_nodes))
         if _is_reader(node):
-            for index in behind[node]:
-                known = found.get(index, Read(source_line(node), frozenset()))
-                found[index] = Read(known.source, known.paths | {module_path(node)})
+            for index in sources[node]:
+                known = found.get(index, ValueRead(source_line(node), frozenset()))
+                found[index] = ValueRead(known.source, known.paths | {module_path(node)})
     return found
 
 
-def _readings(graph: fx.GraphModule, tensors: list[Tensor]) -> Readings:
+def _guards(graph: fx.GraphModule, tensors: list[Tensor]) -> ValueGuards:
     """The part of the graph that computes what Python read and what shapes depend on.
 
-    Its weights have the names that they get in ``_Replay``, by which they are replaced.
+    Its weights have the names that they get in ``_Replay``, by which they can be replaced later.
     """
     part = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -187,7 +189,7 @@ def _readings(graph: fx.GraphModule, tensors: list[Tensor]) -> Readings:
             copies[node] = part.node_copy(node, lambda n: copies[n])
             if node.op == "get_attr":
                 copies[node].target = f"{_TRACE}.{node.target}"
-    part.output(tuple(copies[each] for node in graph.graph.nodes if _is_reader(node) for each in _what(node)))
+    part.output(tuple(copies[each] for node in graph.graph.nodes if _is_reader(node) for each in _values_read(node)))
     part.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     used = [i for i, node in enumerate(part.find_nodes(op="placeholder")) if node.users]
     for node in part.find_nodes(op="placeholder"):
@@ -196,11 +198,11 @@ def _readings(graph: fx.GraphModule, tensors: list[Tensor]) -> Readings:
     names = {str(node.target) for node in part.find_nodes(op="get_attr")}
     module = fx.GraphModule({name: getattr(graph, name.removeprefix(f"{_TRACE}.")) for name in names}, part)
     values = tuple(value.clone() for value in module(*[tensors[i] for i in used]))  # a buffer may be written to later
-    return Readings(module, tuple(used), values)
+    return ValueGuards(module, tuple(used), values)
 
 
 def _check_random(graph: fx.GraphModule) -> None:
-    """Raises Untraceable where Python reads a value that was drawn: no look at the arguments tells the next one."""
+    """Raises Untraceable where Python reads a random number, since the arguments do not determine the next one."""
     drawn = set[fx.Node]()
     for node in graph.graph.nodes:
         if is_random(node) or not drawn.isdisjoint(node.all_input_nodes):
@@ -210,16 +212,16 @@ def _check_random(graph: fx.GraphModule) -> None:
 
 
 def _is_reader(node: fx.Node) -> bool:
-    return node.target in _READS or _is_counting(node)
+    return node.target in _READS or _has_dynamic_shape(node)
 
 
-def _what(reader: fx.Node) -> list[fx.Node]:
-    """The tensors that tell what was read: a count's result where it is one tensor, else the operands."""
-    counted = _is_counting(reader) and isinstance(reader.meta.get("val"), Tensor)
-    return [reader] if counted else reader.all_input_nodes
+def _values_read(reader: fx.Node) -> list[fx.Node]:
+    """The tensors that tell what was read: a result of dynamic shape if it is one tensor, else the operands."""
+    one_result = _has_dynamic_shape(reader) and isinstance(reader.meta.get("val"), Tensor)
+    return [reader] if one_result else reader.all_input_nodes
 
 
-def _is_counting(node: fx.Node) -> bool:
+def _has_dynamic_shape(node: fx.Node) -> bool:
     """Whether the shape of the node's result depends on its operands' values."""
     if node.target in _UNTAGGED:
         return True
@@ -230,9 +232,9 @@ def _is_counting(node: fx.Node) -> bool:
 
 
 def _index_by_number(graph: fx.GraphModule) -> None:
-    """Selection by a mask becomes selection by number: the shape then depends on the mask's places alone.
+    """Turns selection by a mask into selection by index, so that the shape depends on the mask only.
 
-    So does repetition by counts: the shape depends on the counts, and no longer on what is repeated.
+    Does the same to repetition by counts, whose shape then depends on the counts only, not on what is repeated.
     """
     for node in graph.graph.find_nodes(op="call_function", target=aten.repeat_interleave.self_Tensor):
         source, counts, dim = (*node.args, None)[:3]
@@ -272,7 +274,7 @@ def _traced(graph: fx.GraphModule, like: fx.Node, target: Any, *args: Any) -> fx
 
 
 def _fold(graph: fx.GraphModule, tensors: list[Tensor]) -> None:
-    """Replaces values whose shape depends on values by what they were: the arguments behind them are given."""
+    """Replaces tensors of dynamic shape by their values in this call, which the guards protect."""
     recorder = _Recorder(graph)
     recorder.run(*tensors)
     for index, (node, value) in enumerate(recorder.values.items()):
@@ -290,7 +292,7 @@ def _fold(graph: fx.GraphModule, tensors: list[Tensor]) -> None:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs the graph and keeps the values of dynamic shape."""
+    """Runs the graph and keeps the tensors of dynamic shape."""
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
@@ -298,33 +300,33 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
-        if _is_counting(n):
+        if _has_dynamic_shape(n):
             self.values[n] = result
         return result
 
 
 class _Replay(nn.Module):
-    """Runs the trace node by node, so that a further trace keeps each node's module and source line."""
+    """Runs the trace node by node, so that tracing it again keeps each node's module and source line."""
 
-    def __init__(self, graph: fx.GraphModule, layout: Any) -> None:
+    def __init__(self, graph: fx.GraphModule, output_spec: Any) -> None:
         super().__init__()
         setattr(self, _TRACE, graph)
-        self._layout = layout
+        self._output_spec = output_spec
 
     def forward(self, **arguments: Any) -> Any:
         tensors = [leaf for leaf in tree_flatten(arguments)[0] if isinstance(leaf, Tensor)]
         with preserve_node_meta():
-            return tree_unflatten(fx.Interpreter(getattr(self, _TRACE)).run(*tensors), self._layout)
+            return tree_unflatten(fx.Interpreter(getattr(self, _TRACE)).run(*tensors), self._output_spec)
 
 
 def failing_path(error: BaseException) -> str:
-    """The innermost module that the failing node comes from."""
+    """The path of the innermost module that the failing node comes from; "" where no node failed."""
     node = failing_node(error)
     return "" if node is None else module_path(node)
 
 
 def failing_node(error: BaseException) -> fx.Node | None:
-    """The node whose running raised ``error``: it says where in the model that was."""
+    """The node that raised ``error`` when it ran, which says where in the model that was."""
     found = None
     for frame, _ in traceback.walk_tb(error.__traceback__):
         node = frame.f_locals.get("n") if frame.f_code.co_name == "run_node" else None

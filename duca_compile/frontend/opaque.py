@@ -1,7 +1,7 @@
-"""Submodules that run as one operator: what no trace can hold.
+"""Opaque submodules: they run as one operator each, since no trace can hold them.
 
-A mixture of experts that counts its tokens on the host cannot be a graph, nor can a kernel that torch knows nothing of.
-The module that does so stays as it is, behind an operator of which only the results' shapes are known.
+A mixture of experts that counts its tokens on the host cannot be a graph, nor can a kernel that torch does not know.
+Such a module runs unchanged, called by an operator of which only the results' shapes are known.
 """
 
 from __future__ import annotations
@@ -19,33 +19,34 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
+from duca_compile.core.fx_utils import int_operand
 from duca_compile.core.lock import COMPILING
 from duca_compile.core.tensors import version
-from duca_compile.errors import CaptureError
-from duca_compile.frontend.away import Brought
+from duca_compile.errors import CaptureError, InternalError
+from duca_compile.frontend.offloading import Offloading
 
-READS = "reads values that change from step to step"  # of all reasons, the one that makes tokens depend on others
-Given = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments of a call
-_BY_MORE = ("reads ", "changes ")  # how reasons begin where a module goes by values of all tokens, or by its own state
+READS_CHANGING_VALUES = "reads values that change from step to step"  # the reason of modules that route tokens
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a call, by position and by name
+_NOT_POINTWISE = ("reads ", "changes ")  # how reasons begin where results depend on all tokens, or on a state
 _sites: WeakValueDictionary[int, CallSite] = WeakValueDictionary()
 _numbers = itertools.count()
-_AROUND = {
+_FORWARD_AND_HOOKS = {
     "forward",
     *(name for name in vars(nn.Module()) if name.startswith(("_forward_hooks", "_forward_pre_hooks"))),
 }
 
 
-class Like(NamedTuple):
-    """The kind of a result; what is compiled goes by its strides. Without them it is contiguous."""
+class ResultLayout(NamedTuple):
+    """Shape, strides and dtype of a result. Compiled code relies on the strides; None means contiguous."""
 
     shape: tuple[Any, ...]
     stride: tuple[int, ...] | None
     dtype: torch.dtype
 
-    def resized(self, dims: Mapping[int, tuple[int, Any]]) -> Like:
-        """With another size in each of these dimensions where it has the known one."""
+    def resized(self, dims: Mapping[int, tuple[int, Any]]) -> ResultLayout:
+        """With other sizes: ``dims`` has, by dimension, the old size that it replaces and the new one."""
         shape = [dims[i][1] if i in dims and dims[i][0] == size else size for i, size in enumerate(self.shape)]
-        return Like(tuple(shape), None, self.dtype)
+        return ResultLayout(tuple(shape), None, self.dtype)
 
     def empty(self, device: torch.device) -> Tensor:
         if self.stride is None:
@@ -59,27 +60,28 @@ class Like(NamedTuple):
 
 
 class CallSite:
-    """One call of a module in the trace: what is around the tensors, and what it returned then."""
+    """One call of a module in the trace: its other arguments, and the layout of its results."""
 
-    def __init__(self, forward: Callable[..., Any], module: nn.Module, path: str, reason: str, given: Given) -> None:
+    def __init__(
+        self, forward: Callable[..., Any], module: nn.Module, path: str, reason: str, arguments: Arguments
+    ) -> None:
         self.number = next(_numbers)
         self._forward, self._module, self.path, self.reason = forward, module, path, reason
-        args, kwargs = given
-        self._leaves, self._spec = tree_flatten((args, kwargs))
+        self._leaves, self._spec = tree_flatten(arguments)
         self._places = [i for i, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)]
         self.tensors = [self._leaves[i] for i in self._places]
         self._shapes = [tensor.shape for tensor in self.tensors]
         for place in self._places:
-            self._leaves[place] = None  # the values are the operator's operands from now on
+            self._leaves[place] = None  # from now on, the operator's operands are the values
         self.out_spec: TreeSpec | None = None
         self.tensor_places: list[int] = []
-        self.out_like: list[Like] = []
+        self.out_layouts: list[ResultLayout] = []
         self.flops = 0
         self._draws = False
         _sites[self.number] = self
 
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Calls the module; not while any thread captures or compiles, which may swap its weights for fakes."""
+        """Calls the module; waits while any thread captures or compiles, which may replace its weights by fakes."""
         with COMPILING:
             return self._run(tensors)
 
@@ -89,8 +91,12 @@ class CallSite:
             leaves[place] = tensor
         args, kwargs = tree_unflatten(leaves, self._spec)
         if self.out_spec is not None:
-            own = self._owned(tree_flatten(self._forward(*args, **kwargs))[0], tensors)
-            return [like.strided(each) for each, like in zip(own, self.likes(tensors), strict=True)]
+            results = self._unaliased(tree_flatten(self._forward(*args, **kwargs))[0], tensors)
+            return [layout.strided(each) for each, layout in zip(results, self.layouts(tensors), strict=True)]
+        return self._first_run(args, kwargs, tensors)
+
+    def _first_run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> list[Tensor]:
+        """Runs the module for the trace, and notes what its results look like."""
         versions, random = list(map(version, tensors)), torch.get_rng_state()
         with FlopCounterMode(display=False) as counter:
             outputs, self.out_spec = tree_flatten(self._forward(*args, **kwargs))
@@ -98,63 +104,64 @@ class CallSite:
         if versions != list(map(version, tensors)):
             raise CaptureError(f"{self._says} It writes to its arguments; clone them there first.")
         if not all(isinstance(output, Tensor | None) for output in outputs):
-            raise CaptureError(f"{self._says} It returns what is neither a tensor nor None.")
+            raise CaptureError(f"{self._says} It returns something that is neither a tensor nor None.")
         self.tensor_places = [i for i, output in enumerate(outputs) if output is not None]
         self.flops = int(counter.get_total_flops()) or self._guessed_flops
-        own = self._owned(outputs, tensors)
-        self.out_like = [Like(output.shape, output.stride(), output.dtype) for output in own]
-        return own
+        results = self._unaliased(outputs, tensors)
+        self.out_layouts = [ResultLayout(result.shape, result.stride(), result.dtype) for result in results]
+        return results
 
     @property
     def _guessed_flops(self) -> int:
-        """Of a kernel that torch cannot count: each weight meets each vector of the first operand once."""
-        module, rows = self._module, prod(self._shapes[0][:-1])
+        """For kernels that torch cannot count: each weight is multiplied with each vector of the first operand once."""
+        module, vectors = self._module, prod(self._shapes[0][:-1])
         if isinstance(module, nn.Linear):  # a packed weight has another shape
-            return int(2 * rows * module.in_features * module.out_features)
-        return int(2 * rows) * sum(weight.numel() for weight in module.parameters() if weight.dim() > 1)
+            return int(2 * vectors * module.in_features * module.out_features)
+        return int(2 * vectors) * sum(weight.numel() for weight in module.parameters() if weight.dim() > 1)
 
-    def likes(self, tensors: list[Tensor]) -> list[Like]:
-        """The kinds of its results, for operands with this many tokens."""
+    def layouts(self, tensors: list[Tensor]) -> list[ResultLayout]:
+        """The layouts of its results, for operands with this many tokens."""
         dims = {
             dim: (known, size)
             for tensor, shape in zip(tensors, self._shapes, strict=True)
             for dim, (size, known) in enumerate(zip(tensor.shape, shape, strict=True))
             if not isinstance(size, int) or size != known
         }
-        return [like.resized(dims) for like in self.out_like] if dims else self.out_like
+        return [layout.resized(dims) for layout in self.out_layouts] if dims else self.out_layouts
 
     @property
     def may_be_pointwise(self) -> bool:
-        """Whether values of one call may tell what it does to each token: not where more than these counts."""
-        return not self.reason.startswith(_BY_MORE)
+        """Whether the values of one call can show that it is pointwise: its results depend on nothing else."""
+        return not self.reason.startswith(_NOT_POINTWISE)
 
     @property
     def runs_each_step(self) -> bool:
-        """Whether equal operands need not give equal results: it draws random numbers, or has a state of its own."""
-        return self._draws or (not self.may_be_pointwise and self.reason != READS)
+        """Whether equal operands may give other results: it draws random numbers, or has a state of its own."""
+        return self._draws or (not self.may_be_pointwise and self.reason != READS_CHANGING_VALUES)
 
     @property
     def _says(self) -> str:
-        return f"{self.path} {self.reason}, so it must stand for itself as one operator."
+        return f"{self.path} {self.reason}, so it must run as one opaque operator."
 
     def rebuild(self, outputs: list[Tensor]) -> Any:
-        """What the module returned, of the operator's results."""
-        assert self.out_spec is not None
+        """What the module returned, made from the operator's results."""
+        if self.out_spec is None:
+            raise InternalError(f"{self.path} has not run yet, so what it returns is unknown")
         leaves: list[Tensor | None] = [None] * self.out_spec.num_leaves
         for place, output in zip(self.tensor_places, outputs, strict=True):
             leaves[place] = output
         return tree_unflatten(leaves, self.out_spec)
 
     @staticmethod
-    def _owned(outputs: list[Any], tensors: list[Tensor]) -> list[Tensor]:
-        """The tensors; an operator must not return its operands."""
+    def _unaliased(outputs: list[Any], tensors: list[Tensor]) -> list[Tensor]:
+        """The tensors, cloned where they share memory with operands, which no operator may return."""
         taken = {tensor.untyped_storage().data_ptr() for tensor in tensors}
         results = [output for output in outputs if output is not None]
         return [_cloned(result) if result.untyped_storage().data_ptr() in taken else result for result in results]
 
 
 def _cloned(tensor: Tensor) -> Tensor:
-    """With the same strides, by which the operators behind it go, where these do not overlap."""
+    """A copy with the same strides, on which later operators rely; contiguous where entries overlap."""
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
         return tensor.clone()
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
@@ -167,22 +174,23 @@ def _opaque(tensors: list[Tensor], site: int) -> list[Tensor]:
 
 @_opaque.register_fake
 def _(tensors: list[Tensor], site: int) -> list[Tensor]:
-    return [like.empty(tensors[0].device) for like in _sites[site].likes(tensors)]
+    return [layout.empty(tensors[0].device) for layout in _sites[site].layouts(tensors)]
 
 
 opaque = torch.ops.duca_compile.opaque.default
 
 
-class _Whole:
-    """A module with its hooks, from behind the operator that stands for it: these must not run in the trace."""
+class _HookedModule:
+    """A module that an operator calls together with its hooks, which must not run in the trace."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._own = {name: value for name, value in vars(module).items() if name in _AROUND}
+        self._original = {name: value for name, value in vars(module).items() if name in _FORWARD_AND_HOOKS}
         self._patched: dict[str, Any] = {}
 
     def patch(self, forward: Callable[..., Any]) -> None:
-        self._patched = {name: OrderedDict[Any, Any]() for name in self._own} | {"forward": forward}
+        """Makes the module call ``forward`` alone, until it is put back."""
+        self._patched = {name: OrderedDict[Any, Any]() for name in self._original} | {"forward": forward}
         vars(self._module).update(self._patched)
 
     def put_back(self) -> None:
@@ -191,7 +199,7 @@ class _Whole:
 
     def _restore(self) -> None:
         vars(self._module).pop("forward", None)
-        vars(self._module).update(self._own)
+        vars(self._module).update(self._original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._patched:
@@ -204,10 +212,10 @@ class _Whole:
 
 
 @contextmanager
-def as_operators(model: nn.Module, paths: Mapping[str, str], brought: Brought) -> Iterator[list[CallSite]]:
-    """While open, each call of the modules at ``paths`` is one operator; yields the calls as they come.
+def as_operators(model: nn.Module, paths: Mapping[str, str], offloaded: Offloading) -> Iterator[list[CallSite]]:
+    """While open, each call of the modules at ``paths`` is one operator; yields the list of calls so far.
 
-    ``paths`` gives the reasons, too. A module within another one of them is a part of that.
+    ``paths`` also gives the reasons. A module inside of another one of them is part of that one.
     """
     sites: list[CallSite] = []
 
@@ -226,32 +234,32 @@ def as_operators(model: nn.Module, paths: Mapping[str, str], brought: Brought) -
             if any(path.startswith(f"{other}.") for other in paths):
                 continue
             module = model.get_submodule(path)
-            whole = _Whole(module)
-            undo.callback(whole.put_back)
-            whole.patch(replacement(path, module, brought.around(module, whole)))
+            hooked = _HookedModule(module)
+            undo.callback(hooked.put_back)
+            hooked.patch(replacement(path, module, offloaded.around(module, hooked)))
         yield sites
 
 
-def alike(model: nn.Module, path: str) -> frozenset[str]:
-    """The paths of the modules of the kind of the one at ``path``: what stops a trace in one does in the others."""
+def modules_like(model: nn.Module, path: str) -> frozenset[str]:
+    """The paths of all modules of the same kind as the one at ``path``: what stops a trace there stops it in them."""
     kind = _kind(model.get_submodule(path))
     return frozenset(other for other, module in model.named_modules() if other and _kind(module) == kind)
 
 
 def _kind(module: nn.Module) -> Any:
-    hooks = {name for name, value in vars(module).items() if name in _AROUND and value}
+    hooks = {name for name, value in vars(module).items() if name in _FORWARD_AND_HOOKS and value}
     tables = [*module._parameters.items(), *module._buffers.items(), *module._modules.items()]
     return type(module), hooks, [(name, type(value)) for name, value in [*vars(module).items(), *tables]]
 
 
 def site_of(node: fx.Node) -> CallSite:
+    """The call that an ``opaque`` node makes."""
     return _sites[site_number(node)]
 
 
 def site_number(node: fx.Node) -> int:
-    number = node.args[1]
-    assert isinstance(number, int)
-    return number
+    """The number of the call that an ``opaque`` node makes."""
+    return int_operand(node, 1)
 
 
 def site_flops(node: fx.Node) -> int:

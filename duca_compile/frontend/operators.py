@@ -1,4 +1,4 @@
-"""What an operator's schema says: its arguments by name, and whether it draws random numbers; and what casts are."""
+"""What an operator's schema says: arguments by name, and whether it draws random numbers. Also casts of streams."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CASTS = {"to", "_to_copy", "type_as"}
 
 
 def argument(node: fx.Node, name: str) -> Any:
-    """The argument called ``name`` in the operator's schema, however it was passed; None where there is none."""
+    """The argument called ``name`` in the operator's schema, however it was passed; None where the schema has none."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return None
     for place, each in enumerate(node.target._schema.arguments):
@@ -24,9 +24,9 @@ def argument(node: fx.Node, name: str) -> Any:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether the operator draws random numbers; attention without dropout and eval-mode dropout do not.
+    """Whether the operator draws random numbers; attention without dropout and dropout in eval mode do not.
 
-    A submodule that runs as it is and has a state of its own counts, for it too must run each time.
+    An opaque submodule with a state of its own counts as well, since it too must run each time.
     """
     if node.target is opaque:
         return site_of(node).runs_each_step
@@ -35,10 +35,11 @@ def is_random(node: fx.Node) -> bool:
     return argument(node, "dropout_p") != 0 and argument(node, "train") is not False
 
 
-def as_carried(node: fx.Node) -> fx.Node:
-    """The value of a stream in the type that it is carried on in: some models widen it for each sum.
+def carried_value(node: fx.Node) -> fx.Node:
+    """The value of a stream in the dtype in which the model carries it: some models widen it for each addition.
 
-    It is what was widened, or what the only reader narrows it to; the model goes on with either, bit for bit.
+    That is the value before it was widened, or the one that its only reader narrows it to. Either is what the model
+    continues with, bit for bit.
     """
     if _width(node) > _width(source := _cast_from(node)) > 0:
         return source
@@ -48,11 +49,11 @@ def as_carried(node: fx.Node) -> fx.Node:
 
 
 def _cast_from(node: fx.Node) -> fx.Node:
-    """What a cast changes the type of; of anything else, itself."""
+    """The operand of a cast; for any other node, the node itself."""
     return node.all_input_nodes[0] if op_name(node) in _CASTS and node.all_input_nodes else node
 
 
 def _width(node: fx.Node) -> int:
-    """Bytes of each entry; 0 of what is no tensor of floats."""
+    """Bytes of each element; 0 where the node yields no floating-point tensor."""
     value = node.meta.get("val")
     return value.element_size() if isinstance(value, torch.Tensor) and value.is_floating_point() else 0

@@ -1,11 +1,11 @@
-"""What a forward reads besides its arguments: the module tree, its weights, and Python values that it can reach.
+"""What forward reads besides its arguments: the module tree, its weights, and every Python value it can reach.
 
-A capture holds for as long as these are what they were. Looking at all of them takes milliseconds, so it is done once
-per request, and where a quick look at the places (``Watch``) says that something was done to one; whether the first
-weight is still the same object, of the same type and device, is asked at every call.
+A capture is valid for as long as all of this stays unchanged. Walking all of it takes milliseconds, so that happens
+once per request, and whenever a quick check (``Watch``) finds that something was set. Whether the first weight is still
+the same object, with the same dtype and device, is checked at every call.
 
-Foreign objects are looked at without running any code of theirs, and within a budget: Python modules, classes and what
-holds too much are known by their identity.
+Foreign objects are inspected without running any of their code, and within a budget: Python modules, classes and
+containers that hold too much are compared by identity.
 """
 
 from __future__ import annotations
@@ -48,39 +48,36 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from duca_compile.core.tensors import version
-from duca_compile.frontend.away import settings
 from duca_compile.frontend.capture import inner_tensors
+from duca_compile.frontend.offloading import hook_settings
 
 Name = tuple[str, str]  # a module's path, and an attribute of it
 Entry = Any  # hashable; to mypy a class is not
-ATTRIBUTE_BUDGET = 2000  # values that one attribute may hold to be looked into; beyond that its identity counts
-TOTAL_BUDGET = 100_000  # the same for all of a model
+ATTRIBUTE_BUDGET = 2000  # values inspected within one attribute; one that holds more is compared by identity
+TOTAL_BUDGET = 100_000  # the same for a whole model
 VARIABLE_BUDGET = 500  # the same for one variable of a Python module that functions name
-SMALL = 2**16  # elements of tensors that forward may count in
-ARRAY_BYTES = 4096  # numpy arrays up to this size are known by their values
-PATIENCE = 50  # the quick look waits this many times as long as it takes, so that it takes 2 % of the time at most
+SMALL = 2**16  # elements of tensors that forward may use as counters
+ARRAY_BYTES = 4096  # numpy arrays of up to this size are compared by value
+WATCH_BACKOFF = 50  # the quick check waits this many times its own duration, so it takes at most 2 % of the time
 _PLAIN = {str, bytes, bool, int, float, complex, type(None), torch.dtype, torch.device}
 _HOOKS = {name for name in vars(nn.Module()) if name.startswith(("_forward_hooks", "_forward_pre_hooks"))}
-_TABLES = {"_parameters", "_buffers", "_modules"}
-_BOOKKEEPING = vars(nn.Module()).keys() - _HOOKS - _TABLES - {"training"}  # state dict hooks and the like
-_ROLES = dict.fromkeys(_BOOKKEEPING, "") | dict.fromkeys(_HOOKS, "hooks")
-_ROLES["_diffusers_hook"] = ""  # the list of hooks that diffusers keeps; forward has those that it runs
-_ROLES |= {"_parameters": "weights", "_buffers": "weights", "_modules": "modules"}
+_BOOKKEEPING = vars(nn.Module()).keys() - _HOOKS - {"_parameters", "_buffers", "_modules", "training"}
+_DIFFUSERS_HOOKS = "_diffusers_hook"  # diffusers' list of hooks; forward holds those that run
 _GLOBAL_HOOKS = [name for name in ("_global_forward_pre_hooks", "_global_forward_hooks") if hasattr(torch_module, name)]
 _MACHINERY = {"logging", "threading", "concurrent", "asyncio", "multiprocessing", "queue", "weakref"}  # not state
-_LIBRARY = {  # whose classes and functions keep nothing that forward reads
+_LIBRARY = {  # packages whose classes and functions keep no state that forward reads
     "abc", "accelerate", "builtins", "collections", "diffusers", "enum", "functools", "huggingface_hub", "numpy",
     "peft", "torch", "transformers", "types", "typing",
 }  # fmt: skip
-PLAIN_IDS = frozenset(map(id, _PLAIN))  # a class may have a metaclass with a hash of its own
+PLAIN_IDS = frozenset(map(id, _PLAIN))  # by id, since a class may have a metaclass with its own hash
 _GLOBAL_IDS = PLAIN_IDS | frozenset(map(id, (dict, list, set, deque)))
 _VERSION: Callable[[Any], Any] | None = getattr(torch._C._dynamo.guards, "dict_version", None)
 MISSING: Any = type("Missing", (), {})()
-VALUE: Any = type("Value", (), {})()  # the key of a state that is told by bytes
+VALUE: Any = type("Value", (), {})()  # the only key of a holder whose state is compared as bytes
 
 
 class Structure:
-    """All that a capture has built in, by name. Of weights that is their kind: others of the same kind do as well."""
+    """Everything that is built into a capture, by name. Weights count by kind: others of the same kind fit as well."""
 
     def __init__(self, entries: Mapping[Name, Entry]) -> None:
         self._entries = entries
@@ -96,23 +93,24 @@ class Structure:
         return self is other or (isinstance(other, Structure) and self._entries == other._entries)
 
     def differences(self, other: Structure) -> list[Name]:
-        """What is in one of them only, or not the same in both."""
+        """The names that only one of them has, or whose entries differ."""
         names = self._entries.keys() | other._entries.keys()
         return sorted(n for n in names if self._entries.get(n, MISSING) != other._entries.get(n, MISSING))
 
     def is_plain(self, name: Name) -> bool:
-        """Whether what is called ``name`` is a number, a string or the like."""
+        """Whether ``name`` is a number, a string or another plain value."""
         entry = self._entries.get(name)
         return isinstance(entry, tuple) and entry[0] in _PLAIN
 
     def without(self, names: Iterable[Name]) -> Structure:
+        """A copy that leaves out ``names``."""
         left_out = frozenset(names)
         return Structure({name: entry for name, entry in self._entries.items() if name not in left_out})
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a module keeps a parameter or a buffer, and what it is."""
+class _WeightEntry:
+    """A parameter or buffer as it was seen, and the module's table that holds it."""
 
     table: dict[str, Tensor | None]
     name: str
@@ -120,34 +118,34 @@ class _Place:
     dtype: torch.dtype
     device: torch.device
 
-    def kept(self) -> bool:
+    def is_unchanged(self) -> bool:
         now = self.table.get(self.name)
         same = now is self.tensor and now.dtype is self.dtype and now.device == self.device
-        return same or _traced((now,))
+        return same or _are_fakes((now,))
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Every parameter and buffer of a model, and where it keeps the first of each."""
+    """All parameters and buffers of a model, and where the first of each is held."""
 
     tensors: tuple[Tensor, ...]
-    firsts: tuple[_Place, ...]
+    firsts: tuple[_WeightEntry, ...]
 
-    def seem_kept(self) -> bool:
-        """Whether the first of each is still the same object of the same type and device in the same place.
+    def seem_unchanged(self) -> bool:
+        """Whether the first parameter and the first buffer are the same objects, with the same dtype and device.
 
-        What is done to a whole model, such as ``to()``, is done to these too (it makes new buffers), and asking all
-        takes longer than a skipped step. So it counts while another thread traces the model: then they are away, and
-        will be back.
+        What is done to a whole model, such as ``to()``, reaches these too (buffers are replaced by it), and checking
+        all weights would take longer than a skip step. They count as unchanged while another thread traces the model,
+        which replaces them for a while.
         """
-        for place in self.firsts:  # noqa: SIM110 - a generator takes longer, and this is asked at every call
-            if not place.kept():
+        for first in self.firsts:  # noqa: SIM110 - a generator is slower, and this runs at every call
+            if not first.is_unchanged():
                 return False
         return True
 
     def traced(self) -> bool:
-        """Whether these are the fakes that torch.export puts in the place of a model's weights while it traces."""
-        return _traced(self.tensors)
+        """Whether these are the fake tensors that torch.export puts in place of the weights while it traces."""
+        return _are_fakes(self.tensors)
 
     def same(self, other: Weights) -> bool:
         """Whether both hold the same objects."""
@@ -155,95 +153,97 @@ class Weights:
 
 
 class Holder(NamedTuple):
-    """Something that can change: a dictionary, a list, a tensor, a cell of a closure, chosen names of a namespace.
+    """Something that can change: a dictionary, list, tensor or closure cell, or some names of a namespace.
 
-    ``key`` says where it is in the holder before it, whose number is ``within``; -1 where ``name`` says it all.
+    ``parent`` is the number of the holder that contains it, and ``key`` its key there; -1 where ``name`` says it all.
     """
 
     thing: Any
     name: Name
-    within: int
+    parent: int
     key: object
     named: bool = False  # whether its keys are names in code: of attributes, or of variables
-    names: tuple[str, ...] | None = None  # of a namespace or a class: those that count
+    names: tuple[str, ...] | None = None  # of a namespace or a class: the names that count
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A model at one time. ``beyond`` names the attributes that hold too much to be looked at."""
+    """A model at one time. ``over_budget`` names the attributes that hold too much to be inspected."""
 
     structure: Structure
     weights: Weights
     holders: Sequence[Holder]
-    hooks: Sequence[Mapping[Any, Any]]  # tables of hooks that hold none
-    beyond: Sequence[Name]
+    hooks: Sequence[Mapping[Any, Any]]  # the empty tables of hooks
+    over_budget: Sequence[Name]
 
 
-def take(model: nn.Module, without: frozenset[Name] = frozenset(), live: frozenset[str] = frozenset()) -> Snapshot:
-    """``model`` as it is now, but for the attributes named by ``without``.
+def take(model: nn.Module, without: frozenset[Name] = frozenset(), opaque: frozenset[str] = frozenset()) -> Snapshot:
+    """A snapshot of ``model``, without the attributes named by ``without``.
 
-    Of the modules at ``live``, which run as they are, it counts what hooks and what kinds of objects they hold.
+    Of the opaque modules, at the paths ``opaque``, only the hooks and the types of attributes count.
     """
-    walk = _Walk(live)
+    walk = _Walk(opaque)
     walk.tree(model)
     entries = walk.entries
     for name in without & entries.keys():
         del entries[name]
     weights = Weights(tuple(walk.tensors), tuple(walk.firsts.values()))
-    return Snapshot(Structure(entries), weights, walk.holders, walk.hooks, walk.beyond)
+    return Snapshot(Structure(entries), weights, walk.holders, walk.hooks, walk.over_budget)
 
 
 class Watch:
-    """A quick look at all that a snapshot looked into: whether anything was set, added or removed since.
+    """A quick check of everything that a snapshot inspected: whether anything was set, added or removed since.
 
-    What is found may make no difference; what is not found was not touched, but for values that the walk knows by
-    identity. It takes some 80 microseconds for 1300 modules, so it has its turn once in ``PATIENCE`` times as long; but
-    at once where a hook was registered, or one of those that were there was removed.
+    A change that it finds may make no difference. One that it does not find did not happen, except to values that
+    snapshots compare by identity. It takes some 80 microseconds for 1300 modules, so it runs again after
+    ``WATCH_BACKOFF`` times its duration; at once where a hook was registered, or one that was there was removed.
     """
 
     def __init__(self, seen: Snapshot) -> None:
         spaces = [each for each in seen.holders if each.names is not None and type(each.thing) is not CellType]
         self._spaces = [(each.thing, each.names, content(each.thing, each.names)) for each in spaces]
         things = [each.thing for each in seen.holders if each.names is None or type(each.thing) is CellType]
-        things = [thing for thing in things if not issubclass(type(thing), Tensor)]  # those are followed anyway
+        things = [thing for thing in things if not issubclass(type(thing), Tensor)]  # graphs read these anyway
         self._tables = [thing for thing in things if issubclass(type(thing), dict)]
         self._lists = [(thing, tuple(thing)) for thing in things if type(thing) is list]
         rest = [thing for thing in things if not issubclass(type(thing), dict) and type(thing) is not list]
         self._rest = [(thing, content(thing)) for thing in rest]
         self._hooks, self._handles = seen.hooks, RemovableHandle.next_id
-        own = [each.thing for each in seen.holders if each.name[1] in _HOOKS and each.within < 0]
-        self._set = [(table, len(table)) for table in own if issubclass(type(table), dict)]
-        self._versions = self._now()
+        hooked = [each.thing for each in seen.holders if each.name[1] in _HOOKS and each.parent < 0]
+        self._hooked = [(table, len(table)) for table in hooked if issubclass(type(table), dict)]
+        self._versions = self._current_versions()
         started = perf_counter()
-        self._stirred()
-        self._cost, self._due = perf_counter() - started, 0.0
+        self._changed()
+        self._cost, self._next = perf_counter() - started, 0.0
 
-    def due(self) -> bool:
-        if perf_counter() >= self._due or RemovableHandle.next_id != self._handles:
+    def is_due(self) -> bool:
+        """Whether it is time for the next check."""
+        if perf_counter() >= self._next or RemovableHandle.next_id != self._handles:
             return True
-        return bool(self._set) and any(len(table) != count for table, count in self._set)
+        return bool(self._hooked) and any(len(table) != count for table, count in self._hooked)
 
-    def stirred(self) -> bool:
+    def changed(self) -> bool:
+        """Whether anything has changed; schedules the next check."""
         started = perf_counter()
-        found = self._stirred()
+        found = self._changed()
         now = perf_counter()
-        self._cost = min(self._cost, now - started)  # at other times something else was in its way
-        self._due = now + PATIENCE * self._cost
+        self._cost = min(self._cost, now - started)  # a longer run was interrupted by something else
+        self._next = now + WATCH_BACKOFF * self._cost
         return found
 
-    def wait(self, seconds: float) -> None:
-        """What took so long has its turn again when that has become a small part of the time."""
-        self._due = perf_counter() + PATIENCE * seconds
+    def back_off(self, seconds: float) -> None:
+        """Postpones the next check until ``seconds``, the cost of a false alarm, are a small part of the time."""
+        self._next = perf_counter() + WATCH_BACKOFF * seconds
 
-    def _now(self) -> list[Any]:
+    def _current_versions(self) -> list[Any]:
         if _VERSION is not None:
             return [*map(_VERSION, self._tables)]
         return [tuple(map(id, table.values())) for table in self._tables]
 
-    def _stirred(self) -> bool:
-        if self._now() != self._versions:
+    def _changed(self) -> bool:
+        if self._current_versions() != self._versions:
             return True
-        if RemovableHandle.next_id != self._handles:  # a hook was registered, if perhaps on another model
+        if RemovableHandle.next_id != self._handles:  # a hook was registered, though perhaps on another model
             self._handles = RemovableHandle.next_id
             if any(self._hooks):
                 return True
@@ -255,36 +255,40 @@ class Watch:
 
 
 def content(thing: Any, names: tuple[str, ...] | None = None) -> dict[Any, Any]:
-    """What a holder holds now, by key, place or name; nothing of it is compared."""
-    cls = type(thing)  # what a foreign object says of its class is not asked
+    """What a holder holds now, by key, position or name. Nothing of it is compared."""
+    cls = type(thing)  # ``__class__`` would be the foreign object's answer
     if issubclass(cls, type):
         return {name: type.__getattribute__(thing, "__dict__").get(name, MISSING) for name in names or ()}
     if issubclass(cls, dict):
-        if names is not None:
-            return {name: dict.get(thing, name, MISSING) for name in names}
-        try:
-            return dict.copy(thing) if cls is dict else dict(dict.items(thing))
-        except Exception:  # a key that cannot be asked
-            return {}
+        return _items(thing) if names is None else {name: dict.get(thing, name, MISSING) for name in names}
     if issubclass(cls, CellType):
         return {names[0] if names else 0: cell_value(thing)}
-    if issubclass(cls, list):
-        return dict(enumerate(list.__iter__(thing)))
-    if issubclass(cls, deque):
-        return dict(enumerate(deque.__iter__(thing)))
-    if issubclass(cls, Tensor):
-        return {VALUE: str(version(thing)).encode()}
+    for base, read in _CONTENTS:
+        if issubclass(cls, base):
+            return read(thing)
     if cls in _STATE:
         return {VALUE: _STATE[cls](thing)}
-    if cls is ContextVar:
-        return {0: thing.get(MISSING)}
-    if issubclass(cls, set):
-        return {id(each): each for each in set.__iter__(thing)}
-    return {name: _slot(thing, name) for name in _slots(type(thing))}
+    return {name: _slot(thing, name) for name in _slots(cls)}
+
+
+def _items(thing: dict[Any, Any]) -> dict[Any, Any]:
+    try:
+        return dict.copy(thing) if type(thing) is dict else dict(dict.items(thing))
+    except Exception:  # a foreign key that cannot be hashed again
+        return {}
+
+
+_CONTENTS: tuple[tuple[type, Callable[[Any], dict[Any, Any]]], ...] = (
+    (list, lambda thing: dict(enumerate(list.__iter__(thing)))),
+    (deque, lambda thing: dict(enumerate(deque.__iter__(thing)))),
+    (Tensor, lambda thing: {VALUE: str(version(thing)).encode()}),
+    (set, lambda thing: {id(each): each for each in set.__iter__(thing)}),
+    (ContextVar, lambda thing: {0: thing.get(MISSING)}),
+)
 
 
 class RandomNumbers:
-    """What Python or numpy draws random numbers from."""
+    """The global random state of Python or numpy."""
 
     def __init__(self, get: Callable[[], Any], put: Callable[[Any], object]) -> None:
         self._get, self._put = get, put
@@ -310,81 +314,92 @@ _STATE: dict[type, Callable[[Any], bytes]] = {
     GeneratorType: lambda generator: _progress(generator),
     RandomNumbers: RandomNumbers.read,
 }
-for _kind in (list, tuple, range, dict, str):
-    _STATE[type(iter(_kind() if _kind is not range else range(0)))] = lambda each: str(each.__length_hint__()).encode()
+_ITERATORS: tuple[Iterator[Any], ...] = (iter([]), iter(()), iter(range(0)), iter({}), iter(""))
+_STATE |= {type(each): lambda iterator: str(iterator.__length_hint__()).encode() for each in _ITERATORS}
 
 
 def _progress(generator: GeneratorType[Any, Any, Any]) -> bytes:
-    """How far it is, as far as its place in the code and plain local values tell."""
+    """How far a generator has run, as far as its position in the code and its plain local values tell."""
     frame = generator.gi_frame
     if frame is None:
         return b"done"
-    ours = [(name, each) for name, each in frame.f_locals.items() if type(type(each)) is type]
-    known = [(name, _STATE[type(each)](each)) for name, each in ours if type(each) in _STATE]
+    plain_classes = [(name, each) for name, each in frame.f_locals.items() if type(type(each)) is type]
+    known = [(name, _STATE[type(each)](each)) for name, each in plain_classes if type(each) in _STATE]
     plain = [(name, each) for name, each in frame.f_locals.items() if id(type(each)) in PLAIN_IDS]
     return repr((frame.f_lasti, known, plain)).encode()
 
 
 def cell_value(cell: CellType) -> Any:
+    """The value of a closure's variable, or ``MISSING`` before it is assigned."""
     try:
         return cell.cell_contents
-    except ValueError:  # not filled yet
+    except ValueError:
         return MISSING
 
 
 def _same_key(one: Any, other: Any) -> bool:
-    """Without asking a foreign key."""
+    """Compares without running code of a foreign key."""
     return one is other or (type(one) is type(other) is int and bool(one == other))
 
 
 def same_content(one: dict[Any, Any], other: dict[Any, Any]) -> bool:
+    """Whether two results of ``content`` hold the same objects under the same keys, or the same bytes."""
     if len(one) == len(other) and all(map(is_, one.values(), other.values())):
         return all(map(_same_key, one, other))
     return VALUE in one and one == other
 
 
-def _traced(tensors: Iterable[object]) -> bool:
+def _are_fakes(tensors: Iterable[object]) -> bool:
     return any(isinstance(tensor, FakeTensor | FunctionalTensor) for tensor in tensors)
 
 
 @dataclass(frozen=True)
-class _Same:
-    """Stands for an object that is known by its identity, and keeps it, so that no other one gets its address."""
+class _Identity:
+    """Stands for an object that is compared by identity, and keeps it alive, so that its address is not reused."""
 
     thing: Any
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.thing is other.thing
+        return isinstance(other, _Identity) and self.thing is other.thing
 
     def __hash__(self) -> int:
         return id(self.thing)
 
 
-class _TooMuch(Exception):  # noqa: N818 - no error: its identity counts then
-    """An attribute holds more than is looked at."""
+class _OverBudget(Exception):  # noqa: N818 - not an error: the attribute is compared by identity
+    """An attribute holds more than is inspected."""
 
 
 class _Walk:
-    """Turns what it meets into values that can be compared. Shared objects are numbered as they are met."""
+    """Turns what it visits into values that can be compared. Shared objects are numbered in order of visit."""
 
-    def __init__(self, live: frozenset[str]) -> None:
+    def __init__(self, opaque: frozenset[str]) -> None:
         self.entries: dict[Name, Entry] = {}
         self.tensors: list[Tensor] = []
-        self.firsts: dict[str, _Place] = {}
+        self.firsts: dict[str, _WeightEntry] = {}
         self.holders: list[Holder] = []
         self.hooks: list[Mapping[Any, Any]] = []
-        self.beyond: list[Name] = []
-        self._live = live
-        self._met: dict[int, tuple[Name, int]] = {}  # where objects were met first, so that others do not move them
+        self.over_budget: list[Name] = []
+        self._opaque = opaque
+        self._numbers: dict[
+            int, tuple[Name, int]
+        ] = {}  # by id; numbers start anew in each attribute, so that one does not affect another
         self._weight_numbers: dict[int, int] = {}
         self._module_numbers: dict[int, int] = {}
-        self._open: set[int] = set()  # containers that are being looked into: one may hold itself
+        self._open: set[int] = set()  # containers being inspected: one may contain itself
         self._classes: set[type] = set()
-        self._forwards: set[type] = set()  # classes of modules whose forward is known
+        self._forwards: set[type] = set()  # classes of modules whose forward is noted
         self._looks: dict[int, Callable[[Any], Entry] | None] = {}
         self._name: Name = ("", "")
-        self._within, self._key = -1, object()
+        self._parent, self._key = -1, object()
         self._left = self._total = self._count = 0
+        self._tables: dict[str, Callable[[str, str, Any, int], None]] = {
+            "_parameters": self._weights,
+            "_buffers": self._weights,
+            "_modules": self._children,
+            **dict.fromkeys(_HOOKS, self._hook_table),
+            **dict.fromkeys((*_BOOKKEEPING, _DIFFUSERS_HOOKS), lambda *_: None),
+        }
 
     def tree(self, model: nn.Module) -> None:
         self._total = TOTAL_BUDGET
@@ -395,43 +410,49 @@ class _Walk:
             if all(map(_is_of_torch, table.values())):
                 self.hooks.append(table)
             else:
-                self._hook_table(("", name), table)
+                self._hook_table("", name, table, -1)
         for path, module in modules:
-            live = any(path == each or path.startswith(f"{each}.") for each in self._live) if self._live else False
-            self._module(path, module, live)
+            if self._opaque and any(path == each or path.startswith(f"{each}.") for each in self._opaque):
+                self._opaque_module(path, module)
+            else:
+                self._module(path, module)
 
-    def _module(self, path: str, module: nn.Module, live: bool) -> None:
-        entries, attributes, within = self.entries, vars(module), len(self.holders)
-        if not live:
-            self.holders.append(Holder(attributes, (path, ""), -1, None, True))
-        entries[path, ""] = _Same(module) if path in self._live else type(module)
+    def _module(self, path: str, module: nn.Module) -> None:
+        entries, attributes, parent, cls = self.entries, vars(module), len(self.holders), type(module)
+        self.holders.append(Holder(attributes, (path, ""), -1, None, True))
+        entries[path, ""] = cls
         for name, value in tuple(attributes.items()):
-            role = _ROLES.get(name)
-            if role is None:
-                if live:
-                    if self._look_at(type(value)) == self._object:
-                        entries[path, name] = type(value)
-                elif id(type(value)) in PLAIN_IDS:
-                    entries[path, name] = type(value), value
-                elif name != "forward" or not _is_own_forward(module, value):
-                    self._attribute((path, name), value, within, name)
-            elif role == "weights":
+            table = self._tables.get(name)
+            if table is not None:
                 if value:
-                    self._weights(path, name, value, live)
-            elif role == "modules":
-                if value and not live:
-                    self.holders.append(Holder(value, (path, name), within, None))
-                    for key, child in tuple(value.items()):
-                        entries[path, key] = None if child is None else self._module_numbers.get(id(child))
-            elif role == "hooks":
-                if not live:
-                    self._hook_table((path, name), value)
-                elif value:
-                    entries[path, name] = tuple(map(_Same, value.values()))
-        if type(module) not in self._forwards:
-            self._forward_of(path, type(module))
-        if not live and type(module) not in self._classes:
-            self._attribute((path, type(module).__name__), type(module), within, None, self._class)
+                    table(path, name, value, parent)
+                elif name in _HOOKS and isinstance(value, dict):
+                    self.hooks.append(value)
+            elif id(type(value)) in PLAIN_IDS:
+                entries[path, name] = type(value), value
+            elif name != "forward" or not _is_own_forward(module, value):
+                self._attribute((path, name), value, parent, name)
+        if cls not in self._forwards:
+            self._forward_of(path, cls)
+        if cls not in self._classes:
+            self._attribute((path, cls.__name__), cls, parent, None, self._class)
+
+    def _opaque_module(self, path: str, module: nn.Module) -> None:
+        """An opaque module, or one inside of it."""
+        entries, cls = self.entries, type(module)
+        entries[path, ""] = _Identity(module) if path in self._opaque else cls
+        for name, value in tuple(vars(module).items()):
+            if name not in self._tables:
+                if self._look_at(type(value)) == self._object:
+                    entries[path, name] = type(value)
+            elif name in ("_parameters", "_buffers"):
+                for key, tensor in tuple((value or {}).items()):
+                    self._weight(tensor)
+                    self._weight_found(name, value, key, tensor)
+            elif name in _HOOKS and value:
+                entries[path, name] = tuple(map(_Identity, value.values()))
+        if cls not in self._forwards:
+            self._forward_of(path, cls)
 
     def _forward_of(self, path: str, cls: type) -> None:
         """A patch may replace the forward of a class."""
@@ -439,41 +460,44 @@ class _Walk:
         owner = next((each for each in cls.__mro__ if "forward" in vars(each)), None)
         if owner is not None:
             self.holders.append(Holder(owner, (path, cls.__name__), -1, None, True, ("forward",)))
-            self.entries[path, f"{cls.__name__}.forward"] = _Same(vars(owner)["forward"])
+            self.entries[path, f"{cls.__name__}.forward"] = _Identity(vars(owner)["forward"])
 
-    def _hook_table(self, name: Name, table: Any) -> None:
-        if table:
-            self._attribute(name, table, -1, None)
-        elif isinstance(table, dict):
-            self.hooks.append(table)
+    def _hook_table(self, path: str, name: str, table: Any, parent: int) -> None:
+        self._attribute((path, name), table, -1, None)
 
-    def _weights(self, path: str, table: str, tensors: dict[str, Tensor | None], live: bool) -> None:
+    def _children(self, path: str, name: str, modules: dict[str, nn.Module | None], parent: int) -> None:
+        self.holders.append(Holder(modules, (path, name), parent, None))
+        for key, child in tuple(modules.items()):
+            self.entries[path, key] = None if child is None else self._module_numbers.get(id(child))
+
+    def _weights(self, path: str, table: str, tensors: dict[str, Tensor | None], parent: int) -> None:
         for key, tensor in tuple(tensors.items()):
-            entry = self._weight(tensor)
-            if not live:
-                self.entries[path, key] = entry
-            if tensor is not None:
-                if table == "_buffers" and not live and type(tensor) is Tensor:
-                    self._name, self._within, self._key = (path, key), -1, None
-                    self._small_tensor(tensor)
-                self.tensors.append(tensor)
-                if table not in self.firsts:
-                    self.firsts[table] = _Place(tensors, key, tensor, tensor.dtype, tensor.device)
+            self.entries[path, key] = self._weight(tensor)
+            if table == "_buffers" and type(tensor) is Tensor:
+                self._name, self._parent, self._key = (path, key), -1, None
+                self._small_tensor(tensor)
+            self._weight_found(table, tensors, key, tensor)
+
+    def _weight_found(self, table: str, tensors: dict[str, Tensor | None], key: str, tensor: Tensor | None) -> None:
+        if tensor is not None:
+            self.tensors.append(tensor)
+            if table not in self.firsts:
+                self.firsts[table] = _WeightEntry(tensors, key, tensor, tensor.dtype, tensor.device)
 
     def _number(self, thing: object) -> tuple[tuple[Name, int], bool]:
-        """Its number, and whether it is met for the first time."""
-        known = self._met.get(id(thing))
+        """The number of an object, and whether this is its first visit."""
+        known = self._numbers.get(id(thing))
         if known is not None:
             return known, False
         self._count += 1
-        number = self._met[id(thing)] = self._name, self._count
+        number = self._numbers[id(thing)] = self._name, self._count
         return number, True
 
     def _weight(self, tensor: Tensor | None) -> Entry:
         if tensor is None:
             return None
         number = self._weight_numbers.setdefault(id(tensor), len(self._weight_numbers))
-        if is_lazy(tensor):  # of a lazy module that has not run
+        if is_lazy(tensor):  # the module has not run yet
             return number, type(tensor)
         if type(tensor) in (nn.Parameter, Tensor):
             return number, type(tensor), kind(tensor)
@@ -484,66 +508,46 @@ class _Walk:
         return number, type(tensor), kind(tensor), meta, *map(kind, inner)
 
     def _attribute(
-        self, name: Name, value: Any, within: int, key: object, look: Callable[[Any], Entry] | None = None
+        self, name: Name, value: Any, parent: int, key: object, look: Callable[[Any], Entry] | None = None
     ) -> None:
-        """Looks into one attribute of a module; where that takes too long, its identity counts."""
-        self._name, self._within, self._key = name, within, key
+        """Inspects one attribute of a module; where that fails or takes too long, it is compared by identity."""
+        self._name, self._parent, self._key = name, parent, key
         self._count = 0
         self._left = budget = min(ATTRIBUTE_BUDGET, self._total)
-        had, numbers = len(self.holders), len(self._met)
+        holders, numbers = len(self.holders), len(self._numbers)
         try:
             self.entries[name] = (look or self._entry)(value)
-        except Exception as error:  # too deep, a dictionary that another thread changes, a hostile object
-            self._forget(had, numbers)
+        except Exception as error:  # nested too deeply, a dictionary that another thread changes, a hostile object
+            self._discard(holders, numbers)
             self._open.clear()
-            self.entries[name] = _Same(value)
-            if isinstance(error, _TooMuch):
-                self.beyond.append(name)
+            self.entries[name] = _Identity(value)
+            if isinstance(error, _OverBudget):
+                self.over_budget.append(name)
         self._total -= budget - max(self._left, 0)
 
     def _entry(self, value: Any) -> Entry:
         cls = type(value)
         if id(cls) in PLAIN_IDS:
-            return cls, value  # 1, 1.0 and True are not the same to a forward
+            return cls, value  # forward tells 1, 1.0 and True apart
         self._left -= 1
         if self._left < 0:
-            raise _TooMuch
+            raise _OverBudget
         if id(cls) not in self._looks:
             self._looks[id(cls)] = self._look_at(cls)
         look = self._looks[id(cls)]
-        return _Same(value) if look is None else look(value)
+        return _Identity(value) if look is None else look(value)
 
     def _look_at(self, cls: type) -> Callable[[Any], Entry] | None:
-        """How objects of this class are looked at; None where their identity counts."""
-        if type(cls).__hash__ is not type.__hash__ or type(cls).__eq__ is not type.__eq__ or id(cls) in PLAIN_IDS:
+        """The method that inspects objects of this class; None where they are compared by identity."""
+        if not _is_plain_metaclass(type(cls)) or id(cls) in PLAIN_IDS:
             return None
-        if issubclass(cls, Tensor):
-            return self._tensor
-        if issubclass(cls, dict | list | tuple | set | frozenset | deque):
-            return self._container
-        if issubclass(cls, FunctionType):
-            return self._function
-        if issubclass(cls, MethodType):
-            return self._method
-        if issubclass(cls, functools.partial):
-            return self._partial
-        if cls is np.ndarray:
-            return self._array
         if cls in _STATE:
-            return self._iterator
-        if cls is ContextVar:
-            return self._context_variable
-        if issubclass(cls, type):
-            return None if cls.__hash__ is not type.__hash__ or cls.__eq__ is not type.__eq__ else self._held_class
-        if issubclass(cls, ModuleType | Enum | CodeType):
-            return None
-        if issubclass(cls, nn.Module):
-            return self._inner_module
-        if cls is local:
-            return self._object
-        home = type.__getattribute__(cls, "__module__")
-        root = home.partition(".")[0] if isinstance(home, str) else ""
-        return None if root in _MACHINERY else self._object
+            return self._array if cls is np.ndarray else self._stateful
+        for bases, name in _LOOKS:
+            if issubclass(cls, bases):
+                look: Callable[[Any], Entry] | None = None if name is None else getattr(self, name)
+                return look if not issubclass(cls, type) or _is_plain_metaclass(cls) else None
+        return None if _root_package(cls) in _MACHINERY else self._object
 
     def _inside(
         self,
@@ -552,10 +556,10 @@ class _Walk:
         named: bool = False,
         names: tuple[str, ...] | None = None,
     ) -> Entry:
-        """The entries of what is inside of something that can change."""
-        self.holders.append(Holder(holder, self._name, self._within, self._key, named, names))
-        before = self._within, self._key
-        self._within = len(self.holders) - 1
+        """The entries of what a mutable object holds."""
+        self.holders.append(Holder(holder, self._name, self._parent, self._key, named, names))
+        before = self._parent, self._key
+        self._parent = len(self.holders) - 1
         found: list[Entry] = []
         for key, value in items:
             if id(type(value)) in PLAIN_IDS:
@@ -564,32 +568,35 @@ class _Walk:
             else:
                 self._key = key
                 found.append((key, self._entry(value)))
-        self._within, self._key = before
+        self._parent, self._key = before
         if self._left < 0:
-            raise _TooMuch
+            raise _OverBudget
         return tuple(found)
+
+    def _hold(self, value: Any) -> None:
+        self.holders.append(Holder(value, self._name, self._parent, self._key))
 
     def _tensor(self, value: Tensor) -> Entry:
         self._small_tensor(value)
-        return _Same(value), kind(value)
+        return _Identity(value), kind(value)
 
     def _small_tensor(self, value: Tensor) -> None:
-        """Forward may count in it; larger ones are weights that nothing writes to."""
+        """Forward may use it as a counter; larger tensors are weights that nothing writes to."""
         if value.numel() <= SMALL and version(value) >= 0 and not value.is_meta:
-            self.holders.append(Holder(value, self._name, self._within, self._key))
+            self._hold(value)
 
-    def _iterator(self, value: Any) -> Entry:
-        self.holders.append(Holder(value, self._name, self._within, self._key))
-        return _Same(value)
+    def _stateful(self, value: Any) -> Entry:
+        self._hold(value)
+        return _Identity(value)
 
     def _context_variable(self, value: ContextVar[Any]) -> Entry:
-        self.holders.append(Holder(value, self._name, self._within, self._key))
+        self._hold(value)
         return ContextVar, self._entry(value.get(MISSING))
 
     def _array(self, value: Any) -> Entry:
         if value.dtype.hasobject or value.nbytes > ARRAY_BYTES:
-            return _Same(value)
-        self.holders.append(Holder(value, self._name, self._within, self._key))
+            return _Identity(value)
+        self._hold(value)
         return np.ndarray, value.dtype.str, value.shape, value.tobytes()
 
     def _container(self, value: Any) -> Entry:
@@ -600,7 +607,7 @@ class _Walk:
         if id(value) in self._open:
             return cls
         if (len(value) if cls in (dict, list, tuple, set) else 0) > self._left:
-            raise _TooMuch
+            raise _OverBudget
         self._open.add(id(value))
         if issubclass(cls, dict):
             items = tuple(dict.items(value))
@@ -612,7 +619,7 @@ class _Walk:
         elif issubclass(cls, deque):
             found = self._inside(value, enumerate(tuple(deque.__iter__(value))))
         elif issubclass(cls, set):
-            self.holders.append(Holder(value, self._name, self._within, self._key))
+            self._hold(value)
             found = frozenset(map(self._entry, tuple(set.__iter__(value))))
         else:
             found = frozenset(map(self._entry, tuple(frozenset.__iter__(value))))
@@ -620,7 +627,9 @@ class _Walk:
         return cls, found
 
     def _dict_key(self, key: Any) -> Entry:
-        return key if type(key) is str else (type(key), key) if id(type(key)) in PLAIN_IDS else _Same(key)
+        if type(key) is str:
+            return key
+        return (type(key), key) if id(type(key)) in PLAIN_IDS else _Identity(key)
 
     def _method(self, value: MethodType) -> Entry:
         return MethodType, self._entry(value.__func__), self._entry(value.__self__)
@@ -629,9 +638,9 @@ class _Walk:
         return type(value), *map(self._entry, (value.func, value.args, value.keywords))
 
     def _function(self, value: FunctionType) -> Entry:
-        """What a function that a module holds can read: its closure, its defaults, and plain globals that it names.
+        """What a function can read: its closure, its defaults, and the plain globals that it names.
 
-        It is known by these and by its code, for hooks are made anew each time that they are set.
+        These and its code are compared, not its identity: a hook that is registered again is often a new function.
         """
         number, first = self._number(value)
         if not first:
@@ -640,8 +649,8 @@ class _Walk:
         cells = tuple(
             (name, self._cell(name, cell)) for name, cell in zip(names, value.__closure__ or (), strict=False)
         )
-        given = [each for each in (value.__defaults__, value.__kwdefaults__, value.__dict__) if each]
-        return _Same(value.__code__), cells, tuple(map(self._entry, given)), self._globals(value)
+        set_on_it = [each for each in (value.__defaults__, value.__kwdefaults__, value.__dict__) if each]
+        return _Identity(value.__code__), cells, tuple(map(self._entry, set_on_it)), self._globals(value)
 
     def _cell(self, name: str, cell: CellType) -> Entry:
         number, first = self._number(cell)
@@ -653,48 +662,48 @@ class _Walk:
             return ()
         space = function.__globals__
         self._key = None
-        found = self._some_inside(space, named)
-        return found, tuple([self._variables(space[name], own) for name, own in _module_globals(function)])
+        found = self._variables(space, named)
+        return found, tuple([self._module_variables(space[name], names) for name, names in _module_globals(function)])
 
-    def _variables(self, module: Any, names: tuple[str, ...]) -> Entry:
-        """What a function reads of a Python module that it names."""
+    def _module_variables(self, module: Any, names: tuple[str, ...]) -> Entry:
+        """The variables of a Python module that a function names."""
         space = object.__getattribute__(module, "__dict__")
         self._key = None
-        return self._some_inside(space, names)
+        return self._variables(space, names)
 
-    def _some_inside(self, space: dict[str, Any], names: tuple[str, ...]) -> Entry:
-        """Of variables of a Python module each that holds too much is known by its identity, and no other one."""
-        self.holders.append(Holder(space, self._name, self._within, self._key, True, names))
-        before = self._within, self._key
-        self._within = len(self.holders) - 1
+    def _variables(self, space: dict[str, Any], names: tuple[str, ...]) -> Entry:
+        """Some variables of a Python module. Only those that hold too much are compared by identity."""
+        self.holders.append(Holder(space, self._name, self._parent, self._key, True, names))
+        before = self._parent, self._key
+        self._parent = len(self.holders) - 1
         found: list[Entry] = []
         for name in names:
             value = space.get(name, MISSING)
-            left, had, met = self._left, len(self.holders), len(self._met)
+            left, holders, numbers = self._left, len(self.holders), len(self._numbers)
             self._key, self._left = name, min(left, VARIABLE_BUDGET)
-            given = self._left
+            budget = self._left
             try:
                 found.append((name, self._entry(value)))
-            except _TooMuch:
+            except _OverBudget:
                 if left < VARIABLE_BUDGET:
                     raise
-                self._forget(had, met)
-                found.append((name, _Same(value)))
-            self._left = left - (given - max(self._left, 0))
-        self._within, self._key = before
+                self._discard(holders, numbers)
+                found.append((name, _Identity(value)))
+            self._left = left - (budget - max(self._left, 0))
+        self._parent, self._key = before
         return tuple(found)
 
-    def _forget(self, holders: int, met: int) -> None:
-        """What was found behind so many."""
+    def _discard(self, holders: int, numbers: int) -> None:
+        """Drops the holders and numbers found since there were only this many."""
         del self.holders[holders:]
-        for each in [*self._met][met:]:
-            del self._met[each]
+        for each in [*self._numbers][numbers:]:
+            del self._numbers[each]
 
-    def _held_class(self, value: type) -> Entry:
-        return _Same(value) if value in self._classes else self._class(value)
+    def _referenced_class(self, value: type) -> Entry:
+        return _Identity(value) if value in self._classes else self._class(value)
 
-    def _inner_module(self, value: nn.Module) -> Entry:
-        """A module that is held by something else than the tree of modules, unless it is in that too."""
+    def _referenced_module(self, value: nn.Module) -> Entry:
+        """A module that is held by something other than the module tree; it may be in the tree as well."""
         if id(value) in self._module_numbers:
             return nn.Module, self._module_numbers[id(value)]
         number, first = self._number(value)
@@ -704,15 +713,15 @@ class _Walk:
         return type(value), self._inside(vars(value), items, True)
 
     def _object(self, value: Any) -> Entry:
-        if (mover := settings(value)) is not None:
-            return mover
+        if (settings := hook_settings(value)) is not None:
+            return settings
         cls = type(value)
         number, first = self._number(value)
         if not first:
             return cls, number
         attributes, slots = _attributes(value), _slots(cls)
         if attributes is None and not slots:
-            return _Same(value)
+            return _Identity(value)
         found: tuple[Entry, ...] = (cls,)
         if slots:
             found += (self._inside(value, [(name, _slot(value, name)) for name in slots], True),)
@@ -723,33 +732,57 @@ class _Walk:
         return found
 
     def _class(self, cls: type) -> Entry:
-        """Plain values and containers that the instances of a class share, and those that its methods name."""
-        found: list[Entry] = [_Same(cls)]
+        """Plain values and containers in a class and its bases, and the globals that its methods name."""
+        found: list[Entry] = [_Identity(cls)]
         for each in type.__getattribute__(cls, "__mro__"):
             if each in self._classes:
                 continue
             self._classes.add(each)
-            own, functions = _own_state(each)
-            if own:
-                values = content(each, own)
-                found.append(self._inside(each, values.items(), True, own))
+            names, functions = _class_state(each)
+            if names:
+                values = content(each, names)
+                found.append(self._inside(each, values.items(), True, names))
             found += [self._function(function) for function in functions]
         return tuple(found)
 
 
+# The first base that fits says which method inspects an object; None: it is compared by identity.
+_LOOKS: tuple[tuple[type | tuple[type, ...], str | None], ...] = (
+    (Tensor, "_tensor"),
+    ((dict, list, tuple, set, frozenset, deque), "_container"),
+    (FunctionType, "_function"),
+    (MethodType, "_method"),
+    (functools.partial, "_partial"),
+    (ContextVar, "_context_variable"),
+    (type, "_referenced_class"),
+    ((ModuleType, Enum, CodeType), None),
+    (nn.Module, "_referenced_module"),
+)
+
+
+def _is_plain_metaclass(cls: Any) -> bool:
+    """Whether comparing classes of this metaclass runs no foreign code."""
+    return cls.__hash__ is type.__hash__ and cls.__eq__ is type.__eq__
+
+
+def _root_package(cls: type) -> str:
+    home = type.__getattribute__(cls, "__module__")
+    return home.partition(".")[0] if isinstance(home, str) else ""
+
+
 def _is_own_forward(module: nn.Module, forward: Any) -> bool:
-    """Whether it is what the class has anyway: so whoever has set another one leaves it behind."""
+    """Whether it is the method of the class anyway: code that patched forward may put that back as an attribute."""
     if type(forward) is not MethodType:
         return False
     return forward.__self__ is module and forward.__func__ is type(module).forward
 
 
 def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """As ``named_modules``, by the tables alone."""
+    """Like ``named_modules``, but reads the tables only, and runs no code of a module."""
     seen = {id(model)}
-    waiting = [("", model)]
-    while waiting:
-        path, module = waiting.pop()
+    stack = [("", model)]
+    while stack:
+        path, module = stack.pop()
         yield path, module
         prefix = f"{path}." if path else ""
         children = []
@@ -757,11 +790,11 @@ def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             if child is not None and id(child) not in seen:
                 seen.add(id(child))
                 children.append((prefix + name, child))
-        waiting += reversed(children)
+        stack += reversed(children)
 
 
 def _attributes(value: Any) -> dict[str, Any] | None:
-    """The dictionary of an object's attributes, without asking the object."""
+    """The dictionary of an object's attributes, without running its code."""
     try:
         found = (local if type(value) is local else object).__getattribute__(value, "__dict__")
     except Exception:
@@ -792,12 +825,12 @@ def _slot(value: Any, name: str) -> Any:
     return MISSING
 
 
-_OWN_STATE = WeakKeyDictionary[type, tuple[tuple[str, ...], tuple[FunctionType, ...]]]()
+_CLASS_STATE = WeakKeyDictionary[type, tuple[tuple[str, ...], tuple[FunctionType, ...]]]()
 
 
-def _own_state(cls: type) -> tuple[tuple[str, ...], tuple[FunctionType, ...]]:
-    """Names of plain values and containers in a class, and its methods that name such globals; none of a library's."""
-    known = _OWN_STATE.get(cls)
+def _class_state(cls: type) -> tuple[tuple[str, ...], tuple[FunctionType, ...]]:
+    """Names of plain values and containers in a class, and its methods that read such globals; none in a library."""
+    known = _CLASS_STATE.get(cls)
     if known is None:
         home = type.__getattribute__(cls, "__module__")
         space = type.__getattribute__(cls, "__dict__")
@@ -807,56 +840,62 @@ def _own_state(cls: type) -> tuple[tuple[str, ...], tuple[FunctionType, ...]]:
             names = [name for name, value in space.items() if id(type(value)) in _GLOBAL_IDS and name[:2] != "__"]
             functions = [each for each in space.values() if type(each) is FunctionType and _reads_more(each)]
             known = tuple(names), tuple(functions)
-        _OWN_STATE[cls] = known
+        _CLASS_STATE[cls] = known
     return known
 
 
-_NAMED = WeakKeyDictionary[FunctionType, tuple[str, ...]]()
-_MODULES = WeakKeyDictionary[FunctionType, tuple[tuple[str, tuple[str, ...]], ...]]()
+_PLAIN_GLOBALS = WeakKeyDictionary[FunctionType, tuple[str, ...]]()
+_MODULE_GLOBALS = WeakKeyDictionary[FunctionType, tuple[tuple[str, tuple[str, ...]], ...]]()
 
 
 def _plain_globals(function: FunctionType) -> tuple[str, ...]:
-    """The names of what may change among the globals that a function names: of plain values and containers, and, in
-    code of the user's own, of functions, objects and classes of such code, too."""
-    known = _NAMED.get(function)
+    """The names of globals that a function reads and that may change.
+
+    These are plain values and containers, and in the user's own code also functions, objects and classes of such code.
+    """
+    known = _PLAIN_GLOBALS.get(function)
     if known is None:
         space = function.__globals__
-        own = _is_own(function.__code__.co_filename)
-        names = [] if _is_library(space) else sorted((_globals_of if own else _names)(function.__code__))
-        known = tuple([n for n in names if n[:2] != "__" and _may_change(space.get(n, MISSING), own)])
-        _NAMED[function] = known
+        user = _is_user_code(function.__code__.co_filename)
+        names = [] if _is_library(space) else sorted((_globals_of if user else _names)(function.__code__))
+        known = tuple([n for n in names if n[:2] != "__" and _may_change(space.get(n, MISSING), user)])
+        _PLAIN_GLOBALS[function] = known
     return known
 
 
 def _module_globals(function: FunctionType) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """The Python modules of the user's own that a function names, and what it may read of each."""
-    known = _MODULES.get(function)
+    """The user's own Python modules that a function names, and the variables that it may read from each."""
+    known = _MODULE_GLOBALS.get(function)
     if known is None:
         space = function.__globals__
-        own = _is_own(function.__code__.co_filename) and not _is_library(space)
-        names = sorted(_names(function.__code__)) if own else []
+        user = _is_user_code(function.__code__.co_filename) and not _is_library(space)
+        names = sorted(_names(function.__code__)) if user else []
         found = []
         for name in sorted(_globals_of(function.__code__)) if names else []:
             module = space.get(name)
-            if type(module) is not ModuleType or not _is_own(vars(module).get("__file__")) or _is_library(vars(module)):
+            if type(module) is not ModuleType or not _is_user_module(vars(module)):
                 continue
             read = [n for n in names if n[:2] != "__" and _may_change(vars(module).get(n, MISSING), True)]
             if read:
                 found.append((name, tuple(read)))
-        known = _MODULES[function] = tuple(found)
+        known = _MODULE_GLOBALS[function] = tuple(found)
     return known
 
 
 _STDLIB = sysconfig.get_path("stdlib")
 
 
-def _is_own(filename: object) -> bool:
-    """Whether code is neither of an installed package nor of Python."""
+def _is_user_module(space: Mapping[str, Any]) -> bool:
+    return _is_user_code(space.get("__file__")) and not _is_library(space)
+
+
+def _is_user_code(filename: object) -> bool:
+    """Whether code is neither in an installed package nor in Python's library."""
     return not isinstance(filename, str) or not ("site-packages" in filename or filename.startswith(_STDLIB))
 
 
 def _is_of_torch(hook: Any) -> bool:
-    """Whether torch itself has set it, as its FLOP counter does: such hooks observe, and each use has new ones."""
+    """Whether torch itself registered it, as its FLOP counter does: such hooks only observe, and are new each time."""
     home = getattr(hook, "__module__", None)
     return isinstance(home, str) and home.partition(".")[0] == "torch"
 
@@ -865,42 +904,41 @@ def _is_library(space: Mapping[str, Any]) -> bool:
     return str(space.get("__name__")).partition(".")[0] in _LIBRARY
 
 
-def _may_change(value: Any, own: bool) -> bool:
-    """Whether a global can hold something else later; ``own`` is whether the code is the user's."""
+def _may_change(value: Any, user: bool) -> bool:
+    """Whether a global may hold something else later; ``user`` says whether the code that reads it is the user's."""
     cls = type(value)
     if id(cls) in _GLOBAL_IDS:
         return True
-    if not own or value is MISSING or issubclass(cls, ModuleType | BuiltinFunctionType | nn.Module):
+    if not user or value is MISSING or issubclass(cls, ModuleType | BuiltinFunctionType | nn.Module):
         return False
     if issubclass(cls, FunctionType | Tensor | dict | list | set | deque | local | ContextVar):
         return True
     if cls is np.ndarray or cls in _STATE:
         return True
-    home = type.__getattribute__(value if issubclass(cls, type) else cls, "__module__")
-    root = home.partition(".")[0] if isinstance(home, str) else ""
+    root = _root_package(value if issubclass(cls, type) else cls)
     return root == "types" or root not in _LIBRARY | _MACHINERY | sys.stdlib_module_names
 
 
 def _reads_more(function: FunctionType) -> bool:
-    """Whether it can read more than its arguments, and what its class has."""
+    """Whether a method can read more than its arguments and its class."""
     return bool(
         _plain_globals(function) or _module_globals(function) or set(function.__code__.co_freevars) - {"__class__"}
     )
 
 
 def _names(code: CodeType) -> set[str]:
-    """The names in a function's code, and in the functions within it: of globals, and of attributes."""
+    """The names of globals and attributes in a function's code and in the functions inside of it."""
     return set(code.co_names).union(*(_names(each) for each in code.co_consts if isinstance(each, CodeType)))
 
 
 def _globals_of(code: CodeType) -> set[str]:
-    """The names of globals alone."""
+    """The names of globals only."""
     inner = [_globals_of(each) for each in code.co_consts if isinstance(each, CodeType)]
-    own = {str(each.argval) for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "STORE_GLOBAL")}
-    return own.union(*inner)
+    names = {str(each.argval) for each in dis.get_instructions(code) if each.opname in ("LOAD_GLOBAL", "STORE_GLOBAL")}
+    return names.union(*inner)
 
 
 def kind(tensor: Tensor) -> Entry:
-    """What compiled code relies on; another tensor of the same kind can take its place."""
+    """What compiled code relies on; tensors of equal kind can take each other's place."""
     layout = tensor.layout
     return tensor.shape, tensor.stride() if layout is torch.strided else None, tensor.dtype, tensor.device, layout

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar, cast
 
 import torch
 from torch import fx
@@ -28,16 +28,9 @@ from duca_compile.errors import InternalError
 def returned(graph: fx.Graph) -> tuple[fx.Node, ...]:
     """The nodes that a graph returns. Raises InternalError where it returns anything else."""
     (results,) = graph.output_node().args
-    if not isinstance(results, tuple):
+    if not isinstance(results, tuple) or not all(isinstance(node, fx.Node) for node in results):
         raise InternalError(f"a graph must return a tuple of nodes, not {results!r}")
-    return tuple(map(as_node, results))
-
-
-def as_node(argument: object) -> fx.Node:
-    """An operand as the node that it is. Raises InternalError where it is none."""
-    if not isinstance(argument, fx.Node):
-        raise InternalError(f"expected a node of the graph, not {argument!r}")
-    return argument
+    return cast("tuple[fx.Node, ...]", results)
 
 
 @dataclass

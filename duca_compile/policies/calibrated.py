@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from duca_compile.core.files import replacing
+from duca_compile.core.files import atomic_write
 from duca_compile.core.steps import Step, StepKind
 from duca_compile.errors import PolicyError, UsageError
 from duca_compile.policies.base import Forecast, Measured, Policy
@@ -84,7 +84,7 @@ class Calibrated(Policy):
             UsageError: it cannot be written.
         """
         try:
-            with replacing(Path(path)) as temporary:
+            with atomic_write(Path(path)) as temporary:
                 temporary.write_text(json.dumps({"format": FORMAT, **asdict(self)}) + "\n")
         except OSError as error:
             raise UsageError(f"cannot write {path}: {error.strerror}") from error

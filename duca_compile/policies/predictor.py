@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from duca_compile.core.files import replacing
+from duca_compile.core.files import atomic_write
 from duca_compile.errors import UsageError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: di
 
     plain = {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}
     try:
-        with replacing(Path(path)) as temporary:
+        with atomic_write(Path(path)) as temporary:
             save_file(plain, temporary, metadata)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}") from error

@@ -7,7 +7,7 @@ from operator import itemgetter
 
 import numpy as np
 
-from duca_compile.core.tensors import Array, Sight, equal, on_host, same_values, unchanged, version
+from duca_compile.core.tensors import Array, TensorVersions, equal, on_host, same_values, unchanged, version
 
 SAMPLED = 4096  # values of a latent that are compared where two are held against each other
 NEAR = 0.25  # what one rounded timestep changes of a latent is less, relatively
@@ -79,7 +79,7 @@ class Slot:
         self._condition(call)
 
     def _condition(self, call: Named) -> None:
-        self.kind, self._inputs, self.sight = call.kind, call.inputs, Sight.of(call.others)
+        self.kind, self._inputs, self.sight = call.kind, call.inputs, TensorVersions.of(call.others)
         self._met = call  # the last call that was found to be as this
 
     def called(self, step: int, call: Named, samples: bool) -> None:
@@ -97,7 +97,7 @@ class Slot:
     def is_as(self, call: Named) -> bool:
         """Whether it is conditioned on these very objects, as they were; asked at every call."""
         if self._met is not call:
-            if call.kind is not self.kind or not self.sight.holds_of(call.others):
+            if call.kind is not self.kind or not self.sight.matches(call.others):
                 return False
             self._met = call
         return True

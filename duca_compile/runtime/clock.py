@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from numpy import ndarray
 
-from duca_compile.core.tensors import Array, Sight, version
+from duca_compile.core.tensors import Array, TensorVersions, version
 
 SAME_TIME = 4e-6  # timesteps that differ by less, relatively, are one: samplers come back to one by exp and log
 NO_TIME = 2e-6  # so are those that differ by less of the loop's first one: near 0 nothing is relative
@@ -27,7 +27,7 @@ class Tick(NamedTuple):
     pass_index: int
     new_request: bool
     timestep: float | None = None
-    condition: Sight | None = None
+    condition: TensorVersions | None = None
 
 
 class Move(Enum):

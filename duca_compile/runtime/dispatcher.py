@@ -21,7 +21,7 @@ from duca_compile.core.ports import (
     dead_caches,
 )
 from duca_compile.core.steps import Probe, Step, StepKind
-from duca_compile.core.tensors import Array, Sight
+from duca_compile.core.tensors import Array, TensorVersions
 from duca_compile.errors import first_line
 from duca_compile.policies.adaptive import AdaptivePolicy
 from duca_compile.policies.base import Policy
@@ -277,7 +277,7 @@ class Dispatcher:
             self._run(plan, state, self._given(plan, state, call, request, tick))
             state.last_step = tick.step
 
-    def _hoist(self, state: CacheState, call: Mapping[str, Array], condition: Sight | None = None) -> None:
+    def _hoist(self, state: CacheState, call: Mapping[str, Array], condition: TensorVersions | None = None) -> None:
         """Computes loop-invariant values at the start of a request and when their inputs changed.
 
         They did not where ``condition``, what the pass is conditioned on, is the object of before.
@@ -286,8 +286,8 @@ class Dispatcher:
             return
         state.condition = condition
         sources = [call[name] for name in self._prologue.inputs]
-        if state.hoisted_from is None or not state.hoisted_from.holds_of(sources):
-            seen = Sight.of(sources)
+        if state.hoisted_from is None or not state.hoisted_from.matches(sources):
+            seen = TensorVersions.of(sources)
             state.hoist(self._prologue.compute(call), seen)
 
     def _given(

@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from duca_compile.core.ports import Port, dead_caches
 from duca_compile.core.steps import Kept, Step, StepKind
-from duca_compile.core.tensors import Array, Sight
+from duca_compile.core.tensors import Array, TensorVersions
 from duca_compile.policies.base import Policy
 from duca_compile.runtime.adaptive import Decisions
 from duca_compile.runtime.arrays import size
@@ -70,8 +70,8 @@ class CacheState:
     last_step: int = -1
     gathered: dict[Reader, Gathered] = field(default_factory=dict)
     hoisted: dict[Port, Array] = field(default_factory=dict)
-    hoisted_from: Sight | None = None
-    condition: Sight | None = None  # of the whole call that they were last found right for
+    hoisted_from: TensorVersions | None = None
+    condition: TensorVersions | None = None  # of the whole call that they were last found right for
     rows: Mapping[float, Sequence[Array]] = field(default_factory=dict)  # timestep -> the values it alone determines
     foreseen: bool = False  # whether the rows of the coming timesteps were computed
     selector: TokenSelector | None = None
@@ -100,7 +100,7 @@ class CacheState:
         for reader in [reader for reader in self.gathered if not reader.caches.isdisjoint(ports)]:
             del self.gathered[reader]
 
-    def hoist(self, values: dict[Port, Array], sources: Sight) -> None:
+    def hoist(self, values: dict[Port, Array], sources: TensorVersions) -> None:
         """Notes the loop-invariant values of a call; those of timesteps may depend on them."""
         self.hoisted, self.hoisted_from = values, sources
         self.rows, self.foreseen = {}, False
@@ -300,7 +300,7 @@ class Request:
             return None
         slot = slots.all[0]
         known = names is self._names and slot.kind is names and slot.name == name
-        return slot if known and slot.sight.holds_of(self._chosen(call)) else None
+        return slot if known and slot.sight.matches(self._chosen(call)) else None
 
     def _go_on(self, slot: Slot, latent: Array) -> Tick:
         """The next step, of the only pass."""

@@ -402,12 +402,16 @@ class Counting(JointAttnProcessor2_0):
         return tuple((1.5 if self.calls <= 3 else 1.0) * out for out in super().__call__(*args, **kwargs))
 
 
-@feature("diffusers", "an attention processor that counts its calls and depends on the count", note="it runs as it is")
+@feature(
+    "diffusers",
+    "an attention processor that counts its calls and depends on the count",
+    note="it runs as an opaque operator",
+)
 def counting() -> Results:
     return both(processed(Counting))
 
 
-@feature("diffusers", "one counting processor for all attentions", note="it runs as it is")
+@feature("diffusers", "one counting processor for all attentions", note="it runs as an opaque operator")
 def counting_shared() -> Results:
     def build() -> nn.Module:
         one = Counting()
@@ -416,7 +420,9 @@ def counting_shared() -> Results:
     return both(build)
 
 
-@feature("diffusers", "a processor with a controller that counts layers and steps", note="it runs as it is")
+@feature(
+    "diffusers", "a processor with a controller that counts layers and steps", note="it runs as an opaque operator"
+)
 def controller() -> Results:
     class Controller:
         def __init__(self) -> None:
@@ -466,12 +472,12 @@ class Collecting(JointAttnProcessor2_0):
         return out
 
 
-@feature("diffusers", "a processor that collects features", note="it runs as it is")
+@feature("diffusers", "a processor that collects features", note="it runs as an opaque operator")
 def collecting() -> Results:
     return collected(processed(Collecting), lambda m: m.transformer_blocks[1].attn.processor.seen)  # type: ignore[union-attr, index]
 
 
-@feature("diffusers", "a processor that keeps its last result", note="it runs as it is")
+@feature("diffusers", "a processor that keeps its last result", note="it runs as an opaque operator")
 def keeping() -> Results:
     class Keeping(JointAttnProcessor2_0):
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -481,7 +487,9 @@ def keeping() -> Results:
     return collected(processed(Keeping), lambda m: m.transformer_blocks[1].attn.processor.last)  # type: ignore[union-attr, index]
 
 
-@feature("diffusers", "a processor that injects what it kept from the step before", note="it runs as it is")
+@feature(
+    "diffusers", "a processor that injects what it kept from the step before", note="it runs as an opaque operator"
+)
 def injecting() -> Results:
     class Injecting(JointAttnProcessor2_0):
         def __init__(self) -> None:
@@ -496,7 +504,9 @@ def injecting() -> Results:
     return both(processed(Injecting))
 
 
-@feature("modules", "an attention that keeps its last arguments and depends on them", note="it runs as it is")
+@feature(
+    "modules", "an attention that keeps its last arguments and depends on them", note="it runs as an opaque operator"
+)
 def arguments_kept() -> Results:
     class Differing(models.Attention):
         last: Tensor | None = None
@@ -522,7 +532,7 @@ def hooked(add: Callable[[nn.Module, list[Any]], object]) -> Results:
     return collected(build, lambda model: list(seen))
 
 
-@feature("hooks", "a forward hook on a block that collects", note="the block runs as it is", slow=False)
+@feature("hooks", "a forward hook on a block that collects", note="the block runs as an opaque operator", slow=False)
 def hook_collects() -> Results:
     def add(model: nn.Module, seen: list[Any]) -> None:
         block(model).register_forward_hook(lambda module, args, output: seen.append(output))
@@ -548,7 +558,7 @@ def hook_replaced() -> Results:
     return held(block, small, 0, collect, lambda part: None, scale, remove)
 
 
-@feature("hooks", "a pre-hook that collects", note="the block runs as it is")
+@feature("hooks", "a pre-hook that collects", note="the block runs as an opaque operator")
 def pre_hook_collects() -> Results:
     def add(model: nn.Module, seen: list[Any]) -> None:
         block(model).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -579,7 +589,11 @@ def hook_method() -> Results:
     return collected(build, lambda model: [*store.found["all"], *store.last])
 
 
-@feature("hooks", "a hook that counts in a variable of its closure and depends on it", note="the block runs as it is")
+@feature(
+    "hooks",
+    "a hook that counts in a variable of its closure and depends on it",
+    note="the block runs as an opaque operator",
+)
 def hook_counts() -> Results:
     def build() -> nn.Module:
         calls = 0
@@ -600,7 +614,7 @@ FOUND: list[Tensor] = []
 NUMBER = 0
 
 
-@feature("hooks", "a hook that collects into a global list", note="the block runs as it is")
+@feature("hooks", "a hook that collects into a global list", note="the block runs as an opaque operator")
 def hook_global() -> Results:
     def build() -> nn.Module:
         model = small()
@@ -668,7 +682,9 @@ def class_list() -> Results:
     return collected(build, lambda model: list(Shared.found))
 
 
-@feature("modules", "an attention that writes in one call what it reads in another", note="it runs as it is")
+@feature(
+    "modules", "an attention that writes in one call what it reads in another", note="it runs as an opaque operator"
+)
 def write_and_read() -> Results:
     class Remembering(models.Attention):
         kept: Tensor | None = None
@@ -751,7 +767,7 @@ def teacache() -> Results:
     return both(root(forward))
 
 
-@feature("hooks", "a hook on the model itself that collects", Outcome.WARNED, says="Steps do not do so")
+@feature("hooks", "a hook on the model itself that collects", Outcome.WARNED, says="Steps do not change it")
 def root_hook() -> Results:
     def add(model: nn.Module, seen: list[Any]) -> None:
         model.register_forward_hook(lambda module, args, output: seen.append(output))
@@ -782,7 +798,9 @@ def tables() -> Results:
     return both(lambda: models.build(Table), policy="none")
 
 
-@feature("modules", "a table made from the arguments' values and kept by their identity", note="runs as it is")
+@feature(
+    "modules", "a table made from the arguments' values and kept by their identity", note="runs as an opaque operator"
+)
 def table_by_identity() -> Results:
     class ByIdentity(models.Attention):
         known: Any = None

@@ -184,7 +184,7 @@ def quantized(kind: str) -> Results:
     return run("DiT", change)
 
 
-@feature("bitsandbytes", "NF4 weights (Linear4bit)", note="each such layer runs as it is, as one operator")
+@feature("bitsandbytes", "NF4 weights (Linear4bit)", note="each such layer runs as one opaque operator")
 def nf4() -> Results:
     return quantized("nf4")
 
@@ -416,7 +416,7 @@ def hooked(change: Change) -> Callable[[Any], None]:
     return all_linear
 
 
-@feature("torch", "your own hooks that move weights", note="each such module runs as it is, as one operator")
+@feature("torch", "your own hooks that move weights", note="each such module runs as one opaque operator")
 def own_hooks() -> Results:
     def change(part: nn.Module) -> None:
         part.register_forward_pre_hook(lambda module, _: module.to(torch.float32) and None)

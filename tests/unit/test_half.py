@@ -15,7 +15,7 @@ import duca_compile
 from duca_compile import RFC, ResidualGate, SpeCa, TaylorSeer
 from duca_compile.core.fx_utils import copy_graph, op_name
 from duca_compile.core.variants import ForecastVariant, FullVariant, Series
-from duca_compile.frontend.operators import as_carried
+from duca_compile.frontend.operators import carried_value
 from duca_compile.passes.pipeline import build_variant
 from duca_compile.policies import StepKind
 from tests.test_memory import held
@@ -203,6 +203,6 @@ def test_a_stream_that_is_widened_for_each_sum_is_cached_as_it_goes_on() -> None
     total = graph.call_function(torch.ops.aten.add.Tensor, (wide, wide))
     total.meta["val"] = torch.empty(2)
     end = cast(total, torch.bfloat16)
-    assert [as_carried(each) for each in (narrow, wide, total, end)] == [narrow, narrow, end, end]
+    assert [carried_value(each) for each in (narrow, wide, total, end)] == [narrow, narrow, end, end]
     graph.output((end, total))
-    assert as_carried(total) is total, "who reads it wide needs it wide"
+    assert carried_value(total) is total, "who reads it wide needs it wide"

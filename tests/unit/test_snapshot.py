@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from duca_compile.frontend import snapshot
 from duca_compile.frontend.activations import Activations
 from duca_compile.frontend.arguments import Containers, noting
+from duca_compile.frontend.side_effects import ModelState
 from duca_compile.frontend.snapshot import Structure, Watch, take
-from duca_compile.frontend.state import Held
 
 STORE: list[int] = []
 
@@ -110,9 +110,9 @@ def test_foreign_objects_are_looked_at_without_asking_them_and_in_no_time() -> N
     assert perf_counter() - started < 0.4  # two looks
     assert first.structure == second.structure
     assert hash(first.structure) == hash(second.structure)
-    assert not Watch(first).stirred()
-    assert {name for _, name in first.beyond} >= {"words", "data", "ids"}
-    assert not Held(made).changes()
+    assert not Watch(first).changed()
+    assert {name for _, name in first.over_budget} >= {"words", "data", "ids"}
+    assert not ModelState(made).changes()
 
 
 def structure(made: nn.Module) -> Structure:
@@ -161,11 +161,11 @@ def test_what_forward_can_read_is_seen_and_watched_and_put_back(what: str) -> No
     make, change = CHANGES[what]
     thing = make()
     made = model(thing=thing)
-    before, held = take(made), Held(made)
+    before, held = take(made), ModelState(made)
     watch = Watch(before)
-    assert not watch.stirred()
+    assert not watch.changed()
     change(thing)
-    assert watch.stirred()
+    assert watch.changed()
     assert structure(made) != before.structure
     assert held.changes()
     held.put_back()
@@ -176,7 +176,7 @@ def test_what_forward_can_read_is_seen_and_watched_and_put_back(what: str) -> No
 
 def test_what_tells_iterators_tensors_and_random_numbers_apart() -> None:
     counter, tensor = itertools.count(), torch.zeros(2)
-    held = Held(model(counter=counter, tensor=tensor))
+    held = ModelState(model(counter=counter, tensor=tensor))
     state = random.getstate()
     next(counter)
     tensor.add_(1)
@@ -192,11 +192,11 @@ def test_hooks_are_watched_and_one_that_is_set_again_is_the_same() -> None:
     bare = take(made)
     watch = Watch(bare)
     nn.Linear(1, 1).register_forward_hook(closing(1))
-    assert not watch.stirred()
+    assert not watch.changed()
     seen = []
     for value in (1, 1, 2):
         handle = made[0].register_forward_hook(closing(value))
-        assert watch.stirred()
+        assert watch.changed()
         seen.append(structure(made))
         handle.remove()
         watch = Watch(take(made))
@@ -222,27 +222,27 @@ def test_other_hooks_do_not_move_what_is_behind_them() -> None:
 
 def test_what_runs_as_it_is_counts_by_its_hooks_and_kinds() -> None:
     made = model(number=1, thing=types.SimpleNamespace(a=1))
-    live = frozenset({"0"})
-    before = take(made, live=live).structure
+    opaque = frozenset({"0"})
+    before = take(made, opaque=opaque).structure
     made[0].number, made[0].thing.a = 2, 2
-    assert take(made, live=live).structure == before
+    assert take(made, opaque=opaque).structure == before
     handle = made[0].register_forward_hook(closing(1))
-    assert take(made, live=live).structure != before
+    assert take(made, opaque=opaque).structure != before
     handle.remove()
     made[0].thing = Slotted()
-    assert take(made, live=live).structure != before
+    assert take(made, opaque=opaque).structure != before
 
 
 def test_a_look_waits_until_it_is_a_small_part_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     watch = Watch(take(model()))
     monkeypatch.setattr(snapshot, "perf_counter", lambda: now[0])
-    watch.wait(1.0)
-    assert not watch.due()
-    now[0] = snapshot.PATIENCE - 0.1
-    assert not watch.due()
-    now[0] = snapshot.PATIENCE
-    assert watch.due()
+    watch.back_off(1.0)
+    assert not watch.is_due()
+    now[0] = snapshot.WATCH_BACKOFF - 0.1
+    assert not watch.is_due()
+    now[0] = snapshot.WATCH_BACKOFF
+    assert watch.is_due()
 
 
 def test_activations_that_are_kept_are_found_with_their_line() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from duca_compile import DuCa, Policy, TaylorSeer, Uncached
 from duca_compile.core.ports import Port, PortKind, argument, hoisted
 from duca_compile.core.steps import Step, StepKind
-from duca_compile.core.tensors import Sight
+from duca_compile.core.tensors import TensorVersions
 from duca_compile.runtime.request import CacheState, PlannedSteps
 
 
@@ -53,14 +53,14 @@ def test_inputs_that_are_gathered_once_are_those_of_now(changes: list[tuple[str,
         number += 1
         return {key: 1000 * number + place for place, key in enumerate(sorted(keys, key=str))}
 
-    state.hoist(values(HOISTED), Sight.of([]))
+    state.hoist(values(HOISTED), TensorVersions.of([]))
     for change, ports in changes:
         if change == "store":
             state.store(values(ports))
         elif change == "drop":
             state.drop(ports)
         elif change == "hoist":
-            state.hoist(values(HOISTED), Sight.of([]))
+            state.hoist(values(HOISTED), TensorVersions.of([]))
         call = values(GIVEN)
         for program in PROGRAMS:
             whole = program.caches <= state.caches.keys()
@@ -125,29 +125,29 @@ def test_an_error_of_a_later_step_is_raised_each_time_that_it_is_asked_for() -> 
 
 def test_a_sight_holds_of_the_same_objects_until_one_is_written_to() -> None:
     one, other = torch.zeros(2), torch.zeros(2)
-    seen = Sight.of([one, other])
-    assert seen.holds_of([one, other])
-    assert not seen.holds_of([one])
-    assert not seen.holds_of([other, one])
-    assert not seen.holds_of([one, other.clone()])
+    seen = TensorVersions.of([one, other])
+    assert seen.matches([one, other])
+    assert not seen.matches([one])
+    assert not seen.matches([other, one])
+    assert not seen.matches([one, other.clone()])
     other.add_(1)
-    assert not seen.holds_of([one, other])
+    assert not seen.matches([one, other])
 
 
 def test_inference_tensors_do_not_tell_that_they_were_written_to_and_are_compared_by_value() -> None:
     with torch.inference_mode():
         one = torch.zeros(2)
-        seen = Sight.of([one])
-        assert seen.holds_of([one])
-        assert seen.holds_of([one.clone()])
+        seen = TensorVersions.of([one])
+        assert seen.matches([one])
+        assert seen.matches([one.clone()])
         one.add_(1)
-        assert not seen.holds_of([one])
+        assert not seen.matches([one])
 
 
 def test_arrays_are_compared_by_value() -> None:
     array = torch.zeros(2).numpy()
-    seen = Sight.of([array])  # type: ignore[list-item]
-    assert seen.holds_of([array])  # type: ignore[list-item]
-    assert seen.holds_of([array.copy()])  # type: ignore[list-item]
+    seen = TensorVersions.of([array])  # type: ignore[list-item]
+    assert seen.matches([array])  # type: ignore[list-item]
+    assert seen.matches([array.copy()])  # type: ignore[list-item]
     array[0] = 1
-    assert not seen.holds_of([array])  # type: ignore[list-item]
+    assert not seen.matches([array])  # type: ignore[list-item]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from duca_compile.analysis import analyze
-from duca_compile.compiler.outside import make_rows
+from duca_compile.compiler.precompute import make_rows
 from duca_compile.core.ir import CapturedGraph, Facts
 from duca_compile.core.ports import Port, PortKind, hoisted
 from duca_compile.core.variants import Action, FullVariant, PartialVariant, Scores, SkipVariant, Variant

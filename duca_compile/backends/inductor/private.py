@@ -27,6 +27,8 @@ from duca_compile.backends.base import Lifted
 from duca_compile.passes.exact.outline import form_of, kind_of, outline
 
 _REGION: Any = torch.ops.higher_order.invoke_subgraph
+# Older versions of torch call it so; no code may depend on such a size in either.
+_UNBACKED: DimDynamic = getattr(DimDynamic, "UNBACKED", None) or DimDynamic["SIZE_LIKE_UNBACKED"]
 
 
 def compile_graph(lifted: Lifted, weights: list[Tensor], tensors: tuple[Tensor, ...]) -> Callable[..., Any]:
@@ -129,7 +131,7 @@ def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic: bool) -> Tensor:
     if not dynamic:
         return mode.from_tensor(tensor, static_shapes=True)
     sizes = [DimDynamic.STATIC] * tensor.dim()
-    sizes[1] = DimDynamic.UNBACKED
+    sizes[1] = _UNBACKED
     context: SymbolicContext = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=[None] * tensor.dim())
     fake = mode.from_tensor(tensor, static_shapes=False, symbolic_context=context)
     count: Any = fake.shape[1]

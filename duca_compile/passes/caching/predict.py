@@ -14,7 +14,7 @@ from duca_compile.core.ir import Branch, CapturedGraph, Facts
 from duca_compile.core.ports import STREAM_END, hoisted
 from duca_compile.core.variants import PredictVariant
 from duca_compile.errors import PolicyError
-from duca_compile.frontend.operators import as_carried
+from duca_compile.frontend.operators import carried_value
 from duca_compile.passes.base import CachingPass, VariantDraft
 from duca_compile.policies.predictor import FUSE, Predictor
 
@@ -37,7 +37,7 @@ class PredictStream(CachingPass):
         if not isinstance(spec, PredictVariant) or any(_is_own(n) for n in draft.graph.nodes):
             return False
         tail = last_blocks(draft.facts)
-        _fuse(draft, as_carried(draft.node(_entry(draft.facts, tail).stream)))
+        _fuse(draft, carried_value(draft.node(_entry(draft.facts, tail).stream)))
         _leave_out(draft, [b for b in draft.facts.branches if b not in tail])
         for branch in tail:
             for node in [n for n in draft.graph.nodes if n.name in branch.body]:

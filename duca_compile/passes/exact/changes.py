@@ -10,7 +10,7 @@ from torch import fx
 from duca_compile.core.ir import Branch
 from duca_compile.core.ports import Port, PortKind
 from duca_compile.core.variants import Changes, FullVariant
-from duca_compile.frontend.operators import as_carried
+from duca_compile.frontend.operators import carried_value
 from duca_compile.passes.base import ExactPass, VariantDraft
 from duca_compile.passes.exact.probe import probed_stream
 
@@ -62,4 +62,4 @@ def stretches(draft: VariantDraft) -> dict[int, tuple[fx.Node, fx.Node]]:
         elif node in needed:
             needed.update(node.all_input_nodes)
     pairs = [pair for chain in chains for pair in zip([starts[chain], *ends[chain]], ends[chain], strict=False)]
-    return {adds[end].index: (as_carried(start), as_carried(end)) for start, end in pairs}
+    return {adds[end].index: (carried_value(start), carried_value(end)) for start, end in pairs}

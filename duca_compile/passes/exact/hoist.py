@@ -17,7 +17,7 @@ from duca_compile.analysis.tokens import EXPANDS, RESHAPES
 from duca_compile.core.fx_utils import add_placeholder, copy_graph, op_name, value_shape
 from duca_compile.core.ir import Facts, Variance
 from duca_compile.core.ports import Port, PortKind, hoisted
-from duca_compile.frontend.away import fetch
+from duca_compile.frontend.offloading import fetch
 from duca_compile.frontend.opaque import opaque
 from duca_compile.passes.base import ExactPass, VariantDraft
 

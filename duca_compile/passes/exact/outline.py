@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from duca_compile.core.fx_utils import op_name
-from duca_compile.frontend.away import fetch
+from duca_compile.frontend.offloading import fetch
 from duca_compile.passes.exact.hoist import VIEWS
 
 aten = torch.ops.aten

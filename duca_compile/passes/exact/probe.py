@@ -13,7 +13,7 @@ from duca_compile.core.ports import PROBE_CHANGE, PROBE_SEEN, PROBE_STREAM
 from duca_compile.core.steps import Probe
 from duca_compile.core.variants import ProbeVariant
 from duca_compile.errors import PolicyError
-from duca_compile.frontend.operators import as_carried
+from duca_compile.frontend.operators import carried_value
 from duca_compile.passes.base import ExactPass, VariantDraft
 from duca_compile.passes.numbers import ratio, row_norm, row_numbers
 from duca_compile.passes.series import SeriesBuilder
@@ -47,14 +47,14 @@ class RunProbe(ExactPass[VariantDraft]):
         probe = draft.spec.probe
         if probe.of == "forecast":
             return self._against_forecast(draft, draft.spec.order)
-        stream = as_carried(probed_stream(draft, probe)[1])
+        stream = carried_value(probed_stream(draft, probe)[1])
         seen = _modulated(draft) if probe.of == "modulated" else None
         call, output = draft.graph.call_function, draft.graph.output_node()
         like = stream.meta["val"] if seen is None else seen.meta["val"]
         before = draft.input(PROBE_SEEN, like)
         with draft.graph.inserting_before(output):
             if seen is None:
-                seen = call(aten.sub.Tensor, (stream, as_carried(draft.node(_first_branches(draft)[0].stream))))
+                seen = call(aten.sub.Tensor, (stream, carried_value(draft.node(_first_branches(draft)[0].stream))))
                 seen.meta["val"] = like
             moved = row_norm(draft, call(aten.sub.Tensor, (seen, before)), like, 1)
             change = call(aten.div.Tensor, (moved, row_norm(draft, before, like, 1)))
@@ -74,7 +74,7 @@ class RunProbe(ExactPass[VariantDraft]):
             missed = row_norm(draft, graph.call_function(aten.sub.Tensor, (given, expected)), like, 1)
             change = ratio(draft, missed, row_norm(draft, given, like, 1))
         change.meta["val"] = row_numbers(given)
-        graph.output_node().args = ((change, as_carried(draft.node(branch.stream))),)
+        graph.output_node().args = ((change, carried_value(draft.node(branch.stream))),)
         draft.results[:] = [PROBE_CHANGE, PROBE_STREAM]
         return True
 

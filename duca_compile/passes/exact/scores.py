@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from duca_compile.analysis.tokens import own_keys
-from duca_compile.core.fx_utils import value_shape
+from duca_compile.analysis.tokens import key_offset
+from duca_compile.core.fx_utils import node_operand, value_shape
 from duca_compile.core.ir import Branch
 from duca_compile.core.variants import Action, ForecastVariant, PredictVariant, ProbeVariant, Scores
 from duca_compile.errors import InternalError
 from duca_compile.frontend.operators import argument
-from duca_compile.passes.base import ExactPass, VariantDraft, as_node
+from duca_compile.passes.base import ExactPass, VariantDraft
 from duca_compile.passes.numbers import precise
 
 aten = torch.ops.aten
@@ -60,11 +60,11 @@ def _score(draft: VariantDraft, branch: Branch, scores: Scores) -> fx.Node:
         weights = _both(draft, weights, branch.shape[0]) if scores.paired else weights
         entropy = _entropy(draft, weights)
         return _twice(draft, entropy) if scores.paired else entropy
-    start = own_keys(attention, *branch.shape[:2])
+    start = key_offset(attention, *branch.shape[:2])
     if start is None:
         raise InternalError(f"the keys of {attention.name} are not the tokens of branch {branch.index}")
     if scores.kind == "v_norm":
-        values = as_node(attention.args[2])
+        values = node_operand(attention, 2)
         norm = _call(draft, aten.linalg_vector_norm.default, values, 2, [-1], **_wide(values))
         score = _call(draft, aten.sum.dim_IntList, _call(draft, aten.rsub.Scalar, norm, 1), [1])
     else:
@@ -92,7 +92,7 @@ def _twice(draft: VariantDraft, score: fx.Node) -> fx.Node:
 
 def _mean_map(draft: VariantDraft, attention: fx.Node) -> fx.Node:
     """The attention's weights, mean over heads: (batch, queries, keys)."""
-    query, key = map(as_node, attention.args[:2])
+    query, key = node_operand(attention, 0), node_operand(attention, 1)
     mask = argument(attention, "attn_mask")
     scale = argument(attention, "scale") or (value_shape(query) or (1,))[-1] ** -0.5
     transposed = _call(draft, aten.transpose.int, key, -2, -1)

@@ -1,4 +1,4 @@
-"""What is computed outside of the step: loop-invariant values, and rows of what the timestep alone determines."""
+"""What is precomputed outside of the steps: loop-invariant values, and rows of timestep-only values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from duca_compile.runtime.torch.rows import Rows
 
 
 def make_prologue(captured: CapturedGraph, facts: Facts) -> Prologue:
-    """What computes the loop-invariant values, once per request."""
+    """Computes the loop-invariant values, once per request."""
     module = build_prologue(captured, facts)
     inputs = tuple(n.name for n in module.graph.nodes if n.op == "placeholder")
     outputs = tuple(hoisted(n.name) for n in frontier(captured.graph, facts))
@@ -22,7 +22,7 @@ def make_prologue(captured: CapturedGraph, facts: Facts) -> Prologue:
 
 
 def make_rows(captured: CapturedGraph, facts: Facts, needed: frozenset[str] | None = None) -> Rows:
-    """What computes the timestep-only values, as one row for each type; all of them, or those called ``needed``."""
+    """Computes timestep-only values, as one row for each dtype: all of them, or those called ``needed``."""
     layout = row_layout(captured.graph, facts)
     if needed is None:
         needed = frozenset(piece.name for row in layout.values() for piece in row)
