@@ -195,7 +195,7 @@ class Explanation:
                 variants[spec] = build_variant(captured, self.facts, spec)
             return variants[spec]
 
-        probe = probe_spec(self.facts, chosen)
+        probe = probe_spec(chosen)
         probe_flops = 0.0 if probe is None else variant(probe).flops({})
 
         def planned(index: int, step: Step) -> PlannedStep:

@@ -19,6 +19,7 @@ from duca_compile.compiler.analyze import analyze_call, step_values
 from duca_compile.compiler.captures import CaptureCache
 from duca_compile.compiler.compiled import Compiled
 from duca_compile.core.ir import CapturedGraph, Facts
+from duca_compile.core.ports import Port
 from duca_compile.core.variants import Action
 from duca_compile.frontend.binder import Call
 from duca_compile.frontend.capture import live_tensors
@@ -62,7 +63,7 @@ def sampled(*values: object, slow: bool) -> Any:
     return pytest.param(*values, marks=pytest.mark.slow if slow else pytest.mark.exhaustive)
 
 
-def values_of_step(compiled: Compiled, tensors: tuple[Tensor, ...]) -> dict[str, Tensor]:
+def values_of_step(compiled: Compiled, tensors: tuple[Tensor, ...]) -> dict[Port, Tensor]:
     """What a variant may read of one call but caches."""
     return step_values(compiled.captured, compiled.facts, compiled.dispatcher._prologue, compiled.named(tensors))
 
@@ -116,7 +117,8 @@ def row(entry: Entry, found: Explanation) -> str:
     if found.captured.opaque:
         given = f"one operator: {len(found.captured.opaque)} submodules"
     spec, recomputed = plan_step(found.facts, POLICY, Step(StepKind.PARTIAL, ratio=POLICY.fresh_ratio))
-    counts = {"tokens of {} MLPs": len(recomputed), "{} branches in full": spec.actions.count(Action.COMPUTE)}
+    computed = [spec.action(branch.index) for branch in found.branches]
+    counts = {"tokens of {} MLPs": len(recomputed), "{} branches in full": computed.count(Action.COMPUTE)}
     partial = [text.format(count) for text, count in counts.items() if count]
     cells = [entry.name, branches, given, "; ".join(partial) or "all reused"]
     return "| " + " | ".join([*cells, f"{planned[StepKind.PARTIAL]:.1%}", f"{planned[StepKind.SKIP]:.1%}"]) + " |\n"

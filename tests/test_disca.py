@@ -32,7 +32,8 @@ from duca_compile.app.demo import DemoModel
 from duca_compile.app.paper_flops import Blocks, paper_flops
 from duca_compile.backends.inductor import private
 from duca_compile.core.fx_utils import copy_graph
-from duca_compile.core.variants import Action, VariantSpec
+from duca_compile.core.ports import Port, PortKind
+from duca_compile.core.variants import FullVariant, PredictVariant, VariantSpec
 from duca_compile.methods.training import checkpoint_path
 from duca_compile.passes.base import VariantDraft
 from duca_compile.passes.caching.predict import PredictStream
@@ -322,10 +323,10 @@ def test_a_budget_holds_the_one_cache_or_says_what_it_takes(model: nn.Module, tr
 
 def test_the_pass_changes_a_graph_once_and_no_other(model: nn.Module, trained: Path) -> None:
     found = duca_compile.explain(model, latent(0), timestep=torch.full((4,), 5), class_labels=LABELS)
-    compute = (Action.COMPUTE,) * len(found.branches)
-    for names, changes in ((frozenset(Predictor.load(trained).weights), [True, False]), (frozenset[str](), [False])):
-        spec = VariantSpec(compute, emit=False, lite=True, predict=names)
-        draft = VariantDraft(copy_graph(found.captured.graph), found.facts, spec, ["output_0"])
+    predict = PredictVariant(frozenset(Predictor.load(trained).weights))
+    cases: list[tuple[VariantSpec, list[bool]]] = [(predict, [True, False]), (FullVariant(), [False])]
+    for spec, changes in cases:
+        draft = VariantDraft(copy_graph(found.captured.graph), found.facts, spec, [Port(PortKind.OUTPUT, 0)])
         assert [PredictStream().apply(draft) for _ in changes] == changes
         draft.graph.lint()
 

@@ -248,8 +248,9 @@ def test_what_a_variant_allocates_is_known_before_it_runs(model: nn.Module, poli
         optimized._bind((latent(0),), {"timestep": torch.full((4,), 5), "class_labels": torch.zeros(4).long()})
     ).programs.by_spec.values():
         count = dict.fromkeys(variant.dynamic_inputs, (ROWS, 8))
-        inputs = variant.module.graph.find_nodes(op="placeholder")
-        tensors = [torch.zeros(count.get(n.name, n.meta["val"].shape), dtype=n.meta["val"].dtype) for n in inputs]
+        kinds = [node.meta["val"] for node in variant.module.graph.find_nodes(op="placeholder")]
+        inputs = zip(variant.inputs, kinds, strict=True)
+        tensors = [torch.zeros(count.get(port, kind.shape), dtype=kind.dtype) for port, kind in inputs]
         variant.module.forward(*tensors)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
             results = variant.module.forward(*tensors)

@@ -15,8 +15,7 @@ from duca_compile import DuCa
 from duca_compile.backends.inductor import private
 from duca_compile.compiler.compiled import Compiled
 from duca_compile.core.ir import Role
-from duca_compile.core.ports import cache_input
-from duca_compile.core.variants import Action, VariantSpec
+from duca_compile.core.variants import FullVariant, ReuseVariant, SkipVariant
 from duca_compile.frontend.binder import Binder
 from duca_compile.passes.pipeline import build_variant
 from duca_compile.policies import Step, StepKind
@@ -114,12 +113,12 @@ def test_reuse_right_after_a_full_step_changes_nothing(run: Run) -> None:
     tensors = Binder(run.model)((), run.arguments).tensors
     values = values_of_step(run.compiled, tensors)
     expected = sample(run.model(**run.arguments))
-    full = build_variant(captured, facts, VariantSpec((Action.COMPUTE,) * len(facts.branches)))
+    full = build_variant(captured, facts, FullVariant())
     results = full.module(*[values[n] for n in full.inputs])
     assert same(sample(results[: len(expected)]), expected)
-    values |= {cache_input(n): tensor for n, tensor in zip(full.outputs, results, strict=True)}
-    for skip in (False, True):
-        reuse = build_variant(captured, facts, VariantSpec((Action.REUSE,) * len(facts.branches), skip))
+    values |= zip(full.outputs, results, strict=True)
+    for spec in (ReuseVariant(), SkipVariant()):
+        reuse = build_variant(captured, facts, spec)
         assert same(sample(reuse.module(*[values[n] for n in reuse.inputs])[: len(expected)]), expected)
 
 

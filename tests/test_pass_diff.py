@@ -45,7 +45,9 @@ def test_it_ends_in_the_graph_that_the_step_runs(found: Explanation, partial: Pa
     last = partial.changes[-1].after
     assert last.nodes == len(variant.module.graph.nodes)
     assert 0 < last.flops <= variant.flops(counts), "timestep-only values are computed outside of the graph"
-    assert [line.split()[1] for line in last.lines if line.startswith("return ")] == list(variant.outputs)
+    assert [line.split()[1] for line in last.lines if line.startswith("return ")] == [
+        port.result_name for port in variant.outputs
+    ]
 
 
 def test_a_line_says_what_a_node_is_computed_from_and_where(partial: PassReport) -> None:

@@ -16,7 +16,8 @@ import torch
 
 from duca_compile.analysis import analyze
 from duca_compile.core.ir import Facts
-from duca_compile.core.variants import Action, VariantSpec
+from duca_compile.core.ports import Port, PortKind
+from duca_compile.core.variants import Action, PartialVariant
 from duca_compile.frontend.binder import Binder
 from duca_compile.frontend.capture import capture
 from duca_compile.passes.pipeline import build_variant, prepare
@@ -55,7 +56,8 @@ def work(name: str, depth: int) -> tuple[int, int]:
     captured = prepare(capture(model.eval(), Binder(model)((), arguments)))
     found: list[Facts] = []
     analysing = calls_of(lambda: found.append(analyze(captured)))
-    spec = VariantSpec(tuple(Action.PARTIAL if b.pointwise else Action.REUSE for b in found[0].branches))
+    branches = found[0].branches
+    spec = PartialVariant(tuple(Port(PortKind.TOKENS, b.index) if b.pointwise else Action.REUSE for b in branches))
     return analysing, calls_of(lambda: build_variant(captured, found[0], spec))
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import duca_compile
 from duca_compile import FORA, OptimizedModel, TaylorSeer
-from duca_compile.core.ports import STREAM_END, cache_input
-from duca_compile.core.variants import Action, VariantSpec
+from duca_compile.core.ports import STREAM_END, Port, PortKind
+from duca_compile.core.variants import FullVariant, ReuseVariant, SkipVariant
 from duca_compile.frontend.binder import Binder
 from duca_compile.passes.pipeline import build_variant
 from tests.support import values_of_step
@@ -41,15 +41,15 @@ class Differences:
 
     def __init__(self, order: int, first: int) -> None:
         self.order, self.first, self.last = order, first, -1
-        self.orders: list[dict[str, Tensor]] = []
+        self.orders: list[dict[Port, Tensor]] = []
 
-    def update(self, step: int, values: dict[str, Tensor]) -> None:
+    def update(self, step: int, values: dict[Port, Tensor]) -> None:
         orders, kept = [values], self.orders if step >= self.first else []
         for old in kept[: self.order]:
             orders.append({n: (v - old[n]) / (step - self.last) for n, v in orders[-1].items()})
         self.orders, self.last = orders, step
 
-    def at(self, step: int) -> dict[str, Tensor]:
+    def at(self, step: int) -> dict[Port, Tensor]:
         terms = [(step - self.last) ** i / factorial(i) for i in range(len(self.orders))]
         return {n: sum(w * d[n] for w, d in zip(terms, self.orders, strict=True)) for n in self.orders[0]}  # type: ignore[misc]
 
@@ -67,19 +67,18 @@ def test_each_step_is_the_series_by_hand(name: str, lite: bool) -> None:
     for step, each in enumerate(calls(ZOO[name], arguments)):
         outputs = sample(optimized(**each))
         (compiled,) = optimized._compiled.values()
-        count = len(compiled.facts.branches)
         values = values_of_step(compiled, Binder(model)((), each).tensors)
         full = step < 2 or step % 3 == 1
-        spec = VariantSpec(((Action.COMPUTE if full else Action.REUSE),) * count, skip=lite and not full)
+        spec = FullVariant() if full else SkipVariant() if lite else ReuseVariant()
         if not full:
-            values |= {cache_input(slot): value for slot, value in by_hand.at(step).items()}
+            values |= by_hand.at(step)
         variant = build_variant(compiled.captured, compiled.facts, spec)
         results = dict(zip(variant.outputs, variant.module(*[values[n] for n in variant.inputs]), strict=True))
         if full:
             slots = [STREAM_END] if lite else [b.slot for b in compiled.facts.branches]
             by_hand.update(step, {slot: results[slot] for slot in slots})
         for i, output in enumerate(outputs):
-            expected = results[f"output_{i}"]
+            expected = results[Port(PortKind.OUTPUT, i)]
             assert torch.equal(output, expected) if full else (output - expected).norm() <= 1e-5 * expected.norm()
     assert letters(optimized) == "FFTTFTTF"
 

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 import duca_compile
 from duca_compile import RFC, DisCa, DuCa, Policy, ResidualGate, SpeCa, TaylorSeer, ToCa
+from duca_compile.core.ports import PortKind
 from duca_compile.methods.training import TrainingSettings, train_predictor
 from duca_compile.policies import AdaptivePolicy, StepKind
 from tests import models
@@ -190,12 +191,12 @@ def test_each_cache_has_the_type_of_its_own_feature(dtype: torch.dtype, policy: 
         assert [torch.equal(a, b) for a, b in zip(output, own, strict=True)] == [k is StepKind.FULL for k in rows]
         assert output.isfinite().all()
     (captured,) = optimized._compiled.values()
-    features = {f"cache_{b.slot}": b.dtype for b in captured.facts.branches}
+    features = {b.slot: b.dtype for b in captured.facts.branches}
     assert set(features.values()) == {dtype, torch.float32}
     (state,) = [s for states in optimized._requests.current()._states.values() for s in states.values()]
-    for name, cache in state.caches.items():
-        if name.startswith("cache_branch"):
-            assert cache.dtype is features["_".join(name.split("_")[:3])]
+    for port, cache in state.caches.items():
+        if port.kind is PortKind.BRANCH:
+            assert cache.dtype is features[port.difference(0)]
 
 
 @pytest.mark.slow

@@ -13,6 +13,9 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from duca_compile.core.fx_utils import port_of
+from duca_compile.core.ports import Port
+
 
 class _AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all storages that operators allocate, until they are freed."""
@@ -49,7 +52,7 @@ class _AllocationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peak = max(self.peak, self.live)
 
 
-def peak_bytes(module: fx.GraphModule, sizes: Mapping[str, tuple[int, ...]]) -> int:
+def peak_bytes(module: fx.GraphModule, sizes: Mapping[Port, tuple[int, ...]]) -> int:
     """The most bytes that one eager run of ``module`` allocates at once, including its results but not its inputs.
 
     ``sizes`` has the shapes of inputs where they differ from those in the graph. What kernels allocate for themselves,
@@ -58,7 +61,7 @@ def peak_bytes(module: fx.GraphModule, sizes: Mapping[str, tuple[int, ...]]) -> 
     inputs = module.graph.find_nodes(op="placeholder")
     counter = _AllocationCounter()
     with FakeTensorMode() as mode, torch.no_grad():
-        arguments = tuple(_like(node.meta["val"], sizes.get(node.name)) for node in inputs)
+        arguments = tuple(_like(node.meta["val"], sizes.get(port_of(node))) for node in inputs)
         named = (*module.named_parameters(), *module.named_buffers())
         weights = {name: cast(Tensor, mode.from_tensor(tensor)) for name, tensor in named}
         counter.ignore([*arguments, *weights.values()])

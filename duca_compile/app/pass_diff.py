@@ -146,7 +146,7 @@ def _chosen(
 ) -> tuple[str, VariantSpec, dict[int, int]]:
     """The name of the variant, its spec, and how many tokens its partial branches recompute."""
     if step == PROBE:
-        spec = probe_spec(explanation.facts, policy)
+        spec = probe_spec(policy)
         if spec is None:
             raise UsageError(f"{policy.name} has no probe")
         return PROBE, spec, {}
@@ -180,8 +180,8 @@ def _snapshot(draft: VariantDraft, counts: dict[int, int]) -> Snapshot:
 def _lines(draft: VariantDraft) -> Iterator[str]:
     for node in draft.graph.nodes:
         if node.op == "output":
-            for name, value in zip(draft.results, node.args[0], strict=True):
-                yield f"return {name} = {value}"
+            for port, value in zip(draft.results, node.args[0], strict=True):
+                yield f"return {port.result_name} = {value}"
         else:
             path = module_path(node)
             yield f"{node.name}: {_kind(node.meta.get('val'))} = {_expression(node)}" + (f"  # {path}" if path else "")

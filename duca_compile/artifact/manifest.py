@@ -278,11 +278,12 @@ def _problems_of_rule(manifest: Manifest, policy: AdaptivePolicy) -> Iterator[st
         yield f"schedule.look must {'' if looks else 'not '}be there for {policy.name}"
     measures = {} if look is None else {look.variant: PROBE_CHANGE}
     measures |= {plans[step].variant: VERIFY_ERROR for step in policy.choices if step.verified}
-    for variant, measure in measures.items():
+    for variant, port in measures.items():
+        measure = port.result_name
         if measure not in {spec.name for spec in _graph(manifest, variant).outputs}:
             yield f"variants.{variant}: its graph lacks the output {measure!r}, by which steps are decided"
     full = _graph(manifest, plans[policy.choices[0]].variant)
-    if any(spec.name == FULL_ROWS for spec in full.inputs) != (policy.per != "batch"):
+    if any(spec.name == FULL_ROWS.input_name for spec in full.inputs) != (policy.per != "batch"):
         yield f"policy.rule: the graphs are not for decide_per={policy.per!r}"
 
 

@@ -42,7 +42,7 @@ class Artifact(HasSessions):
         rule = manifest.policy.rule
         self.policy: Policy = Recorded(manifest.policy, manifest.schedule) if rule is None else rule.rebuilt()
         self._functions = {name: engine.function(name, graph) for name, graph in manifest.graphs.items()}
-        self._prologue = Prologue(manifest.graphs[manifest.prologue], self._functions[manifest.prologue])
+        self._prologue = Prologue(manifest, self._functions[manifest.prologue])
         self._requests = Requests(self.policy, manifest.schedule.num_inference_steps)
         self._bind = Binder(manifest)
         self._dispatchers: dict[int, Dispatcher] = {}  # by batch size

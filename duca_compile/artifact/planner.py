@@ -12,9 +12,19 @@ import numpy as np
 from duca_compile.artifact import manifest
 from duca_compile.artifact.engines.base import Engine, GraphFunction
 from duca_compile.artifact.manifest import Manifest, Size, TensorSpec
-from duca_compile.core.ports import FORECAST_GAP, FULL_ROWS, PROBE_CHANGE, cache_input
+from duca_compile.core.ports import (
+    CACHES,
+    FORECAST_GAP,
+    FULL_ROWS,
+    PROBE_CHANGE,
+    Port,
+    argument,
+    named_input,
+    named_result,
+)
 from duca_compile.core.steps import Step, StepKind
 from duca_compile.core.tensors import Array
+from duca_compile.errors import ArtifactError
 from duca_compile.policies.base import Forecast as ForecastOptions
 from duca_compile.policies.base import Policy, Selection
 from duca_compile.runtime.arrays import NumpyArrays
@@ -57,19 +67,41 @@ class Recorded(Policy):
         return self.steps(total)
 
 
+def input_ports(recorded: Manifest, name: str) -> tuple[Port, ...]:
+    """The ports of the inputs of the graph of this name. Raises ArtifactError where one is unknown."""
+    arguments = {each.input for each in recorded.signature.arguments}
+
+    def port(spec: TensorSpec) -> Port:
+        known = argument(spec.name) if spec.name in arguments else named_input(spec.name)
+        return _known(known, f"graphs.{name}.inputs", spec.name)
+
+    return tuple(map(port, recorded.graphs[name].inputs))
+
+
+def output_ports(recorded: Manifest, name: str) -> tuple[Port, ...]:
+    """The ports of the results of the graph of this name. Raises ArtifactError where one is unknown."""
+    outputs = recorded.graphs[name].outputs
+    return tuple(_known(named_result(spec.name), f"graphs.{name}.outputs", spec.name) for spec in outputs)
+
+
+def _known(port: Port | None, place: str, name: str) -> Port:
+    if port is None:
+        raise ArtifactError(f"{manifest.FILE}: {place}: the name {name!r} is unknown")
+    return port
+
+
 class _TimestepValues:
     """Computes the timestep-only values of one call."""
 
-    def __init__(self, graph: manifest.Graph, run: GraphFunction) -> None:
-        self.outputs = tuple(spec.name for spec in graph.outputs)
-        self._inputs, self._run = [spec.name for spec in graph.inputs], run
+    def __init__(self, recorded: Manifest, name: str, run: GraphFunction) -> None:
+        self.outputs, self._inputs, self._run = output_ports(recorded, name), input_ports(recorded, name), run
 
-    def compute(self, call: Mapping[str, Array], hoisted: Mapping[str, Array]) -> Sequence[Array]:
+    def compute(self, call: Mapping[str, Array], hoisted: Mapping[Port, Array]) -> Sequence[Array]:
         """The values in the order of ``outputs``."""
-        return self._run(*[hoisted[name] if name in hoisted else call[name] for name in self._inputs])
+        return self._run(*[hoisted[port] if port in hoisted else call[str(port.of)] for port in self._inputs])
 
     def compute_all(
-        self, call: Mapping[str, Array], hoisted: Mapping[str, Array], times: tuple[float, ...]
+        self, call: Mapping[str, Array], hoisted: Mapping[Port, Array], times: tuple[float, ...]
     ) -> Mapping[float, Sequence[Array]]:
         """None: artifacts compute these values step by step."""
         del call, hoisted, times
@@ -79,12 +111,12 @@ class _TimestepValues:
 class Prologue:
     """Computes the loop-invariant values."""
 
-    def __init__(self, graph: manifest.Graph, run: GraphFunction) -> None:
-        self.inputs = tuple(spec.name for spec in graph.inputs)
-        self._outputs, self._run = [spec.name for spec in graph.outputs], run
+    def __init__(self, recorded: Manifest, run: GraphFunction) -> None:
+        self.inputs = tuple(spec.name for spec in recorded.graphs[recorded.prologue].inputs)
+        self._outputs, self._run = output_ports(recorded, recorded.prologue), run
 
-    def compute(self, call: Mapping[str, Array]) -> dict[str, Array]:
-        """The values by name."""
+    def compute(self, call: Mapping[str, Array]) -> dict[Port, Array]:
+        """The values by port."""
         return dict(zip(self._outputs, self._run(*[call[name] for name in self.inputs]), strict=True))
 
 
@@ -99,7 +131,7 @@ class Planner:
         self._position = {branch.index: i for i, branch in enumerate(recorded.branches)}
         self._programs = {name: self._program(variant) for name, variant in recorded.variants.items()}
         graphs = {variant.rows for variant in recorded.variants.values() if variant.rows is not None}
-        self._timestep_values = {name: _TimestepValues(recorded.graphs[name], functions[name]) for name in graphs}
+        self._timestep_values = {name: _TimestepValues(recorded, name, functions[name]) for name in graphs}
         look = recorded.schedule.look
         if look is not None:
             self._probe_plan = StepPlan(Step(StepKind.FULL), self._programs[look.variant], (), look.flops.at(batch))
@@ -143,36 +175,38 @@ class Planner:
         return plan
 
     def _program(self, variant: manifest.Variant) -> Program:
-        graph = self._manifest.graphs[variant.graph]
-        outputs = tuple(spec.name for spec in graph.outputs)
+        found, outputs = self._manifest, output_ports(self._manifest, variant.graph)
+        places = {port.result_name: place for place, port in enumerate(outputs)}
         program = Program.of(
             self._functions[variant.graph],
-            tuple(spec.name for spec in graph.inputs),
+            input_ports(found, variant.graph),
             outputs,
             variant.rows,
-            forecast=self._forecast(graph),
+            forecast=self._forecast(variant.graph),
             cached_branches=variant.waiting,
             selector_positions=tuple(self._position[index] for index in variant.waiting),
-            tokens=variant.tokens,
+            tokens=tuple(
+                _known(named_input(name), f"variants.{variant.graph}.tokens", name) for name in variant.tokens
+            ),
             computed={
-                self._position[int(index)]: None if score is None else outputs.index(score)
+                self._position[int(index)]: None if score is None else places[score]
                 for index, score in variant.computed.items()
             },
         )
         program.copied_caches = program.aliased_outputs = ()  # each output has its own memory
         return program
 
-    def _forecast(self, graph: manifest.Graph) -> ForecastInputs:
-        specs = {spec.name: spec for spec in graph.inputs}
-        numbers = {name: partial(_number, specs[name]) for name in NUMBERS if name in specs}
+    def _forecast(self, graph: str) -> ForecastInputs:
+        found = self._manifest
+        specs = dict(zip(input_ports(found, graph), found.graphs[graph].inputs, strict=True))
+        numbers = {port: partial(_number, specs[port]) for port in NUMBERS if port in specs}
         caches = {
-            name: partial(self._engine.zeros, spec.at(self._batch), spec.dtype)
-            for name, spec in specs.items()
-            if name.startswith(cache_input(""))
+            port: partial(self._engine.zeros, spec.at(self._batch), spec.dtype)
+            for port, spec in specs.items()
+            if port.kind in CACHES
         }
-        looks = any(spec.name == PROBE_CHANGE for spec in graph.outputs)
-        compares = looks or numbers.keys() & {FORECAST_GAP, FULL_ROWS}
-        rows = max((prod(specs[name].at(self._batch)) for name in numbers), default=1)
+        compares = PROBE_CHANGE in output_ports(found, graph) or numbers.keys() & {FORECAST_GAP, FULL_ROWS}
+        rows = max((prod(specs[port].at(self._batch)) for port in numbers), default=1)
         return ForecastInputs(numbers, caches if compares else {}, rows)
 
 

@@ -17,10 +17,9 @@ from torch import Tensor, fx
 from duca_compile.backends.cuda_graphs import GraphReplay
 from duca_compile.core.lock import COMPILING
 from duca_compile.core.once import Once
-from duca_compile.core.ports import PROBE_SEEN, cache_input
+from duca_compile.core.ports import WRITTEN, Port, PortKind
 from duca_compile.core.variants import Variant, VariantFunction
 from duca_compile.errors import BackendError, InternalError, first_line
-from duca_compile.passes.exact.hoist import hoisted_input
 
 log = logging.getLogger("duca_compile")
 
@@ -139,7 +138,7 @@ class _CompiledOnFirstCall:
         self._compiled: Callable[..., Any] | None = None
         self._replayed: GraphReplay | None = None
         self._lifted = _lift(variant, cuts)
-        self._any_strides = [i for i, name in enumerate(variant.inputs) if _may_have_any_strides(name)]
+        self._any_strides = [i for i, port in enumerate(variant.inputs) if _may_have_any_strides(port)]
         self._weights: list[Tensor] = []
 
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -186,9 +185,9 @@ class _CompiledOnFirstCall:
         return lambda *arguments: self._module.forward(*arguments[count:])
 
 
-def _may_have_any_strides(name: str) -> bool:
+def _may_have_any_strides(port: Port) -> bool:
     """Whether an input may have any strides. The dispatcher keeps caches contiguous, except what a probe saw."""
-    return name == cache_input(PROBE_SEEN) or not name.startswith((cache_input(""), hoisted_input("")))
+    return port.kind is not PortKind.HOISTED and port.kind not in WRITTEN
 
 
 @dataclass(frozen=True)
@@ -215,6 +214,8 @@ def _lift(variant: Variant, cuts: frozenset[str]) -> Lifted:
         copies[node] = graph.placeholder(f"weight_{node.name}")
     for node in module.graph.find_nodes(op="placeholder"):
         copies[node] = graph.node_copy(node)
+    for node in graph.find_nodes(op="placeholder"):
+        node.target = node.name  # a weight may be called like an argument
     for node in module.graph.nodes:
         if node not in copies:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
@@ -225,4 +226,4 @@ def _lift(variant: Variant, cuts: frozenset[str]) -> Lifted:
 
 def dynamic_positions(variant: Variant) -> tuple[int, ...]:
     """Indices of the inputs whose second dimension varies from step to step."""
-    return tuple(i for i, name in enumerate(variant.inputs) if name in variant.dynamic_inputs)
+    return tuple(i for i, port in enumerate(variant.inputs) if port in variant.dynamic_inputs)

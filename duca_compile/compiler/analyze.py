@@ -14,6 +14,7 @@ from duca_compile.compiler.precompute import make_prologue, make_rows
 from duca_compile.compiler.verification import verified
 from duca_compile.core.ir import CapturedGraph, Facts
 from duca_compile.core.lock import COMPILING
+from duca_compile.core.ports import Port, argument
 from duca_compile.errors import CaptureError, StructureError
 from duca_compile.frontend import casts
 from duca_compile.frontend.binder import Call
@@ -81,11 +82,11 @@ def _facts(captured: CapturedGraph, timestep: str | None) -> Facts:
 
 def step_values(
     captured: CapturedGraph, facts: Facts, prologue: Hoister, call: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+) -> dict[Port, Tensor]:
     """Everything that a variant may read besides caches: a call's tensors, and what is precomputed from them."""
-    values = {**call, **prologue.compute(call)}
-    rows = make_rows(captured, facts)
-    return values | dict(zip(rows.outputs, rows.compute(values, values), strict=True))
+    hoisted, rows = prologue.compute(call), make_rows(captured, facts)
+    precomputed = zip(rows.outputs, rows.compute(call, hoisted), strict=True)
+    return {argument(name): tensor for name, tensor in call.items()} | hoisted | dict(precomputed)
 
 
 def changing_reads(model: nn.Module, captured: CapturedGraph, facts: Facts) -> dict[str, str]:

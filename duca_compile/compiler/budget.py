@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
 import torch
 
 from duca_compile.analysis.memory import peak_bytes
 from duca_compile.core.ir import CapturedGraph, Facts
-from duca_compile.core.ports import cache_input, dead_slots
+from duca_compile.core.ports import Port, dead_kinds
 from duca_compile.core.variants import Variant, VariantSpec
 from duca_compile.errors import PolicyError, UsageError
 from duca_compile.passes.caching.predict import with_predictor
@@ -94,14 +94,14 @@ def variants(
     """All variants that the policy's steps need, built but not compiled."""
     captured = with_predictor(captured, facts, policy.predictor)
     steps = dict.fromkeys(islice(policy.planned(total), LIVENESS_HORIZON))
-    look = probe_spec(facts, policy)
-    specs = [plan_step(facts, policy, step)[0] for step in steps] + ([] if look is None else [look])
-    return [build_variant(captured, facts, replace(spec, cache_dtype=dtype)) for spec in dict.fromkeys(specs)]
+    probe = probe_spec(policy)
+    specs = [*(plan_step(facts, policy, step)[0] for step in steps), *([] if probe is None else [probe])]
+    return [build_variant(captured, facts, spec, cache_dtype=dtype) for spec in dict.fromkeys(specs)]
 
 
 def cache_bytes(facts: Facts, policy: Policy, built: Iterable[Variant]) -> int:
     """The most bytes that caches and token scores of one guidance pass hold, if ``built`` are the variants that run."""
-    held: dict[str, int] = {}
+    held: dict[Port, int] = {}
     for variant in built:
         held.update(variant.kept)
     selection = policy.selection
@@ -114,7 +114,7 @@ def peak_of_request(captured: CapturedGraph, facts: Facts, policy: Policy, total
     """The most bytes that one guidance pass of a request of ``total`` steps allocates at once, under eager."""
     captured = with_predictor(captured, facts, policy.predictor)
     known: dict[tuple[VariantSpec, tuple[int, ...]], tuple[Variant, int]] = {}
-    held: dict[str, int] = {}
+    held: dict[Port, int] = {}
     most = 0
     for step in policy.planned(total):
         spec, counts = plan_step(facts, policy, step)
@@ -124,11 +124,10 @@ def peak_of_request(captured: CapturedGraph, facts: Facts, policy: Policy, total
             sizes = {spec.tokens_input(i): (facts.branches[i].shape[0], count) for i, count in counts.items()}
             known[key] = variant, peak_bytes(variant.module, sizes)
         variant, own = known[key]
-        replaced = {slot for slot in variant.kept if cache_input(slot) not in variant.inputs}
+        replaced = {slot for slot in variant.kept if slot not in variant.inputs}
         most = max(most, own + sum(size for slot, size in held.items() if slot not in replaced))
-        held = {
-            slot: size for slot, size in {**held, **variant.kept}.items() if not slot.startswith(dead_slots(step.live))
-        }
+        dead = dead_kinds(step.live)
+        held = {slot: size for slot, size in {**held, **variant.kept}.items() if slot.kind not in dead}
     hoisted = [node.meta["val"] for node in frontier(captured.graph, facts)]
     rows = row_layout(captured.graph, facts).items()
     outside: int = sum(value.numel() * value.element_size() for value in hoisted)

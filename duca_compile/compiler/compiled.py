@@ -38,8 +38,15 @@ REMEMBERED = 16  # kinds of call whose last capture is remembered, so that the l
 class _Variants:
     """Builds the variants of one captured graph, and keeps all of them on the model's current weights."""
 
-    def __init__(self, captured: CapturedGraph, facts: Facts, prologue: Prologue, backend: Backend) -> None:
-        self.captured, self._facts, self._backend = captured, facts, backend
+    def __init__(
+        self,
+        captured: CapturedGraph,
+        facts: Facts,
+        prologue: Prologue,
+        backend: Backend,
+        cache_dtype: torch.dtype | None,
+    ) -> None:
+        self.captured, self._facts, self._backend, self._cache_dtype = captured, facts, backend, cache_dtype
         self._modules = [prologue.module]
         self._compiled: list[HoldsWeights] = []
         self._cuts = frozenset({facts.branches[0].stream, *(branch.add for branch in facts.branches)})
@@ -48,7 +55,7 @@ class _Variants:
 
     def build(self, spec: VariantSpec) -> tuple[Variant, VariantFunction]:
         started = perf_counter()
-        variant = build_variant(self.captured, self._facts, spec)
+        variant = build_variant(self.captured, self._facts, spec, cache_dtype=self._cache_dtype)
         nodes, seconds = len(variant.module.graph.nodes), perf_counter() - started
         log.debug("made the graph of %s: %d nodes, in %.2f s", spec.kind, nodes, seconds)
         self._modules.append(variant.module)
@@ -100,11 +107,11 @@ class Compiled:
         self._read_weights = () if captured.guards is None else tuple(captured.guards.attributes)
         captured = with_predictor(captured, facts, policy.predictor)
         self._inputs = captured.inputs
-        self._variants = _Variants(captured, facts, prologue, backend)
+        self._variants = _Variants(captured, facts, prologue, backend, cache_dtype)
         names = {id(tensor): name for name, tensor in live.items()}
         # A trace may name the model's weights differently. Every other attribute is a constant of the graph.
         self._weights = {name: names[id(t)] for name, t in captured.attributes.items() if id(t) in names}
-        self.programs = Programs(facts, policy, self._variants, cache_dtype)
+        self.programs = Programs(facts, policy, self._variants)
         self.dispatcher = Dispatcher(self.programs, policy, prologue, not backend.exact)
         self.used = 0  # the number of the model's call that used it last
 

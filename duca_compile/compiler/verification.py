@@ -9,9 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
+from duca_compile.core.fx_utils import port_of
 from duca_compile.core.ir import Branch, CapturedGraph, Facts
-from duca_compile.core.ports import cache_input
-from duca_compile.core.variants import Action, Variant, VariantSpec
+from duca_compile.core.ports import Port, PortKind
+from duca_compile.core.variants import Action, FullVariant, PartialVariant, Variant
 from duca_compile.errors import InternalError, first_line
 from duca_compile.passes.exact.outline import form_of
 from duca_compile.passes.pipeline import build_variant
@@ -19,18 +20,19 @@ from duca_compile.passes.pipeline import build_variant
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def verified(captured: CapturedGraph, facts: Facts, values: Mapping[str, Tensor]) -> Facts:
+def verified(captured: CapturedGraph, facts: Facts, values: Mapping[Port, Tensor]) -> Facts:
     """``facts`` with every branch that fails the equivariance check f(x[idx]) = f(x)[idx] marked as mixing.
 
-    Runs a full and a partial evaluation eagerly on ``values``, the call's tensors and hoisted values by placeholder
-    name. They run side by side, so that no more than a block's values are held, and end once every kind of branch was
+    Runs a full and a partial evaluation eagerly on ``values``, the call's tensors and hoisted values by port.
+    They run side by side, so that no more than a block's values are held, and end once every kind of branch was
     checked: branches whose bodies are the same operators on operands of the same shapes stand or fall together.
     """
     partial = [b for b in facts.branches if b.pointwise]
     if not partial or any(value.is_meta for value in values.values()):
         return facts
-    full = build_variant(captured, facts, VariantSpec((Action.COMPUTE,) * len(facts.branches)))
-    spec = VariantSpec(tuple(Action.PARTIAL if b.pointwise else Action.REUSE for b in facts.branches))
+    full = build_variant(captured, facts, FullVariant())
+    tokens = {b.index: Port(PortKind.TOKENS, b.index) for b in partial}
+    spec = PartialVariant(tuple(tokens.get(b.index, Action.REUSE) for b in facts.branches))
     variant = build_variant(captured, facts, spec)
     forms = _forms(captured, partial)
     try:
@@ -52,9 +54,9 @@ class _NodeError(Exception):
         self.node = node
 
 
-def _forms(captured: CapturedGraph, branches: list[Branch]) -> dict[str, Hashable]:
+def _forms(captured: CapturedGraph, branches: list[Branch]) -> dict[Port, Hashable]:
     """What each branch computes of its stream and other operands, by slot: equal where only values differ."""
-    nodes, forms = list(captured.graph.nodes), dict[str, Hashable]()
+    nodes, forms = list(captured.graph.nodes), dict[Port, Hashable]()
     places = {node.name: place for place, node in enumerate(nodes)}
     for branch in branches:
         form = form_of([nodes[place] for place in sorted(places[name] for name in branch.body)])
@@ -63,25 +65,23 @@ def _forms(captured: CapturedGraph, branches: list[Branch]) -> dict[str, Hashabl
 
 
 def _failed(
-    full: Variant, partial: Variant, facts: Facts, forms: Mapping[str, Hashable], values: Mapping[str, Tensor]
+    full: Variant, partial: Variant, facts: Facts, forms: Mapping[Port, Hashable], values: Mapping[Port, Tensor]
 ) -> set[Hashable]:
     """The forms of the branches for which ``partial`` computes other values than ``full``."""
-    branches = {b.slot: b for b in facts.branches if cache_input(b.slot) in partial.inputs}
-    by_cache = {cache_input(b.slot): b for b in branches.values()}
+    branches = {b.slot: b for b in facts.branches if b.slot in partial.inputs}
     by_tokens = {partial.spec.tokens_input(b.index): b for b in branches.values()}
     expected = _Expected(full, values, branches.keys())
 
-    def value_of(name: str) -> Tensor:
-        if name in by_tokens:
-            branch = by_tokens[name]
+    def value_of(port: Port) -> Tensor:
+        if port in by_tokens:
+            branch = by_tokens[port]
             return _some_tokens(branch, expected[branch.slot].device)
-        if name not in by_cache:
-            return values[name]
-        branch = by_cache[name]
-        if branch.pointwise:
-            return expected[branch.slot].clone()  # a partial step writes to its cache
-        value = expected[branch.slot]
-        expected.drop(branch.slot)
+        if port not in branches:
+            return values[port]
+        value = expected[port]
+        if branches[port].pointwise:
+            return value.clone()  # a partial step writes to its cache
+        expected.drop(port)
         return value
 
     failed, unknown = set[Hashable](), {forms[slot] for slot, b in branches.items() if b.pointwise}
@@ -104,52 +104,52 @@ def _failed(
 class _Expected:
     """What a full evaluation computes for each branch; it runs only as far as results are asked for."""
 
-    def __init__(self, full: Variant, values: Mapping[str, Tensor], slots: Collection[str]) -> None:
+    def __init__(self, full: Variant, values: Mapping[Port, Tensor], slots: Collection[Port]) -> None:
         self._coming = _results(full, values.__getitem__)
         self._slots = slots
-        self._held: dict[str, Tensor] = {}
+        self._held: dict[Port, Tensor] = {}
 
-    def __getitem__(self, slot: str) -> Tensor:
+    def __getitem__(self, slot: Port) -> Tensor:
         if slot not in self._held:
             self._go_on_to(slot)
         return self._held[slot]
 
-    def _go_on_to(self, slot: str) -> None:
+    def _go_on_to(self, slot: Port) -> None:
         try:
-            for name, value in self._coming:
-                if name in self._slots:
-                    self._held[name] = value
-                if name == slot:
+            for port, value in self._coming:
+                if port in self._slots:
+                    self._held[port] = value
+                if port is slot:
                     return
         except _NodeError as error:
             raise InternalError(f"the graph fails on the call that it was captured from: {error}") from error
 
-    def drop(self, slot: str) -> None:
+    def drop(self, slot: Port) -> None:
         del self._held[slot]
 
 
-def _results(variant: Variant, value_of: Callable[[str], Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Runs a variant, and yields each of its results by name as soon as it is computed.
+def _results(variant: Variant, value_of: Callable[[Port], Tensor]) -> Iterator[tuple[Port, Tensor]]:
+    """Runs a variant, and yields each of its results with its port as soon as it is computed.
 
     An input is requested at its first use, and no value is kept after its last use. Raises _NodeError.
     """
     graph, runner = variant.module.graph, fx.Interpreter(variant.module)
     nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
-    names, unneeded = defaultdict[fx.Node, list[str]](list), _unneeded_behind(nodes)
-    for name, node in zip(variant.outputs, graph.output_node().args[0], strict=True):  # type: ignore[arg-type]
-        names[node].append(name)
+    ports, unneeded = defaultdict[fx.Node, list[Port]](list), _unneeded_behind(nodes)
+    for port, node in zip(variant.outputs, graph.output_node().args[0], strict=True):  # type: ignore[arg-type]
+        ports[node].append(port)
     for node in nodes:
         for each in node.all_input_nodes:
             if each not in runner.env:
-                runner.env[each] = value_of(str(each.target))
+                runner.env[each] = value_of(port_of(each))
         try:
             runner.env[node] = runner.run_node(node)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
             raise _NodeError(node, error) from error
-        for name in names[node]:
-            yield name, runner.env[node]
+        for port in ports[node]:
+            yield port, runner.env[node]
         for each in unneeded[node]:
             del runner.env[each]
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import fx
+from torch import Tensor, fx
 
 from duca_compile.core.ir import CapturedGraph
+from duca_compile.core.ports import Port, argument
 from duca_compile.errors import InternalError
 
 PACKAGE = str(Path(__file__).parents[1])  # this package's folder
@@ -21,6 +22,20 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
         if mapping[node].name != node.name:
             mapping[node].name = node.name
     return copy
+
+
+def add_placeholder(graph: fx.Graph, port: Port, value: Tensor) -> fx.Node:
+    """A new placeholder of this port where the graph is inserted to; its name is not that of any other node."""
+    node = graph.placeholder(port.input_name)
+    node.target = node.name
+    node.meta |= {"val": value, "port": port}
+    return node
+
+
+def port_of(placeholder: fx.Node) -> Port:
+    """What comes in through a placeholder; those of a captured graph are the model's arguments."""
+    port: Port = placeholder.meta.get("port") or argument(placeholder.name)
+    return port
 
 
 def node_operand(node: fx.Node, position: int) -> fx.Node:

@@ -13,7 +13,7 @@ from enum import Enum, IntEnum
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from duca_compile.core.ports import BRANCH, SCALE
+from duca_compile.core.ports import Port, PortKind
 
 if TYPE_CHECKING:
     import torch
@@ -137,20 +137,24 @@ class Branch:
     mixing_reason: str | None
 
     @property
-    def slot(self) -> str:
-        return f"{BRANCH}{self.index}"
+    def slot(self) -> Port:
+        """The cache of its output."""
+        return Port(PortKind.BRANCH, self.index)
 
     @property
-    def input_slot(self) -> str:
-        return f"input_{self.index}"
+    def input_slot(self) -> Port:
+        """The cache of what it reads."""
+        return Port(PortKind.BRANCH_INPUT, self.index)
 
     @property
-    def scale_slot(self) -> str:
-        return f"{SCALE}{self.index}"
+    def scale_slot(self) -> Port:
+        """The cache of how far its output moves with its input."""
+        return Port(PortKind.SCALE, self.index)
 
     @property
-    def score_slot(self) -> str:
-        return f"score_{self.index}"
+    def score_slot(self) -> Port:
+        """The result with the scores of its tokens."""
+        return Port(PortKind.SCORE, self.index)
 
     @property
     def pointwise(self) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
+from duca_compile.core.ports import Port, PortKind
 from duca_compile.core.steps import CacheKinds, Probe, Verify
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, fx
 
 
@@ -24,55 +24,194 @@ class Action(Enum):
 
 
 @dataclass(frozen=True)
-class VariantSpec:
-    """What to do with each branch, and whether the end of the stream comes from the cache instead."""
+class Scores:
+    """The scores of tokens that computed attentions return.
 
-    actions: tuple[Action, ...]
-    skip: bool = False
-    scores: str | None = None  # "v_norm", "attention" or "entropy": emitted for computed attentions
-    paired: bool = False  # scores are the mean of both halves of the batch
-    emit: bool = True  # whether later steps will read caches
-    order: int | None = None  # the highest difference kept of each cache; None where nothing is forecast
-    lite: bool = False  # the stream's end is all that is cached
-    relational: bool = False  # where forecast: the change of each branch's input says how far (RFC)
-    predict: frozenset[str] = frozenset()  # where a trained network gives the stream's end: its weights' names (DisCa)
-    verify: Verify | None = None  # how a forecast is held to what the last block computes of it
-    probe: Probe | None = None  # what was looked at before; the variant goes on from there
-    probing: bool = False  # the variant is that look itself
-    change: bool = False  # the streams' change from start to end is cached, not the end
-    by_row: bool = False  # full steps are for chosen rows of the batch; numbers of forecasts differ by row
-    chosen_with: tuple[int, ...] = ()  # for each branch, the one whose token input it shares; empty: each its own
-    keeps: CacheKinds = CacheKinds.ALL  # the kinds of caches that later steps will read
-    cache_dtype: torch.dtype | None = None  # what caches are kept in, where that is narrower
+    Attributes:
+        kind: "v_norm", "attention" or "entropy".
+        paired: whether they are the mean of both halves of the batch.
+    """
 
-    @property
-    def kind(self) -> str:
-        """What runs it, in words."""
-        if self.probing:
-            return "the probe before a decision"
-        if self.predict:
-            return "predict steps"
-        for action in (Action.PARTIAL, Action.FORECAST):
-            if action in self.actions:
-                return f"{action.value} steps"
-        return "skip steps" if self.skip else "reuse steps" if Action.REUSE in self.actions else "full steps"
+    kind: str
+    paired: bool = False
 
-    def tokens_input(self, index: int) -> str:
-        """Name of the (batch, k) int64 input that says which tokens of branch ``index`` to recompute."""
-        return f"tokens_{self.chosen_with[index] if self.chosen_with else index}"
+
+@dataclass(frozen=True)
+class Series:
+    """What is kept where features are forecast: differences up to ``order``.
+
+    Attributes:
+        order: the highest difference.
+        of: "branches"; "inputs", branches whose forecast goes as far as the change of their input says (RFC); or
+            "end", the end of the stream alone.
+    """
+
+    order: int
+    of: Literal["branches", "inputs", "end"] = "branches"
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What each stream gains from its start to its end is kept (TeaCache)."""
+
+
+class _Spec:
+    kind: ClassVar[str]  # what runs the variant, in words
+
+    def action(self, index: int) -> Action:
+        """What is done with the branch of this index."""
+        raise NotImplementedError
+
+    def tokens_input(self, index: int) -> Port:
+        """The (batch, k) int64 input that says which tokens of the branch of this index to recompute."""
+        return Port(PortKind.TOKENS, index)
+
+
+@dataclass(frozen=True)
+class FullVariant(_Spec):
+    """Computes every branch.
+
+    Attributes:
+        keeps: what later steps read of it.
+        scores: the scores to return.
+        after: the probe of the same step, from which it continues.
+        by_row: it is for some batch rows only, those that an input names; numbers of forecasts differ by batch row.
+    """
+
+    keeps: CacheKinds | Series | Changes = CacheKinds.ALL
+    scores: Scores | None = None
+    after: Probe | None = None
+    by_row: bool = False
+    kind: ClassVar[str] = "full steps"
+
+    def action(self, index: int) -> Action:
+        del index
+        return Action.COMPUTE
+
+
+@dataclass(frozen=True)
+class PartialVariant(_Spec):
+    """Recomputes some tokens of some branches; ``keeps``, ``scores`` and ``after`` are as in ``FullVariant``.
+
+    Attributes:
+        branches: for each branch whether it is computed or reused, or the input that says which of its tokens to
+            recompute; branches may share one.
+    """
+
+    branches: tuple[Literal[Action.COMPUTE, Action.REUSE] | Port, ...]
+    keeps: CacheKinds = CacheKinds.ALL
+    scores: Scores | None = None
+    after: Probe | None = None
+    kind: ClassVar[str] = "partial steps"
+
+    def action(self, index: int) -> Action:
+        found = self.branches[index]
+        return Action.PARTIAL if isinstance(found, Port) else found
+
+    def tokens_input(self, index: int) -> Port:
+        found = self.branches[index]
+        return found if isinstance(found, Port) else super().tokens_input(index)
+
+
+@dataclass(frozen=True)
+class ReuseVariant(_Spec):
+    """Takes the branches from the cache; ``keeps``, ``scores`` and ``after`` are as in ``FullVariant``.
+
+    Attributes:
+        leading: the number of branches at the front that are computed.
+    """
+
+    leading: int = 0
+    keeps: CacheKinds = CacheKinds.ALL
+    scores: Scores | None = None
+    after: Probe | None = None
+    kind: ClassVar[str] = "reuse steps"
+
+    def action(self, index: int) -> Action:
+        return Action.COMPUTE if index < self.leading else Action.REUSE
+
+
+@dataclass(frozen=True)
+class SkipVariant(ReuseVariant):
+    """Takes the end of the stream from the cache.
+
+    Attributes:
+        change: what is cached is what the streams gain, and it is added to their starts.
+    """
+
+    change: bool = False
+    kind: ClassVar[str] = "skip steps"
+
+
+@dataclass(frozen=True)
+class ForecastVariant(_Spec):
+    """Extrapolates the branches or the end of the stream; ``after`` and ``by_row`` are as in ``FullVariant``.
+
+    Attributes:
+        series: what is extrapolated.
+        leading: the number of branches at the front that are computed.
+        verify: how it is compared with what the last block computes of it.
+    """
+
+    series: Series
+    leading: int = 0
+    verify: Verify | None = None
+    after: Probe | None = None
+    by_row: bool = False
+    kind: ClassVar[str] = "forecast steps"
+
+    def action(self, index: int) -> Action:
+        return Action.COMPUTE if index < self.leading else Action.FORECAST
+
+
+@dataclass(frozen=True)
+class PredictVariant(_Spec):
+    """Takes the end of the stream from a trained network, whose weights have these names (DisCa)."""
+
+    weights: frozenset[str]
+    kind: ClassVar[str] = "predict steps"
+
+    def action(self, index: int) -> Action:
+        del index
+        return Action.COMPUTE
+
+
+@dataclass(frozen=True)
+class ProbeVariant(_Spec):
+    """Measures a small part of the model before a step is decided.
+
+    Attributes:
+        probe: what is measured.
+        order: the highest difference of the forecast that it is compared with, where it is.
+        by_row: the numbers of that forecast differ by batch row.
+    """
+
+    probe: Probe
+    order: int = 0
+    by_row: bool = False
+    kind: ClassVar[str] = "the probe before a decision"
+
+    def action(self, index: int) -> Action:
+        del index
+        return Action.COMPUTE
+
+
+VariantSpec: TypeAlias = (
+    FullVariant | PartialVariant | ReuseVariant | SkipVariant | ForecastVariant | PredictVariant | ProbeVariant
+)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A rewritten graph as a module: flat tensors in by name, flat tensors out by name."""
+    """A rewritten graph as a module: flat tensors in and out, each with its port."""
 
     spec: VariantSpec
     module: fx.GraphModule
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    dynamic_inputs: tuple[str, ...]  # token index inputs: their second dimension changes from step to step
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    dynamic_inputs: tuple[Port, ...]  # token index inputs: their second dimension changes from step to step
     pieces: frozenset[str]  # the timestep-only values that it reads
-    kept: Mapping[str, int]  # bytes of each cache that it returns
+    kept: Mapping[Port, int]  # bytes of each cache that it returns
     flops_fixed: int
     flops_per_token: Mapping[int, float]  # branch index -> FLOPs for one recomputed token position, all batch rows
 

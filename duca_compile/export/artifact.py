@@ -18,7 +18,7 @@ from duca_compile.artifact.decoding import ImpossibleError
 from duca_compile.artifact.manifest import FILE, SCHEMA, Manifest
 from duca_compile.core.ir import Branch
 from duca_compile.core.outputs import OutputLayout
-from duca_compile.core.ports import cache_input
+from duca_compile.core.ports import CACHES, argument_name, named_input
 from duca_compile.errors import ExportError, UsageError, missing_package
 from duca_compile.export.batch import OpenGraph
 from duca_compile.export.trace import Traced
@@ -140,6 +140,8 @@ def _write(traced: Traced, writer: Writer) -> Manifest:
         variants[name] = variant.describe(traced.facts, rows.get(pieces))
     graphs, weights = writer.close()
     read = {spec.name: spec for graph in graphs.values() for spec in graph.inputs}
+    arguments = set(map(argument_name, traced.one.graph.inputs))
+    caches = [spec for name, spec in read.items() if name not in arguments and _is_cache(name)]
     return Manifest(
         schema=SCHEMA,
         source=_source(traced.model),
@@ -147,19 +149,24 @@ def _write(traced: Traced, writer: Writer) -> Manifest:
         format=writer.format,
         precision=_precision(traced),
         opset=writer.opset,
-        inputs=tuple(spec for name, spec in read.items() if name in traced.one.graph.inputs),
+        inputs=tuple(spec for name, spec in read.items() if name in arguments),
         signature=_signature(traced),
         policy=manifest.Policy(
             traced.policy.name, traced.policy.caches, traced.policy.selection, traced.policy.forecast, traced.rule
         ),
         schedule=schedule,
         branches=_branches(traced),
-        caches=tuple(spec for name, spec in read.items() if name.startswith(cache_input(""))),
+        caches=tuple(caches),
         prologue="prologue",
         variants=variants,
         graphs=graphs,
         weights=weights,
     )
+
+
+def _is_cache(name: str) -> bool:
+    port = named_input(name)
+    return port is not None and port.kind in CACHES
 
 
 def _source(model: torch.nn.Module) -> manifest.Source:
@@ -176,7 +183,7 @@ def _signature(traced: Traced) -> manifest.Signature:
     """How the model is called: tensors by their paths in the arguments, everything else by value."""
     captured, call = traced.one.graph, traced.call
     arguments, options = [], dict[str, Any]()
-    names = iter(captured.inputs)
+    names = map(argument_name, captured.inputs)
     for keys, leaf in tree_flatten_with_path(call.arguments)[0]:
         path = tuple(_key(key) for key in keys)
         if isinstance(leaf, torch.Tensor):
@@ -187,8 +194,8 @@ def _signature(traced: Traced) -> manifest.Signature:
         parameters=tuple(call.arguments),
         arguments=tuple(arguments),
         options=options,
-        latent=traced.facts.latent,
-        timestep=traced.facts.timestep,
+        latent=argument_name(traced.facts.latent),
+        timestep=argument_name(traced.facts.timestep),
         result=_result(captured.output),
     )
 

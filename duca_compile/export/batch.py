@@ -18,7 +18,9 @@ from torch.export import Dim
 
 from duca_compile.artifact.manifest import BATCH, Size, TensorSpec
 from duca_compile.core.fx_utils import copy_graph
-from duca_compile.errors import ExportError, first_line
+from duca_compile.core.ports import Port
+from duca_compile.errors import ExportError, InternalError, first_line
+from duca_compile.passes.base import returned
 
 aten = torch.ops.aten
 
@@ -73,13 +75,25 @@ def _dim(size: Size, known: dict[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class Seen:
-    """One graph at one batch size, with names for its flat inputs and outputs."""
+    """One graph at one batch size, with the names that files have for its flat inputs and outputs."""
 
     batch: int
     module: fx.GraphModule
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     dynamic: frozenset[str] = frozenset()  # inputs whose second dimension is a number of tokens
+
+    @staticmethod
+    def of(
+        batch: int,
+        module: fx.GraphModule,
+        inputs: Sequence[Port],
+        outputs: Sequence[Port],
+        dynamic: Sequence[Port] = (),
+    ) -> Seen:
+        """The same with ports for names."""
+        names, results = (tuple(port.input_name for port in inputs), tuple(port.result_name for port in outputs))
+        return Seen(batch, module, names, results, frozenset(port.input_name for port in dynamic))
 
 
 def open_graph(name: str, one: Seen, other: Seen) -> OpenGraph:
@@ -98,7 +112,8 @@ def open_graph(name: str, one: Seen, other: Seen) -> OpenGraph:
             fit.same_constant(str(node.target), one.module, other.module)
     graph = copy_graph(one.module.graph)
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    specs = tuple(_spec(fit, n, nodes[n.name], n.name in one.dynamic) for n in inputs)
+    names = dict(zip(inputs, one.inputs, strict=True))
+    specs = tuple(_spec(fit, n, nodes[n.name], name, name in one.dynamic) for n, name in names.items())
     expressions = _Expressions(graph, inputs, specs)
     for node in list(graph.nodes):
         if node.name not in nodes or node.op == "placeholder":
@@ -106,31 +121,25 @@ def open_graph(name: str, one: Seen, other: Seen) -> OpenGraph:
         found = nodes[node.name]
         node.args = fit.both(node.args, found.args, expressions.node)
         node.kwargs = fit.both(node.kwargs, found.kwargs, expressions.node)
-    outputs = tuple(zip(one.outputs, _results(one.module.graph), _results(other.module.graph), strict=True))
+    outputs = tuple(zip(one.outputs, returned(one.module.graph), returned(other.module.graph), strict=True))
     _drop_idle_squeezes(graph)
-    in_place = _functional(graph, one.outputs)
+    in_place = _functional(graph, names, one.outputs)
     graph.lint()
     return OpenGraph(
         name=name,
         module=fx.GraphModule(one.module, graph),
         inputs=specs,
-        outputs=tuple(_spec(fit, mine, theirs, name=result) for result, mine, theirs in outputs),
+        outputs=tuple(_spec(fit, mine, theirs, result) for result, mine, theirs in outputs),
         in_place=in_place,
     )
 
 
-def _results(graph: fx.Graph) -> Sequence[fx.Node]:
-    (results,) = graph.output_node().args
-    assert isinstance(results, Sequence)
-    return results  # type: ignore[return-value]
-
-
-def _spec(fit: Fit, mine: fx.Node, theirs: fx.Node, tokens: bool = False, name: str | None = None) -> TensorSpec:
+def _spec(fit: Fit, mine: fx.Node, theirs: fx.Node, name: str, tokens: bool = False) -> TensorSpec:
     one, other = mine.meta["val"], theirs.meta["val"]
     shape = [fit.size(a, b, mine.name) for a, b in zip(one.shape, other.shape, strict=True)]
     if tokens:
-        shape[1] = Size(mine.name)
-    return TensorSpec(name or mine.name, str(one.dtype).removeprefix("torch."), tuple(shape))
+        shape[1] = Size(name)
+    return TensorSpec(name, str(one.dtype).removeprefix("torch."), tuple(shape))
 
 
 class Fit:
@@ -213,7 +222,8 @@ class _Expressions:
         return self._add(operator.add, node, size.plus) if size.plus else node
 
     def _add(self, target: Callable[..., Any], *args: Any) -> fx.Node:
-        assert self._last is not None
+        if self._last is None:
+            raise InternalError("a graph without inputs has no size that depends on the batch")
         with self._graph.inserting_after(self._last):
             self._last = self._graph.call_function(target, args)
         return self._last
@@ -228,12 +238,14 @@ def _drop_idle_squeezes(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _functional(graph: fx.Graph, outputs: Sequence[str]) -> dict[str, str]:
+def _functional(graph: fx.Graph, inputs: Mapping[fx.Node, str], outputs: Sequence[str]) -> dict[str, str]:
     """Makes writes into caches new values; the outputs that may take an input's memory, with that input."""
     found: dict[str, str] = {}
     for node in graph.find_nodes(op="call_function", target=aten.index_put_.default):
         node.target = aten.index_put.default
         cache = node.args[0]
-        if cache.op == "placeholder" and len(cache.users) == 1:
-            found |= {name: cache.name for name, result in zip(outputs, _results(graph), strict=True) if result is node}
+        if cache in inputs and len(cache.users) == 1:
+            found |= {
+                name: inputs[cache] for name, result in zip(outputs, returned(graph), strict=True) if result is node
+            }
     return found

@@ -9,7 +9,8 @@ import io
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,12 +105,24 @@ def to_onnx(graph: OpenGraph, opset: int) -> onnx_ir.Model:
     model = exported.model
     _strip(model)
     model.graph.name = graph.name
+    _free_names(model, {spec.name for spec in (*graph.inputs, *graph.outputs)})
     for values, specs in ((model.graph.inputs, graph.inputs), (model.graph.outputs, graph.outputs)):
         if len(values) != len(specs):
             raise ExportError(f"graph {graph.name!r} has {len(values)} inputs or outputs in ONNX, not {len(specs)}")
         for value, spec in zip(values, specs, strict=True):
             _describe(value, spec)
     return model
+
+
+def _free_names(model: onnx_ir.Model, names: Collection[str]) -> None:
+    """Renames the weights and inner values that are called like one of ``names``, as an argument may be."""
+    nodes = model.graph.all_nodes()
+    inner = [*model.graph.initializers.values(), *(value for node in nodes for value in node.outputs)]
+    taken = {*names, *(value.name for value in (*model.graph.inputs, *inner))}
+    for value in inner:
+        if value.name in names:
+            value.name = next(new for i in count(1) if (new := f"{value.name}_{i}") not in taken)
+            taken.add(value.name)
 
 
 def _describe(value: Any, spec: TensorSpec) -> None:

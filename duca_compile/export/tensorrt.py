@@ -23,6 +23,7 @@ from duca_compile.artifact.lowered import PRECISIONS, Lowered, lower
 from duca_compile.artifact.manifest import BATCH, FILE, Graph, Manifest, Size, TensorSpec, inside, read_manifest
 from duca_compile.artifact.tensorrt_build import FOLDER, RECORD, Build, BuildOptions, BuiltEngine, find_library
 from duca_compile.core.files import atomic_write
+from duca_compile.core.ports import Port, PortKind
 from duca_compile.errors import ArtifactError, BackendError, ExportError, UsageError
 from duca_compile.export.onnx import MODULE
 
@@ -145,7 +146,7 @@ class _Builder:
         by_input: dict[str, list[int]] = {}
         for plan in self._manifest.schedule.plans:
             for branch, count in plan.counts.items():
-                by_input.setdefault(f"tokens_{branch}", []).append(count)
+                by_input.setdefault(Port(PortKind.TOKENS, int(branch)).input_name, []).append(count)
         return {name: (min(n), sorted(n)[len(n) // 2], max(n)) for name, n in by_input.items()}
 
     def _built(self, name: str, graph: Graph, lowered: Lowered) -> bytes:

@@ -17,6 +17,7 @@ from duca_compile.compiler.budget import CacheOptions
 from duca_compile.compiler.checks import check_model
 from duca_compile.compiler.precompute import make_rows
 from duca_compile.core.ir import CapturedGraph, Facts
+from duca_compile.core.ports import argument
 from duca_compile.core.steps import Step, StepKind
 from duca_compile.core.variants import Action, Variant, VariantSpec
 from duca_compile.drop_in import WARM_UP_HORIZON, OptimizedModel
@@ -42,11 +43,12 @@ class Capture:
     prologue: Prologue
 
     def seen_prologue(self) -> Seen:
-        return Seen(self.batch, self.prologue.module, self.prologue.inputs, self.prologue.outputs)
+        inputs = tuple(map(argument, self.prologue.inputs))
+        return Seen.of(self.batch, self.prologue.module, inputs, self.prologue.outputs)
 
     def seen_rows(self, pieces: frozenset[str]) -> Seen:
         rows = make_rows(self.graph, self.facts, pieces)
-        return Seen(self.batch, rows.module, rows.inputs, rows.outputs)
+        return Seen.of(self.batch, rows.module, rows.inputs, rows.outputs)
 
 
 class Traced:
@@ -143,7 +145,7 @@ class Traced:
         )
 
     def _look(self) -> manifest.Look | None:
-        spec = probe_spec(self.facts, self.policy)
+        spec = probe_spec(self.policy)
         if spec is None:
             return None
         name = self._variant(spec, "look")
@@ -211,7 +213,7 @@ class TracedVariant:
     @staticmethod
     def of(name: str, one: Capture, other: Capture, spec: VariantSpec) -> TracedVariant:
         each = [(capture.batch, build_variant(capture.graph, capture.facts, spec)) for capture in (one, other)]
-        seen = [Seen(n, v.module, v.inputs, v.outputs, frozenset(v.dynamic_inputs)) for n, v in each]
+        seen = [Seen.of(n, v.module, v.inputs, v.outputs, v.dynamic_inputs) for n, v in each]
         return TracedVariant(name, spec, open_graph(name, *seen), each[0][1].pieces, (each[0], each[1]))
 
     def flops(self, counts: Mapping[int, int]) -> manifest.Flops:
@@ -222,14 +224,15 @@ class TracedVariant:
 
     def describe(self, facts: Facts, rows: str | None) -> manifest.Variant:
         """It for the manifest, with the name of the graph that computes the timestep-only values it reads."""
-        outputs = {spec.name for spec in self.graph.outputs}
+        variant = self._each[0][1]
         waiting, computed = [], dict[str, str | None]()
         for branch in facts.branches:
             if not branch.pointwise:
                 continue
-            if self.spec.actions[branch.index] is Action.COMPUTE:
-                computed[str(branch.index)] = score_output(facts, branch, self.spec.scores, outputs)
+            if self.spec.action(branch.index) is Action.COMPUTE:
+                score = score_output(facts, branch, variant)
+                computed[str(branch.index)] = None if score is None else score.result_name
             else:
                 waiting.append(branch.index)
-        tokens = tuple(map(self.spec.tokens_input, waiting))
+        tokens = tuple(self.spec.tokens_input(index).input_name for index in waiting)
         return manifest.Variant(self.name, rows, tuple(waiting), tokens, computed)

@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from duca_compile.core.fx_utils import PACKAGE, module_path, source_line
 from duca_compile.core.ir import CapturedGraph
 from duca_compile.core.outputs import OutputLayout
-from duca_compile.core.ports import RESERVED
 from duca_compile.errors import CaptureError, first_line
 from duca_compile.frontend import casts, concrete, offloading
 from duca_compile.frontend.activations import Activations
@@ -350,7 +349,9 @@ class _Lowering:
 
     def copy_nodes(self) -> None:
         """Copies all nodes but the output. Raises Untraceable."""
-        for node in self._program.graph.nodes:
+        arguments = {name for name, spec in self._specs.items() if spec.kind is InputKind.USER_INPUT}
+        # The arguments come first, so that no weight takes the name of one.
+        for node in sorted(self._program.graph.nodes, key=lambda node: node.name not in arguments):
             if getattr(node.target, "__module__", None) == _TRANSFORMS:
                 error = RuntimeError(f"it transforms a function (vmap), at {source_line(node)}")
                 raise Untraceable(module_path(node), error)
@@ -368,8 +369,6 @@ class _Lowering:
             self._mapping[node] = spec.arg.value
         else:
             copy = self._mapping[node] = self.graph.node_copy(node)
-            if node.name.startswith(RESERVED):
-                copy.name = copy.target = f"given_{node.name}"
             self.inputs.append(copy.name)
 
     def _add_attribute(self, node: fx.Node, target: str) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from duca_compile.backends.eager import EagerBackend
 from duca_compile.compiler.budget import CacheOptions
 from duca_compile.compiler.compiled import Compiled
-from duca_compile.core.ports import STREAM_END
+from duca_compile.core.ports import STREAM_END, Port, PortKind
 from duca_compile.core.variants import Variant, VariantFunction
 from duca_compile.drop_in import OptimizedModel, check_plain
 from duca_compile.errors import UsageError
@@ -26,12 +26,12 @@ class RecordedCall:
     """One call of the model.
 
     Attributes:
-        inputs: the inputs of its graph, by name.
+        inputs: the inputs of its graph, by port.
         outputs: what it returned.
         hidden: the end of the residual stream, (batch, tokens, channels).
     """
 
-    inputs: Mapping[str, Tensor]
+    inputs: Mapping[Port, Tensor]
     outputs: tuple[Tensor, ...]
     hidden: Tensor
 
@@ -80,11 +80,11 @@ class Recorder(EagerBackend):
 
         def recorded(*tensors: Tensor) -> tuple[Tensor, ...]:
             results = run(*tensors)
-            by_name = dict(zip(variant.outputs, results, strict=True))
-            call = RecordedCall({}, (), by_name[STREAM_END])
+            by_port = dict(zip(variant.outputs, results, strict=True))
+            call = RecordedCall({}, (), by_port[STREAM_END])
             if self._whole:
-                outputs = tuple(value.clone() for name, value in by_name.items() if name.startswith("output_"))
-                inputs = {name: tensor.clone() for name, tensor in zip(variant.inputs, tensors, strict=True)}
+                outputs = tuple(value.clone() for port, value in by_port.items() if port.kind is PortKind.OUTPUT)
+                inputs = {port: tensor.clone() for port, tensor in zip(variant.inputs, tensors, strict=True)}
                 call = replace(call, inputs=inputs, outputs=outputs)
             self._calls.append((variant, call))
             return results

@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, fx, nn
 
 from duca_compile.compiler.compiled import Compiled
-from duca_compile.core.ports import STREAM_END, cache_input
-from duca_compile.core.variants import Action, Variant, VariantSpec
+from duca_compile.core.ports import STREAM_END
+from duca_compile.core.variants import PredictVariant, Variant
 from duca_compile.errors import UsageError, not_none
 from duca_compile.methods.recording import RecordedCall, RecordedPass, Recorder, SampleLoop
 from duca_compile.passes.caching.predict import last_products, named, trained_weights, with_predictor
@@ -126,9 +126,9 @@ class _Graphs:
     ) -> tuple[Tensor, ...]:
         """The predicted outputs of the call ``end``, from the hidden state of the call ``start``."""
         variant = self._variant(compiled, weights)
-        values = {**end.inputs, cache_input(STREAM_END): start.hidden}
+        values = {**end.inputs, STREAM_END: start.hidden}
         typed = {n: w.to(_at(variant.module, n).dtype) for n, w in named(weights).items()}
-        inputs = tuple(values[name] for name in variant.inputs)
+        inputs = tuple(values[port] for port in variant.inputs)
         return torch.func.functional_call(variant.module, typed, inputs)  # type: ignore[no-any-return]
 
     def _variant(self, compiled: Compiled, weights: Mapping[str, Tensor]) -> Variant:
@@ -136,9 +136,7 @@ class _Graphs:
             captured, facts = compiled.captured, compiled.facts
             plain = {name: weight.detach() for name, weight in weights.items()}
             spliced = with_predictor(captured, facts, Predictor(self._config, plain))
-            actions = (Action.COMPUTE,) * len(facts.branches)
-            spec = VariantSpec(actions, emit=False, lite=True, predict=frozenset(weights))
-            variant = build_variant(spliced, facts, spec)
+            variant = build_variant(spliced, facts, PredictVariant(frozenset(weights)))
             _make_differentiable(variant.module)
             self._variants[id(compiled)] = compiled, variant
         return self._variants[id(compiled)][1]

@@ -5,15 +5,32 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar, cast
 
 import torch
 from torch import fx
 
+from duca_compile.core.fx_utils import add_placeholder, port_of
 from duca_compile.core.ir import Branch, Facts
-from duca_compile.core.ports import cache_input
-from duca_compile.core.variants import Action, VariantSpec
+from duca_compile.core.ports import Port
+from duca_compile.core.steps import Probe
+from duca_compile.core.variants import (
+    Action,
+    ForecastVariant,
+    FullVariant,
+    PredictVariant,
+    ProbeVariant,
+    VariantSpec,
+)
 from duca_compile.errors import InternalError
+
+
+def returned(graph: fx.Graph) -> tuple[fx.Node, ...]:
+    """The nodes that a graph returns. Raises InternalError where it returns anything else."""
+    (results,) = graph.output_node().args
+    if not isinstance(results, tuple) or not all(isinstance(node, fx.Node) for node in results):
+        raise InternalError(f"a graph must return a tuple of nodes, not {results!r}")
+    return cast("tuple[fx.Node, ...]", results)
 
 
 @dataclass
@@ -26,14 +43,16 @@ class Draft:
 
 @dataclass
 class VariantDraft(Draft):
-    """A draft on its way to becoming a variant; ``results`` names what the graph returns, in order."""
+    """A draft on its way to becoming a variant; ``results`` are the ports of what the graph returns, in order."""
 
     facts: Facts
     spec: VariantSpec
-    results: list[str]
+    results: list[Port]
+    cache_dtype: torch.dtype | None = None  # what caches are kept in, where that is narrower
 
     def __post_init__(self) -> None:
         self._nodes: dict[str, fx.Node] = {n.name: n for n in self.graph.nodes}
+        self._inputs: dict[Port, fx.Node] = {port_of(n): n for n in self.graph.find_nodes(op="placeholder")}
 
     def node(self, name: str) -> fx.Node:
         try:
@@ -42,23 +61,28 @@ class VariantDraft(Draft):
             raise InternalError(f"node {name!r} is gone from the graph") from None
 
     def branches(self, action: Action) -> list[Branch]:
-        return [b for b, a in zip(self.facts.branches, self.spec.actions, strict=True) if a is action]
+        return [branch for branch in self.facts.branches if self.spec.action(branch.index) is action]
 
-    def add_input(self, name: str, value: torch.Tensor) -> fx.Node:
-        """A new placeholder; ``value`` (fake or meta) says its shape and dtype."""
-        with self.graph.inserting_after(self._last_input()):
-            node = self.graph.placeholder(name)
-        node.meta["val"] = value
-        self._nodes[name] = node
-        return node
+    @property
+    def by_row(self) -> bool:
+        """Whether the numbers of forecasts differ by batch row."""
+        return isinstance(self.spec, FullVariant | ForecastVariant | ProbeVariant) and self.spec.by_row
 
-    def cache(self, slot: str, value: torch.Tensor) -> fx.Node:
-        """The placeholder of a cache."""
-        return self.shared_input(cache_input(slot), value)
+    @property
+    def after(self) -> Probe | None:
+        """The probe of the same step that the variant continues from."""
+        return None if isinstance(self.spec, PredictVariant | ProbeVariant) else self.spec.after
 
-    def shared_input(self, name: str, value: torch.Tensor) -> fx.Node:
-        """A placeholder that several may read: the same one each time."""
-        return self._nodes[name] if name in self._nodes else self.add_input(name, value)
+    def find_input(self, port: Port) -> fx.Node | None:
+        """The placeholder of this port, where there is one."""
+        return self._inputs.get(port)
+
+    def input(self, port: Port, value: torch.Tensor) -> fx.Node:
+        """The placeholder of this port, new or known; ``value`` (fake or meta) says its shape and dtype."""
+        if port not in self._inputs:
+            with self.graph.inserting_after(self._last_input()):
+                self._inputs[port] = add_placeholder(self.graph, port, value)
+        return self._inputs[port]
 
     def _last_input(self) -> fx.Node:
         inputs: list[fx.Node] = [n for n in self.graph.nodes if n.op == "placeholder"]
@@ -68,12 +92,9 @@ class VariantDraft(Draft):
         """Where nodes computed from ``node`` go: right behind it, and behind all inputs."""
         return self.graph.inserting_after(self._last_input() if node.op == "placeholder" else node)
 
-    def add_result(self, name: str, node: fx.Node) -> None:
-        output = self.graph.output_node()
-        (results,) = output.args
-        assert isinstance(results, tuple)
-        output.args = ((*results, node),)
-        self.results.append(name)
+    def add_result(self, port: Port, node: fx.Node) -> None:
+        self.graph.output_node().args = ((*returned(self.graph), node),)
+        self.results.append(port)
 
 
 D = TypeVar("D", bound=Draft, contravariant=True)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from duca_compile.core.ports import Port
 from duca_compile.passes.base import VariantDraft
 
 aten = torch.ops.aten
@@ -42,10 +43,10 @@ def row_norm(draft: VariantDraft, node: fx.Node, like: Tensor, power: int = 2) -
     return draft.graph.call_function(aten.linalg_vector_norm.default, arguments, {"dtype": precise(like)})
 
 
-def number_input(draft: VariantDraft, name: str, like: torch.Tensor) -> fx.Node:
-    """An input of 0 dimensions, or of one value for each row where the spec says that rows differ."""
-    shape = (draft.facts.batch,) if draft.spec.by_row else ()
-    return draft.shared_input(name, like.new_empty(shape, dtype=torch.float32))
+def number_input(draft: VariantDraft, port: Port, like: torch.Tensor) -> fx.Node:
+    """An input of 0 dimensions, or of one value for each row where batch rows differ."""
+    shape = (draft.facts.batch,) if draft.by_row else ()
+    return draft.input(port, like.new_empty(shape, dtype=torch.float32))
 
 
 def beside(draft: VariantDraft, number: fx.Node, like: torch.Tensor) -> fx.Node:
@@ -53,7 +54,7 @@ def beside(draft: VariantDraft, number: fx.Node, like: torch.Tensor) -> fx.Node:
 
     Unlike a number of no dimensions, one for each row would widen the value, so it takes the value's own type.
     """
-    if not draft.spec.by_row:
+    if not draft.by_row:
         return number
     rows = by_row(draft, number, like)
     if like.dtype is torch.float32:

@@ -6,15 +6,16 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import fx
 
 from duca_compile.analysis.closure import ancestors
-from duca_compile.core.fx_utils import copy_graph, to_module
+from duca_compile.core.fx_utils import copy_graph, port_of, to_module
 from duca_compile.core.ir import CapturedGraph, Facts, Variance
-from duca_compile.core.ports import is_cache
+from duca_compile.core.ports import CACHES, Port, PortKind
 from duca_compile.core.variants import Action, Variant, VariantSpec
 from duca_compile.errors import InternalError
-from duca_compile.passes.base import D, Draft, Pass, VariantDraft
+from duca_compile.passes.base import D, Draft, Pass, VariantDraft, returned
 from duca_compile.passes.caching.cast import CastCaches
 from duca_compile.passes.caching.forecast import Forecast
 from duca_compile.passes.caching.partial import RecomputeTokens
@@ -99,25 +100,26 @@ def build_variant(
     facts: Facts,
     spec: VariantSpec,
     observe: Callable[[VariantDraft], None] = lambda draft: None,
+    cache_dtype: torch.dtype | None = None,
 ) -> Variant:
     """Rewrites a copy of the prepared graph as ``spec`` says; its weights are the source model's own.
 
-    ``observe`` is called with the draft before the first pass, and after each.
+    Caches are kept in ``cache_dtype``, where that is narrower than their features. ``observe`` is called with the draft
+    before the first pass, and after each.
     """
-    (own,) = captured.graph.output_node().args
-    assert isinstance(own, tuple)
-    results = [f"output_{i}" for i in range(len(own))]
-    draft = run_passes(VariantDraft(copy_graph(captured.graph), facts, spec, results), REWRITE, observe)
+    results = [Port(PortKind.OUTPUT, place) for place in range(len(returned(captured.graph)))]
+    draft = VariantDraft(copy_graph(captured.graph), facts, spec, results, cache_dtype)
+    run_passes(draft, REWRITE, observe)
     pieces = frozenset(str(n.meta["piece"]) for n in draft.graph.nodes if "piece" in n.meta)
     fixed, per_token = variant_flops(draft.graph, facts)
-    inputs = tuple(n.name for n in draft.graph.nodes if n.op == "placeholder")
-    partial = {spec.tokens_input(i) for i, action in enumerate(spec.actions) if action is Action.PARTIAL}
+    inputs = tuple(map(port_of, draft.graph.find_nodes(op="placeholder")))
+    partial = {spec.tokens_input(branch.index) for branch in draft.branches(Action.PARTIAL)}
     return Variant(
         spec=spec,
         module=to_module(captured, draft.graph),
         inputs=inputs,
         outputs=tuple(draft.results),
-        dynamic_inputs=tuple(name for name in inputs if name in partial),
+        dynamic_inputs=tuple(port for port in inputs if port in partial),
         pieces=pieces,
         kept=_kept(draft),
         flops_fixed=fixed + _timestep_flops(captured.graph, facts, pieces),
@@ -131,15 +133,13 @@ def build_prologue(captured: CapturedGraph, facts: Facts) -> fx.GraphModule:
     return to_module(captured, run_passes(draft, (RemoveDeadCode(draws=False),)).graph)
 
 
-def _kept(draft: VariantDraft) -> dict[str, int]:
-    """Bytes of the results that are kept until the next step: all but the model's own, scores and measures."""
-    (results,) = draft.graph.output_node().args
-    assert isinstance(results, tuple)
-    found: dict[str, int] = {}
-    for name, node in zip(draft.results, results, strict=True):
-        if is_cache(name):
+def _kept(draft: VariantDraft) -> dict[Port, int]:
+    """Bytes of the results that are kept until the next step."""
+    found: dict[Port, int] = {}
+    for port, node in zip(draft.results, returned(draft.graph), strict=True):
+        if port.kind in CACHES:
             value = node.meta["val"]
-            found[name] = value.numel() * value.element_size()
+            found[port] = value.numel() * value.element_size()
     return found
 
 

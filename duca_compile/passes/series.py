@@ -5,30 +5,27 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from duca_compile.core.ports import FORECAST_FACTORS, difference_slot
-from duca_compile.errors import InternalError
+from duca_compile.core.ports import FORECAST_FACTORS, Port
 from duca_compile.passes.base import VariantDraft
 from duca_compile.passes.numbers import beside, limited, number_input
 
 aten = torch.ops.aten
 
 
-class Series:
+class SeriesBuilder:
     """Builds the series of caches where the graph is inserted to; each factor is one input."""
 
-    def __init__(self, draft: VariantDraft) -> None:
-        if draft.spec.order is None:
-            raise InternalError("a forecast needs to know its order")
-        self._draft, self._order = draft, draft.spec.order
-        self._factors: dict[tuple[str, torch.dtype, int], fx.Node] = {}
+    def __init__(self, draft: VariantDraft, order: int) -> None:
+        self._draft, self._order = draft, order
+        self._factors: dict[tuple[Port, torch.dtype, int], fx.Node] = {}
 
-    def behind(self, start: fx.Node, slot: str, like: torch.Tensor) -> fx.Node:
+    def behind(self, start: fx.Node, cache: Port, like: torch.Tensor) -> fx.Node:
         """``start``, which is D_0, and all that follows it."""
-        return self._added(start, self._terms(slot, like))
+        return self._added(start, self._terms(cache, like))
 
-    def change(self, slot: str, like: torch.Tensor) -> fx.Node:
+    def change(self, cache: Port, like: torch.Tensor) -> fx.Node:
         """The same without D_0; of order 1 at least."""
-        first, *terms = self._terms(slot, like)
+        first, *terms = self._terms(cache, like)
         return self._added(self._draft.graph.call_function(aten.mul.Tensor, first), terms)
 
     def _added(self, total: fx.Node, terms: list[tuple[fx.Node, fx.Node]]) -> fx.Node:
@@ -36,16 +33,16 @@ class Series:
             total = self._draft.graph.call_function(aten.addcmul.default, (total, difference, factor))
         return total
 
-    def _terms(self, slot: str, like: torch.Tensor) -> list[tuple[fx.Node, fx.Node]]:
+    def _terms(self, cache: Port, like: torch.Tensor) -> list[tuple[fx.Node, fx.Node]]:
         return [
-            (self._draft.cache(difference_slot(slot, i), like), self._factor(name, like))
-            for i, name in enumerate(FORECAST_FACTORS[: self._order], 1)
+            (self._draft.input(cache.difference(i), like), self._factor(factor, like))
+            for i, factor in enumerate(FORECAST_FACTORS[: self._order], 1)
         ]
 
-    def _factor(self, name: str, like: torch.Tensor) -> fx.Node:
+    def _factor(self, port: Port, like: torch.Tensor) -> fx.Node:
         """One node for all values of the same type and dimensions."""
-        key = name, like.dtype, like.dim()
+        key = port, like.dtype, like.dim()
         if key not in self._factors:
-            number = number_input(self._draft, name, like)
+            number = number_input(self._draft, port, like)
             self._factors[key] = beside(self._draft, limited(self._draft, number, like.dtype), like)
         return self._factors[key]

@@ -10,13 +10,15 @@ from time import perf_counter
 from typing import Any, NamedTuple, Protocol
 
 from duca_compile.core.ports import (
-    MEASURED,
+    CACHES,
+    MEASURES,
     PROBE_CHANGE,
     PROBE_SEEN,
     VERIFY_ERROR,
-    cache_input,
+    WRITTEN,
+    Port,
+    PortKind,
     dead_caches,
-    is_written,
 )
 from duca_compile.core.steps import Probe, Step, StepKind
 from duca_compile.core.tensors import Array, TensorVersions
@@ -25,7 +27,7 @@ from duca_compile.policies.adaptive import AdaptivePolicy
 from duca_compile.policies.base import Policy
 from duca_compile.runtime.adaptive import Decisions, merged
 from duca_compile.runtime.arrays import Arrays
-from duca_compile.runtime.cache_state import CacheState
+from duca_compile.runtime.cache_state import CacheState, StepInputs
 from duca_compile.runtime.clock import CallPosition
 from duca_compile.runtime.forecasting import ForecastInputs
 from duca_compile.runtime.request import Executed, Request
@@ -42,7 +44,7 @@ class Program:
 
     Attributes:
         run: the compiled variant, a function of flat tensors.
-        inputs: names of its inputs, in order.
+        inputs: the ports of its inputs, in order.
         timestep_key: the key, for ``Planner.timestep_rows``, of the timestep-only values that it reads; false if there
             are none.
         caches: the inputs that are caches.
@@ -57,7 +59,7 @@ class Program:
         tokens: the token index inputs, each with the index in ``cached_branches`` of the first branch that uses it.
         computed: selector positions of the branches computed in full, each with the index of the output that holds
             their token scores, or None.
-        measures: the outputs that decisions are based on: their names and indices.
+        measures: the outputs that decisions are based on: their ports and indices.
         copied_caches: the caches whose outputs are views of larger tensors, or not contiguous; None before the first
             run.
         aliased_outputs: indices of the model's own outputs that share memory with the state or with each other; None
@@ -65,39 +67,37 @@ class Program:
     """
 
     run: Callable[..., Sequence[Array]]
-    inputs: tuple[str, ...]
+    inputs: tuple[Port, ...]
     timestep_key: Hashable
-    caches: frozenset[str]
-    reads: frozenset[str]
+    caches: frozenset[Port]
+    reads: frozenset[Port]
     forecast: ForecastInputs
     output_count: int
-    writes: dict[str, int]
-    replaces: frozenset[str]
+    writes: dict[Port, int]
+    replaces: frozenset[Port]
     cached_branches: tuple[int, ...]
     selector_positions: tuple[int, ...]
-    tokens: Mapping[str, int]
+    tokens: Mapping[Port, int]
     computed: Mapping[int, int | None]
-    measures: tuple[tuple[str, int], ...] = ()
-    copied_caches: tuple[str, ...] | None = None
+    measures: tuple[tuple[Port, int], ...] = ()
+    copied_caches: tuple[Port, ...] | None = None
     aliased_outputs: tuple[int, ...] | None = None
 
     @staticmethod
     def of(
         run: Callable[..., Sequence[Array]],
-        inputs: tuple[str, ...],
-        outputs: tuple[str, ...],
+        inputs: tuple[Port, ...],
+        outputs: tuple[Port, ...],
         timestep_key: Hashable,
         forecast: ForecastInputs,
         cached_branches: tuple[int, ...],
         selector_positions: tuple[int, ...],
-        tokens: tuple[str, ...],
+        tokens: tuple[Port, ...],
         computed: Mapping[int, int | None],
     ) -> Program:
-        """The program of a function of flat tensors with these names."""
-        output_count = sum(name.startswith("output_") for name in outputs)
-        extra = [*enumerate(outputs)][output_count:]
-        writes = {cache_input(name): i for i, name in extra if is_written(name)}
-        caches = frozenset(name for name in inputs if name.startswith(cache_input("")))
+        """The program of a function of flat tensors with these ports."""
+        writes = {port: i for i, port in enumerate(outputs) if port.kind in WRITTEN}
+        caches = frozenset(port for port in inputs if port.kind in CACHES)
         return Program(
             run,
             inputs,
@@ -105,14 +105,14 @@ class Program:
             caches,
             reads=caches - forecast.zero_caches.keys(),
             forecast=forecast,
-            output_count=output_count,
+            output_count=sum(port.kind is PortKind.OUTPUT for port in outputs),
             writes=writes,
             replaces=frozenset(writes.keys() - set(inputs)),
             cached_branches=cached_branches,
             selector_positions=selector_positions,
-            tokens={name: tokens.index(name) for name in tokens if name in inputs},
+            tokens={port: tokens.index(port) for port in tokens if port in inputs},
             computed=computed,
-            measures=tuple((name, i) for i, name in extra if name in MEASURED),
+            measures=tuple((port, i) for i, port in enumerate(outputs) if port.kind in MEASURES),
         )
 
 
@@ -133,7 +133,7 @@ class StepPlan:
     flops: float
 
     @cached_property
-    def unread(self) -> tuple[str, ...]:
+    def unread(self) -> tuple[Port, ...]:
         """The caches that its program fills and no later step reads."""
         return dead_caches(self.step.live, self.program.writes)
 
@@ -146,13 +146,13 @@ class TimestepRows(Protocol):
     """Computes the timestep-only values of one graph, packed into one timestep row for each dtype."""
 
     @property
-    def outputs(self) -> tuple[str, ...]: ...
+    def outputs(self) -> tuple[Port, ...]: ...
 
-    def compute(self, call: Mapping[str, Array], hoisted: Mapping[str, Array]) -> Sequence[Array]:
+    def compute(self, call: Mapping[str, Array], hoisted: Mapping[Port, Array]) -> Sequence[Array]:
         """The timestep rows for the call's own timestep."""
 
     def compute_all(
-        self, call: Mapping[str, Array], hoisted: Mapping[str, Array], times: tuple[float, ...]
+        self, call: Mapping[str, Array], hoisted: Mapping[Port, Array], times: tuple[float, ...]
     ) -> Mapping[float, Sequence[Array]]:
         """The timestep rows for each of ``times``; empty if they are not to be computed together.
 
@@ -189,9 +189,10 @@ class Hoister(Protocol):
     """Computes the loop-invariant values from the call's invariant inputs."""
 
     @property
-    def inputs(self) -> tuple[str, ...]: ...
+    def inputs(self) -> tuple[str, ...]:
+        """The names of these arguments."""
 
-    def compute(self, call: Mapping[str, Array]) -> dict[str, Array]: ...
+    def compute(self, call: Mapping[str, Array]) -> dict[Port, Array]: ...
 
 
 class _Outcome(NamedTuple):
@@ -303,13 +304,13 @@ class Dispatcher:
         request: Request,
         position: CallPosition,
         rows: Sequence[bool] | None = None,
-    ) -> dict[str, Array]:
+    ) -> StepInputs:
         """The inputs other than caches and loop-invariant values.
 
         Where batch rows decide for themselves, ``rows`` says which of them a full step is for.
         """
         program = plan.program
-        given = {**call, **state.measured} if state.measured else {**call}
+        given: StepInputs = {**call, **state.measured} if state.measured else {**call}
         if program.timestep_key:
             given.update(self._timestep_values(program.timestep_key, state, call, request, position))
         if program.forecast.needed:
@@ -318,7 +319,7 @@ class Dispatcher:
 
     def _timestep_values(
         self, needed: Hashable, state: CacheState, call: Mapping[str, Array], request: Request, position: CallPosition
-    ) -> Iterable[tuple[str, Array]]:
+    ) -> Iterable[tuple[Port, Array]]:
         """The timestep-only values that a program reads: precomputed ones if there are any, else computed now."""
         if self._precomputes_timesteps and not state.timesteps_precomputed:
             state.timesteps_precomputed = True
@@ -365,7 +366,7 @@ class Dispatcher:
             return plan
         return self.planner.plan(Step(StepKind.FULL, kept=step.kept, live=step.live))
 
-    def _run(self, plan: StepPlan, state: CacheState, given: dict[str, Array]) -> Sequence[Array]:
+    def _run(self, plan: StepPlan, state: CacheState, given: StepInputs) -> Sequence[Array]:
         program = plan.program
         if program.replaces:  # freed first, so that old and new caches are never in memory together
             state.drop(program.replaces)
@@ -375,7 +376,7 @@ class Dispatcher:
         if program.writes:
             state.store(self._written(program, results))
         if program.measures:
-            state.measured.update({name: results[i] for name, i in program.measures})
+            state.measured.update({port: results[i] for port, i in program.measures})
         if program.computed:
             self._refresh(program.computed, results, state)
         outputs = self._unaliased(program, results[: program.output_count], state)
@@ -385,23 +386,23 @@ class Dispatcher:
             state.drop(plan.unread)
         return outputs
 
-    def _written(self, program: Program, results: Sequence[Array]) -> dict[str, Array]:
+    def _written(self, program: Program, results: Sequence[Array]) -> dict[Port, Array]:
         """The caches that a program fills, contiguous as compiled code needs them, and not views of larger tensors."""
-        written = {name: results[i] for name, i in program.writes.items()}
+        written = {port: results[i] for port, i in program.writes.items()}
         if program.copied_caches is None:  # the same for all calls of a variant
-            program.copied_caches = tuple(name for name, value in written.items() if _needs_copy(value))
-        for name in program.copied_caches:
-            value = written[name]
-            written[name] = value.clone() if value.is_contiguous() else value.contiguous()
+            program.copied_caches = tuple(port for port, value in written.items() if _needs_copy(value))
+        for port in program.copied_caches:
+            value = written[port]
+            written[port] = value.clone() if value.is_contiguous() else value.contiguous()
         return written
 
-    def _tokens(self, plan: StepPlan, state: CacheState) -> dict[str, Array | None]:
-        """The indices of the tokens that a partial step recomputes, by the name of the input."""
+    def _tokens(self, plan: StepPlan, state: CacheState) -> dict[Port, Array | None]:
+        """The indices of the tokens that a partial step recomputes, by the input."""
         program = plan.program
         if state.selector is None or not program.cached_branches:
             return {}
         chosen = state.selector.select(program.selector_positions, plan.counts, plan.step.interval)
-        return {name: chosen[i] for name, i in program.tokens.items()}
+        return {port: chosen[i] for port, i in program.tokens.items()}
 
     def _unaliased(self, program: Program, outputs: Sequence[Array], state: CacheState) -> Sequence[Array]:
         """The outputs; those that share memory with the state or with another output are copied.
@@ -476,9 +477,7 @@ class _AdaptiveStep:
         """
         state, measure = self._state, self._policy.measure
         if isinstance(measure, Probe):
-            has_reference = (
-                bool(state.forecasts) if measure.of == "forecast" else cache_input(PROBE_SEEN) in state.caches
-            )
+            has_reference = bool(state.forecasts) if measure.of == "forecast" else PROBE_SEEN in state.caches
             self._run_plan(not_none(self._dispatcher.planner.probe_plan(), "the probe's plan"))
             return state.measured[PROBE_CHANGE].tolist() if has_reference else []
         drafts = sorted((step for step in proposed if step.kind is not StepKind.FULL), key=lambda step: step.verified)
@@ -510,9 +509,9 @@ class _AdaptiveStep:
 
     def _keep_reference(self, probe: Probe, full: Sequence[bool]) -> None:
         """Keeps what the next probe is compared with: what this one saw, or only that of the full rows."""
-        state, name = self._state, cache_input(PROBE_SEEN)
+        state = self._state
         seen = state.measured[PROBE_SEEN]
         if probe.to_last_full and not all(full):
-            old = state.caches[name]
+            old = state.caches[PROBE_SEEN]
             seen = self._dispatcher.planner.arrays(seen).select_rows(full, seen, old) if any(full) else old
-        state.store({name: seen})
+        state.store({PROBE_SEEN: seen})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from duca_compile.core.ports import FORECAST_FACTORS, FORECAST_GAP, FORECAST_ORDERS, FULL_ROWS
+from duca_compile.core.ports import FORECAST_FACTORS, FORECAST_GAP, FORECAST_ORDERS, FULL_ROWS, Port
 from duca_compile.core.tensors import Array
 from duca_compile.policies.base import Forecast
 from duca_compile.runtime.cache_state import CacheState
@@ -26,10 +26,10 @@ class ForecastInputs:
         rows: how many values each number has: one, or one for each batch row.
     """
 
-    numbers: Mapping[str, Callable[[tuple[float, ...]], Array]]
-    zero_caches: Mapping[str, Callable[[], Array]]
+    numbers: Mapping[Port, Callable[[tuple[float, ...]], Array]]
+    zero_caches: Mapping[Port, Callable[[], Array]]
     rows: int = 1
-    _known: dict[tuple[object, ...], dict[str, Array]] = field(default_factory=dict)  # the same in most requests
+    _known: dict[tuple[object, ...], dict[Port, Array]] = field(default_factory=dict)  # the same in most requests
 
     @property
     def needed(self) -> bool:
@@ -38,7 +38,7 @@ class ForecastInputs:
 
     def values(
         self, forecast: Forecast | None, state: CacheState, step: int, rows: Sequence[bool] | None = None
-    ) -> dict[str, Array]:
+    ) -> dict[Port, Array]:
         """The numbers for ``step``; records a full step in ``state``, and creates the caches that are missing.
 
         A guidance pass that is new, or missed a step, has no differences: its full step counts as a first one.
@@ -50,7 +50,7 @@ class ForecastInputs:
             rows: which batch rows a full step is for, where they differ.
         """
         if missing := self.zero_caches.keys() - state.caches.keys():
-            state.store({name: self.zero_caches[name]() for name in missing})
+            state.store({port: self.zero_caches[port]() for port in missing})
         if not self.numbers:
             return {}
         full = (True,) * self.rows if rows is None or self.rows == 1 else tuple(rows)
@@ -75,12 +75,12 @@ class ForecastInputs:
         full: tuple[float, ...],
         before: tuple[ForecastState, ...],
         after: tuple[ForecastState, ...],
-    ) -> dict[str, Array]:
-        numbers: dict[str, tuple[float, ...]] = {FULL_ROWS: full}
+    ) -> dict[Port, Array]:
+        numbers: dict[Port, tuple[float, ...]] = {FULL_ROWS: full}
         if forecast is not None and FORECAST_FACTORS[0] in self.numbers:
             factors = [state.factors(step, forecast) for state in before]
             numbers |= zip(FORECAST_FACTORS, zip(*factors, strict=True), strict=False)
         elif forecast is not None:
             numbers[FORECAST_GAP] = tuple(state.distance(step) for state in before)
             numbers[FORECAST_ORDERS] = tuple(state.orders for state in after)
-        return {name: make(numbers[name]) for name, make in self.numbers.items()}
+        return {port: make(numbers[port]) for port, make in self.numbers.items()}

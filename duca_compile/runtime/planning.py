@@ -2,112 +2,135 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Mapping
+from typing import Literal
 
 from duca_compile.core.ir import Branch, Facts, Role
-from duca_compile.core.steps import CacheKinds, Probe, Step, StepKind
-from duca_compile.core.variants import Action, VariantSpec
+from duca_compile.core.ports import Port, PortKind
+from duca_compile.core.steps import CacheKinds, Probe, Step, StepKind, Verify
+from duca_compile.core.variants import (
+    Action,
+    Changes,
+    ForecastVariant,
+    FullVariant,
+    PartialVariant,
+    PredictVariant,
+    ProbeVariant,
+    ReuseVariant,
+    Scores,
+    Series,
+    SkipVariant,
+    Variant,
+    VariantSpec,
+)
 from duca_compile.errors import PolicyError
 from duca_compile.policies.adaptive import AdaptivePolicy
-from duca_compile.policies.base import Policy, Selection, TokenQuery
+from duca_compile.policies.base import Forecast, Policy, Selection, TokenQuery
 from duca_compile.runtime.selection import TokenSet, check_grid
-
-_ACTIONS = {
-    StepKind.FULL: Action.COMPUTE,
-    StepKind.PARTIAL: Action.PARTIAL,
-    StepKind.REUSE: Action.REUSE,
-    StepKind.SKIP: Action.REUSE,
-    StepKind.FORECAST: Action.FORECAST,
-    StepKind.PREDICT: Action.COMPUTE,
-}
 
 
 def plan_step(facts: Facts, policy: Policy, step: Step) -> tuple[VariantSpec, dict[int, int]]:
     """The variant that ``step`` needs, and how many tokens each of its partial branches recomputes."""
-    counts: dict[int, int] = {}
-    actions = tuple(_action(facts, policy, step, branch, counts) for branch in facts.branches)
-    adaptive, forecast, selection = isinstance(policy, AdaptivePolicy), policy.forecast, policy.selection
-    if policy.predictor is not None:
-        names = frozenset(policy.predictor.weights) if step.kind is StepKind.PREDICT else frozenset[str]()
-        return VariantSpec(actions, emit=step.kind is StepKind.FULL, lite=True, predict=names), counts
-    lite = forecast is not None and forecast.lite
-    scores = score_kind(policy) if Action.COMPUTE in actions else None
-    # Where forecasts or changes are cached, only full steps fill the caches: between them they stay as they are.
-    fills = step.kind is StepKind.FULL or (forecast is None and not adaptive)
-    spec = VariantSpec(
-        actions,
-        skip=step.kind is StepKind.SKIP or (step.kind is StepKind.FORECAST and lite),
-        scores=scores,
-        paired=scores is not None and selection is not None and selection.paired,
-        emit=policy.caches and fills,
-        order=None if forecast is None else forecast.order,
-        lite=lite,
-        relational=forecast is not None and forecast.relational,
-        chosen_with=_shared(facts, counts) if selection is not None and selection.shared else (),
-        keeps=CacheKinds.BRANCHES if adaptive else step.kept,
-    )
-    return (_adapted(spec, policy, step) if isinstance(policy, AdaptivePolicy) else spec), counts
+    counts = _token_counts(facts, policy, step) if step.kind is StepKind.PARTIAL else {}
+    leading = sum(branch.block < step.leading_full for branch in facts.branches)
+    measure = policy.measure if isinstance(policy, AdaptivePolicy) else None
+    after = measure if isinstance(measure, Probe) else None
+    scores, keeps = _scores(policy), _kept_between(policy, step)
+    match step.kind:
+        case StepKind.FULL:
+            return FullVariant(_kept_of_full(policy, step), scores, after, _by_row(policy)), counts
+        case StepKind.PARTIAL:
+            branches = _partial(facts, policy, leading, counts)
+            return PartialVariant(branches, keeps, scores if Action.COMPUTE in branches else None, after), counts
+        case StepKind.REUSE:
+            return ReuseVariant(leading, keeps, scores if leading else None, after), counts
+        case StepKind.SKIP:
+            change = isinstance(policy, AdaptivePolicy) and policy.change
+            return SkipVariant(leading, keeps, scores if leading else None, after, change), counts
+        case StepKind.FORECAST:
+            verify = measure if isinstance(measure, Verify) and step.verified else None
+            return ForecastVariant(_series(policy.forecast), leading, verify, after, _by_row(policy)), counts
+        case StepKind.PREDICT:
+            if policy.predictor is None:
+                raise PolicyError(f"{policy.name} has predict steps and no predictor")
+            return PredictVariant(frozenset(policy.predictor.weights)), counts
 
 
-def _adapted(spec: VariantSpec, policy: AdaptivePolicy, step: Step) -> VariantSpec:
-    by_row = policy.per != "batch" and (step.kind is StepKind.FULL or spec.order is not None)
-    measure = policy.measure
-    if isinstance(measure, Probe):
-        return replace(spec, probe=measure, change=policy.change, by_row=by_row)
-    return replace(spec, verify=measure if step.verified else None, by_row=by_row)
-
-
-def probe_spec(facts: Facts, policy: Policy) -> VariantSpec | None:
+def probe_spec(policy: Policy) -> ProbeVariant | None:
     """The variant that looks before a step is decided; None where the policy has none."""
     if not isinstance(policy, AdaptivePolicy) or not isinstance(policy.measure, Probe):
         return None
-    actions, forecast = (Action.COMPUTE,) * len(facts.branches), policy.forecast
-    compares = forecast is not None and policy.measure.of == "forecast"
-    return VariantSpec(
-        actions,
-        emit=False,
-        order=forecast.order if compares and forecast is not None else None,
-        probe=policy.measure,
-        probing=True,
-        by_row=compares and policy.per != "batch",
-    )
+    if policy.measure.of != "forecast":
+        return ProbeVariant(policy.measure)
+    return ProbeVariant(policy.measure, _series(policy.forecast).order, _by_row(policy))
 
 
-def _action(facts: Facts, policy: Policy, step: Step, branch: Branch, counts: dict[int, int]) -> Action:
-    if branch.block < step.leading_full:
-        return Action.COMPUTE
-    if step.kind is not StepKind.PARTIAL:
-        return _ACTIONS[step.kind]
-    if branch.kind == "mixing":  # not understood, so computed in full
-        return Action.COMPUTE
-    if not branch.pointwise:
-        return Action.REUSE
-    query = TokenQuery(branch.block, facts.blocks, branch.kind, branch.tokens, branch.role is Role.TEXT)
-    count = policy.fresh_tokens(step, query)
-    if count <= 0:
-        return Action.REUSE
-    counts[branch.index] = count
-    return Action.PARTIAL
+def _kept_of_full(policy: Policy, step: Step) -> CacheKinds | Series | Changes:
+    if policy.predictor is not None:
+        return CacheKinds.END
+    if not policy.caches:
+        return CacheKinds.NOTHING
+    if policy.forecast is not None:
+        return _series(policy.forecast)
+    if not isinstance(policy, AdaptivePolicy):
+        return step.kept
+    return Changes() if policy.change else CacheKinds.BRANCHES
 
 
-def _shared(facts: Facts, counts: dict[int, int]) -> tuple[int, ...]:
-    """For each branch the first that recomputes as many of the same number of tokens."""
-    if not counts:
-        return ()
-    first: dict[tuple[int, ...], int] = {}
-    return tuple(
-        first.setdefault((*branch.shape[:2], counts[branch.index]), branch.index)
-        if branch.index in counts
-        else branch.index
-        for branch in facts.branches
-    )
+def _kept_between(policy: Policy, step: Step) -> CacheKinds:
+    """What a step that is not full keeps: nothing where only full steps fill the caches."""
+    only_full = policy.forecast is not None or policy.predictor is not None or isinstance(policy, AdaptivePolicy)
+    return CacheKinds.NOTHING if only_full or not policy.caches else step.kept
 
 
-def score_output(facts: Facts, branch: Branch, scores: str | None, outputs: Collection[str]) -> str | None:
-    """The output among ``outputs`` that holds the scores of the tokens of ``branch``; None where there is none."""
-    source = facts.score_source(branch, scores)
-    return source.score_slot if source is not None and source.score_slot in outputs else None
+def _series(forecast: Forecast | None) -> Series:
+    if forecast is None:
+        raise PolicyError("a policy with forecast steps must say how they extrapolate: its `forecast` is None")
+    return Series(forecast.order, "end" if forecast.lite else "inputs" if forecast.relational else "branches")
+
+
+def _by_row(policy: Policy) -> bool:
+    return isinstance(policy, AdaptivePolicy) and policy.per != "batch"
+
+
+def _scores(policy: Policy) -> Scores | None:
+    kind = score_kind(policy)
+    return None if kind is None or policy.selection is None else Scores(kind, policy.selection.paired)
+
+
+def _token_counts(facts: Facts, policy: Policy, step: Step) -> dict[int, int]:
+    """How many tokens each branch recomputes, of those that recompute any."""
+    counts: dict[int, int] = {}
+    for branch in facts.branches:
+        if branch.pointwise and branch.kind != "mixing" and branch.block >= step.leading_full:
+            query = TokenQuery(branch.block, facts.blocks, branch.kind, branch.tokens, branch.role is Role.TEXT)
+            counts[branch.index] = policy.fresh_tokens(step, query)
+    return {index: count for index, count in counts.items() if count > 0}
+
+
+def _partial(
+    facts: Facts, policy: Policy, leading: int, counts: Mapping[int, int]
+) -> tuple[Literal[Action.COMPUTE, Action.REUSE] | Port, ...]:
+    """What a partial step does with each branch; those whose tokens nothing is known of are computed in full."""
+    shared = policy.selection is not None and policy.selection.shared
+    first: dict[tuple[int, ...], Port] = {}  # branches share an input where they choose as many of the same tokens
+
+    def found(branch: Branch) -> Literal[Action.COMPUTE, Action.REUSE] | Port:
+        if branch.index in counts:
+            port = Port(PortKind.TOKENS, branch.index)
+            return first.setdefault((*branch.shape[:2], counts[branch.index]), port) if shared else port
+        return Action.COMPUTE if branch.index < leading or branch.kind == "mixing" else Action.REUSE
+
+    return tuple(map(found, facts.branches))
+
+
+def score_output(facts: Facts, branch: Branch, variant: Variant) -> Port | None:
+    """The output of a variant that holds the scores of the tokens of ``branch``; None where there is none."""
+    spec = variant.spec
+    if isinstance(spec, ForecastVariant | PredictVariant | ProbeVariant) or spec.scores is None:
+        return None
+    source = facts.score_source(branch, spec.scores.kind)
+    return source.score_slot if source is not None and source.score_slot in variant.outputs else None
 
 
 def score_kind(policy: Policy) -> str | None:

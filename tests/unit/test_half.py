@@ -14,13 +14,13 @@ from torch.nn import functional
 import duca_compile
 from duca_compile import RFC, ResidualGate, SpeCa, TaylorSeer
 from duca_compile.core.fx_utils import copy_graph, op_name
-from duca_compile.core.variants import VariantSpec
+from duca_compile.core.variants import ForecastVariant, FullVariant, Series
 from duca_compile.frontend.operators import carried_value
 from duca_compile.passes.pipeline import build_variant
 from duca_compile.policies import StepKind
 from tests.test_memory import held
 from tests.test_optimize import build, latent
-from tests.unit.tracing import COMPUTE, FORECAST, Runner, analysed
+from tests.unit.tracing import COMPUTE, Runner, analysed, names_of
 
 HALF, ROWS = (torch.bfloat16, torch.float16), 4
 Numbers = dict[str, Tensor]
@@ -62,7 +62,7 @@ def least(like: Tensor) -> float:
 def test_a_forecast_is_a_few_roundings_from_the_exact_one(
     runner: Runner, seed: int, order: int, distances: tuple[int, ...], size: float, by_row: bool
 ) -> None:
-    spec = VariantSpec((FORECAST,) * 4, emit=False, order=order, by_row=by_row)
+    spec = ForecastVariant(Series(order), by_row=by_row)
     graph = copy_graph((module := build_variant(runner.captured, runner.facts, spec).module).graph)
     total = next(n for n in graph.nodes if op_name(n) == "addcmul" and op_name(next(iter(n.users))) != "addcmul")
     slots = [n.name for n in graph.find_nodes(op="placeholder") if n.name.startswith("cache_branch_0")]
@@ -87,7 +87,7 @@ def test_a_forecast_is_a_few_roundings_from_the_exact_one(
 @torch.no_grad()
 @pytest.mark.parametrize("by_row", [False, True])
 def test_differences_are_two_roundings_from_the_exact_ones(runner: Runner, by_row: bool) -> None:
-    spec = VariantSpec((COMPUTE,) * 4, order=2, by_row=by_row)
+    spec = FullVariant(Series(2), by_row=by_row)
     variant = build_variant(runner.captured, runner.facts, spec)
     kinds = {n.name: n.meta["val"] for n in variant.module.graph.find_nodes(op="placeholder")}
     torch.manual_seed(0)
@@ -183,9 +183,8 @@ def test_rows_that_decide_for_themselves_keep_the_type(dtype: torch.dtype) -> No
 
 def test_numbers_of_forecasts_stay_wide_where_caches_are_narrow() -> None:
     captured, facts = analysed(build(depth=2), **example(torch.float32))
-    spec = VariantSpec((COMPUTE,) * 4, order=1, relational=True, cache_dtype=torch.bfloat16)
-    variant = build_variant(captured, facts, spec)
-    results = dict(zip(variant.outputs, variant.module.graph.output_node().args[0], strict=True))  # type: ignore[arg-type]
+    variant = build_variant(captured, facts, FullVariant(Series(1, "inputs")), cache_dtype=torch.bfloat16)
+    results = dict(zip(names_of(variant.outputs), variant.module.graph.output_node().args[0], strict=True))  # type: ignore[arg-type]
     assert results["scale_0"].meta["val"].dtype is torch.float32
     assert results["input_0"].meta["val"].dtype is results["branch_0_d1"].meta["val"].dtype is torch.bfloat16
 

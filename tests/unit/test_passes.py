@@ -11,13 +11,26 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812
-from tracing import COMPUTE, FORECAST, PARTIAL, REUSE, Runner, analysed, module, names, node, raw
+from tracing import COMPUTE, PARTIAL, REUSE, Runner, analysed, mixed, module, names, names_of, node, raw
 
 from duca_compile.analysis.closure import ancestors
 from duca_compile.core.fx_utils import copy_graph, op_name, to_module
 from duca_compile.core.ir import CapturedGraph, Facts
-from duca_compile.core.ports import VERIFY_ERROR
-from duca_compile.core.variants import Action, VariantSpec
+from duca_compile.core.ports import Port, PortKind
+from duca_compile.core.steps import CacheKinds
+from duca_compile.core.variants import (
+    Action,
+    Changes,
+    ForecastVariant,
+    FullVariant,
+    PredictVariant,
+    ProbeVariant,
+    ReuseVariant,
+    Scores,
+    Series,
+    SkipVariant,
+    VariantSpec,
+)
 from duca_compile.errors import InternalError
 from duca_compile.passes.base import Draft, Pass, VariantDraft
 from duca_compile.passes.caching.forecast import Forecast
@@ -42,6 +55,7 @@ from duca_compile.passes.pipeline import PREPARE, run_passes
 from duca_compile.policies import Probe, Verify
 
 X = torch.randn(2, 4, 8)
+OUTPUT = Port(PortKind.OUTPUT, 0)
 
 
 def operators(graph: fx.Graph) -> list[str]:
@@ -241,9 +255,12 @@ class TestCaching:
     def _model(cls) -> None:
         cls.model = analysed(models.build(), **models.example())
 
-    def draft(self, *actions: Action, **spec: Any) -> VariantDraft:
+    def draft(self, *actions: Action) -> VariantDraft:
+        return self.of(mixed(*actions))
+
+    def of(self, spec: VariantSpec) -> VariantDraft:
         captured, facts = self.model
-        return VariantDraft(copy_graph(captured.graph), facts, VariantSpec(tuple(actions), **spec), ["output_0"])
+        return VariantDraft(copy_graph(captured.graph), facts, spec, [OUTPUT])
 
     def apply(self, a_pass: Pass[VariantDraft], draft: VariantDraft) -> bool:
         """Applies the pass twice: the second time must change nothing."""
@@ -260,14 +277,14 @@ class TestCaching:
         return not self.apply(a_pass, draft) and str(draft.graph) == before
 
     def returned(self, draft: VariantDraft) -> dict[str, str]:
-        return dict(zip(draft.results, (n.name for n in draft.graph.output_node().args[0]), strict=True))
+        return dict(zip(names_of(draft.results), (n.name for n in draft.graph.output_node().args[0]), strict=True))
 
     def readers(self, draft: VariantDraft, name: str) -> set[str]:
         return {user.name for user in node(draft.graph, name).users}
 
     def test_hoisting_reads_the_frontier_from_inputs(self) -> None:
         captured, facts = analysed(models.build(models.CrossBlock), **models.example())
-        draft = VariantDraft(copy_graph(captured.graph), facts, VariantSpec((COMPUTE,) * 6), ["output_0"])
+        draft = VariantDraft(copy_graph(captured.graph), facts, FullVariant(), [OUTPUT])
         assert self.apply(Hoist(), draft)
         hoisted = [n.name for n in draft.graph.nodes if n.name.startswith("hoisted_")]
         assert len(hoisted) == 4 + 1, "keys and values of two blocks, and the frequencies of the timestep"
@@ -297,7 +314,7 @@ class TestCaching:
             return x + self.a(x * timestep[:, None, None])
 
         captured, facts = analysed(module(forward, a=nn.Linear(8, 8)), x=X, timestep=torch.ones(2))
-        draft = VariantDraft(copy_graph(captured.graph), facts, VariantSpec((COMPUTE,)), ["output_0"])
+        draft = VariantDraft(copy_graph(captured.graph), facts, FullVariant(), [OUTPUT])
         assert self.unchanged(Hoist(), draft)
 
     def test_computed_branches_and_the_end_of_the_stream_are_returned(self) -> None:
@@ -314,8 +331,8 @@ class TestCaching:
         ]
 
     def test_a_skipped_stream_is_not_returned(self) -> None:
-        assert self.unchanged(EmitCaches(), self.draft(*[REUSE] * 4, skip=True))
-        leading = self.draft(COMPUTE, REUSE, REUSE, REUSE, skip=True)
+        assert self.unchanged(EmitCaches(), self.of(SkipVariant()))
+        leading = self.of(SkipVariant(leading=1))
         assert self.apply(EmitCaches(), leading)
         assert list(self.returned(leading)) == ["output_0", "branch_0"]
 
@@ -336,24 +353,25 @@ class TestCaching:
 
     def test_skip_replaces_the_end_of_the_stream(self) -> None:
         _, facts = self.model
-        draft = self.draft(*[REUSE] * 4, skip=True)
+        draft = self.of(SkipVariant())
         head = self.readers(draft, facts.stream_end)
         assert self.apply(SkipBlocks(), draft)
         assert self.readers(draft, facts.stream_end) == set()
         assert self.readers(draft, "cache_stream_end") == head
 
     def test_skip_has_nothing_to_do(self) -> None:
-        assert self.unchanged(SkipBlocks(), self.draft(*[REUSE] * 4))
+        assert self.unchanged(SkipBlocks(), self.of(ReuseVariant()))
 
     def test_only_what_forecasts_read_is_returned(self) -> None:
-        for lite, expected in ((False, ["branch_0", "branch_1", "branch_2", "branch_3"]), (True, ["stream_end"])):
-            draft = self.draft(*[COMPUTE] * 4, order=1, lite=lite)
+        branches = [f"branch_{index}" for index in range(4)]
+        for of, expected in (("branches", branches), ("end", ["stream_end"])):
+            draft = self.of(FullVariant(Series(1, of)))  # type: ignore[arg-type]
             assert self.apply(EmitCaches(), draft)
             assert list(self.returned(draft)) == ["output_0", *expected]
 
     def test_differences_are_returned_beside_the_caches(self) -> None:
         _, facts = self.model
-        draft = self.draft(*[COMPUTE] * 4, order=2)
+        draft = self.of(FullVariant(Series(2)))
         EmitCaches().apply(draft)
         assert self.apply(EmitDifferences(), draft)
         returned = self.returned(draft)
@@ -362,7 +380,7 @@ class TestCaching:
         for branch in facts.branches:
             first, second = (node(draft.graph, returned[f"branch_{branch.index}_d{order}"]) for order in (1, 2))
             assert op_name(first) == op_name(second) == "where"
-            assert returned[branch.slot] == branch.core
+            assert returned[branch.slot.result_name] == branch.core
             changes = [n.args[1].args[0] for n in (first, second)]
             now = [node(draft.graph, branch.core), first]
             old = [node(draft.graph, f"cache_branch_{branch.index}{difference}") for difference in ("", "_d1")]
@@ -373,25 +391,25 @@ class TestCaching:
         assert all(node(draft.graph, name).meta["val"].shape == () for name in numbers)
 
     def test_differences_of_the_end_alone(self) -> None:
-        draft = self.draft(*[COMPUTE] * 4, order=1, lite=True)
+        draft = self.of(FullVariant(Series(1, "end")))
         EmitCaches().apply(draft)
         assert self.apply(EmitDifferences(), draft)
         assert list(self.returned(draft)) == ["output_0", "stream_end", "stream_end_d1"]
 
-    @pytest.mark.parametrize("spec", [{}, {"order": 0}, {"order": 2, "emit": False}])
-    def test_no_differences_are_asked_for(self, spec: dict[str, Any]) -> None:
-        draft = self.draft(*[COMPUTE] * 4, **spec)
+    @pytest.mark.parametrize("keeps", [CacheKinds.ALL, Series(0), CacheKinds.NOTHING])
+    def test_no_differences_are_asked_for(self, keeps: CacheKinds | Series) -> None:
+        draft = self.of(FullVariant(keeps))
         EmitCaches().apply(draft)
         assert self.unchanged(EmitDifferences(), draft)
 
     def test_a_forecast_replaces_the_core_and_keeps_the_gate(self) -> None:
         _, facts = self.model
-        draft = self.draft(COMPUTE, FORECAST, REUSE, FORECAST, order=2, emit=False)
+        draft = self.of(ForecastVariant(Series(2), leading=2))
         gates = {b.index: self.readers(draft, b.core) for b in facts.branches}
         assert self.apply(Forecast(), draft)
         for branch in facts.branches:
-            if branch.index % 2 == 0:
-                assert self.readers(draft, branch.core) == gates[branch.index], "computed and reused ones are not its"
+            if branch.index < 2:
+                assert self.readers(draft, branch.core) == gates[branch.index], "computed ones are not its"
                 continue
             assert self.readers(draft, branch.core) == set()
             (first,) = node(draft.graph, f"cache_{branch.slot}").users
@@ -407,7 +425,7 @@ class TestCaching:
 
     def test_a_lite_forecast_replaces_the_end_of_the_stream(self) -> None:
         _, facts = self.model
-        draft = self.draft(*[FORECAST] * 4, skip=True, order=1, lite=True, emit=False)
+        draft = self.of(ForecastVariant(Series(1, "end")))
         head = self.readers(draft, facts.stream_end)
         assert self.apply(Forecast(), draft)
         assert self.unchanged(SkipBlocks(), draft), "the end is replaced already"
@@ -417,18 +435,14 @@ class TestCaching:
         assert not [n for n in draft.graph.nodes if n.name.startswith("cache_branch")]
 
     def test_a_forecast_of_order_zero_is_the_cache(self) -> None:
-        forecast, reuse = self.draft(*[FORECAST] * 4, order=0), self.draft(*[REUSE] * 4)
+        forecast, reuse = self.of(ForecastVariant(Series(0))), self.of(ReuseVariant())
         assert self.apply(Forecast(), forecast)
         assert self.apply(ReuseBranches(), reuse)
         assert str(forecast.graph) == str(reuse.graph)
 
-    @pytest.mark.parametrize("skip", [False, True])
-    def test_forecasting_has_nothing_to_do(self, skip: bool) -> None:
-        assert self.unchanged(Forecast(), self.draft(COMPUTE, REUSE, PARTIAL, REUSE, skip=skip, order=2))
-
-    def test_a_forecast_without_an_order_is_a_bug(self) -> None:
-        with pytest.raises(InternalError, match="a forecast needs to know its order"):
-            Forecast().apply(self.draft(*[FORECAST] * 4))
+    @pytest.mark.parametrize("spec", [mixed(COMPUTE, REUSE, PARTIAL, REUSE), SkipVariant(), FullVariant(Series(2))])
+    def test_forecasting_has_nothing_to_do(self, spec: VariantSpec) -> None:
+        assert self.unchanged(Forecast(), self.of(spec))
 
     def test_recomputed_tokens_are_scattered_into_the_cache(self) -> None:
         _, facts = self.model
@@ -452,25 +466,25 @@ class TestCaching:
 
     @pytest.mark.parametrize("kind", ["v_norm", "attention"])
     def test_scores_are_returned_for_the_attentions_that_mlps_ask(self, kind: str) -> None:
-        draft = self.draft(COMPUTE, COMPUTE, REUSE, REUSE, scores=kind)
+        draft = self.of(mixed(COMPUTE, COMPUTE, REUSE, REUSE, scores=Scores(kind)))
         assert self.apply(EmitScores(), draft)
         assert list(self.returned(draft)) == ["output_0", "score_0"]
         assert names(draft.graph, "linalg_vector_norm" if kind == "v_norm" else "softmax.int")
 
-    @pytest.mark.parametrize("spec", [{}, {"scores": None}])
-    def test_no_scores_are_asked_for(self, spec: dict[str, Any]) -> None:
-        assert self.unchanged(EmitScores(), self.draft(*[COMPUTE] * 4, **spec))
+    @pytest.mark.parametrize("spec", [FullVariant(), PredictVariant(frozenset())])
+    def test_no_scores_are_asked_for(self, spec: VariantSpec) -> None:
+        assert self.unchanged(EmitScores(), self.of(spec))
 
     def test_no_attention_is_computed(self) -> None:
-        assert self.unchanged(EmitScores(), self.draft(REUSE, COMPUTE, REUSE, COMPUTE, scores="v_norm"))
+        assert self.unchanged(EmitScores(), self.of(mixed(REUSE, COMPUTE, REUSE, COMPUTE, scores=Scores("v_norm"))))
 
     @pytest.mark.parametrize(("of", "compared"), [("stream", "add"), ("branch", "linear")])
     def test_a_forecast_is_compared_with_a_copy_of_the_last_block(self, of: Any, compared: str) -> None:
         _, facts = self.model
-        draft = self.draft(*[FORECAST] * 4, order=1, emit=False, verify=Verify("norm_ratio", of))
+        draft = self.of(ForecastVariant(Series(1), verify=Verify("norm_ratio", of)))
         before = operators(draft.graph)
         assert self.apply(VerifyForecast(), draft)
-        assert list(self.returned(draft)) == ["output_0", VERIFY_ERROR]
+        assert list(self.returned(draft)) == ["output_0", "verify_error"]
         own = node(draft.graph, facts.stream_end if of == "stream" else facts.branches[-1].core)
         copies = {n.meta["copy_of"]: n for n in draft.graph.nodes if "copy_of" in n.meta}
         last = {name for b in facts.branches[2:] for name in b.body}
@@ -485,12 +499,12 @@ class TestCaching:
         assert reads & drafted, "the copy reads the drafted stream"
 
     def test_nothing_is_verified(self) -> None:
-        assert self.unchanged(VerifyForecast(), self.draft(*[FORECAST] * 4, order=1, emit=False))
+        assert self.unchanged(VerifyForecast(), self.of(ForecastVariant(Series(1))))
 
     def test_a_look_returns_the_change_and_what_it_saw_and_nothing_else(self) -> None:
         _, facts = self.model
         for of, seen in (("modulated", "add"), ("first_block", "sub")):
-            draft = self.draft(*[COMPUTE] * 4, emit=False, probe=Probe(of), probing=True)  # type: ignore[arg-type]
+            draft = self.of(ProbeVariant(Probe(of)))  # type: ignore[arg-type]
             assert self.apply(EmitProbe(), draft)
             returned = self.returned(draft)
             assert list(returned) == ["probe_change", "probe_seen", "probe_stream"]
@@ -502,12 +516,12 @@ class TestCaching:
             assert attentions == (0 if of == "modulated" else 1), "it computes no more than it must"
 
     def test_there_is_nothing_to_look_at(self) -> None:
-        for spec in ({}, {"probe": Probe()}):
-            assert self.unchanged(EmitProbe(), self.draft(*[COMPUTE] * 4, **spec))
+        for after in (None, Probe()):
+            assert self.unchanged(EmitProbe(), self.of(FullVariant(after=after)))
 
     def test_a_variant_goes_on_from_the_look(self) -> None:
         _, facts = self.model
-        draft = self.draft(*[COMPUTE] * 4, probe=Probe("first_block"))
+        draft = self.of(FullVariant(after=Probe("first_block")))
         readers = self.readers(draft, facts.branches[1].add)
         assert self.apply(ResumeFromProbe(), draft)
         assert self.readers(draft, "probe_stream") == readers
@@ -515,13 +529,13 @@ class TestCaching:
         assert len(names(draft.graph, "scaled_dot_product")) == 1, "the first block is not computed again"
 
     def test_there_is_nothing_to_go_on_from(self) -> None:
-        assert self.unchanged(ResumeFromProbe(), self.draft(*[COMPUTE] * 4))
-        assert self.unchanged(ResumeFromProbe(), self.draft(*[COMPUTE] * 4, probe=Probe(), probing=True))
+        assert self.unchanged(ResumeFromProbe(), self.of(FullVariant()))
+        assert self.unchanged(ResumeFromProbe(), self.of(ProbeVariant(Probe())))
 
     def test_what_a_stream_gains_is_returned(self) -> None:
         _, facts = self.model
         for probe, start in ((None, facts.branches[0].stream), (Probe("first_block"), facts.branches[1].add)):
-            draft = self.draft(*[COMPUTE] * 4, change=True, probe=probe)
+            draft = self.of(FullVariant(Changes(), after=probe))
             assert self.unchanged(EmitCaches(), draft)
             assert self.apply(EmitChanges(), draft)
             returned = self.returned(draft)
@@ -532,20 +546,19 @@ class TestCaching:
     def test_a_stretch_ends_where_something_else_reads_the_stream(self) -> None:
         """A long skip from behind the first block: two stretches, of which the second starts where the first ends."""
         captured, facts = analysed(models.build(depth=3, long_skip="late"), **models.example())
-        spec = VariantSpec((COMPUTE,) * len(facts.branches), change=True)
-        draft = VariantDraft(copy_graph(captured.graph), facts, spec, ["output_0"])
+        draft = VariantDraft(copy_graph(captured.graph), facts, FullVariant(Changes()), [OUTPUT])
         assert self.apply(EmitChanges(), draft)
         adds = [b.add for b in facts.branches]
         ends = [[n.name for n in node(draft.graph, name).args] for name in list(self.returned(draft).values())[1:]]
         assert ends == [[adds[1], facts.branches[0].stream], [adds[5], adds[1]]]
 
-    @pytest.mark.parametrize("spec", [{}, {"change": True, "emit": False}])
-    def test_no_change_is_asked_for(self, spec: dict[str, Any]) -> None:
-        assert self.unchanged(EmitChanges(), self.draft(*[COMPUTE] * 4, **spec))
+    @pytest.mark.parametrize("spec", [FullVariant(), SkipVariant(change=True)])
+    def test_no_change_is_asked_for(self, spec: VariantSpec) -> None:
+        assert self.unchanged(EmitChanges(), self.of(spec))
 
     def test_a_cached_change_is_added_to_the_start(self) -> None:
         _, facts = self.model
-        draft = self.draft(*[REUSE] * 4, skip=True, change=True, emit=False)
+        draft = self.of(SkipVariant(change=True))
         head = self.readers(draft, facts.stream_end)
         assert self.unchanged(SkipBlocks(), draft)
         assert self.apply(AddChanges(), draft)
@@ -554,13 +567,13 @@ class TestCaching:
         assert [n.name for n in restored.args] == [facts.branches[0].stream, "cache_change_3"]
         assert {user.name for user in restored.users} == head
 
-    @pytest.mark.parametrize("spec", [{}, {"skip": True}, {"change": True}])
-    def test_no_change_is_added(self, spec: dict[str, Any]) -> None:
-        assert self.unchanged(AddChanges(), self.draft(*[COMPUTE] * 4, **spec))
+    @pytest.mark.parametrize("spec", [FullVariant(), SkipVariant(), FullVariant(Changes())])
+    def test_no_change_is_added(self, spec: VariantSpec) -> None:
+        assert self.unchanged(AddChanges(), self.of(spec))
 
     @pytest.mark.parametrize("order", [None, 1])
     def test_rows_that_a_full_step_is_not_for_keep_their_caches(self, order: int | None) -> None:
-        draft = self.draft(*[COMPUTE] * 4, order=order, by_row=True)
+        draft = self.of(FullVariant(CacheKinds.ALL if order is None else Series(order), by_row=True))
         EmitCaches().apply(draft)
         EmitDifferences().apply(draft)
         new = self.returned(draft)
@@ -578,14 +591,14 @@ class TestCaching:
         gap = [n for n in draft.graph.nodes if n.name == "forecast_gap"]
         assert [n.meta["val"].shape for n in gap] == ([] if order is None else [(2,)])
 
-    @pytest.mark.parametrize("spec", [{}, {"by_row": True, "emit": False}])
-    def test_all_rows_are_alike(self, spec: dict[str, Any]) -> None:
-        draft = self.draft(*[COMPUTE] * 4, **spec)
+    @pytest.mark.parametrize("spec", [FullVariant(), FullVariant(CacheKinds.NOTHING, by_row=True)])
+    def test_all_rows_are_alike(self, spec: VariantSpec) -> None:
+        draft = self.of(spec)
         EmitCaches().apply(draft)
         assert self.unchanged(KeepRows(), draft)
 
     def test_a_forecast_by_row_has_factors_for_each(self) -> None:
-        draft = self.draft(*[FORECAST] * 4, order=2, emit=False, by_row=True)
+        draft = self.of(ForecastVariant(Series(2), by_row=True))
         assert self.apply(Forecast(), draft)
         assert node(draft.graph, "forecast_factor_2").meta["val"].shape == (2,)
         factors = [n.args[2] for n in draft.graph.nodes if op_name(n) == "addcmul"]
@@ -630,7 +643,7 @@ MASK |= torch.eye(4, dtype=torch.bool)
 def test_scores_equal_their_formulas(kind: str, mask: Tensor | None, scale: float | None) -> None:
     model = attention_model(mask, scale)
     captured, facts = analysed(model, x=X, timestep=torch.ones(2))
-    draft = VariantDraft(copy_graph(captured.graph), facts, VariantSpec((COMPUTE, COMPUTE), scores=kind), ["output_0"])
+    draft = VariantDraft(copy_graph(captured.graph), facts, FullVariant(scores=Scores(kind)), [OUTPUT])
     assert EmitScores().apply(draft)
     draft.graph.lint()
     got = to_module(captured, draft.graph)(X, torch.ones(2))[1]

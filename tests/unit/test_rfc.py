@@ -15,13 +15,14 @@ from models import BATCH, WIDTH
 from torch import Tensor, fx, nn
 from torch._inductor.compile_fx import compile_fx
 from torch.nn import functional as F  # noqa: N812
-from tracing import COMPUTE, FORECAST, analysed
+from tracing import analysed
 
 import duca_compile
 from duca_compile import RFC, OptimizedModel, TaylorSeer
 from duca_compile.backends.inductor import private
 from duca_compile.core.fx_utils import copy_graph
-from duca_compile.core.variants import VariantSpec
+from duca_compile.core.ports import Port, PortKind
+from duca_compile.core.variants import ForecastVariant, FullVariant, Series
 from duca_compile.passes.base import VariantDraft
 from duca_compile.passes.caching.relate import ForecastFromInputs
 from duca_compile.passes.exact.differences import EmitDifferences
@@ -33,6 +34,7 @@ from tests.test_optimize import LABELS, build, latent
 from tests.zoo import ZOO
 
 STEPS = 12
+OUTPUT = Port(PortKind.OUTPUT, 0)
 
 
 def norm(x: Tensor, power: int = 2) -> Tensor:
@@ -217,11 +219,10 @@ def test_it_is_taylorseer_where_the_relation_gives_the_length_of_the_series(
     series = sum(values[f"cache_branch_0_d{i}"] * factors[f"forecast_factor_{i}"] for i in range(1, order + 1))
     values["cache_scale_0"] = norm(series) / norm(values["x"] - values["cache_input_0"])
     results = []
-    for relational in (False, True):
-        spec = VariantSpec((FORECAST,), emit=False, order=order, relational=relational)
-        variant = build_variant(captured, facts, spec)
+    for of in ("branches", "inputs"):
+        variant = build_variant(captured, facts, ForecastVariant(Series(order, of)))  # type: ignore[arg-type]
         inputs = {**values, "timestep_float32": values["timestep"]}
-        results.append(variant.module(*[inputs[name] for name in variant.inputs])[0])
+        results.append(variant.module(*[inputs[port.input_name] for port in variant.inputs])[0])
     taylor, relational_ = results
     assert (relational_ - taylor).norm() <= 1e-5 * taylor.norm()
 
@@ -337,14 +338,13 @@ def test_a_budget_narrows_the_caches_or_forecasts_the_end_alone() -> None:
 def test_passes_change_a_graph_once_and_no_other() -> None:
     captured, facts = analysed(models.build(models.Block), **call(0))
     for relational in (True, False):
-        full = VariantSpec((COMPUTE,) * 4, order=2, relational=relational)
-        draft = VariantDraft(copy_graph(captured.graph), facts, full, ["output_0"])
+        series = Series(2, "inputs" if relational else "branches")
+        draft = VariantDraft(copy_graph(captured.graph), facts, FullVariant(series), [OUTPUT])
         EmitCaches().apply(draft)
         EmitDifferences().apply(draft)
         assert [EmitRelations().apply(draft) for _ in range(2)] == [relational, False]
         draft.graph.lint()
-        forecast = VariantSpec((FORECAST,) * 4, emit=False, order=2, relational=relational)
-        draft = VariantDraft(copy_graph(captured.graph), facts, forecast, ["output_0"])
+        draft = VariantDraft(copy_graph(captured.graph), facts, ForecastVariant(series), [OUTPUT])
         assert [ForecastFromInputs().apply(draft) for _ in range(2)] == [relational, False]
         draft.graph.lint()
 
@@ -358,7 +358,7 @@ def test_lengths_are_float32_in_models_of_half_precision(dtype: torch.dtype) -> 
     assert all(output.dtype is dtype and output.isfinite().all() for output in outputs)
     (compiled,) = optimized._compiled.values()
     (state,) = optimized._requests.current()._states[compiled.dispatcher].values()
-    assert state.caches["cache_scale_0"].dtype is torch.float32
+    assert state.caches[Port(PortKind.SCALE, 0)].dtype is torch.float32
 
 
 def loop_of(model: nn.Module, dtype: torch.dtype) -> list[Tensor]:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from duca_compile import DuCa, Policy, TaylorSeer, Uncached
+from duca_compile.core.ports import Port, PortKind, argument, hoisted
 from duca_compile.core.steps import Step, StepKind
 from duca_compile.core.tensors import TensorVersions
 from duca_compile.runtime.cache_state import CacheState
@@ -20,42 +21,45 @@ from duca_compile.runtime.loops import PlannedSteps
 
 @dataclass(eq=False)
 class Program:
-    inputs: tuple[str, ...]
-    caches: frozenset[str]
+    inputs: tuple[Port, ...]
+    caches: frozenset[Port]
 
     @property
-    def reads(self) -> frozenset[str]:
+    def reads(self) -> frozenset[Port]:
         return self.caches
 
 
-CACHES, HOISTED, GIVEN = ("cache_a", "cache_b", "cache_c"), ("hoisted_a", "hoisted_b"), ("latent", "timestep")
+CACHES = A, B, C = tuple(Port(PortKind.BRANCH, index) for index in range(3))
+HOISTED = (hoisted("a"), hoisted("b"))
+GIVEN = ("latent", "cache_branch_0")  # the second argument has the name of a cache
+LATENT, OTHER = ARGUMENTS = tuple(map(argument, GIVEN))
 PROGRAMS = [
-    Program(names, frozenset(names) & {*CACHES})
-    for names in (GIVEN, (*CACHES, *GIVEN), ("latent", "cache_b", "hoisted_a"), (*HOISTED, "cache_c", "latent"))
+    Program(ports, frozenset(ports) & {*CACHES})
+    for ports in (ARGUMENTS, (*CACHES, *ARGUMENTS), (LATENT, B, HOISTED[0]), (*HOISTED, C, LATENT))
 ]
 CHANGES = st.one_of(
     st.tuples(st.just("store"), st.sets(st.sampled_from(CACHES), min_size=1)),
     st.tuples(st.just("drop"), st.sets(st.sampled_from(CACHES))),
-    st.tuples(st.just("hoist"), st.just(set[str]())),
-    st.tuples(st.just("run"), st.just(set[str]())),
+    st.tuples(st.just("hoist"), st.just(set[Port]())),
+    st.tuples(st.just("run"), st.just(set[Port]())),
 )
 
 
 @given(st.lists(CHANGES, max_size=30))
-def test_inputs_that_are_gathered_once_are_those_of_now(changes: list[tuple[str, set[str]]]) -> None:
+def test_inputs_that_are_gathered_once_are_those_of_now(changes: list[tuple[str, set[Port]]]) -> None:
     state, number = CacheState(), 0
 
-    def values(names: Any) -> dict[str, int]:
+    def values(keys: Any) -> dict[Any, int]:
         nonlocal number
         number += 1
-        return {name: 1000 * number + place for place, name in enumerate(sorted(names))}
+        return {key: 1000 * number + place for place, key in enumerate(sorted(keys, key=str))}
 
     state.hoist(values(HOISTED), TensorVersions.of([]))
-    for change, names in changes:
+    for change, ports in changes:
         if change == "store":
-            state.store(values(names))
+            state.store(values(ports))
         elif change == "drop":
-            state.drop(names)
+            state.drop(ports)
         elif change == "hoist":
             state.hoist(values(HOISTED), TensorVersions.of([]))
         call = values(GIVEN)
@@ -64,7 +68,7 @@ def test_inputs_that_are_gathered_once_are_those_of_now(changes: list[tuple[str,
             assert state.gather(program).complete == whole
             if whole:
                 now = {**call, **state.hoisted, **state.caches}
-                assert state.inputs(program, call) == [now[name] for name in program.inputs]
+                assert state.inputs(program, call) == [now[port.key] for port in program.inputs]
 
 
 def test_caches_that_were_written_in_place_are_not_gathered_again() -> None:
@@ -73,19 +77,19 @@ def test_caches_that_were_written_in_place_are_not_gathered_again() -> None:
     values = dict.fromkeys(GIVEN, one)
     state.inputs(PROGRAMS[1], values)
     gathered = state.gathered[PROGRAMS[1]]
-    state.store({"cache_a": one})
+    state.store({A: one})
     state.inputs(PROGRAMS[1], values)
     assert state.gathered[PROGRAMS[1]] is gathered
-    state.store({"cache_a": one, "cache_b": other})
+    state.store({A: one, B: other})
     assert state.inputs(PROGRAMS[1], values)[:3] == [one, other, one]
 
 
 def test_what_is_dropped_is_not_held_for_a_program() -> None:
     state = CacheState()
-    state.store({"cache_a": object(), "cache_b": object(), "cache_c": object()})
+    state.store({A: object(), B: object(), C: object()})
     for program in PROGRAMS[:2]:
         state.inputs(program, dict.fromkeys(GIVEN))
-    state.drop(["cache_b"])
+    state.drop([B])
     assert [*state.gathered] == [PROGRAMS[0]]
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from tracing import COMPUTE, PARTIAL, REUSE, Runner, caches, distinct_indices, module
 
 from duca_compile.core.fx_utils import op_name
+from duca_compile.core.ports import STREAM_END, Port, PortKind
 from duca_compile.core.variants import Action
 
 Structure = Callable[[], nn.Module]
@@ -120,7 +121,7 @@ def test_any_mix_of_actions_with_a_changed_latent_equals_the_model_by_hand(run: 
         assert (f"branch_{place}" in got) == (action is not REUSE)
         if action is not REUSE:
             torch.testing.assert_close(got[f"branch_{place}"], by_hand.cores[place], rtol=0, atol=1e-5)
-    assert set(variant.dynamic_inputs) == set(index)
+    assert {port.input_name for port in variant.dynamic_inputs} == set(index)
 
 
 def test_a_partial_step_changes_exactly_the_chosen_tokens_of_the_cache(run: Runner) -> None:
@@ -154,11 +155,11 @@ def test_one_choice_for_all_branches_gives_the_bits_of_equal_choices_of_each(nam
     places = [place for place, action in enumerate(spec) if action is PARTIAL]
     own = run.variant(*spec)
     one = run.variant(*spec, chosen_with=tuple(places[0] if place in places else place for place in range(len(spec))))
-    assert one.dynamic_inputs == (f"tokens_{places[0]}",)
+    assert one.dynamic_inputs == (Port(PortKind.TOKENS, places[0]),)
     call, found = models.example(seed=1, timestep=6.0), []
     for variant in (own, one):
         given = {key: value.clone() for key, value in cached.items()}
-        found.append(run.run(variant, call, **given, **dict.fromkeys(variant.dynamic_inputs, index)))
+        found.append(run.run(variant, call, **given, **{port.input_name: index for port in variant.dynamic_inputs}))
     assert found[0].keys() == found[1].keys()
     for key, value in found[0].items():
         assert torch.equal(value, found[1][key]), key
@@ -180,9 +181,9 @@ def test_skip_runs_the_head_on_the_cached_end_with_the_current_timestep(run: Run
     cached = caches(run.run(run.variant(COMPUTE), models.example()))
     call = models.example(seed=1, timestep=2.0)
     variant = run.variant(REUSE, skip=True)
-    assert set(variant.inputs) - {n for n in variant.inputs if n.startswith("hoisted_")} == {
-        "timestep_float32",
-        "cache_stream_end",
+    assert {port for port in variant.inputs if port.kind is not PortKind.HOISTED} == {
+        Port(PortKind.ROW, "float32"),
+        STREAM_END,
     }
     condition = F.silu(run.model.embed_t(models.embed(call["timestep"], WIDTH)))
     head = run.model.head(cached["cache_stream_end"] * (1 + run.model.head_modulation(condition)[:, None]))
@@ -208,8 +209,10 @@ def test_every_variant_is_well_formed_and_shares_the_weights(run: Runner) -> Non
     live = {p.data_ptr(): p for p in run.model.parameters()}
     pointwise = (COMPUTE, PARTIAL, REUSE)
     seen: set[int] = set()
-    for attention, cross, mlp, skip in product((COMPUTE, REUSE), pointwise, pointwise, (False, True)):
-        variant = run.variant(attention, cross, mlp, attention, cross, mlp, skip=skip, scores="v_norm")
+    every = [(block * 2, False) for block in product((COMPUTE, REUSE), pointwise, pointwise)]
+    every += [((COMPUTE,) * count + (REUSE,) * (6 - count), True) for count in range(7)]
+    for actions, skip in every:
+        variant = run.variant(*actions, skip=skip, scores="v_norm")
         variant.module.graph.lint()
         tensors = [*variant.module.parameters(), *variant.module.buffers()]
         attributes = [getattr(variant.module, str(n.target)) if "." not in str(n.target) else

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -11,10 +11,13 @@ from torch import Tensor, fx, nn
 from duca_compile.analysis import analyze
 from duca_compile.compiler.precompute import make_rows
 from duca_compile.core.ir import CapturedGraph, Facts
-from duca_compile.core.variants import Action, Variant, VariantSpec
+from duca_compile.core.ports import Port, PortKind, hoisted
+from duca_compile.core.variants import Action, FullVariant, PartialVariant, Scores, SkipVariant, Variant
 from duca_compile.frontend.binder import Binder
 from duca_compile.frontend.capture import capture
 from duca_compile.passes.pipeline import build_prologue, build_variant, prepare
+
+Value = TypeVar("Value")
 
 COMPUTE, PARTIAL, REUSE, FORECAST = Action.COMPUTE, Action.PARTIAL, Action.REUSE, Action.FORECAST
 
@@ -56,22 +59,55 @@ class Runner:
     def variant(
         self, *actions: Action, skip: bool = False, scores: str | None = None, chosen_with: tuple[int, ...] = ()
     ) -> Variant:
-        spec = actions if len(actions) > 1 else actions * len(self.facts.branches)
-        return build_variant(self.captured, self.facts, VariantSpec(tuple(spec), skip, scores, chosen_with=chosen_with))
+        every = actions if len(actions) > 1 else actions * len(self.facts.branches)
+        kind = None if scores is None else Scores(scores)
+        spec = SkipVariant(leading(every), scores=kind) if skip else mixed(*every, scores=kind, chosen_with=chosen_with)
+        return build_variant(self.captured, self.facts, spec)
 
     def run(self, variant: Variant, arguments: dict[str, Tensor], **extra: Tensor) -> dict[str, Tensor]:
-        """Everything the variant returns, by name; ``extra`` are caches and token indices by placeholder name."""
+        """Everything the variant returns, by name; ``extra`` are caches and token indices by the names of inputs."""
         call = dict(zip(self.captured.inputs, arguments.values(), strict=True))
         wanted = [n.name for n in self._prologue.graph.nodes if n.op == "placeholder"]
-        hoisted = [n for n in variant.inputs if n.startswith("hoisted_")]
         produced = self._prologue(*[call[name] for name in wanted])
-        order = ["hoisted_" + n.name for n in self._prologue.graph.output_node().all_input_nodes]
-        values = call | dict(zip(order, produced, strict=True)) | extra
-        assert set(hoisted) <= set(order)
+        order = [hoisted(n.name) for n in self._prologue.graph.output_node().all_input_nodes]
+        outside = dict(zip(order, produced, strict=True))
+        assert {port for port in variant.inputs if port.kind is PortKind.HOISTED} <= outside.keys()
         rows = make_rows(self.captured, self.facts)
-        values |= dict(zip(rows.outputs, rows.compute(values, values), strict=True))
-        results = variant.module(*[values[name] for name in variant.inputs])
-        return dict(zip(variant.outputs, results, strict=True))
+        outside |= dict(zip(rows.outputs, rows.compute(call, outside), strict=True))
+        values = by_input_name(outside) | call | extra
+        results = variant.module(*[values[port.input_name] for port in variant.inputs])
+        return by_result_name(dict(zip(variant.outputs, results, strict=True)))
+
+
+def leading(actions: Sequence[Action]) -> int:
+    """How many branches at the front are computed, where all others are reused."""
+    count = actions.count(COMPUTE)
+    assert [*actions] == [COMPUTE] * count + [REUSE] * (len(actions) - count)
+    return count
+
+
+def mixed(*actions: Action, chosen_with: Sequence[int] = (), **fields: Any) -> FullVariant | PartialVariant:
+    """The variant that does this with each branch; ``chosen_with`` are the branches whose token inputs they read."""
+    if set(actions) == {COMPUTE}:
+        return FullVariant(**fields)
+    tokens = chosen_with or range(len(actions))
+    pairs = zip(actions, tokens, strict=True)
+    return PartialVariant(tuple(Port(PortKind.TOKENS, i) if a is PARTIAL else a for a, i in pairs), **fields)
+
+
+def by_input_name(values: Mapping[Port, Value]) -> dict[str, Value]:
+    """The values by the names of their ports as inputs."""
+    return {port.input_name: value for port, value in values.items()}
+
+
+def by_result_name(values: Mapping[Port, Value]) -> dict[str, Value]:
+    """The values by the names of their ports as results."""
+    return {port.result_name: value for port, value in values.items()}
+
+
+def names_of(ports: Iterable[Port]) -> list[str]:
+    """The names of results."""
+    return [port.result_name for port in ports]
 
 
 def caches(results: dict[str, Tensor]) -> dict[str, Tensor]:

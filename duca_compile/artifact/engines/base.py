@@ -7,19 +7,29 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from duca_compile.artifact import manifest
-from duca_compile.artifact.schema import OUTPUT
-from duca_compile.core.ports import PROBE_CHANGE, VERIFY_ERROR
+from duca_compile.core.ports import PortKind, named_result
 from duca_compile.core.tensors import Array
 from duca_compile.errors import UsageError
 
-SCORE = "score_"
-# What the names of outputs that leave the engine begin with; all others are only read by later steps.
-HOST = (OUTPUT, SCORE, PROBE_CHANGE, VERIFY_ERROR)
+# The kinds of outputs that leave the engine; all others are only read by later steps.
+HOST = (PortKind.OUTPUT, PortKind.SCORE, PortKind.PROBE_CHANGE, PortKind.VERIFY_ERROR)
 
 # Maps values in the order of a graph's inputs to values in the order of its outputs. Inputs are numpy arrays, torch
 # tensors, or values that a function of the same engine returned. Outputs that HOST names are numpy arrays; those of the
 # model may be torch tensors instead.
 GraphFunction = Callable[..., Sequence[Array]]
+
+
+def is_for_host(result: str) -> bool:
+    """Whether the result of this name leaves the engine."""
+    port = named_result(result)
+    return port is not None and port.kind in HOST
+
+
+def is_score(result: str) -> bool:
+    """Whether the result of this name holds scores, which are chosen from with numpy."""
+    port = named_result(result)
+    return port is not None and port.kind is PortKind.SCORE
 
 
 class Engine(Protocol):

@@ -7,26 +7,26 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from duca_compile.core.ports import MEASURED, SCALE, cache_input, is_written
-from duca_compile.passes.base import CachingPass, VariantDraft
+from duca_compile.core.fx_utils import port_of
+from duca_compile.core.ports import FEATURES
+from duca_compile.passes.base import CachingPass, VariantDraft, returned
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class CastCaches(CachingPass):
-    """Caches are read, written in place and returned as the spec's ``cache_dtype``; all else stays in its own type.
+    """Cached features are read, written in place and returned as the draft's ``cache_dtype``.
 
-    So do the numbers that decisions and forecasts are made from.
+    All else keeps its own type: the numbers that decisions and forecasts are made from, too.
     """
 
     def apply(self, draft: VariantDraft) -> bool:
-        dtype = draft.spec.cache_dtype
+        dtype = draft.cache_dtype
         if dtype is None:
             return False
-        kept = tuple(map(cache_input, (*MEASURED, SCALE)))
-        caches = [n for n in draft.graph.find_nodes(op="placeholder") if n.name.startswith(cache_input(""))]
-        wide = [node for node in caches if _is_wider(node, dtype) and not node.name.startswith(kept)]
+        features = [n for n in draft.graph.find_nodes(op="placeholder") if port_of(n).kind in FEATURES]
+        wide = [node for node in features if _is_wider(node, dtype)]
         for node in wide:
             _read(draft.graph, node, dtype)
         return _return(draft, dtype) or bool(wide)
@@ -64,11 +64,10 @@ def _widen(graph: fx.Graph, node: fx.Node, own: torch.dtype, keep: set[fx.Node])
 
 def _return(draft: VariantDraft, dtype: torch.dtype) -> bool:
     output = draft.graph.output_node()
-    (results,) = output.args
-    assert isinstance(results, tuple)
+    results = returned(draft.graph)
     narrow = list(results)
-    for place, (name, node) in enumerate(zip(draft.results, results, strict=True)):
-        if is_written(name) and not name.startswith(SCALE) and _is_wider(node, dtype):
+    for place, (port, node) in enumerate(zip(draft.results, results, strict=True)):
+        if port.kind in FEATURES and _is_wider(node, dtype):
             with draft.graph.inserting_before(output):
                 narrow[place] = draft.graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
             narrow[place].meta["val"] = node.meta["val"].to(dtype)

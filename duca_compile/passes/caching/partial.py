@@ -11,7 +11,7 @@ from torch import fx
 from duca_compile.analysis.tokens import ELEMENTWISE, EXPANDS, RESHAPES, cuts_tokens, joins_tokens, per_token_operands
 from duca_compile.core.fx_utils import op_name, value_shape
 from duca_compile.core.ir import Branch, TokenPlace
-from duca_compile.core.ports import cache_input
+from duca_compile.core.ports import Port
 from duca_compile.core.variants import Action
 from duca_compile.errors import InternalError
 from duca_compile.passes.base import CachingPass, VariantDraft
@@ -32,13 +32,13 @@ class RecomputeTokens(CachingPass):
         partial = [b for b in draft.branches(Action.PARTIAL) if draft.node(b.core).users]
         readers = Counter(draft.spec.tokens_input(b.index) for b in partial)
         cores = frozenset(draft.node(b.core) for b in draft.facts.branches)
-        gathers: dict[str, _Gather] = {}
+        gathers: dict[Port, _Gather] = {}
         for branch in partial:
-            name = draft.spec.tokens_input(branch.index)
-            if name not in gathers:
+            tokens = draft.spec.tokens_input(branch.index)
+            if tokens not in gathers:
                 value = draft.node(branch.core).meta["val"].new_empty(branch.shape[:2], dtype=torch.int64)
-                gathers[name] = _Gather(draft.graph, draft.add_input(name, value), readers[name] > 1, cores)
-            _recompute(draft, branch, gathers[name])
+                gathers[tokens] = _Gather(draft.graph, draft.input(tokens, value), readers[tokens] > 1, cores)
+            _recompute(draft, branch, gathers[tokens])
         return bool(partial)
 
 
@@ -47,7 +47,7 @@ def _recompute(draft: VariantDraft, branch: Branch, gather: _Gather) -> None:
     if places is None:
         raise InternalError(f"branch {branch.index} ({branch.path}) is not pointwise along its tokens")
     graph, core = draft.graph, draft.node(branch.core)
-    cache = draft.add_input(cache_input(branch.slot), core.meta["val"])
+    cache = draft.input(branch.slot, core.meta["val"])
     copies: dict[fx.Node, fx.Node] = {}
     with graph.inserting_before(core):
         stream = draft.node(branch.stream)

@@ -11,11 +11,11 @@ from torch import Tensor, fx, nn
 from duca_compile.analysis.closure import ancestors
 from duca_compile.core.fx_utils import op_name
 from duca_compile.core.ir import Branch, CapturedGraph, Facts
-from duca_compile.core.ports import STREAM_END
+from duca_compile.core.ports import STREAM_END, hoisted
+from duca_compile.core.variants import PredictVariant
 from duca_compile.errors import PolicyError
 from duca_compile.frontend.operators import carried_value
 from duca_compile.passes.base import CachingPass, VariantDraft
-from duca_compile.passes.exact.hoist import hoisted_input
 from duca_compile.policies.predictor import FUSE, Predictor
 
 aten = torch.ops.aten
@@ -33,7 +33,8 @@ class PredictStream(CachingPass):
     """
 
     def apply(self, draft: VariantDraft) -> bool:
-        if not draft.spec.predict or any(_is_own(n) for n in draft.graph.nodes):
+        spec = draft.spec
+        if not isinstance(spec, PredictVariant) or any(_is_own(n) for n in draft.graph.nodes):
             return False
         tail = last_blocks(draft.facts)
         _fuse(draft, carried_value(draft.node(_entry(draft.facts, tail).stream)))
@@ -41,7 +42,7 @@ class PredictStream(CachingPass):
         for branch in tail:
             for node in [n for n in draft.graph.nodes if n.name in branch.body]:
                 for weight in [n for n in node.all_input_nodes if n.op == "get_attr"]:
-                    if str(weight.target) in draft.spec.predict:
+                    if str(weight.target) in spec.weights:
                         node.replace_input_with(weight, _weight(draft, str(weight.target)))
         _check_alone(draft, tail)
         return True
@@ -49,7 +50,7 @@ class PredictStream(CachingPass):
 
 def _fuse(draft: VariantDraft, entry: fx.Node) -> None:
     like = entry.meta["val"]
-    cached = draft.cache(STREAM_END, like)
+    cached = draft.input(STREAM_END, like)
     call = draft.graph.call_function
     first, first_bias, second, second_bias = (_weight(draft, name) for name in FUSE)
     with draft.graph.inserting_after(entry):
@@ -67,11 +68,10 @@ def _fuse(draft: VariantDraft, entry: fx.Node) -> None:
 
 
 def _leave_out(draft: VariantDraft, branches: list[Branch]) -> None:
-    inputs = {n.name: n for n in draft.graph.nodes if n.op == "placeholder"}
     starts: dict[fx.Node, fx.Node] = {}
     for branch in branches:
-        end, start = draft.node(branch.add), draft.node(branch.stream)
-        start = inputs.get(hoisted_input(branch.stream), start)  # what text starts from is an input by now
+        end = draft.node(branch.add)
+        start = draft.find_input(hoisted(branch.stream)) or draft.node(branch.stream)  # text may start from an input
         starts[end] = starts.get(start, start)
         end.replace_all_uses_with(starts[end])
 

@@ -1,4 +1,4 @@
-"""Goes on from the look at the start of the model that was taken in this step."""
+"""Continues from the probe of the same step, in the place of computing the start of the model again."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from duca_compile.passes.exact.probe import probed_stream
 
 @dataclass(frozen=True)
 class ResumeFromProbe(CachingPass):
-    """Reads the stream from the look that was taken in this step, rather than compute it again."""
+    """Reads the stream behind the probe from an input."""
 
     def apply(self, draft: VariantDraft) -> bool:
-        probe = draft.spec.probe
-        if probe is None or draft.spec.probing:
+        if draft.after is None:
             return False
-        stream = carried_value(probed_stream(draft, probe)[1])
+        stream = carried_value(probed_stream(draft, draft.after)[1])
         if not stream.users:
             return False
-        stream.replace_all_uses_with(draft.add_input(PROBE_STREAM, stream.meta["val"]))
+        stream.replace_all_uses_with(draft.input(PROBE_STREAM, stream.meta["val"]))
         return True

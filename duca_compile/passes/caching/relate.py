@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from duca_compile.core.ports import cache_input
-from duca_compile.core.variants import Action
+from duca_compile.core.variants import Action, ForecastVariant
 from duca_compile.passes.base import CachingPass, VariantDraft
 from duca_compile.passes.numbers import distance, limited, ratio, row_norm, row_numbers
-from duca_compile.passes.series import Series
+from duca_compile.passes.series import SeriesBuilder
 
 aten = torch.ops.aten
 
@@ -23,15 +22,16 @@ class ForecastFromInputs(CachingPass):
     """
 
     def apply(self, draft: VariantDraft) -> bool:
-        branches = [b for b in draft.branches(Action.FORECAST) if draft.node(b.core).users]
-        if not draft.spec.relational or not branches:
+        spec = draft.spec
+        if not isinstance(spec, ForecastVariant) or spec.series.of != "inputs":
             return False
-        graph, series = draft.graph, Series(draft)
+        branches = [b for b in draft.branches(Action.FORECAST) if draft.node(b.core).users]
+        graph, series = draft.graph, SeriesBuilder(draft, spec.series.order)
         for branch in branches:
             output, given = draft.node(branch.core), draft.node(branch.input)
             like = output.meta["val"]
-            start, old_given = draft.cache(branch.slot, like), draft.cache(branch.input_slot, given.meta["val"])
-            scale = draft.add_input(cache_input(branch.scale_slot), row_numbers(output))
+            start, old_given = draft.input(branch.slot, like), draft.input(branch.input_slot, given.meta["val"])
+            scale = draft.input(branch.scale_slot, row_numbers(output))
             with graph.inserting_before(output):
                 direction = series.change(branch.slot, like)
                 moved = graph.call_function(aten.mul.Tensor, (scale, distance(draft, given, old_given)))
@@ -43,4 +43,4 @@ class ForecastFromInputs(CachingPass):
                 total = graph.call_function(aten.addcmul.default, (start, direction, factor))
             total.meta["val"] = like
             output.replace_all_uses_with(total)
-        return True
+        return bool(branches)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from duca_compile.core.ports import cache_input, change_slot
+from duca_compile.core.ports import Port, PortKind
+from duca_compile.core.variants import SkipVariant
 from duca_compile.passes.base import CachingPass, VariantDraft
 from duca_compile.passes.exact.changes import stretches
 
@@ -18,12 +19,12 @@ class AddChanges(CachingPass):
     """What a stream ends as is where it starts now, and what the blocks added to it at the last full step."""
 
     def apply(self, draft: VariantDraft) -> bool:
-        if not draft.spec.change or not draft.spec.skip:
+        if not isinstance(draft.spec, SkipVariant) or not draft.spec.change:
             return False
-        known = {n.target for n in draft.graph.nodes if n.op == "placeholder"}
-        new = {i: ends for i, ends in stretches(draft).items() if cache_input(change_slot(i)) not in known}
+        ports = {index: Port(PortKind.CHANGE, index) for index in range(len(draft.facts.branches))}
+        new = {i: ends for i, ends in stretches(draft).items() if draft.find_input(ports[i]) is None}
         for index, (start, end) in sorted(new.items(), reverse=True):  # a start that is an earlier end is replaced too
-            change = draft.add_input(cache_input(change_slot(index)), end.meta["val"])
+            change = draft.input(ports[index], end.meta["val"])
             with draft.graph.inserting_before(end):
                 restored = draft.graph.call_function(aten.add.Tensor, (start, change))
             restored.meta["val"] = end.meta["val"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from duca_compile.core.ports import cache_input
 from duca_compile.core.variants import Action
 from duca_compile.passes.base import CachingPass, VariantDraft
 
@@ -15,5 +14,5 @@ class ReuseBranches(CachingPass):
         reused = [b for b in draft.branches(Action.REUSE) if draft.node(b.core).users]
         for branch in reused:
             core = draft.node(branch.core)
-            core.replace_all_uses_with(draft.add_input(cache_input(branch.slot), core.meta["val"]))
+            core.replace_all_uses_with(draft.input(branch.slot, core.meta["val"]))
         return bool(reused)

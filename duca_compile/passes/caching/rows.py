@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import fx
 
-from duca_compile.core.ports import FULL_ROWS, cache_input
-from duca_compile.passes.base import CachingPass, VariantDraft
+from duca_compile.core.ports import FULL_ROWS, PortKind
+from duca_compile.core.variants import FullVariant
+from duca_compile.passes.base import CachingPass, VariantDraft, returned
 from duca_compile.passes.numbers import by_row
 
 aten = torch.ops.aten
@@ -22,21 +22,19 @@ class KeepRows(CachingPass):
 
     def apply(self, draft: VariantDraft) -> bool:
         output = draft.graph.output_node()
-        (results,) = output.args
-        assert isinstance(results, tuple)
-        own = sum(name.startswith("output_") for name in draft.results)
-        if not draft.spec.by_row or not draft.spec.emit or len(results) == own:
+        results = returned(draft.graph)
+        own = sum(port.kind is PortKind.OUTPUT for port in draft.results)
+        if not isinstance(draft.spec, FullVariant) or not draft.by_row or len(results) == own:
             return False
-        known = {n.target: n for n in draft.graph.nodes if n.op == "placeholder"}
-        if FULL_ROWS in known:
+        if draft.find_input(FULL_ROWS) is not None:
             return False
-        emitted = [node for node in results[own:] if isinstance(node, fx.Node)]
+        emitted = results[own:]
         kind = emitted[0].meta["val"].new_empty(draft.facts.batch, dtype=torch.bool)
-        rows = draft.add_input(FULL_ROWS, kind)
+        rows = draft.input(FULL_ROWS, kind)
         kept = list(results[:own])
-        for name, new in zip(draft.results[own:], emitted, strict=True):
+        for port, new in zip(draft.results[own:], emitted, strict=True):
             like = new.meta["val"]
-            old = known.get(cache_input(name)) or draft.add_input(cache_input(name), like)
+            old = draft.input(port, like)
             chosen = by_row(draft, rows, like)
             with draft.graph.inserting_before(output):
                 merged = draft.graph.call_function(aten.where.self, (chosen, new, old))

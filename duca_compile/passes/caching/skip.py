@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from duca_compile.core.ports import STREAM_END, cache_input
+from duca_compile.core.ports import STREAM_END
+from duca_compile.core.variants import SkipVariant
 from duca_compile.passes.base import CachingPass, VariantDraft
 
 
@@ -12,7 +13,7 @@ from duca_compile.passes.base import CachingPass, VariantDraft
 class SkipBlocks(CachingPass):
     def apply(self, draft: VariantDraft) -> bool:
         end = draft.node(draft.facts.stream_end)
-        if not draft.spec.skip or draft.spec.change or not end.users:
+        if not isinstance(draft.spec, SkipVariant) or draft.spec.change or not end.users:
             return False
-        end.replace_all_uses_with(draft.add_input(cache_input(STREAM_END), end.meta["val"]))
+        end.replace_all_uses_with(draft.input(STREAM_END, end.meta["val"]))
         return True

@@ -8,7 +8,8 @@ import torch
 from torch import fx
 
 from duca_compile.core.ir import Branch
-from duca_compile.core.ports import change_slot
+from duca_compile.core.ports import Port, PortKind
+from duca_compile.core.variants import Changes, FullVariant
 from duca_compile.frontend.operators import carried_value
 from duca_compile.passes.base import ExactPass, VariantDraft
 from duca_compile.passes.exact.probe import probed_stream
@@ -23,14 +24,15 @@ class EmitChanges(ExactPass[VariantDraft]):
     ensures = frozenset({"changes_emitted"})
 
     def apply(self, draft: VariantDraft) -> bool:
-        if not draft.spec.change or not draft.spec.emit:
+        if not isinstance(draft.spec, FullVariant) or draft.spec.keeps != Changes():
             return False
-        new = {i: ends for i, ends in stretches(draft).items() if change_slot(i) not in draft.results}
-        for index, (start, end) in new.items():
+        found = {Port(PortKind.CHANGE, index): ends for index, ends in stretches(draft).items()}
+        new = {port: ends for port, ends in found.items() if port not in draft.results}
+        for port, (start, end) in new.items():
             with draft.graph.inserting_before(draft.graph.output_node()):
                 change = draft.graph.call_function(aten.sub.Tensor, (end, start))
             change.meta["val"] = end.meta["val"]
-            draft.add_result(change_slot(index), change)
+            draft.add_result(port, change)
         return bool(new)
 
 
@@ -38,14 +40,14 @@ def stretches(draft: VariantDraft) -> dict[int, tuple[fx.Node, fx.Node]]:
     """Where each stretch of a residual stream starts and ends, by the number of its last branch.
 
     A stream is one stretch, and more where something but its own branches reads a value in between (a long skip). Those
-    whose end nothing reads, once no block is computed, are left out. The stream that the probe looked at starts there.
+    whose end nothing reads, once no block is computed, are left out. The probed stream starts behind the probe.
     """
     chains: dict[int, list[Branch]] = {}
     for branch in draft.facts.branches:
         chains.setdefault(branch.chain, []).append(branch)
     starts = {chain: draft.node(branches[0].stream) for chain, branches in chains.items()}
-    if draft.spec.probe is not None:
-        chain, starts[chain] = probed_stream(draft, draft.spec.probe)
+    if draft.after is not None:
+        chain, starts[chain] = probed_stream(draft, draft.after)
         names = [branch.add for branch in chains[chain]]
         seen = names.index(starts[chain].name) + 1 if starts[chain].name in names else 0
         chains[chain] = chains[chain][seen:]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from duca_compile.core.ports import FORECAST_GAP, FORECAST_ORDERS, STREAM_END, difference_slot
-from duca_compile.core.variants import Action
-from duca_compile.passes.base import ExactPass, VariantDraft
+from duca_compile.core.ports import FORECAST_GAP, FORECAST_ORDERS, STREAM_END
+from duca_compile.core.variants import Action, FullVariant, Series
+from duca_compile.passes.base import ExactPass, VariantDraft, returned
 from duca_compile.passes.numbers import beside, number_input
 
 aten = torch.ops.aten
@@ -28,16 +28,17 @@ class EmitDifferences(ExactPass[VariantDraft]):
     ensures = frozenset({"differences_emitted"})
 
     def apply(self, draft: VariantDraft) -> bool:
-        order = draft.spec.order or 0
+        spec = draft.spec
+        if not isinstance(spec, FullVariant) or not isinstance(spec.keeps, Series):
+            return False
+        order = spec.keeps.order
         kept = {STREAM_END, *(b.slot for b in draft.branches(Action.COMPUTE))}
-        if draft.spec.probe is not None and draft.spec.probe.of == "forecast":
+        if spec.after is not None and spec.after.of == "forecast":
             kept.add(draft.facts.first.input_slot)
-        slots = [n for n in draft.results if n in kept and difference_slot(n, order) not in draft.results]
+        slots = [port for port in draft.results if port in kept and port.difference(order) not in draft.results]
         if not slots:
             return False
-        (results,) = draft.graph.output_node().args
-        assert isinstance(results, tuple)
-        emitted = dict(zip(draft.results, results, strict=True))
+        emitted = dict(zip(draft.results, returned(draft.graph), strict=True))
         known: dict[tuple[torch.dtype, int], tuple[fx.Node, list[fx.Node]]] = {}  # by type and dimensions
         for slot in slots:
             now, like = emitted[slot], emitted[slot].meta["val"]
@@ -46,18 +47,18 @@ class EmitDifferences(ExactPass[VariantDraft]):
                 known[kind] = _gap_and_allowed(draft, order, like)
             gap, allowed = known[kind]
             for i in range(order):
-                old = draft.cache(difference_slot(slot, i), like)
+                old = draft.input(slot.difference(i), like)
                 with draft.graph.inserting_before(draft.graph.output_node()):
                     change = draft.graph.call_function(aten.sub.Tensor, (now, old))
                     slope = draft.graph.call_function(aten.div.Tensor, (change, gap))
                     now = draft.graph.call_function(aten.where.ScalarOther, (allowed[i], slope, 0.0))
                 now.meta["val"] = like
-                draft.add_result(difference_slot(slot, i + 1), now)
+                draft.add_result(slot.difference(i + 1), now)
         return True
 
 
 def _gap_and_allowed(draft: VariantDraft, order: int, like: torch.Tensor) -> tuple[fx.Node, list[fx.Node]]:
     """The gap, and for each order whether the full steps so far allow it, as they meet values such as ``like``."""
-    gap, orders = (beside(draft, number_input(draft, name, like), like) for name in (FORECAST_GAP, FORECAST_ORDERS))
+    gap, orders = (beside(draft, number_input(draft, port, like), like) for port in (FORECAST_GAP, FORECAST_ORDERS))
     with draft.graph.inserting_before(draft.graph.output_node()):
         return gap, [draft.graph.call_function(aten.gt.Scalar, (orders, i)) for i in range(order)]

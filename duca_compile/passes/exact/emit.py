@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from duca_compile.core.ports import STREAM_END
-from duca_compile.core.variants import Action
+from duca_compile.core.ports import STREAM_END, Port
+from duca_compile.core.steps import CacheKinds
+from duca_compile.core.variants import Action, Changes, ForecastVariant, PredictVariant, ProbeVariant, SkipVariant
 from duca_compile.passes.base import ExactPass, VariantDraft
 
 
@@ -22,17 +23,22 @@ class EmitCaches(ExactPass[VariantDraft]):
     ensures = frozenset({"caches_emitted"})
 
     def apply(self, draft: VariantDraft) -> bool:
-        spec = draft.spec
-        if not spec.emit:
-            return False
-        whole = spec.lite or spec.change  # what is cached are whole streams, no branches
-        branches = draft.branches(Action.COMPUTE) if spec.keeps.branches and not whole else []
-        wanted = {branch.slot: branch.core for branch in branches}
-        if spec.lite or (spec.order is None and not spec.skip and not spec.change and spec.keeps.end):
-            wanted[STREAM_END] = draft.facts.stream_end
-        if spec.relational:
-            wanted |= {branch.input_slot: branch.input for branch in draft.branches(Action.COMPUTE)}
+        wanted = _wanted(draft)
         new = {slot: name for slot, name in wanted.items() if slot not in draft.results}
         for slot, name in new.items():
             draft.add_result(slot, draft.node(name))
         return bool(new)
+
+
+def _wanted(draft: VariantDraft) -> dict[Port, str]:
+    """The caches to return, and the nodes that they hold."""
+    spec, computed = draft.spec, draft.branches(Action.COMPUTE)
+    if isinstance(spec, ForecastVariant | PredictVariant | ProbeVariant) or isinstance(spec.keeps, Changes):
+        return {}
+    outputs = {branch.slot: branch.core for branch in computed}
+    end = {STREAM_END: draft.facts.stream_end}
+    if isinstance(spec.keeps, CacheKinds):
+        restored = isinstance(spec, SkipVariant)
+        return (outputs if spec.keeps.branches else {}) | (end if spec.keeps.end and not restored else {})
+    inputs = {branch.input_slot: branch.input for branch in computed}
+    return {"branches": outputs, "inputs": outputs | inputs, "end": end}[spec.keeps.of]

@@ -14,8 +14,9 @@ import torch
 from torch import fx
 
 from duca_compile.analysis.tokens import EXPANDS, RESHAPES
-from duca_compile.core.fx_utils import copy_graph, op_name, value_shape
+from duca_compile.core.fx_utils import add_placeholder, copy_graph, op_name, value_shape
 from duca_compile.core.ir import Facts, Variance
+from duca_compile.core.ports import Port, PortKind, hoisted
 from duca_compile.frontend.offloading import fetch
 from duca_compile.frontend.opaque import opaque
 from duca_compile.passes.base import ExactPass, VariantDraft
@@ -32,14 +33,9 @@ _CASTS = {"to", "_to_copy"}
 _SCALED = {"add", "mul", "neg", "rsub", "sub"}  # by a number: cheaper to do again than to hand over
 
 
-def hoisted_input(name: str) -> str:
-    """Name of the placeholder that carries the loop-invariant value of node ``name``."""
-    return f"hoisted_{name}"
-
-
-def row_input(dtype: torch.dtype) -> str:
-    """Name of the placeholder that carries the timestep-only values of one type, packed into one dimension."""
-    return f"timestep_{str(dtype).removeprefix('torch.')}"
+def row_port(dtype: torch.dtype) -> Port:
+    """The input that carries the timestep-only values of one dtype, packed into one dimension."""
+    return Port(PortKind.ROW, str(dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True)
@@ -161,8 +157,7 @@ def timestep_graph(graph: fx.Graph, facts: Facts, needed: frozenset[str]) -> fx.
     for node in frontier(graph, facts):
         own = by_name[node.name]
         with copy.inserting_before(next(iter(copy.nodes))):
-            given = copy.placeholder(hoisted_input(node.name))
-        given.meta["val"] = node.meta["val"]
+            given = add_placeholder(copy, hoisted(node.name), node.meta["val"])
         own.replace_all_uses_with(given)
     output = copy.output_node()
     with copy.inserting_before(output):
@@ -196,10 +191,10 @@ class Hoist(ExactPass[VariantDraft]):
         nodes = frontier(draft.graph, draft.facts)
         rows = row_layout(draft.graph, draft.facts)
         for node in nodes:
-            node.replace_all_uses_with(draft.add_input(hoisted_input(node.name), node.meta["val"]))
+            node.replace_all_uses_with(draft.input(hoisted(node.name), node.meta["val"]))
         for dtype, row in rows.items():
             sample = draft.node(row[0].name).meta["val"]
-            given = draft.add_input(row_input(dtype), sample.new_empty(row[-1].stop))
+            given = draft.input(row_port(dtype), sample.new_empty(row[-1].stop))
             for piece in row:
                 _read(draft, given, piece)
         return bool(nodes or rows)

@@ -1,4 +1,4 @@
-"""A look at the start of the model: a variant of its own, and what goes on from there (TeaCache, FirstBlockCache)."""
+"""Makes the variant that measures the start of the model before a step is decided (TeaCache, FirstBlockCache)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from torch import fx
 
 from duca_compile.core.fx_utils import op_name
 from duca_compile.core.ir import Branch, Role
-from duca_compile.core.ports import PROBE_CHANGE, PROBE_SEEN, PROBE_STREAM, cache_input
+from duca_compile.core.ports import PROBE_CHANGE, PROBE_SEEN, PROBE_STREAM
 from duca_compile.core.steps import Probe
+from duca_compile.core.variants import ProbeVariant
 from duca_compile.errors import PolicyError
 from duca_compile.frontend.operators import carried_value
 from duca_compile.passes.base import ExactPass, VariantDraft
 from duca_compile.passes.numbers import ratio, row_norm, row_numbers
-from duca_compile.passes.series import Series
+from duca_compile.passes.series import SeriesBuilder
 
 aten = torch.ops.aten
 
@@ -36,22 +37,22 @@ _FIRST_PRODUCTS = {
 
 @dataclass(frozen=True)
 class EmitProbe(ExactPass[VariantDraft]):
-    """Returns how much the look has changed, what it saw, and the stream behind it; and nothing of the model's own.
+    """Returns how much what the probe sees has changed, what it sees, and the stream behind it; no output of the model.
 
     The change is the mean of |now - before| over the mean of |before|, for each row; both are added up in float32.
     """
 
     def apply(self, draft: VariantDraft) -> bool:
-        probe = draft.spec.probe
-        if not draft.spec.probing or probe is None or PROBE_CHANGE in draft.results:
+        if not isinstance(draft.spec, ProbeVariant) or PROBE_CHANGE in draft.results:
             return False
+        probe = draft.spec.probe
         if probe.of == "forecast":
-            return self._against_forecast(draft)
+            return self._against_forecast(draft, draft.spec.order)
         stream = carried_value(probed_stream(draft, probe)[1])
         seen = _modulated(draft) if probe.of == "modulated" else None
         call, output = draft.graph.call_function, draft.graph.output_node()
         like = stream.meta["val"] if seen is None else seen.meta["val"]
-        before = draft.add_input(cache_input(PROBE_SEEN), like)
+        before = draft.input(PROBE_SEEN, like)
         with draft.graph.inserting_before(output):
             if seen is None:
                 seen = call(aten.sub.Tensor, (stream, carried_value(draft.node(_first_branches(draft)[0].stream))))
@@ -63,14 +64,14 @@ class EmitProbe(ExactPass[VariantDraft]):
         draft.results[:] = [PROBE_CHANGE, PROBE_SEEN, PROBE_STREAM]
         return True
 
-    def _against_forecast(self, draft: VariantDraft) -> bool:
+    def _against_forecast(self, draft: VariantDraft, order: int) -> bool:
         """The change is ||I - F||_1 / ||I||_1 for each row: I is what the first branch reads, and F its forecast."""
         branch, graph = draft.facts.first, draft.graph
         given = draft.node(branch.input)
         like = given.meta["val"]
-        start = draft.cache(branch.input_slot, like)
+        start = draft.input(branch.input_slot, like)
         with graph.inserting_before(graph.output_node()):
-            expected = Series(draft).behind(start, branch.input_slot, like)
+            expected = SeriesBuilder(draft, order).behind(start, branch.input_slot, like)
             missed = row_norm(draft, graph.call_function(aten.sub.Tensor, (given, expected)), like, 1)
             change = ratio(draft, missed, row_norm(draft, given, like, 1))
         change.meta["val"] = row_numbers(given)
@@ -80,7 +81,7 @@ class EmitProbe(ExactPass[VariantDraft]):
 
 
 def probed_stream(draft: VariantDraft, probe: Probe) -> tuple[int, fx.Node]:
-    """The main stream's number, and its value where the look ends: at the start, or behind the first block."""
+    """The main stream's number, and its value where the probe ends: at the start, or behind the first block."""
     if probe.of == "forecast":
         return draft.facts.first.chain, draft.node(draft.facts.first.stream)
     branches = _first_branches(draft)

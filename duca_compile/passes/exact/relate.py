@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from duca_compile.core.ports import FORECAST_ORDERS
-from duca_compile.core.variants import Action
+from duca_compile.core.variants import Action, FullVariant, Series
 from duca_compile.passes.base import ExactPass, VariantDraft
-from duca_compile.passes.numbers import distance, ratio, row_numbers
+from duca_compile.passes.numbers import distance, number_input, ratio, row_numbers
 
 aten = torch.ops.aten
 
@@ -26,16 +26,20 @@ class EmitRelations(ExactPass[VariantDraft]):
     ensures = frozenset({"relations_emitted"})
 
     def apply(self, draft: VariantDraft) -> bool:
+        spec = draft.spec
+        if not isinstance(spec, FullVariant) or not isinstance(spec.keeps, Series) or spec.keeps.of != "inputs":
+            return False
         branches = [b for b in draft.branches(Action.COMPUTE) if b.scale_slot not in draft.results]
-        if not draft.spec.relational or not draft.spec.emit or not branches:
+        if not branches:
             return False
         graph = draft.graph
         with graph.inserting_before(graph.output_node()):
-            known = graph.call_function(aten.gt.Scalar, (draft.node(FORECAST_ORDERS), 0))
+            orders = number_input(draft, FORECAST_ORDERS, draft.node(branches[0].core).meta["val"])
+            known = graph.call_function(aten.gt.Scalar, (orders, 0))
         for branch in branches:
             output, given = draft.node(branch.core), draft.node(branch.input)
-            old_output = draft.cache(branch.slot, output.meta["val"])
-            old_given = draft.cache(branch.input_slot, given.meta["val"])
+            old_output = draft.input(branch.slot, output.meta["val"])
+            old_given = draft.input(branch.input_slot, given.meta["val"])
             with graph.inserting_before(graph.output_node()):
                 lengths = distance(draft, output, old_output), distance(draft, given, old_given)
                 scale = graph.call_function(aten.where.ScalarOther, (known, ratio(draft, *lengths), 0.0))

@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from duca_compile.analysis.tokens import key_offset
-from duca_compile.core.fx_utils import value_shape
+from duca_compile.core.fx_utils import node_operand, value_shape
 from duca_compile.core.ir import Branch
-from duca_compile.core.variants import Action
+from duca_compile.core.variants import Action, ForecastVariant, PredictVariant, ProbeVariant, Scores
 from duca_compile.errors import InternalError
 from duca_compile.frontend.operators import argument
 from duca_compile.passes.base import ExactPass, VariantDraft
@@ -28,18 +28,20 @@ class EmitScores(ExactPass[VariantDraft]):
 
     ``v_norm``: sum over heads of 1 - ||v||2, so the smallest value vectors score highest (DuCa, arXiv 2412.18911,
     the released code's sign). ``attention``: attention received, summed over queries, mean over heads (ToCa's s1).
-    ``entropy``: 1 + the entropy over the keys of a cross-attention's map, mean over heads (ToCa's s2). Where the spec
-    is paired, maps and norms are the mean of both halves of the batch. All from the norms or the softmax on is float32.
+    ``entropy``: 1 + the entropy over the keys of a cross-attention's map, mean over heads (ToCa's s2). Where they
+    are paired, maps and norms are the mean of both halves of the batch. From the norms or the softmax on, all is
+    float32.
     """
 
     ensures = frozenset({"scores_emitted"})
 
     def apply(self, draft: VariantDraft) -> bool:
-        scores = draft.spec.scores
-        if scores is None:
+        spec = draft.spec
+        if isinstance(spec, ForecastVariant | PredictVariant | ProbeVariant) or spec.scores is None:
             return False
+        scores = spec.scores
         chosen = [b for b in draft.facts.branches if b.pointwise]
-        wanted = {s.index for b in chosen if (s := draft.facts.score_source(b, scores))}
+        wanted = {s.index for b in chosen if (s := draft.facts.score_source(b, scores.kind))}
         scored = [b for b in draft.branches(Action.COMPUTE) if b.index in wanted and b.score_slot not in draft.results]
         for branch in scored:
             with draft.graph.inserting_before(draft.graph.output_node()):
@@ -51,22 +53,24 @@ class EmitScores(ExactPass[VariantDraft]):
         return bool(scored)
 
 
-def _score(draft: VariantDraft, branch: Branch, scores: str) -> fx.Node:
+def _score(draft: VariantDraft, branch: Branch, scores: Scores) -> fx.Node:
     attention = draft.node(branch.attention or "")
-    if scores == "entropy":
-        return _repeated(draft, _entropy(draft, _both(draft, _mean_map(draft, attention), branch.shape[0])))
+    if scores.kind == "entropy":
+        weights = _mean_map(draft, attention)
+        weights = _both(draft, weights, branch.shape[0]) if scores.paired else weights
+        entropy = _entropy(draft, weights)
+        return _twice(draft, entropy) if scores.paired else entropy
     start = key_offset(attention, *branch.shape[:2])
     if start is None:
         raise InternalError(f"the keys of {attention.name} are not the tokens of branch {branch.index}")
-    if scores == "v_norm":
-        values = attention.args[2]
-        assert isinstance(values, fx.Node)
+    if scores.kind == "v_norm":
+        values = node_operand(attention, 2)
         norm = _call(draft, aten.linalg_vector_norm.default, values, 2, [-1], **_wide(values))
         score = _call(draft, aten.sum.dim_IntList, _call(draft, aten.rsub.Scalar, norm, 1), [1])
     else:
         score = _call(draft, aten.sum.dim_IntList, _mean_map(draft, attention), [1])
     own = _call(draft, aten.slice.Tensor, score, 1, start, start + branch.tokens)
-    return _repeated(draft, _both(draft, own, branch.shape[0]))
+    return _twice(draft, _both(draft, own, branch.shape[0])) if scores.paired else own
 
 
 def _entropy(draft: VariantDraft, weights: fx.Node) -> fx.Node:
@@ -76,21 +80,19 @@ def _entropy(draft: VariantDraft, weights: fx.Node) -> fx.Node:
 
 
 def _both(draft: VariantDraft, value: fx.Node, batch: int) -> fx.Node:
-    """The mean of both halves of the batch, where the spec is paired."""
-    if not draft.spec.paired:
-        return value
+    """The mean of both halves of the batch."""
     halves = [_call(draft, aten.slice.Tensor, value, 0, *part) for part in ((0, batch // 2), (batch // 2, batch))]
     return _call(draft, aten.mul.Tensor, _call(draft, aten.add.Tensor, *halves), 0.5)
 
 
-def _repeated(draft: VariantDraft, score: fx.Node) -> fx.Node:
-    return _call(draft, aten.cat.default, [score, score]) if draft.spec.paired else score
+def _twice(draft: VariantDraft, score: fx.Node) -> fx.Node:
+    """The same for both halves of the batch."""
+    return _call(draft, aten.cat.default, [score, score])
 
 
 def _mean_map(draft: VariantDraft, attention: fx.Node) -> fx.Node:
     """The attention's weights, mean over heads: (batch, queries, keys)."""
-    query, key = attention.args[:2]
-    assert isinstance(query, fx.Node)
+    query, key = node_operand(attention, 0), node_operand(attention, 1)
     mask = argument(attention, "attn_mask")
     scale = argument(attention, "scale") or (value_shape(query) or (1,))[-1] ** -0.5
     transposed = _call(draft, aten.transpose.int, key, -2, -1)

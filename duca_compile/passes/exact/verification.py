@@ -10,6 +10,7 @@ from torch import fx
 from duca_compile.analysis.closure import ancestors, descendants
 from duca_compile.core.ir import Branch
 from duca_compile.core.ports import VERIFY_ERROR
+from duca_compile.core.variants import ForecastVariant
 from duca_compile.passes.base import ExactPass, VariantDraft
 from duca_compile.passes.numbers import precise, row_norm
 
@@ -27,7 +28,7 @@ class VerifyForecast(ExactPass[VariantDraft]):
     """
 
     def apply(self, draft: VariantDraft) -> bool:
-        verify = draft.spec.verify
+        verify = draft.spec.verify if isinstance(draft.spec, ForecastVariant) else None
         if verify is None or VERIFY_ERROR in draft.results:
             return False
         block = _last_block(draft)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from duca_compile.core.fx_utils import port_of
 from duca_compile.core.ir import Facts
 from duca_compile.core.lock import COMPILING
-from duca_compile.core.ports import FORECAST_GAP, FULL_ROWS, cache_input
+from duca_compile.core.ports import CACHES, FORECAST_GAP, FULL_ROWS
 from duca_compile.core.steps import Step, StepKind
-from duca_compile.core.variants import Action, Variant, VariantFunction, VariantSpec
+from duca_compile.core.variants import Action, ProbeVariant, Variant, VariantFunction, VariantSpec
 from duca_compile.policies.base import Policy
 from duca_compile.policies.end_only import EndOnly
 from duca_compile.runtime.dispatcher import Program, StepPlan
@@ -42,10 +42,10 @@ class Programs:
         PolicyError: this graph cannot serve the policy.
     """
 
-    def __init__(self, facts: Facts, policy: Policy, builder: Builder, cache_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, facts: Facts, policy: Policy, builder: Builder) -> None:
         check_selection(facts, policy)
         check_rows(facts, policy)
-        self._facts, self._policy, self._builder, self._cache_dtype = facts, policy, builder, cache_dtype
+        self._facts, self._policy, self._builder = facts, policy, builder
         self._rows: dict[frozenset[str] | None, Rows] = {}
         self._plans: dict[Step, StepPlan] = {}
         self._probe_plan: StepPlan | None = None
@@ -81,24 +81,24 @@ class Programs:
         with COMPILING:
             run = self._policy.replacement_for(step) if isinstance(self._policy, EndOnly) else step
             spec, counts = plan_step(self._facts, self._policy, run)
-            variant, program = self._program(replace(spec, cache_dtype=self._cache_dtype))
+            variant, program = self._program(spec)
             waiting = tuple(counts.get(index, 0) for index in program.cached_branches)
             plan = self._plans[step] = StepPlan(run, program, waiting, variant.flops(counts))
         return plan
 
     def probe_plan(self) -> StepPlan | None:
         """What measures before a step is decided; None where the policy does not ask for it."""
-        spec = probe_spec(self._facts, self._policy)
+        spec = probe_spec(self._policy)
         if self._probe_plan is None and spec is not None:
             with COMPILING:
-                variant, program = self._program(replace(spec, cache_dtype=self._cache_dtype))
+                variant, program = self._program(spec)
             self._probe_plan = StepPlan(Step(StepKind.FULL), program, (), variant.flops({}))
         return self._probe_plan
 
     def _program(self, spec: VariantSpec) -> tuple[Variant, Program]:
         if spec not in self.by_spec:
             variant, run = self._builder.build(spec)
-            waiting = tuple(b.index for b in self._selectable if spec.actions[b.index] is not Action.COMPUTE)
+            waiting = tuple(b.index for b in self._selectable if spec.action(b.index) is not Action.COMPUTE)
             program = Program.of(
                 run,
                 variant.inputs,
@@ -116,18 +116,18 @@ class Programs:
     def _computed(self, variant: Variant) -> dict[int, int | None]:
         found: dict[int, int | None] = {}
         for branch in self._selectable:
-            if variant.spec.actions[branch.index] is Action.COMPUTE:
-                score = score_output(self._facts, branch, variant.spec.scores, variant.outputs)
+            if variant.spec.action(branch.index) is Action.COMPUTE:
+                score = score_output(self._facts, branch, variant)
                 found[self._position[branch.index]] = None if score is None else variant.outputs.index(score)
         return found
 
 
 def _forecast_inputs(variant: Variant) -> ForecastInputs:
-    kinds = {n.name: n.meta["val"] for n in variant.module.graph.nodes if n.op == "placeholder"}
-    numbers = {name: partial(_number, kinds[name]) for name in NUMBERS if name in kinds}
-    caches = {name: partial(_zeros, like) for name, like in kinds.items() if name.startswith(cache_input(""))}
-    compares = variant.spec.probing or numbers.keys() & {FORECAST_GAP, FULL_ROWS}
-    rows = max((kinds[name].numel() for name in numbers), default=1)
+    kinds = {port_of(n): n.meta["val"] for n in variant.module.graph.find_nodes(op="placeholder")}
+    numbers = {port: partial(_number, kinds[port]) for port in NUMBERS if port in kinds}
+    caches = {port: partial(_zeros, like) for port, like in kinds.items() if port.kind in CACHES}
+    compares = isinstance(variant.spec, ProbeVariant) or numbers.keys() & {FORECAST_GAP, FULL_ROWS}
+    rows = max((kinds[port].numel() for port in numbers), default=1)
     return ForecastInputs(numbers, caches if compares else {}, rows)
 
 

@@ -7,16 +7,18 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
+from duca_compile.core.ports import Port
+
 
 @dataclass(frozen=True)
 class Prologue:
     """Computes the loop-invariant values from the call's invariant inputs."""
 
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
+    inputs: tuple[str, ...]  # the names of these arguments
+    outputs: tuple[Port, ...]
     module: fx.GraphModule
 
-    def compute(self, call: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def compute(self, call: Mapping[str, Tensor]) -> dict[Port, Tensor]:
         """They are contiguous, as compiled code wants them."""
         values = self.module.forward(*[call[name] for name in self.inputs])
-        return {name: value.contiguous() for name, value in zip(self.outputs, values, strict=True)}
+        return {port: value.contiguous() for port, value in zip(self.outputs, values, strict=True)}

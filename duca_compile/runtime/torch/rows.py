@@ -9,6 +9,7 @@ from math import prod
 import torch
 from torch import Tensor, fx
 
+from duca_compile.core.ports import Port, argument
 from duca_compile.runtime.dispatcher import RowsTooLargeError
 
 MAX_BYTES = 2**28  # of the rows of one pass; where all would be more, each is computed at its step
@@ -20,15 +21,15 @@ class Rows:
 
     timestep: str  # the name of the argument
     module: fx.GraphModule
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
 
-    def compute(self, call: Mapping[str, Tensor], hoisted: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    def compute(self, call: Mapping[str, Tensor], hoisted: Mapping[Port, Tensor]) -> tuple[Tensor, ...]:
         """The rows of the call's own timestep."""
-        return tuple(self.module.forward(*[_value(name, call, hoisted) for name in self.inputs]))
+        return tuple(self.module.forward(*[_value(port, call, hoisted) for port in self.inputs]))
 
     def compute_all(
-        self, call: Mapping[str, Tensor], hoisted: Mapping[str, Tensor], times: tuple[float, ...]
+        self, call: Mapping[str, Tensor], hoisted: Mapping[Port, Tensor], times: tuple[float, ...]
     ) -> dict[float, tuple[Tensor, ...]]:
         """The rows of each of ``times``, of which all batch rows have the same.
 
@@ -37,7 +38,8 @@ class Rows:
             what ``torch.func.vmap`` raises, where an operator has no rule for it.
         """
         given = call[self.timestep]
-        if not times or self.timestep not in self.inputs:
+        time = argument(self.timestep)
+        if not times or time not in self.inputs:
             return {}
         if (size := len(times) * self._bytes) > MAX_BYTES:
             raise RowsTooLargeError(
@@ -46,8 +48,8 @@ class Rows:
             )
         values = torch.tensor(times, dtype=torch.float64, device=given.device).to(given.dtype)
         each = values.view(-1, *[1] * given.dim()).expand(-1, *given.shape)
-        dims = tuple(0 if name == self.timestep else None for name in self.inputs)
-        arguments = [each if name == self.timestep else _value(name, call, hoisted) for name in self.inputs]
+        dims = tuple(0 if port is time else None for port in self.inputs)
+        arguments = [each if port is time else _value(port, call, hoisted) for port in self.inputs]
         found = torch.func.vmap(self.module.forward, in_dims=dims)(*arguments)
         return dict(zip(times, zip(*[row.unbind() for row in found], strict=True), strict=True))
 
@@ -58,5 +60,5 @@ class Rows:
         return sum(prod(value.shape) * value.dtype.itemsize for value in values)
 
 
-def _value(name: str, call: Mapping[str, Tensor], hoisted: Mapping[str, Tensor]) -> Tensor:
-    return hoisted[name] if name in hoisted else call[name]
+def _value(port: Port, call: Mapping[str, Tensor], hoisted: Mapping[Port, Tensor]) -> Tensor:
+    return hoisted[port] if port in hoisted else call[str(port.of)]

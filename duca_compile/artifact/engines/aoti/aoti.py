@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from duca_compile.artifact.engines.base import SCORE, GraphFunction, Options
+from duca_compile.artifact.engines.base import GraphFunction, Options, is_score
 from duca_compile.artifact.manifest import Graph, Manifest, inside
 from duca_compile.core.tensors import Array
 from duca_compile.errors import ArtifactError, BackendError, first_line, missing_package
@@ -69,6 +69,7 @@ class _Function:
 
     def __init__(self, loader: Any, graph: Graph, device: torch.device, weights: dict[str, torch.Tensor]) -> None:
         self._loader, self._graph, self._device = loader, graph, device
+        self._scores = [is_score(spec.name) for spec in graph.outputs]
         self._weights = weights  # keeps them alive: the loader has only their addresses
 
     def __call__(self, *values: Array) -> list[Array]:
@@ -79,10 +80,10 @@ class _Function:
             raise BackendError(f"AOTInductor's code of {self._graph.file.path} failed: {first_line(error)}") from error
         used = {tensor.untyped_storage().data_ptr() for tensor in inputs}
         outputs: list[Array] = []
-        for spec, result in zip(self._graph.outputs, results, strict=True):
+        for scores, result in zip(self._scores, results, strict=True):
             output = result.clone() if result.untyped_storage().data_ptr() in used else result
             used.add(output.untyped_storage().data_ptr())
-            outputs.append(output.cpu().numpy() if spec.name.startswith(SCORE) else output)
+            outputs.append(output.cpu().numpy() if scores else output)
         return outputs
 
 

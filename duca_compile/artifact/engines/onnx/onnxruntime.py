@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from duca_compile.artifact.engines.base import HOST, GraphFunction, Options
+from duca_compile.artifact.engines.base import GraphFunction, Options, is_for_host
 from duca_compile.artifact.manifest import Graph, Manifest, inside
 from duca_compile.core.tensors import Array
 from duca_compile.errors import BackendError, UsageError, first_line, missing_package
@@ -74,7 +74,11 @@ class _Function:
         self._session, self._graph, self._device = session, graph, device
         self._inputs = [spec.name for spec in graph.inputs]
         self._results = [
-            (spec, self._inputs.index(graph.in_place[spec.name]) if spec.name in graph.in_place else None)
+            (
+                spec,
+                self._inputs.index(graph.in_place[spec.name]) if spec.name in graph.in_place else None,
+                is_for_host(spec.name) and spec.dtype in _NUMPY,
+            )
             for spec in graph.outputs
         ]
 
@@ -84,10 +88,10 @@ class _Function:
         for name, value in zip(self._inputs, inputs, strict=True):
             binding.bind_ortvalue_input(name, value)
         arrays: dict[int, np.ndarray] = {}
-        for i, (spec, place) in enumerate(self._results):
+        for i, (spec, place, for_host) in enumerate(self._results):
             if place is not None:
                 binding.bind_ortvalue_output(spec.name, inputs[place])
-            elif spec.name.startswith(HOST) and spec.dtype in _NUMPY:
+            elif for_host:
                 arrays[i] = np.empty(spec.at(self._graph.batch([value.shape() for value in inputs])), spec.dtype)
                 binding.bind_ortvalue_output(spec.name, _shared(arrays[i]))
             else:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from duca_compile.artifact.engines.base import HOST, GraphFunction, Options
+from duca_compile.artifact.engines.base import GraphFunction, Options, is_for_host
 from duca_compile.artifact.manifest import File, Graph, Manifest, inside
 from duca_compile.core.tensors import Array
 from duca_compile.errors import BackendError, first_line, missing_package
@@ -40,8 +40,8 @@ class OpenVINOEngine:
     def function(self, name: str, graph: Graph) -> GraphFunction:
         del name
         path = inside(self._folder, graph.file)
-        for spec in (*graph.inputs, *graph.outputs):
-            if spec.dtype == "bfloat16" and spec.name.startswith(HOST):
+        for spec in graph.outputs:
+            if spec.dtype == "bfloat16" and is_for_host(spec.name):
                 raise BackendError(f"{path.name} returns bfloat16, which numpy lacks; export a float32 model")
         try:
             model, weights = self._read(path)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from duca_compile.artifact.engines.base import SCORE, GraphFunction, Options
+from duca_compile.artifact.engines.base import GraphFunction, Options, is_score
 from duca_compile.artifact.manifest import Graph, Manifest, inside
 from duca_compile.core.tensors import Array
 from duca_compile.errors import ArtifactError, BackendError, UsageError, missing_package
@@ -96,7 +96,7 @@ class _Function:
             raise BackendError(f"TensorRT could not run the engine of {self._graph.file.path}")
         idle.append(context)
         named = zip(self._graph.outputs, results, strict=True)
-        return [result.cpu().numpy() if spec.name.startswith(SCORE) else result for spec, result in named]
+        return [result.cpu().numpy() if is_score(spec.name) else result for spec, result in named]
 
     def _context(self) -> Any:
         context = self._engine.create_execution_context()
