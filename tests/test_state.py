@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 import duca_compile
@@ -334,6 +335,20 @@ def test_the_forward_of_a_class_may_be_replaced_within_a_request(monkeypatch: py
 
     def during(_: nn.Module, step: int) -> None:
         monkeypatch.setattr(models.Attention, "forward", own if step < 3 else lambda *args: own(*args) * 0.5)
+
+    found, expected = cases.both(small, during)
+    assert all(map(torch.equal, found, expected))
+
+
+def test_functions_of_torch_may_be_replaced_within_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As attention libraries have users do it."""
+    monkeypatch.setattr("duca_compile.frontend.snapshot.WATCH_BACKOFF", 0)
+    attention = functional.scaled_dot_product_attention
+
+    def during(_: nn.Module, step: int) -> None:
+        halved = step == 2
+        replacement = (lambda *args, **kwargs: attention(*args, **kwargs) * 0.5) if halved else attention
+        monkeypatch.setattr(functional, "scaled_dot_product_attention", replacement)
 
     found, expected = cases.both(small, during)
     assert all(map(torch.equal, found, expected))

@@ -43,6 +43,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn import functional
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
@@ -411,11 +412,20 @@ class _Walk:
                 self.hooks.append(table)
             else:
                 self._hook_table("", name, table, -1)
+        self._functional()
         for path, module in modules:
             if self._opaque and any(path == each or path.startswith(f"{each}.") for each in self._opaque):
                 self._opaque_module(path, module)
             else:
                 self._module(path, module)
+
+    def _functional(self) -> None:
+        """The functions of torch.nn.functional: attention libraries have users put their own in the place of one."""
+        space, path = vars(functional), functional.__name__
+        self.holders.append(Holder(space, (path, ""), -1, None, True))
+        for name, value in space.items():
+            if callable(value):
+                self.entries[path, name] = _Identity(value)
 
     def _module(self, path: str, module: nn.Module) -> None:
         entries, attributes, parent, cls = self.entries, vars(module), len(self.holders), type(module)
