@@ -1,6 +1,5 @@
 """Variants under OpenVINO: the eager results over whole loops, the model's live weights, no compilation twice."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 import duca_compile
 from duca_compile import FORA, BackendError, DuCa, Policy, TaylorSeer, UsageError
 from duca_compile.backends import openvino as openvino_backend
+from duca_compile.compiler import compiled as compiling
 from duca_compile.export import trace
-from duca_compile.runtime.planning import plan_step
-from duca_compile.runtime.torch import programs
+from duca_compile.passes.pipeline import build_variant
 from tests import artifacts, zoo
 from tests.test_inductor import VARYING, close
 from tests.test_models import POLICY, sample
@@ -156,12 +155,11 @@ def test_an_artifact_runs_as_the_optimized_model(
 ) -> None:
     """With weights that are shared and with copies. OpenVINO rounds to bfloat16 at other places than torch."""
 
-    def planned(*arguments: Any) -> Any:
-        spec, counts = plan_step(*arguments)
-        return replace(spec, cache_dtype=cache_dtype), counts
+    def built(*arguments: Any, **options: Any) -> Any:
+        return build_variant(*arguments, **options | {"cache_dtype": cache_dtype})
 
-    monkeypatch.setattr(programs, "plan_step", planned)
-    monkeypatch.setattr(trace, "plan_step", planned)
+    monkeypatch.setattr(compiling, "build_variant", built)
+    monkeypatch.setattr(trace, "build_variant", built)
     model = artifacts.optimized(DuCa(interval=5))
     found = artifacts.export(model, tmp_path / "artifact")
     assert {spec.dtype for spec in found.caches} == {"float32" if cache_dtype is None else "bfloat16"}
