@@ -1,4 +1,4 @@
-"""Splices a learned predictor in the place of all blocks but the last two (DisCa, arXiv 2602.05449)."""
+"""Splices a learned predictor in place of all blocks but the last two (DisCa, arXiv 2602.05449)."""
 
 from __future__ import annotations
 

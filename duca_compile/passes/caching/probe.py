@@ -1,4 +1,4 @@
-"""Continues from the probe of the same step, in the place of computing the start of the model again."""
+"""Continues from the probe of the same step, instead of computing the start of the model again."""
 
 from __future__ import annotations
 

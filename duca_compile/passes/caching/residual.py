@@ -1,4 +1,4 @@
-"""Adds the cached change of each stream to its start, in the place of all blocks (TeaCache, arXiv 2411.19108)."""
+"""Adds the cached change of each stream to its start, in place of all blocks (TeaCache, arXiv 2411.19108)."""
 
 from __future__ import annotations
 
