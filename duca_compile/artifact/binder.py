@@ -119,7 +119,7 @@ def _checked(spec: TensorSpec, name: str, value: Any, batch: int) -> Array:
 
 
 def like_call(output: Array, call: Mapping[str, Array]) -> Array:
-    """The output as a torch tensor on the device of the call's torch tensors if there are any, else as a numpy array."""
+    """The output as a torch tensor on the device of the call's torch tensors, or a numpy array if there are none."""
     torch = sys.modules.get("torch")
     if torch is None:
         return output

@@ -176,8 +176,8 @@ class Traced:
             )
         if graph.fetched:
             raise ExportError(
-                f"{name}: {graph.fetched[0]} is loaded only for each call; to export the model, remove its offloading "
-                "hooks, or load it without them"
+                f"{name}: hooks materialize weights for each call only ({graph.fetched[0]}); to export the model, remove "
+                "these hooks, or load it without them"
             )
         if graph.guards is not None:
             argument, read = next(iter(graph.guarded_inputs.items()))

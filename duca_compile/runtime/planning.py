@@ -173,8 +173,8 @@ def check_selection(facts: Facts, policy: Policy) -> None:
             )
         if policy.selection is not None and policy.selection.paired and branch.shape[0] % 2:
             raise PolicyError(
-                "paired=True treats the two halves of the batch as the two halves of guidance, but there are "
-                f"{branch.shape[0]} batch rows; call the model with both halves, or set paired=False"
+                "paired=True treats the two halves of the batch as the two halves of guidance, but the batch size is "
+                f"{branch.shape[0]}; call the model with both halves, or set paired=False"
             )
 
 
