@@ -153,7 +153,7 @@ def test_names_change_nothing_in_an_artifact(
     artifact = duca_compile.load(tmp_path / "artifact", threads=1)
     assert close(loop(artifact, NAMES), expected)
     assert [kind for kind, *_ in kinds(artifact)] == [kind for kind, *_ in steps]
-    with pytest.raises(UsageError, match="^output_0 must be"):
+    with pytest.raises(UsageError, match=r"^output_0 must be"):
         artifact(**calls(NAMES)[0] | {"output_0": torch.zeros(3)})
     found = read_manifest(tmp_path / "artifact")
     assert {each.path[0] for each in found.signature.arguments} == {"x", "timestep", "text", *NAMES}

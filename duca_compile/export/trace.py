@@ -176,8 +176,8 @@ class Traced:
             )
         if graph.fetched:
             raise ExportError(
-                f"{name}: hooks materialize weights for each call only ({graph.fetched[0]}); to export the model, remove "
-                "these hooks, or load it without them"
+                f"{name}: hooks materialize weights for each call only ({graph.fetched[0]}); to export the model, "
+                "remove these hooks, or load it without them"
             )
         if graph.guards is not None:
             argument, read = next(iter(graph.guarded_inputs.items()))
@@ -212,9 +212,9 @@ class TracedVariant:
 
     @staticmethod
     def of(name: str, one: Capture, other: Capture, spec: VariantSpec) -> TracedVariant:
-        each = [(capture.batch, build_variant(capture.graph, capture.facts, spec)) for capture in (one, other)]
-        seen = [Seen.of(n, v.module, v.inputs, v.outputs, v.dynamic_inputs) for n, v in each]
-        return TracedVariant(name, spec, open_graph(name, *seen), each[0][1].pieces, (each[0], each[1]))
+        variants = [(capture.batch, build_variant(capture.graph, capture.facts, spec)) for capture in (one, other)]
+        seen = [Seen.of(n, v.module, v.inputs, v.outputs, v.dynamic_inputs) for n, v in variants]
+        return TracedVariant(name, spec, open_graph(name, *seen), variants[0][1].pieces, (variants[0], variants[1]))
 
     def flops(self, counts: Mapping[int, int]) -> manifest.Flops:
         (rows, one), (more, other) = self._by_batch

@@ -1,4 +1,4 @@
-"""Computes what partial steps write first, so that operators on all tokens run together at the end."""
+"""Moves cache writes and other work on all tokens to the end of partial steps, so that all tokens are read only once."""
 
 from __future__ import annotations
 
