@@ -1,4 +1,4 @@
-"""Moves cache writes and other work on all tokens to the end of partial steps, so that all tokens are read only once."""
+"""Moves cache writes and other work on all tokens to the end of partial steps, so that all tokens are read once."""
 
 from __future__ import annotations
 
