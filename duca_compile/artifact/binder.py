@@ -1,4 +1,4 @@
-"""Binds the arguments of a call to the inputs of an artifact, and gives its outputs the structure of the model's."""
+"""Binds the arguments of a call to an artifact's inputs, and arranges its outputs as the model returns them."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class Step:
         interval: the nominal number of steps from one full step to the next; scales the staleness of tokens.
         ratio: the share of tokens to recompute in a partial step, before factors for the block and the branch's kind.
         leading_full: blocks at the front that run in full regardless of ``kind`` (the released ToCa and DuCa code
-            changes its mind after the first block of some full steps).
+            switches from full to another kind after the first block of some steps).
         verified: whether a forecast is compared with what its last block computes (SpeCa).
         kept: the kinds of caches that the steps of the schedule fill for later ones.
         live: the kinds of caches that later steps still read after this one; the others are dropped.

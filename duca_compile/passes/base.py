@@ -88,7 +88,7 @@ class VariantDraft(Draft):
         inputs: list[fx.Node] = [n for n in self.graph.nodes if n.op == "placeholder"]
         return inputs[-1]
 
-    def behind(self, node: fx.Node) -> AbstractContextManager[None]:
+    def inserting_after(self, node: fx.Node) -> AbstractContextManager[None]:
         """The insertion point for nodes computed from ``node``: right after it, and after all inputs."""
         return self.graph.inserting_after(self._last_input() if node.op == "placeholder" else node)
 

@@ -49,7 +49,7 @@ def number_input(draft: VariantDraft, port: Port, like: torch.Tensor) -> fx.Node
     return draft.input(port, like.new_empty(shape, dtype=torch.float32))
 
 
-def beside(draft: VariantDraft, number: fx.Node, like: torch.Tensor) -> fx.Node:
+def broadcast(draft: VariantDraft, number: fx.Node, like: torch.Tensor) -> fx.Node:
     """The number in the form that combines with values such as ``like``: where batch rows differ, (batch, 1, ...).
 
     Unlike a 0-dimensional number, this would promote the values to its own dtype, so it is cast to theirs.
@@ -59,19 +59,19 @@ def beside(draft: VariantDraft, number: fx.Node, like: torch.Tensor) -> fx.Node:
     rows = by_row(draft, number, like)
     if like.dtype is torch.float32:
         return rows
-    with draft.behind(rows):
+    with draft.inserting_after(rows):
         return draft.graph.call_function(aten.to.dtype, (rows, like.dtype))
 
 
 def by_row(draft: VariantDraft, values: fx.Node, like: torch.Tensor) -> fx.Node:
     """Reshapes (batch,) to (batch, 1, ...), with as many dimensions as ``like``."""
-    with draft.behind(values):
+    with draft.inserting_after(values):
         return draft.graph.call_function(aten.reshape.default, (values, [draft.facts.batch, *[1] * (like.dim() - 1)]))
 
 
-def limited(draft: VariantDraft, number: fx.Node, dtype: torch.dtype) -> fx.Node:
+def clamped(draft: VariantDraft, number: fx.Node, dtype: torch.dtype) -> fx.Node:
     """``number`` clamped to the range of a narrower dtype: infinity times a difference of zero would be NaN."""
     if torch.finfo(dtype).smallest_normal <= torch.finfo(torch.float32).smallest_normal:
         return number  # the range is that of float32
-    with draft.behind(number):
+    with draft.inserting_after(number):
         return draft.graph.call_function(aten.clamp.default, (number, torch.finfo(dtype).min, torch.finfo(dtype).max))

@@ -68,7 +68,7 @@ REWRITE: tuple[Pass[VariantDraft], ...] = (
 
 
 def run_passes(draft: D, passes: Sequence[Pass[D]], observe: Callable[[D], None] = lambda draft: None) -> D:  # type: ignore[misc]
-    """Applies ``passes`` in order; ``observe`` is called with the draft before the first one, and after current.
+    """Applies ``passes`` in order; ``observe`` is called with the draft before the first one, and after each.
 
     Raises:
         InternalError: a pass lacks what it requires, or leaves a malformed graph.

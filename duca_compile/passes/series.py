@@ -7,7 +7,7 @@ from torch import fx
 
 from duca_compile.core.ports import FORECAST_FACTORS, Port
 from duca_compile.passes.base import VariantDraft
-from duca_compile.passes.numbers import beside, limited, number_input
+from duca_compile.passes.numbers import broadcast, clamped, number_input
 
 aten = torch.ops.aten
 
@@ -19,7 +19,7 @@ class SeriesBuilder:
         self._draft, self._order = draft, order
         self._factors: dict[tuple[Port, torch.dtype, int], fx.Node] = {}
 
-    def behind(self, start: fx.Node, cache: Port, like: torch.Tensor) -> fx.Node:
+    def sum_from(self, start: fx.Node, cache: Port, like: torch.Tensor) -> fx.Node:
         """``start``, which is D_0, plus the terms of all higher orders."""
         return self._added(start, self._terms(cache, like))
 
@@ -44,5 +44,5 @@ class SeriesBuilder:
         key = port, like.dtype, like.dim()
         if key not in self._factors:
             number = number_input(self._draft, port, like)
-            self._factors[key] = beside(self._draft, limited(self._draft, number, like.dtype), like)
+            self._factors[key] = broadcast(self._draft, clamped(self._draft, number, like.dtype), like)
         return self._factors[key]

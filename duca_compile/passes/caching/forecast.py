@@ -38,7 +38,7 @@ class Forecast(CachingPass):
             like = value.meta["val"]
             start = draft.input(slot, like)
             with draft.graph.inserting_before(value):
-                total = series.behind(start, slot, like)
+                total = series.sum_from(start, slot, like)
             total.meta["val"] = like
             value.replace_all_uses_with(total)
         return True

@@ -25,7 +25,7 @@ class RecomputeTokens(CachingPass):
 
     The cache is updated in place, since nothing else reads it; it replaces the branch's output and is returned. The
     number of tokens stays dynamic. Branches share an index input or have one each, as the spec says. If they share it,
-    the stream between them is computed at the chosen tokens only, and once at its end at all tokens.
+    the stream between them is computed at the chosen tokens only, and at all tokens just once, at its end.
     """
 
     def apply(self, draft: VariantDraft) -> bool:

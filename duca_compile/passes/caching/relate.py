@@ -8,7 +8,7 @@ import torch
 
 from duca_compile.core.variants import Action, ForecastVariant
 from duca_compile.passes.base import CachingPass, VariantDraft
-from duca_compile.passes.numbers import distance, limited, ratio, row_norm, row_numbers
+from duca_compile.passes.numbers import clamped, distance, ratio, row_norm, row_numbers
 from duca_compile.passes.series import SeriesBuilder
 
 aten = torch.ops.aten
@@ -39,7 +39,7 @@ class ForecastFromInputs(CachingPass):
                 direction = series.change(branch.slot, like)
                 moved = graph.call_function(aten.mul.Tensor, (scale, distance(draft, branch_input, cached_input)))
                 factor = ratio(draft, moved, row_norm(draft, direction, like))
-            factor = limited(draft, factor, like.dtype)
+            factor = clamped(draft, factor, like.dtype)
             with graph.inserting_before(output):
                 factor = graph.call_function(aten.reshape.default, (factor, [-1] + [1] * (like.dim() - 1)))
                 factor = graph.call_function(aten.to.dtype, (factor, like.dtype))

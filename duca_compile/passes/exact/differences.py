@@ -10,7 +10,7 @@ from torch import fx
 from duca_compile.core.ports import FORECAST_GAP, FORECAST_ORDERS, STREAM_END
 from duca_compile.core.variants import Action, FullVariant, Series
 from duca_compile.passes.base import ExactPass, VariantDraft, returned
-from duca_compile.passes.numbers import beside, number_input
+from duca_compile.passes.numbers import broadcast, number_input
 
 aten = torch.ops.aten
 
@@ -59,6 +59,6 @@ class EmitDifferences(ExactPass[VariantDraft]):
 
 def _gap_and_allowed(draft: VariantDraft, order: int, like: torch.Tensor) -> tuple[fx.Node, list[fx.Node]]:
     """The gap, and for each order whether there were enough full steps; both combine with values such as ``like``."""
-    gap, orders = (beside(draft, number_input(draft, port, like), like) for port in (FORECAST_GAP, FORECAST_ORDERS))
+    gap, orders = (broadcast(draft, number_input(draft, port, like), like) for port in (FORECAST_GAP, FORECAST_ORDERS))
     with draft.graph.inserting_before(draft.graph.output_node()):
         return gap, [draft.graph.call_function(aten.gt.Scalar, (orders, i)) for i in range(order)]

@@ -80,7 +80,7 @@ def _tiers(graph: fx.Graph, facts: Facts) -> dict[fx.Node, Variance]:
     value with many vectors stays, such as the text's keys in the first block, and so does everything computed from it:
     it would have to be kept for each timestep, and computing it for all of them at once saves nothing.
     """
-    weights: dict[fx.Node, frozenset[fx.Node] | None] = {}  # that a node is computed from; None if arguments are, too
+    weights: dict[fx.Node, frozenset[fx.Node] | None] = {}  # by node that depends on them; None if on arguments too
     tiers: dict[fx.Node, Variance] = {}
     many: set[fx.Node] = set()  # timestep-only values that stay
     for node in graph.nodes:

@@ -71,7 +71,7 @@ class EmitProbe(ExactPass[VariantDraft]):
         like = branch_input.meta["val"]
         start = draft.input(branch.input_slot, like)
         with graph.inserting_before(graph.output_node()):
-            expected = SeriesBuilder(draft, order).behind(start, branch.input_slot, like)
+            expected = SeriesBuilder(draft, order).sum_from(start, branch.input_slot, like)
             error = row_norm(draft, graph.call_function(aten.sub.Tensor, (branch_input, expected)), like, 1)
             change = ratio(draft, error, row_norm(draft, branch_input, like, 1))
         change.meta["val"] = row_numbers(branch_input)

@@ -15,7 +15,7 @@ _WRITE = torch.ops.aten.index_put_.default
 class WriteLast(ExactPass[Draft]):
     """Moves everything but the ancestors of what is written into caches to the end of the graph.
 
-    Only if no chosen token depends on a written cache, that is, if all branches recompute the same tokens.
+    This is done only if no chosen token depends on a written cache, that is, if all branches recompute the same tokens.
     """
 
     def apply(self, draft: Draft) -> bool:

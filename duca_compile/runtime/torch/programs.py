@@ -36,7 +36,7 @@ class Builder(Protocol):
 
 
 class Programs:
-    """The plans of a policy's steps for one captured graph. The builder is asked once for each spec.
+    """The plans of a policy's steps for one captured graph. Each spec is built once.
 
     Raises:
         PolicyError: this graph cannot serve the policy.
