@@ -197,7 +197,9 @@ def test_a_file_holds_what_was_saved(trained: Path, tmp_path: Path) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("other", [lambda: build(DEPTH + 1), lambda: wide()], ids=["deeper", "wider"])
 def test_another_models_predictor_is_refused(trained: Path, other: Callable[[], nn.Module]) -> None:
-    with pytest.raises(PolicyError, match="trained for DiTTransformer2DModel with 4 blocks and width 32, and this model"):
+    with pytest.raises(
+        PolicyError, match="trained for DiTTransformer2DModel with 4 blocks and width 32, and this model"
+    ):
         loop(duca_compile.optimize(other(), DisCa(trained), "eager"), 0)
 
 
