@@ -333,7 +333,7 @@ def test_the_schedule_says_that_it_is_the_cheapest_there_can_be(model: nn.Module
 def test_rows_that_there_are_none_of_are_refused() -> None:
     torch.manual_seed(0)
     latte, arguments = ZOO["Latte"].build(1)
-    with pytest.raises(PolicyError, match=r"decide_per='row' needs .* has 6 rows of 2; use decide_per='batch'"):
+    with pytest.raises(PolicyError, match=r"decide_per='row' needs .* has 6 rows, not 2; use decide_per='batch'"):
         duca_compile.optimize(latte.eval(), ResidualGate(decide_per="row"), "eager")(**arguments)
     with pytest.raises(PolicyError, match="decide_per='pair' needs an even batch, and there are 3 rows"):
         SHARED.optimized(ResidualGate(decide_per="pair"), STEPS)(**call(0, (0, 1, 2)))

@@ -197,7 +197,9 @@ def test_a_file_holds_what_was_saved(trained: Path, tmp_path: Path) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("other", [lambda: build(DEPTH + 1), lambda: wide()], ids=["deeper", "wider"])
 def test_another_models_predictor_is_refused(trained: Path, other: Callable[[], nn.Module]) -> None:
-    with pytest.raises(PolicyError, match="trained for DiTTransformer2DModel of 4 blocks and width 32, and this model"):
+    with pytest.raises(
+        PolicyError, match="trained for DiTTransformer2DModel with 4 blocks and width 32, and this model"
+    ):
         loop(duca_compile.optimize(other(), DisCa(trained), "eager"), 0)
 
 
@@ -223,10 +225,12 @@ def test_what_is_no_predictor_is_refused(tmp_path: Path, trained: Path, model: n
 
 
 def test_models_that_a_predictor_cannot_stand_for_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(PolicyError, match="a predictor has 2 blocks, and so has this model"):
+    with pytest.raises(
+        PolicyError, match="a predictor replaces all blocks but the last 2, and this model has no others"
+    ):
         train_predictor(build(2), loop, tmp_path / "p.safetensors")
     model, run = of_zoo("SD3", 3)
-    with pytest.raises(PolicyError, match="the last 2 blocks need more of the earlier ones than the stream"):
+    with pytest.raises(PolicyError, match="the last 2 blocks need more from the earlier ones than the stream"):
         train_predictor(model, run, tmp_path / "p.safetensors", TrainingSettings(1, 1))
 
 

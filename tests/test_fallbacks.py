@@ -252,7 +252,7 @@ def test_branches_that_the_check_of_values_finds_wrong_are_named(
 ) -> None:
     monkeypatch.setattr(verify, "_close", lambda found, expected: False)
     loop(duca_compile.optimize(models.build(), DuCa(interval=3), "eager"))
-    assert said("recomputing some tokens gave other values than computing all of them") == 1
+    assert said("recomputing some tokens gave different values than computing all of them") == 1
 
 
 def test_steps_beyond_a_calibrated_policy_are_said(said: Callable[[str], int]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import duca_compile
-from duca_compile import DuCa, OptimizedModel, Policy, ResidualGate, TaylorSeer
+from duca_compile import DuCa, OptimizedModel, Policy, ResidualGate, TaylorSeer, UsageError
 from duca_compile.artifact.manifest import read_manifest
 from duca_compile.policies import StepKind
 from tests import models
@@ -153,6 +153,8 @@ def test_names_change_nothing_in_an_artifact(
     artifact = duca_compile.load(tmp_path / "artifact", threads=1)
     assert close(loop(artifact, NAMES), expected)
     assert [kind for kind, *_ in kinds(artifact)] == [kind for kind, *_ in steps]
+    with pytest.raises(UsageError, match=r"^output_0 must be"):
+        artifact(**calls(NAMES)[0] | {"output_0": torch.zeros(3)})
     found = read_manifest(tmp_path / "artifact")
     assert {each.path[0] for each in found.signature.arguments} == {"x", "timestep", "text", *NAMES}
     for graph in found.graphs.values():

@@ -58,7 +58,7 @@ def test_entropy_needs_a_cross_attention_and_pairs_an_even_batch() -> None:
         explained("DiT").schedule(ToCa(selection="entropy"), 4)
     model, arguments = build("PixArt")
     rows = {n: v[:1] if isinstance(v, Tensor) else v for n, v in arguments.items()}
-    with pytest.raises(PolicyError, match=r"paired=True takes the first and the second half .* there are 1 rows"):
+    with pytest.raises(PolicyError, match=r"paired=True treats the two halves .* the batch size is 1"):
         duca_compile.explain(model, **rows).schedule(published("toca", "pixart"), 20)
 
 

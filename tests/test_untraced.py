@@ -190,7 +190,7 @@ def test_an_operator_whose_tokens_mix_is_found_out_by_values() -> None:
 
     found = duca_compile.explain(models.build(block), **models.example())
     assert [branch.kind for branch in found.branches] == ["self_attention", "mixing"] * 2
-    assert "recomputing some tokens gave other values" in str(found)
+    assert "recomputing some tokens gave different values" in str(found)
 
 
 class Packed(nn.Parameter):

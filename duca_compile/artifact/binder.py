@@ -1,4 +1,4 @@
-"""Finds the tensors of a call of an artifact, and gives its outputs the structure that the model returns."""
+"""Binds the arguments of a call to an artifact's inputs, and arranges its outputs as the model returns them."""
 
 from __future__ import annotations
 
@@ -16,39 +16,41 @@ from duca_compile.errors import UsageError
 
 
 class Binder:
-    """Finds the tensors of a call by the names of the graphs' inputs, and checks their types and shapes."""
+    """Binds the tensors of a call to the graphs' inputs, and checks their dtypes and shapes."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._signature = manifest.signature
-        self._specs = {spec.name: spec for spec in manifest.inputs}
-        self._arguments = [argument for argument in manifest.signature.arguments if argument.input in self._specs]
-        self._latent = self._specs[manifest.signature.latent]
+        specs = {spec.name: spec for spec in manifest.inputs}
+        self._arguments = [argument for argument in manifest.signature.arguments if argument.input in specs]
+        self._latent = specs[manifest.signature.latent]
+        # By the name of the input: its spec, and the argument as messages show it.
+        self._inputs = {each.input: (specs[each.input], _shown(each.path)) for each in self._arguments}
         self._tensors = {argument.path for argument in manifest.signature.arguments}
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Array], int]:
-        """The tensors of one call, and its batch size. Raises UsageError where the arguments are of other kinds."""
+        """The tensors of one call by input, and its batch size. Raises UsageError if the arguments do not fit."""
         parameters = self._signature.parameters
         if len(args) > len(parameters):
             raise UsageError(f"{len(args)} arguments are too many; the model takes {', '.join(parameters)}")
         call = {**dict(zip(parameters, args, strict=False)), **kwargs}
         if len(call) < len(args) + len(kwargs):
-            raise UsageError("an argument is given twice, by place and by name")
+            raise UsageError("an argument is given twice, by position and by name")
         self._check_options(call)
         values = {argument.input: _follow(call, argument.path) for argument in self._arguments}
         values[self._latent.name] = _contiguous(values[self._latent.name])
         batch = self._batch(values[self._latent.name])
-        return {name: _checked(self._specs[name], value, batch) for name, value in values.items()}, batch
+        return {name: _checked(*self._inputs[name], value, batch) for name, value in values.items()}, batch
 
     def _batch(self, latent: Array) -> int:
         first = self._latent.shape[0]
         if not isinstance(first, Size):
             return first
         if not latent.ndim:
-            raise UsageError(f"{self._latent.name} has no batch dimension")
+            raise UsageError(f"{self._inputs[self._latent.name][1]} has no batch dimension")
         return int(latent.shape[0])
 
     def _check_options(self, call: Mapping[str, Any]) -> None:
-        """Raises UsageError where an argument other than a tensor is unknown, or not what was exported."""
+        """Raises UsageError if an argument other than a tensor is unknown, or differs from the exported one."""
         for path, value in _leaves(call):
             if path in self._tensors:
                 continue
@@ -57,7 +59,7 @@ class Binder:
                 raise UsageError(f"unknown argument {name!r}; the model takes {', '.join(self._signature.parameters)}")
             exported = self._signature.options[name]
             if value != exported:
-                raise UsageError(f"{name}={value!r}: the artifact was exported with {exported!r}, which is built in")
+                raise UsageError(f"{name}={value!r}: the artifact was exported with {exported!r}, which is fixed")
 
 
 def _leaves(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:
@@ -69,13 +71,18 @@ def _leaves(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tupl
         yield path, value
 
 
+def _shown(path: tuple[str | int, ...]) -> str:
+    """An argument as messages show it: the path to it in the call."""
+    return ".".join(map(str, path))
+
+
 def _follow(call: Mapping[str, Any], path: tuple[str | int, ...]) -> Any:
     value: Any = call
     for key in path:
         try:
             value = value[key]
         except (KeyError, IndexError, TypeError):
-            raise UsageError(f"the argument {'.'.join(map(str, path))} is missing") from None
+            raise UsageError(f"the argument {_shown(path)} is missing") from None
     return value
 
 
@@ -84,20 +91,20 @@ def _contiguous(value: Any) -> Array:
     if torch is not None and isinstance(value, torch.Tensor):
         if value.requires_grad and torch.is_grad_enabled():
             raise UsageError(
-                "an argument requires a gradient, and an artifact is for inference only: call the model itself for the "
-                "gradient pass, or else call it under torch.no_grad() or detach() the argument"
+                "an argument requires a gradient, but an artifact is for inference only: call the model itself to "
+                "compute gradients; else call the artifact under torch.no_grad(), or detach() the argument"
             )
         return value.detach().contiguous()
     return value if isinstance(value, np.ndarray) and value.flags.c_contiguous else np.array(value)
 
 
-def _checked(spec: TensorSpec, value: Any, batch: int) -> Array:
-    """``value`` as a contiguous array of the type and shape of ``spec``; a number fills an array."""
+def _checked(spec: TensorSpec, name: str, value: Any, batch: int) -> Array:
+    """``value`` as a contiguous array of the dtype and shape of ``spec``; a number fills an array."""
     shape = spec.at(batch)
     if isinstance(value, Real) and not isinstance(value, bool | np.generic):
         if isinstance(value, Integral) or spec.dtype.startswith("float"):
             return np.full(shape, value, spec.dtype)
-        raise UsageError(f"{spec.name} must be of type {spec.dtype}, not the number {value!r}")
+        raise UsageError(f"{name} must be of type {spec.dtype}, not the number {value!r}")
     array = _contiguous(value)
     dtype = str(array.dtype).removeprefix("torch.")
     if array.ndim == 0 and shape and dtype == spec.dtype:  # one timestep for all batch rows
@@ -105,14 +112,14 @@ def _checked(spec: TensorSpec, value: Any, batch: int) -> Array:
     if dtype != spec.dtype or tuple(array.shape) != shape:
         wanted = f"{spec.dtype} of shape ({', '.join(map(str, spec.shape))})"
         raise UsageError(
-            f"{spec.name} must be {wanted}, which is {shape} for a batch of {batch}, not {dtype} of shape "
+            f"{name} must be {wanted}, which is {shape} for a batch of {batch}, not {dtype} of shape "
             f"{tuple(array.shape)}"
         )
     return array
 
 
 def like_call(output: Array, call: Mapping[str, Array]) -> Array:
-    """The output as a torch tensor on the device of the call's tensors where there are any, else as a numpy array."""
+    """The output as a torch tensor on the device of the call's torch tensors, or a numpy array if there are none."""
     torch = sys.modules.get("torch")
     if torch is None:
         return output
@@ -126,7 +133,7 @@ _TYPES: dict[tuple[str, tuple[str, ...]], Any] = {}
 
 
 def result(structure: Mapping[str, Any], outputs: Sequence[Array]) -> Any:
-    """Outputs in the structure that the manifest describes; see ``Signature``."""
+    """The outputs in the structure that the manifest describes; see ``Signature``."""
     if "output" in structure:
         return outputs[structure["output"]]
     if "value" in structure:

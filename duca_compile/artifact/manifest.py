@@ -22,7 +22,6 @@ from duca_compile.artifact.schema import (
     DECIDING,
     FILE,
     ITEM_BYTES,
-    OUTPUT,
     Argument,
     Branch,
     Chunk,
@@ -43,7 +42,7 @@ from duca_compile.artifact.schema import (
     Variant,
     plain,
 )
-from duca_compile.core.ports import FULL_ROWS, PROBE_CHANGE, VERIFY_ERROR
+from duca_compile.core.ports import FULL_ROWS, PROBE_CHANGE, VERIFY_ERROR, PortKind, named_result
 from duca_compile.core.steps import Probe
 from duca_compile.errors import ArtifactError
 from duca_compile.policies.adaptive import AdaptivePolicy
@@ -260,7 +259,8 @@ def _problems_of_variant(manifest: Manifest, name: str, variant: Variant) -> Ite
 def _problems_of_the_result(manifest: Manifest) -> Iterator[str]:
     needed = manifest.signature.outputs
     for variant in dict.fromkeys(plan.variant for plan in manifest.schedule.plans):
-        outputs = sum(spec.name.startswith(OUTPUT) for spec in _graph(manifest, variant).outputs)
+        ports = [named_result(spec.name) for spec in _graph(manifest, variant).outputs]
+        outputs = sum(port is not None and port.kind is PortKind.OUTPUT for port in ports)
         if outputs < needed:
             yield f"variants.{variant}: its graph has {outputs} outputs of the model, and signature.result {needed}"
 

@@ -23,7 +23,6 @@ from duca_compile.policies.base import Forecast, Selection
 
 FILE = "manifest.json"
 BATCH = "batch"  # the name of the size that is the number of batch rows of one call
-OUTPUT = "output_"  # what the names of the model's own outputs begin with
 # The types of tensors by torch's names, with the bytes of one element.
 ITEM_BYTES = {
     "bool": 1, "uint8": 1, "int8": 1, "float8_e4m3fn": 1, "float8_e5m2": 1, "uint16": 2, "int16": 2, "float16": 2,

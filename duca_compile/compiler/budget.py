@@ -1,4 +1,4 @@
-"""The dtype of caches, the budget for them, and what a request allocates together with them."""
+"""The dtype of caches, their budget, and what a request allocates in total."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ NARROW = torch.bfloat16
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """How caches are kept.
+    """The dtype and the memory budget of caches.
 
     Attributes:
         dtype: of the caches; None for the dtype of the features.
-        budget: the most bytes that the caches of one guidance pass may hold.
+        budget: the most bytes that the caches of one guidance pass may hold; None for no limit.
 
     Raises:
         UsageError: ``dtype`` is not a floating-point type.
@@ -48,14 +48,14 @@ class CacheOptions:
 
     def __post_init__(self) -> None:
         if self.dtype is not None and not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
-            raise UsageError(f"cache_dtype={self.dtype!r} is invalid: it must be a floating torch.dtype")
+            raise UsageError(f"cache_dtype={self.dtype!r} is invalid: it must be a floating-point torch.dtype")
         if self.budget is not None:
             check_whole("cache_budget_bytes", self.budget, least=0)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A policy and the dtype of its caches, with the most bytes that these hold."""
+    """A policy and the dtype of its caches (None: that of the features), with the most bytes that these hold."""
 
     policy: Policy
     dtype: torch.dtype | None
@@ -65,10 +65,10 @@ class Fit:
 def fitted(
     captured: CapturedGraph, facts: Facts, policy: Policy, options: CacheOptions, total: int | None
 ) -> tuple[Policy, torch.dtype | None]:
-    """The policy and cache dtype that fit the budget: as requested, else in bfloat16, else with a single cache.
+    """The first policy and cache dtype that fit the budget: as requested, else in bfloat16, else with a single cache.
 
     Raises:
-        PolicyError: the budget is too small for all of these; says what the smallest would be.
+        PolicyError: the budget is too small for all of these; the message says how much the smallest needs.
     """
     if options.budget is None or not policy.caches:
         return policy, options.dtype
@@ -83,8 +83,8 @@ def fitted(
     least = min(tried, key=lambda fit: fit.bytes)
     raise PolicyError(
         f"cache_budget_bytes={options.budget} is too small for {policy.name}, whose caches hold {tried[0].bytes} bytes "
-        f"in one pass of this call; the least is {least.bytes} bytes, for {least.policy.name} with caches in "
-        f"{_type(least.dtype)}. Allow as much, or use policy='none', which caches nothing"
+        f"in one guidance pass of this call; the least is {least.bytes} bytes, for {least.policy.name} with caches in "
+        f"{_dtype_name(least.dtype)}. Allow that much, or use policy='none', which caches nothing"
     )
 
 
@@ -100,7 +100,7 @@ def variants(
 
 
 def cache_bytes(facts: Facts, policy: Policy, built: Iterable[Variant]) -> int:
-    """The most bytes that caches and token scores of one guidance pass hold, if ``built`` are the variants that run."""
+    """The most bytes that the caches and token scores of one guidance pass hold if it runs the ``built`` variants."""
     held: dict[Port, int] = {}
     for variant in built:
         held.update(variant.kept)
@@ -111,7 +111,7 @@ def cache_bytes(facts: Facts, policy: Policy, built: Iterable[Variant]) -> int:
 
 
 def peak_of_request(captured: CapturedGraph, facts: Facts, policy: Policy, total: int | None) -> int:
-    """The most bytes that one guidance pass of a request of ``total`` steps allocates at once, under eager."""
+    """The most bytes that one guidance pass of a request with ``total`` steps holds at once in eager mode."""
     captured = with_predictor(captured, facts, policy.predictor)
     known: dict[tuple[VariantSpec, tuple[int, ...]], tuple[Variant, int]] = {}
     held: dict[Port, int] = {}
@@ -123,9 +123,9 @@ def peak_of_request(captured: CapturedGraph, facts: Facts, policy: Policy, total
             variant = build_variant(captured, facts, spec)
             sizes = {spec.tokens_input(i): (facts.branches[i].shape[0], count) for i, count in counts.items()}
             known[key] = variant, peak_bytes(variant.module, sizes)
-        variant, own = known[key]
+        variant, allocated = known[key]
         replaced = {slot for slot in variant.kept if slot not in variant.inputs}
-        most = max(most, own + sum(size for slot, size in held.items() if slot not in replaced))
+        most = max(most, allocated + sum(size for slot, size in held.items() if slot not in replaced))
         dead = dead_kinds(step.live)
         held = {slot: size for slot, size in {**held, **variant.kept}.items() if slot.kind not in dead}
     hoisted = [node.meta["val"] for node in frontier(captured.graph, facts)]
@@ -135,27 +135,28 @@ def peak_of_request(captured: CapturedGraph, facts: Facts, policy: Policy, total
 
 
 def _candidates(policy: Policy, dtype: torch.dtype | None) -> Iterator[tuple[Policy, torch.dtype | None]]:
-    alone = isinstance(policy, AdaptivePolicy) or policy.predictor is not None  # a predictor only reads the end anyway
-    for candidate in (policy,) if alone else (policy, EndOnly(policy)):
+    # A predictor reads only the end of the stream anyway.
+    unique = isinstance(policy, AdaptivePolicy) or policy.predictor is not None
+    for candidate in (policy,) if unique else (policy, EndOnly(policy)):
         yield candidate, dtype
         if dtype is None or dtype.itemsize > NARROW.itemsize:
             yield candidate, NARROW
 
 
 def _report(tried: list[Fit], budget: int) -> None:
-    asked, found = tried[0], tried[-1]
-    if found is not asked:
+    requested, chosen = tried[0], tried[-1]
+    if chosen is not requested:
         log.warning(
             "the caches of %s would hold %d bytes, more than cache_budget_bytes=%d; running %s with caches in %s, "
             "which hold %d",
-            asked.policy.name,
-            asked.bytes,
+            requested.policy.name,
+            requested.bytes,
             budget,
-            found.policy.name,
-            _type(found.dtype),
-            found.bytes,
+            chosen.policy.name,
+            _dtype_name(chosen.dtype),
+            chosen.bytes,
         )
 
 
-def _type(dtype: torch.dtype | None) -> str:
-    return "the features' own type" if dtype is None else str(dtype).removeprefix("torch.")
+def _dtype_name(dtype: torch.dtype | None) -> str:
+    return "the dtype of the features" if dtype is None else str(dtype).removeprefix("torch.")

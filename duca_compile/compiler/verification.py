@@ -1,4 +1,4 @@
-"""Verifies the token analysis on values: recomputing some tokens must give what computing all of them gives."""
+"""Verifies the token analysis on values: recomputing some tokens must give the same as computing all of them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, tor
 def verified(captured: CapturedGraph, facts: Facts, values: Mapping[Port, Tensor]) -> Facts:
     """``facts`` with every branch that fails the equivariance check f(x[idx]) = f(x)[idx] marked as mixing.
 
-    Runs a full and a partial evaluation eagerly on ``values``, the call's tensors and hoisted values by port.
-    They run side by side, so that no more than a block's values are held, and end once every kind of branch was
-    checked: branches whose bodies are the same operators on operands of the same shapes stand or fall together.
+    Runs a full and a partial evaluation eagerly on ``values``, the call's tensors and hoisted values by port. They run
+    side by side, so that only about one block's values are held, and stop once every form of branch was checked:
+    branches whose bodies are the same operators on operands of the same shapes pass or fail together.
     """
     partial = [b for b in facts.branches if b.pointwise]
     if not partial or any(value.is_meta for value in values.values()):
@@ -36,14 +36,14 @@ def verified(captured: CapturedGraph, facts: Facts, values: Mapping[Port, Tensor
     variant = build_variant(captured, facts, spec)
     forms = _forms(captured, partial)
     try:
-        failed = _failed(full, variant, facts, forms, values)
-    except _NodeError as error:  # it depends on the number of tokens
+        failed = _failed_forms(full, variant, facts, forms, values)
+    except _NodeError as error:  # the node depends on the number of tokens
         index = error.node.meta.get("tokens_of", (None,))[0]
         alike = [b for b in partial if index is None or forms[b.slot] == forms[facts.branches[index].slot]]
         rest = _without_partial(facts, alike, f"it cannot run on some of its tokens ({error})")
         return verified(captured, rest, values)
     wrong = [b for b in partial if forms[b.slot] in failed]
-    return _without_partial(facts, wrong, "recomputing some tokens gave other values than computing all of them")
+    return _without_partial(facts, wrong, "recomputing some tokens gave different values than computing all of them")
 
 
 class _NodeError(Exception):
@@ -55,7 +55,7 @@ class _NodeError(Exception):
 
 
 def _forms(captured: CapturedGraph, branches: list[Branch]) -> dict[Port, Hashable]:
-    """What each branch computes of its stream and other operands, by slot: equal where only values differ."""
+    """The form of each branch by slot: what it computes from its stream and other operands, whatever their values."""
     nodes, forms = list(captured.graph.nodes), dict[Port, Hashable]()
     places = {node.name: place for place, node in enumerate(nodes)}
     for branch in branches:
@@ -64,10 +64,10 @@ def _forms(captured: CapturedGraph, branches: list[Branch]) -> dict[Port, Hashab
     return forms
 
 
-def _failed(
+def _failed_forms(
     full: Variant, partial: Variant, facts: Facts, forms: Mapping[Port, Hashable], values: Mapping[Port, Tensor]
 ) -> set[Hashable]:
-    """The forms of the branches for which ``partial`` computes other values than ``full``."""
+    """The forms of the branches for which the values of ``partial`` differ from those of ``full``."""
     branches = {b.slot: b for b in facts.branches if b.slot in partial.inputs}
     by_tokens = {partial.spec.tokens_input(b.index): b for b in branches.values()}
     expected = _Expected(full, values, branches.keys())
@@ -84,45 +84,45 @@ def _failed(
         expected.drop(port)
         return value
 
-    failed, unknown = set[Hashable](), {forms[slot] for slot, b in branches.items() if b.pointwise}
-    for slot, found in _results(partial, value_of):
+    failed, unchecked = set[Hashable](), {forms[slot] for slot, b in branches.items() if b.pointwise}
+    for slot, recomputed in _results(partial, value_of):
         if slot not in branches:
             continue
-        value, form = expected[slot], forms[slot]
+        expected_value, form = expected[slot], forms[slot]
         expected.drop(slot)
-        if not _close(found, value):
+        if not _close(recomputed, expected_value):
             failed.add(form)
-            found.copy_(value)  # so that later branches are judged on their own
-        elif not _differs_by_token(value):
-            continue  # the values of any other tokens would pass as well
-        unknown.discard(form)
-        if not unknown:
+            recomputed.copy_(expected_value)  # so that the error does not spread to later branches
+        elif not _differs_by_token(expected_value):
+            continue  # equal tokens prove nothing: the values of any others would pass too
+        unchecked.discard(form)
+        if not unchecked:
             break
     return failed
 
 
 class _Expected:
-    """What a full evaluation computes for each branch; it runs only as far as results are asked for."""
+    """The values of each branch in a full evaluation, which runs only as far as they are requested."""
 
     def __init__(self, full: Variant, values: Mapping[Port, Tensor], slots: Collection[Port]) -> None:
-        self._coming = _results(full, values.__getitem__)
+        self._results = _results(full, values.__getitem__)
         self._slots = slots
         self._held: dict[Port, Tensor] = {}
 
     def __getitem__(self, slot: Port) -> Tensor:
         if slot not in self._held:
-            self._go_on_to(slot)
+            self._run_to(slot)
         return self._held[slot]
 
-    def _go_on_to(self, slot: Port) -> None:
+    def _run_to(self, slot: Port) -> None:
         try:
-            for port, value in self._coming:
+            for port, value in self._results:
                 if port in self._slots:
                     self._held[port] = value
                 if port is slot:
                     return
         except _NodeError as error:
-            raise InternalError(f"the graph fails on the call that it was captured from: {error}") from error
+            raise InternalError(f"the graph fails on the call from which it was captured: {error}") from error
 
     def drop(self, slot: Port) -> None:
         del self._held[slot]
@@ -135,13 +135,13 @@ def _results(variant: Variant, value_of: Callable[[Port], Tensor]) -> Iterator[t
     """
     graph, runner = variant.module.graph, fx.Interpreter(variant.module)
     nodes = [n for n in graph.nodes if n.op not in ("placeholder", "output")]
-    ports, unneeded = defaultdict[fx.Node, list[Port]](list), _unneeded_behind(nodes)
+    ports, unneeded = defaultdict[fx.Node, list[Port]](list), _unneeded_after(nodes)
     for port, node in zip(variant.outputs, graph.output_node().args[0], strict=True):  # type: ignore[arg-type]
         ports[node].append(port)
     for node in nodes:
-        for each in node.all_input_nodes:
-            if each not in runner.env:
-                runner.env[each] = value_of(port_of(each))
+        for operand in node.all_input_nodes:
+            if operand not in runner.env:
+                runner.env[operand] = value_of(port_of(operand))
         try:
             runner.env[node] = runner.run_node(node)
         except torch.OutOfMemoryError:
@@ -150,12 +150,12 @@ def _results(variant: Variant, value_of: Callable[[Port], Tensor]) -> Iterator[t
             raise _NodeError(node, error) from error
         for port in ports[node]:
             yield port, runner.env[node]
-        for each in unneeded[node]:
-            del runner.env[each]
+        for operand in unneeded[node]:
+            del runner.env[operand]
 
 
-def _unneeded_behind(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
-    """For each node, the values that no later one reads."""
+def _unneeded_after(nodes: list[fx.Node]) -> dict[fx.Node, list[fx.Node]]:
+    """For each node, the values that no later node reads."""
     last_use = {used: node for node in nodes for used in (node, *node.all_input_nodes)}
     unneeded = defaultdict[fx.Node, list[fx.Node]](list)
     for used, node in last_use.items():
@@ -175,7 +175,7 @@ def _without_partial(facts: Facts, wrong: list[Branch], reason: str) -> Facts:
 
 
 def _some_tokens(branch: Branch, device: torch.device) -> Tensor:
-    """A quarter of the tokens, spread unevenly and out of order, the same on every run."""
+    """Indices of a quarter of the tokens, uneven and out of order, but the same on every run."""
     count = max(1, branch.tokens // 4)
     generator = torch.Generator().manual_seed(branch.index)
     rows = [torch.randperm(branch.tokens, generator=generator)[:count] for _ in range(branch.shape[0])]
@@ -186,6 +186,6 @@ def _differs_by_token(value: Tensor) -> bool:
     return bool((value != value[:, :1]).any())
 
 
-def _close(found: Tensor, expected: Tensor) -> bool:
-    error, size = (found - expected).abs().max().float(), expected.abs().max().float()
+def _close(actual: Tensor, expected: Tensor) -> bool:
+    error, size = (actual - expected).abs().max().float(), expected.abs().max().float()
     return bool(error <= _TOLERANCE.get(expected.dtype, 1e-4) * size)

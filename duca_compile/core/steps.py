@@ -1,4 +1,4 @@
-"""What a denoising step does: its kind, what it keeps for later ones, and what is measured to decide it."""
+"""What a denoising step does: its kind, what it keeps for later steps, and what is measured to decide on it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Verify:
-    """How a forecast is held to account: the last block is computed on the forecast stream.
+    """How a forecast is verified: its last block is also computed, on the forecast stream.
 
     Attributes:
-        metric: "norm_ratio", for each row the norm of the difference over the norm of what was computed; or
-            "relative_l1", the mean over the whole batch of the elementwise |difference| / |computed|, as released.
-        of: "stream", its end; or "branch", the output of the last branch before its gate.
+        metric: "norm_ratio", for each batch row the norm of the difference over the norm of what was computed; or
+            "relative_l1", the mean over the whole batch of the elementwise |difference| / |computed|, as in the
+            released code.
+        of: "stream", the end of the stream; or "branch", the output of the last branch before its gate.
     """
 
     metric: Literal["norm_ratio", "relative_l1"] = "norm_ratio"
@@ -23,13 +24,13 @@ class Verify:
 
 @dataclass(frozen=True)
 class Probe:
-    """What is looked at before a step is decided: a small part of the model, computed at every step.
+    """What is measured before a step is decided: a small part of the model, computed at every step.
 
     Attributes:
-        of: "modulated", the input of the first block's first branch behind norm and modulation; "first_block", what the
-            first block adds to the stream; or "forecast", what the first branch of the latent reads, against what the
-            last full steps let expect of it (relational feature caching).
-        to_last_full: it is compared with the last full step; else with the last step. Not for "forecast".
+        of: "modulated", the input of the first block's first branch after norm and modulation; "first_block", what the
+            first block adds to the stream; or "forecast", the input of the latent's first branch, compared with its
+            forecast from the last full steps (relational feature caching).
+        to_last_full: whether to compare with the last full step, rather than the last step. Not for "forecast".
     """
 
     of: Literal["modulated", "first_block", "forecast"] = "modulated"
@@ -41,7 +42,7 @@ class StepKind(Enum):
 
     FULL = "full"
     PARTIAL = "partial"  # attention from the cache, MLPs on a few tokens (DuCa's conservative step)
-    REUSE = "reuse"  # every branch from the cache, gates fresh
+    REUSE = "reuse"  # every branch from the cache, gates computed
     SKIP = "skip"  # the end of the stream from the cache (DuCa's aggressive step)
     FORECAST = "forecast"  # every branch, or the end of the stream, extrapolated from the last full steps (TaylorSeer)
     PREDICT = "predict"  # the end of the stream from a trained network (DisCa)
@@ -75,13 +76,13 @@ class Step:
 
     Attributes:
         kind: what the blocks do.
-        interval: the nominal steps from one full step to the next; weighs how stale a token is.
-        ratio: share of tokens to recompute in a partial step, before per-block and per-kind factors.
+        interval: the nominal number of steps from one full step to the next; scales the staleness of tokens.
+        ratio: the share of tokens to recompute in a partial step, before factors for the block and the branch's kind.
         leading_full: blocks at the front that run in full regardless of ``kind`` (the released ToCa and DuCa code
-            changes its mind after the first block of some full steps).
-        verified: whether a forecast is held to what the last block computes of it (SpeCa).
-        kept: what steps of the schedule have to keep for later ones.
-        live: what later steps read of that which is there after this one; the rest is dropped.
+            switches from full to another kind after the first block of some steps).
+        verified: whether a forecast is compared with what its last block computes (SpeCa).
+        kept: the kinds of caches that the steps of the schedule fill for later ones.
+        live: the kinds of caches that later steps still read after this one; the others are dropped.
     """
 
     kind: StepKind
@@ -96,5 +97,5 @@ class Step:
         self.__dict__["_hash"] = hash(tuple(getattr(self, field.name) for field in fields(self)))
 
     def __hash__(self) -> int:
-        """Remembered: plans are looked up by it at every call."""
+        """Computed once, because every call looks up its plan by step."""
         return self.__dict__["_hash"]  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""What a variant does, and the rewritten graph that does it."""
+"""What a variant of a graph does, and the rewritten graph itself."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Action(Enum):
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of tokens that computed attentions return.
+    """The token scores that computed attentions return.
 
     Attributes:
         kind: "v_norm", "attention" or "entropy".
-        paired: whether they are the mean of both halves of the batch.
+        paired: whether they are averaged over both halves of the batch.
     """
 
     kind: str
@@ -38,12 +38,12 @@ class Scores:
 
 @dataclass(frozen=True)
 class Series:
-    """What is kept where features are forecast: differences up to ``order``.
+    """What full steps keep for forecasts: differences up to ``order``.
 
     Attributes:
         order: the highest difference.
-        of: "branches"; "inputs", branches whose forecast goes as far as the change of their input says (RFC); or
-            "end", the end of the stream alone.
+        of: "branches"; "inputs", branches whose forecasts are scaled by the change of their inputs (RFC); or "end",
+            only the end of the stream.
     """
 
     order: int
@@ -52,14 +52,14 @@ class Series:
 
 @dataclass(frozen=True)
 class Changes:
-    """What each stream gains from its start to its end is kept (TeaCache)."""
+    """Full steps keep what each stream gains from its start to its end (TeaCache)."""
 
 
 class _Spec:
-    kind: ClassVar[str]  # what runs the variant, in words
+    kind: ClassVar[str]  # the steps that run the variant, in words
 
     def action(self, index: int) -> Action:
-        """What is done with the branch of this index."""
+        """What the variant does with the branch of this index."""
         raise NotImplementedError
 
     def tokens_input(self, index: int) -> Port:
@@ -72,10 +72,11 @@ class FullVariant(_Spec):
     """Computes every branch.
 
     Attributes:
-        keeps: what later steps read of it.
+        keeps: what it returns for later steps.
         scores: the scores to return.
         after: the probe of the same step, from which it continues.
-        by_row: it is for some batch rows only, those that an input names; numbers of forecasts differ by batch row.
+        by_row: whether it refreshes only the batch rows that an input selects; the numbers of forecasts then differ by
+            batch row.
     """
 
     keeps: CacheKinds | Series | Changes = CacheKinds.ALL
@@ -94,8 +95,8 @@ class PartialVariant(_Spec):
     """Recomputes some tokens of some branches; ``keeps``, ``scores`` and ``after`` are as in ``FullVariant``.
 
     Attributes:
-        branches: for each branch whether it is computed or reused, or the input that says which of its tokens to
-            recompute; branches may share one.
+        branches: for each branch, whether it is computed or reused, or the input that says which of its tokens to
+            recompute; branches may share such an input.
     """
 
     branches: tuple[Literal[Action.COMPUTE, Action.REUSE] | Port, ...]
@@ -105,12 +106,12 @@ class PartialVariant(_Spec):
     kind: ClassVar[str] = "partial steps"
 
     def action(self, index: int) -> Action:
-        found = self.branches[index]
-        return Action.PARTIAL if isinstance(found, Port) else found
+        entry = self.branches[index]
+        return Action.PARTIAL if isinstance(entry, Port) else entry
 
     def tokens_input(self, index: int) -> Port:
-        found = self.branches[index]
-        return found if isinstance(found, Port) else super().tokens_input(index)
+        entry = self.branches[index]
+        return entry if isinstance(entry, Port) else super().tokens_input(index)
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ class SkipVariant(ReuseVariant):
     """Takes the end of the stream from the cache.
 
     Attributes:
-        change: what is cached is what the streams gain, and it is added to their starts.
+        change: whether the cache holds what the streams gain, which is then added to their starts.
     """
 
     change: bool = False
@@ -150,7 +151,7 @@ class ForecastVariant(_Spec):
     Attributes:
         series: what is extrapolated.
         leading: the number of branches at the front that are computed.
-        verify: how it is compared with what the last block computes of it.
+        verify: how the forecast is compared with what the last block computes, if it is.
     """
 
     series: Series
@@ -166,7 +167,11 @@ class ForecastVariant(_Spec):
 
 @dataclass(frozen=True)
 class PredictVariant(_Spec):
-    """Takes the end of the stream from a trained network, whose weights have these names (DisCa)."""
+    """Takes the end of the stream from a trained network (DisCa).
+
+    Attributes:
+        weights: the names of the network's weights.
+    """
 
     weights: frozenset[str]
     kind: ClassVar[str] = "predict steps"
@@ -182,8 +187,8 @@ class ProbeVariant(_Spec):
 
     Attributes:
         probe: what is measured.
-        order: the highest difference of the forecast that it is compared with, where it is.
-        by_row: the numbers of that forecast differ by batch row.
+        order: the highest difference of the forecast that the probed value is compared with; 0 without a forecast.
+        by_row: whether the numbers of that forecast differ by batch row.
     """
 
     probe: Probe
@@ -203,7 +208,7 @@ VariantSpec: TypeAlias = (
 
 @dataclass(frozen=True)
 class Variant:
-    """A rewritten graph as a module: flat tensors in and out, each with its port."""
+    """A rewritten graph as a module, with flat tensors as inputs and outputs, each with its port."""
 
     spec: VariantSpec
     module: fx.GraphModule
@@ -217,7 +222,7 @@ class Variant:
 
     def flops(self, tokens: Mapping[int, int]) -> float:
         """FLOPs of one call that recomputes ``tokens[branch]`` positions of each partial branch."""
-        return self.flops_fixed + sum(each * tokens[index] for index, each in self.flops_per_token.items())
+        return self.flops_fixed + sum(flops * tokens[index] for index, flops in self.flops_per_token.items())
 
 
 VariantFunction = Callable[..., "tuple[Tensor, ...]"]

@@ -1,7 +1,7 @@
-"""Leaves the batch size of a graph open, by comparing what it looks like at two of them.
+"""Makes the batch size of a graph dynamic, by comparing captures at two batch sizes.
 
-Captured graphs have every size built in as a number. The same model called with another batch gives the same graph
-with other numbers, and those that differ are sizes that grow with the batch: each becomes an expression of it.
+A captured graph has every size built in as a number. The same model called with another batch size gives the same graph
+with different numbers. Those that differ are sizes that grow with the batch, and become expressions of it.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class OpenGraph:
-    """A graph of flat tensors whose batch size, and whose numbers of recomputed tokens, are open.
+    """A graph of flat tensors with a dynamic batch size and dynamic numbers of recomputed tokens.
 
-    It has no side effects: what a variant writes in place is an output here. ``in_place`` names these outputs with the
-    inputs whose memory they may take, since nothing else reads them.
+    It has no side effects: what a variant writes in place is an output here. ``in_place`` maps the names of these
+    outputs to those of the inputs whose memory they may take, since nothing else reads it.
     """
 
     name: str
@@ -40,15 +40,15 @@ class OpenGraph:
     in_place: Mapping[str, str]
 
     def example(self) -> tuple[Tensor, ...]:
-        """Zeros of the kinds of the inputs, at the batch that was traced."""
+        """Zeros with the shapes and dtypes of the inputs, at the first captured batch size."""
         kinds = [node.meta["val"] for node in self.module.graph.find_nodes(op="placeholder")]
         return tuple(torch.zeros(kind.shape, dtype=kind.dtype, device=_device(kind)) for kind in kinds)
 
     def program(self) -> torch.export.ExportedProgram:
-        """It as torch.export's program, with symbolic sizes.
+        """The graph as a program of torch.export, with symbolic sizes.
 
         Raises:
-            ExportError: an operator in it fixes a size.
+            ExportError: an operator fixes one of the sizes.
         """
         known: dict[str, Any] = {}
         shapes = [
@@ -59,11 +59,11 @@ class OpenGraph:
             with torch.no_grad():
                 return torch.export.export(self.module, self.example(), dynamic_shapes=tuple(shapes), strict=False)
         except Exception as error:
-            raise ExportError(f"graph {self.name!r}: its sizes cannot stay open: {first_line(error)}") from error
+            raise ExportError(f"graph {self.name!r}: its sizes cannot be dynamic: {first_line(error)}") from error
 
 
 def _device(kind: Tensor) -> torch.device:
-    """Of an input; those that passes add without one are indices, which go where they are used."""
+    """The device of an input. Index inputs, which passes add on the meta device, go to the device that uses them."""
     return torch.device("cpu") if kind.device.type == "meta" else kind.device
 
 
@@ -75,7 +75,7 @@ def _dim(size: Size, known: dict[str, Any]) -> Any:
 
 @dataclass(frozen=True)
 class Seen:
-    """One graph at one batch size, with the names that files have for its flat inputs and outputs."""
+    """One graph at one batch size, with the names of its flat inputs and outputs in files."""
 
     batch: int
     module: fx.GraphModule
@@ -91,89 +91,90 @@ class Seen:
         outputs: Sequence[Port],
         dynamic: Sequence[Port] = (),
     ) -> Seen:
-        """The same with ports for names."""
+        """The same, named by ports."""
         names, results = (tuple(port.input_name for port in inputs), tuple(port.result_name for port in outputs))
         return Seen(batch, module, names, results, frozenset(port.input_name for port in dynamic))
 
 
 def open_graph(name: str, one: Seen, other: Seen) -> OpenGraph:
-    """The graph that both are at their batch sizes. Where these are the same, all sizes stay numbers.
+    """The one graph behind two captures at different batch sizes. If the sizes are equal, they stay numbers.
 
     Raises:
-        ExportError: the two are not the same graph, or something else than a size depends on the batch.
+        ExportError: the two are not the same graph, or something other than a size depends on the batch.
     """
-    mine, theirs = list(one.module.graph.nodes), list(other.module.graph.nodes)
-    if [(n.op, n.target) for n in mine] != [(n.op, n.target) for n in theirs]:
-        raise ExportError(f"graph {name!r} has other operators at batch {one.batch} than at batch {other.batch}")
+    one_nodes, other_nodes = list(one.module.graph.nodes), list(other.module.graph.nodes)
+    if [(n.op, n.target) for n in one_nodes] != [(n.op, n.target) for n in other_nodes]:
+        raise ExportError(f"graph {name!r} has different operators at batch size {one.batch} and {other.batch}")
     fit = Fit(name, one.batch, other.batch)
-    nodes = {n.name: n for n in theirs}
-    for node in mine:
+    counterparts = {n.name: n for n in other_nodes}
+    for node in one_nodes:
         if node.op == "get_attr":
             fit.same_constant(str(node.target), one.module, other.module)
     graph = copy_graph(one.module.graph)
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     names = dict(zip(inputs, one.inputs, strict=True))
-    specs = tuple(_spec(fit, n, nodes[n.name], name, name in one.dynamic) for n, name in names.items())
+    specs = tuple(_spec(fit, n, counterparts[n.name], name, name in one.dynamic) for n, name in names.items())
     expressions = _Expressions(graph, inputs, specs)
     for node in list(graph.nodes):
-        if node.name not in nodes or node.op == "placeholder":
+        if node.name not in counterparts or node.op == "placeholder":
             continue
-        found = nodes[node.name]
-        node.args = fit.both(node.args, found.args, expressions.node)
-        node.kwargs = fit.both(node.kwargs, found.kwargs, expressions.node)
+        counterpart = counterparts[node.name]
+        node.args = fit.merge(node.args, counterpart.args, expressions.node)
+        node.kwargs = fit.merge(node.kwargs, counterpart.kwargs, expressions.node)
     outputs = tuple(zip(one.outputs, returned(one.module.graph), returned(other.module.graph), strict=True))
-    _drop_idle_squeezes(graph)
-    in_place = _functional(graph, names, one.outputs)
+    _drop_no_op_squeezes(graph)
+    in_place = _functionalize(graph, names, one.outputs)
     graph.lint()
     return OpenGraph(
         name=name,
         module=fx.GraphModule(one.module, graph),
         inputs=specs,
-        outputs=tuple(_spec(fit, mine, theirs, result) for result, mine, theirs in outputs),
+        outputs=tuple(_spec(fit, a, b, result) for result, a, b in outputs),
         in_place=in_place,
     )
 
 
-def _spec(fit: Fit, mine: fx.Node, theirs: fx.Node, name: str, tokens: bool = False) -> TensorSpec:
-    one, other = mine.meta["val"], theirs.meta["val"]
-    shape = [fit.size(a, b, mine.name) for a, b in zip(one.shape, other.shape, strict=True)]
+def _spec(fit: Fit, node: fx.Node, counterpart: fx.Node, name: str, tokens: bool = False) -> TensorSpec:
+    one, other = node.meta["val"], counterpart.meta["val"]
+    shape = [fit.size(a, b, node.name) for a, b in zip(one.shape, other.shape, strict=True)]
     if tokens:
         shape[1] = Size(name)
     return TensorSpec(name, str(one.dtype).removeprefix("torch."), tuple(shape))
 
 
 class Fit:
-    """Tells what a number that differs between two batch sizes is at any."""
+    """Expresses numbers that differ between two batch sizes by the batch size."""
 
-    def __init__(self, graph: str, one: int, other: int) -> None:
-        self._graph, self._one, self._other = graph, one, other
+    def __init__(self, graph: str, one_batch: int, other_batch: int) -> None:
+        self._graph, self._one_batch, self._other_batch = graph, one_batch, other_batch
 
-    def size(self, mine: int, theirs: int, place: str) -> int | Size:
-        if mine == theirs:
-            return mine
-        factor, rest = divmod(theirs - mine, self._other - self._one) if self._other != self._one else (0, 1)
-        plus = mine - factor * self._one
+    def size(self, one: int, other: int, place: str) -> int | Size:
+        if one == other:
+            return one
+        growth = self._other_batch - self._one_batch
+        factor, rest = divmod(other - one, growth) if growth else (0, 1)
+        plus = one - factor * self._one_batch
         if rest or factor < 0 or plus < 0:
             raise ExportError(
-                f"{self._graph!r}: at {place} there is {mine} at batch {self._one} and {theirs} at batch "
-                f"{self._other}, which is no multiple of it; export with one batch size (dynamic_batch=False)"
+                f"graph {self._graph!r}: a size at {place} is {one} at batch size {self._one_batch} but {other} at "
+                f"{self._other_batch}, which is not linear in it; export with one batch size (dynamic_batch=False)"
             )
         return Size(BATCH, factor, plus)
 
-    def both(self, mine: Any, theirs: Any, open_size: Callable[[Size], fx.Node]) -> Any:
-        """``mine``, with what ``open_size`` makes of each number that differs from ``theirs``."""
-        if isinstance(mine, fx.Node):
-            return mine
-        if isinstance(mine, tuple | list):
-            pairs = zip(mine, theirs, strict=True)
-            return type(mine)(self.both(a, b, open_size) for a, b in pairs)
-        if isinstance(mine, dict):
-            return {key: self.both(each, theirs[key], open_size) for key, each in mine.items()}
-        if mine == theirs:
-            return mine
-        if type(mine) is not int or type(theirs) is not int:
-            raise ExportError(f"graph {self._graph!r}: {mine!r} becomes {theirs!r} at batch {self._other}")
-        size = self.size(mine, theirs, "an argument")
+    def merge(self, one: Any, other: Any, open_size: Callable[[Size], fx.Node]) -> Any:
+        """``one``, with each number that differs from ``other`` replaced by what ``open_size`` makes of it."""
+        if isinstance(one, fx.Node):
+            return one
+        if isinstance(one, tuple | list):
+            pairs = zip(one, other, strict=True)
+            return type(one)(self.merge(a, b, open_size) for a, b in pairs)
+        if isinstance(one, dict):
+            return {key: self.merge(value, other[key], open_size) for key, value in one.items()}
+        if one == other:
+            return one
+        if type(one) is not int or type(other) is not int:
+            raise ExportError(f"graph {self._graph!r}: {one!r} becomes {other!r} at batch size {self._other_batch}")
+        size = self.size(one, other, "an argument")
         return open_size(size) if isinstance(size, Size) else size
 
     def same_constant(self, target: str, one: fx.GraphModule, other: fx.GraphModule) -> None:
@@ -186,11 +187,11 @@ class Fit:
 
 
 class _Expressions:
-    """Nodes at the start of a graph that compute sizes from the batch, each once."""
+    """Nodes at the start of a graph that compute each size from the batch size, once."""
 
     def __init__(self, graph: fx.Graph, inputs: Sequence[fx.Node], specs: Sequence[TensorSpec]) -> None:
         self._graph, self._last = graph, inputs[-1] if inputs else None
-        self._made: dict[Size, fx.Node] = {}
+        self._nodes: dict[Size, fx.Node] = {}
         self._sources = [
             (size, node, axis)
             for node, spec in zip(inputs, specs, strict=True)
@@ -199,23 +200,23 @@ class _Expressions:
         ]
 
     def node(self, size: Size) -> fx.Node:
-        if size not in self._made:
+        if size not in self._nodes:
             batch = self._batch() if size != Size(BATCH) else None
-            self._made[size] = self._batch() if batch is None else self._scaled(batch, size)
-        return self._made[size]
+            self._nodes[size] = self._batch() if batch is None else self._scaled(batch, size)
+        return self._nodes[size]
 
     def _batch(self) -> fx.Node:
         plain = Size(BATCH)
-        if plain not in self._made:
+        if plain not in self._nodes:
             if not self._sources:
                 raise ExportError("a size depends on the batch, but no input of the graph does")
             size, node, axis = min(self._sources, key=lambda source: (source[0].factor, source[0].plus))
-            self._made[plain] = self._add(aten.sym_size.int, node, axis)
+            self._nodes[plain] = self._add(aten.sym_size.int, node, axis)
             if size.plus:
-                self._made[plain] = self._add(operator.sub, self._made[plain], size.plus)
+                self._nodes[plain] = self._add(operator.sub, self._nodes[plain], size.plus)
             if size.factor != 1:
-                self._made[plain] = self._add(operator.floordiv, self._made[plain], size.factor)
-        return self._made[plain]
+                self._nodes[plain] = self._add(operator.floordiv, self._nodes[plain], size.factor)
+        return self._nodes[plain]
 
     def _scaled(self, batch: fx.Node, size: Size) -> fx.Node:
         node = batch if size.factor == 1 else self._add(operator.mul, batch, size.factor)
@@ -229,8 +230,8 @@ class _Expressions:
         return self._last
 
 
-def _drop_idle_squeezes(graph: fx.Graph) -> None:
-    """torch leaves a dimension that is not 1 as it is, where ONNX's operator refuses it."""
+def _drop_no_op_squeezes(graph: fx.Graph) -> None:
+    """Removes squeezes of dimensions other than 1: torch ignores them, but ONNX rejects them."""
     for node in graph.find_nodes(op="call_function", target=aten.squeeze.dim):
         above, dim = node.args
         if isinstance(above, fx.Node) and "val" in above.meta and above.meta["val"].shape[dim] != 1:
@@ -238,14 +239,14 @@ def _drop_idle_squeezes(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _functional(graph: fx.Graph, inputs: Mapping[fx.Node, str], outputs: Sequence[str]) -> dict[str, str]:
-    """Makes writes into caches new values; the outputs that may take an input's memory, with that input."""
-    found: dict[str, str] = {}
+def _functionalize(graph: fx.Graph, inputs: Mapping[fx.Node, str], outputs: Sequence[str]) -> dict[str, str]:
+    """Replaces writes into caches by new values; returns which outputs may take the memory of which input."""
+    in_place: dict[str, str] = {}
     for node in graph.find_nodes(op="call_function", target=aten.index_put_.default):
         node.target = aten.index_put.default
         cache = node.args[0]
         if cache in inputs and len(cache.users) == 1:
-            found |= {
+            in_place |= {
                 name: inputs[cache] for name, result in zip(outputs, returned(graph), strict=True) if result is node
             }
-    return found
+    return in_place

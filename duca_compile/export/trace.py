@@ -1,4 +1,4 @@
-"""What is exported of an optimized model: its graphs with open sizes, and the policy's steps over them."""
+"""What an export contains of an optimized model: its graphs with dynamic sizes, and the policy's steps over them."""
 
 from __future__ import annotations
 
@@ -52,19 +52,19 @@ class Capture:
 
 
 class Traced:
-    """An optimized model for one kind of call, with its batch size left open unless ``dynamic_batch`` is false.
+    """An optimized model for one kind of call, with a dynamic batch size unless ``dynamic_batch`` is false.
 
-    Captures the model for the call, and again with another batch, to see what depends on it.
+    Captures the model for the call, and again at another batch size to see what depends on it.
 
     Attributes:
         model, policy: the source model, and the policy.
-        rule: how the policy decides, where it does so while it runs.
-        call: the example.
-        variants: what the policy's steps need, by name; filled by ``schedule``.
+        rule: how the policy decides, if it does so while it runs; else None.
+        call: the example call.
+        variants: the variants that the policy's steps need, by name; filled by ``schedule``.
 
     Raises:
-        UsageError: ``model`` is not optimized, or in training mode.
-        ExportError: its graph does not hold for other calls, or the policy decides by a rule that no runtime knows.
+        UsageError: ``model`` is not an optimized model, is in training mode, or has cache options.
+        ExportError: its graph is not valid for other calls, or the policy decides by a rule that no runtime knows.
         PolicyError: the policy cannot plan without ``num_inference_steps``, or the model cannot serve it.
     """
 
@@ -78,7 +78,7 @@ class Traced:
             check_whole("num_inference_steps", num_inference_steps, least=1)
         if model.cache_options != CacheOptions():
             raise UsageError(
-                "an artifact has no cache_dtype and no cache_budget_bytes: optimize the model without them"
+                "an artifact supports neither cache_dtype nor cache_budget_bytes: optimize the model without them"
             )
         self.model: torch.nn.Module = model.callee
         self.policy: Policy = model.policy
@@ -86,13 +86,13 @@ class Traced:
         self._timestep = model.timestep_name
         self._bind = Binder(self.model, self._timestep)
         self.call = self._bind((), dict(example))
-        given = self._capture(self.call)
-        self.one = self.other = given
+        capture = self._capture(self.call)
+        self.one = self.other = capture
         if dynamic_batch:
-            if given.batch == 1:  # torch takes a size of one for a constant
-                self.one = self._capture(self._with_rows(given.batch, 2))
-            # An odd multiple, so that the same powers of two divide both: values are packed alike then.
-            self.other = self._capture(self._with_rows(given.batch, 3 * self.one.batch))
+            if capture.batch == 1:  # torch treats a size of 1 as a constant
+                self.one = self._capture(self._with_rows(capture.batch, 2))
+            # An odd multiple, so that the same powers of two divide both sizes, and both pack values in the same order.
+            self.other = self._capture(self._with_rows(capture.batch, 3 * self.one.batch))
         check_selection(self.facts, self.policy)
         check_rows(self.facts, self.policy)
         self.rule = self._rule()
@@ -105,8 +105,8 @@ class Traced:
             return None
         if policy.per != "batch" and any(branch.dtype is torch.bfloat16 for branch in self.facts.branches):
             raise ExportError(
-                f"with decide_per={policy.per!r} rows of two steps are put together in numpy, which lacks bfloat16; "
-                "convert the model to another type, or use decide_per='batch'"
+                f"with decide_per={policy.per!r} batch rows of two steps are merged in numpy, which lacks bfloat16; "
+                "convert the model to another dtype, or use decide_per='batch'"
             )
         return manifest.Rule.of(policy)
 
@@ -122,9 +122,9 @@ class Traced:
         """Computes these timestep-only values, packed as the variants read them."""
         return open_graph(name, self.one.seen_rows(pieces), self.other.seen_rows(pieces))
 
-    def size(self, mine: int, theirs: int, place: str) -> int | manifest.Size:
-        """What a number is that was found at both batch sizes."""
-        return Fit("model", self.one.batch, self.other.batch).size(mine, theirs, place)
+    def size(self, one: int, other: int, place: str) -> int | manifest.Size:
+        """A number that is ``one`` and ``other`` at the two batch sizes, as an expression of the batch size."""
+        return Fit("model", self.one.batch, self.other.batch).size(one, other, place)
 
     def schedule(self) -> manifest.Schedule:
         """The policy's steps; the variants that they need are in ``variants`` afterwards."""
@@ -158,7 +158,7 @@ class Traced:
         return manifest.Plan(step, name, named, self.variants[name].flops(counts))
 
     def _variant(self, spec: VariantSpec, kind: str) -> str:
-        """The name of the variant of a spec, which begins with its kind; each is traced once."""
+        """The name of the variant of a spec, which starts with ``kind``; each is traced once."""
         if spec not in self._names:
             same_kind = sum(name.split("-")[0] == kind for name in self.variants)
             name = f"{kind}-{same_kind + 1}" if same_kind else kind
@@ -171,18 +171,18 @@ class Traced:
         name = type(self.model).__name__
         if graph.opaque:
             raise ExportError(
-                f"{name}.{graph.opaque[0].path} {graph.opaque[0].reason}, so it runs as it is and is in no graph; a "
-                "model with such a submodule cannot be exported"
+                f"{name}.{graph.opaque[0].path} {graph.opaque[0].reason}, so it runs outside of the graph; a model "
+                "with such a submodule cannot be exported"
             )
         if graph.fetched:
             raise ExportError(
-                f"{name}: {graph.fetched[0]} is brought for each call only; remove these hooks, or load the model "
-                "without them, to export it"
+                f"{name}: hooks materialize weights for each call only ({graph.fetched[0]}); to export the model, "
+                "remove these hooks, or load it without them"
             )
         if graph.guards is not None:
             argument, read = next(iter(graph.guarded_inputs.items()))
             raise ExportError(
-                f"{name}.forward reads {argument!r} in Python at {read.source}, so its graph holds for these values "
+                f"{name}.forward reads {argument!r} in Python at {read.source}, so its graph is valid for these values "
                 "only and cannot be exported; compute what it reads before the loop"
             )
         latent = next(n for n in graph.graph.find_nodes(op="placeholder") if n.name == facts.latent)
@@ -190,7 +190,7 @@ class Traced:
         return Capture(int(latent.meta["val"].shape[0]), graph, facts, prologue)
 
     def _with_rows(self, batch: int, rows: int) -> Call:
-        """The example with another number of rows, in all tensors that have ``batch`` of them."""
+        """The example call with ``rows`` batch rows in all tensors whose first dimension is ``batch``."""
 
         def resized(tensor: Tensor) -> Tensor:
             if tensor.dim() == 0 or tensor.shape[0] != batch:
@@ -208,24 +208,24 @@ class TracedVariant:
     spec: VariantSpec
     graph: OpenGraph
     pieces: frozenset[str]  # the timestep-only values that it reads
-    _each: tuple[tuple[int, Variant], tuple[int, Variant]]  # with their batch sizes
+    _by_batch: tuple[tuple[int, Variant], tuple[int, Variant]]  # at each of the two batch sizes
 
     @staticmethod
     def of(name: str, one: Capture, other: Capture, spec: VariantSpec) -> TracedVariant:
-        each = [(capture.batch, build_variant(capture.graph, capture.facts, spec)) for capture in (one, other)]
-        seen = [Seen.of(n, v.module, v.inputs, v.outputs, v.dynamic_inputs) for n, v in each]
-        return TracedVariant(name, spec, open_graph(name, *seen), each[0][1].pieces, (each[0], each[1]))
+        variants = [(capture.batch, build_variant(capture.graph, capture.facts, spec)) for capture in (one, other)]
+        seen = [Seen.of(n, v.module, v.inputs, v.outputs, v.dynamic_inputs) for n, v in variants]
+        return TracedVariant(name, spec, open_graph(name, *seen), variants[0][1].pieces, (variants[0], variants[1]))
 
     def flops(self, counts: Mapping[int, int]) -> manifest.Flops:
-        (rows, one), (more, other) = self._each
+        (rows, one), (more, other) = self._by_batch
         first = one.flops(counts)
         per_row = (other.flops(counts) - first) / (more - rows) if more > rows else 0.0
         return manifest.Flops(first - per_row * rows, per_row)
 
     def describe(self, facts: Facts, rows: str | None) -> manifest.Variant:
-        """It for the manifest, with the name of the graph that computes the timestep-only values it reads."""
-        variant = self._each[0][1]
-        waiting, computed = [], dict[str, str | None]()
+        """The manifest's entry; ``rows`` is the name of the graph that computes the timestep-only values it reads."""
+        variant = self._by_batch[0][1]
+        cached, computed = [], dict[str, str | None]()
         for branch in facts.branches:
             if not branch.pointwise:
                 continue
@@ -233,6 +233,6 @@ class TracedVariant:
                 score = score_output(facts, branch, variant)
                 computed[str(branch.index)] = None if score is None else score.result_name
             else:
-                waiting.append(branch.index)
-        tokens = tuple(self.spec.tokens_input(index).input_name for index in waiting)
-        return manifest.Variant(self.name, rows, tuple(waiting), tokens, computed)
+                cached.append(branch.index)
+        tokens = tuple(self.spec.tokens_input(index).input_name for index in cached)
+        return manifest.Variant(self.name, rows, tuple(cached), tokens, computed)

@@ -26,7 +26,7 @@ from duca_compile.errors import InternalError
 
 
 def returned(graph: fx.Graph) -> tuple[fx.Node, ...]:
-    """The nodes that a graph returns. Raises InternalError where it returns anything else."""
+    """The nodes that a graph returns. Raises InternalError if it returns anything else."""
     (results,) = graph.output_node().args
     if not isinstance(results, tuple) or not all(isinstance(node, fx.Node) for node in results):
         raise InternalError(f"a graph must return a tuple of nodes, not {results!r}")
@@ -43,12 +43,12 @@ class Draft:
 
 @dataclass
 class VariantDraft(Draft):
-    """A draft on its way to becoming a variant; ``results`` are the ports of what the graph returns, in order."""
+    """The draft of a variant; ``results`` are the ports of what the graph returns, in order."""
 
     facts: Facts
     spec: VariantSpec
     results: list[Port]
-    cache_dtype: torch.dtype | None = None  # what caches are kept in, where that is narrower
+    cache_dtype: torch.dtype | None = None  # of caches, if it is narrower than that of their features
 
     def __post_init__(self) -> None:
         self._nodes: dict[str, fx.Node] = {n.name: n for n in self.graph.nodes}
@@ -58,7 +58,7 @@ class VariantDraft(Draft):
         try:
             return self._nodes[name]
         except KeyError:
-            raise InternalError(f"node {name!r} is gone from the graph") from None
+            raise InternalError(f"node {name!r} is no longer in the graph") from None
 
     def branches(self, action: Action) -> list[Branch]:
         return [branch for branch in self.facts.branches if self.spec.action(branch.index) is action]
@@ -74,11 +74,11 @@ class VariantDraft(Draft):
         return None if isinstance(self.spec, PredictVariant | ProbeVariant) else self.spec.after
 
     def find_input(self, port: Port) -> fx.Node | None:
-        """The placeholder of this port, where there is one."""
+        """The placeholder of this port, if there is one."""
         return self._inputs.get(port)
 
     def input(self, port: Port, value: torch.Tensor) -> fx.Node:
-        """The placeholder of this port, new or known; ``value`` (fake or meta) says its shape and dtype."""
+        """The placeholder of this port, added if it is missing; ``value`` (fake or meta) gives its shape and dtype."""
         if port not in self._inputs:
             with self.graph.inserting_after(self._last_input()):
                 self._inputs[port] = add_placeholder(self.graph, port, value)
@@ -88,8 +88,8 @@ class VariantDraft(Draft):
         inputs: list[fx.Node] = [n for n in self.graph.nodes if n.op == "placeholder"]
         return inputs[-1]
 
-    def behind(self, node: fx.Node) -> AbstractContextManager[None]:
-        """Where nodes computed from ``node`` go: right behind it, and behind all inputs."""
+    def inserting_after(self, node: fx.Node) -> AbstractContextManager[None]:
+        """The insertion point for nodes computed from ``node``: right after it, and after all inputs."""
         return self.graph.inserting_after(self._last_input() if node.op == "placeholder" else node)
 
     def add_result(self, port: Port, node: fx.Node) -> None:
@@ -101,14 +101,14 @@ D = TypeVar("D", bound=Draft, contravariant=True)
 
 
 class Pass(ABC, Generic[D]):
-    """One rewrite. Its dataclass fields are its options; ``apply`` says truthfully whether it changed anything."""
+    """One rewrite. Its dataclass fields are its options; ``apply`` must report truthfully whether anything changed."""
 
     requires: ClassVar[frozenset[str]] = frozenset()
     ensures: ClassVar[frozenset[str]] = frozenset()
 
     @abstractmethod
     def apply(self, draft: D) -> bool:
-        """Rewrites ``draft`` in place; True where it changed."""
+        """Rewrites ``draft`` in place; returns whether it changed."""
 
 
 class ExactPass(Pass[D]):
@@ -116,4 +116,4 @@ class ExactPass(Pass[D]):
 
 
 class CachingPass(Pass[VariantDraft]):
-    """A rewrite that replaces values by cached ones: results are those of an earlier step."""
+    """A rewrite that replaces values by cached ones, which are those of an earlier step."""

@@ -74,22 +74,22 @@ def run_passes(draft: D, passes: Sequence[Pass[D]], observe: Callable[[D], None]
         InternalError: a pass lacks what it requires, or leaves a malformed graph.
     """
     observe(draft)
-    for each in passes:
-        missing = each.requires - draft.properties
+    for current in passes:
+        missing = current.requires - draft.properties
         if missing:
-            raise InternalError(f"{type(each).__name__} needs {sorted(missing)}, which no earlier pass ensures")
-        if each.apply(draft):
+            raise InternalError(f"{type(current).__name__} needs {sorted(missing)}, which no earlier pass ensures")
+        if current.apply(draft):
             try:
                 draft.graph.lint()
             except RuntimeError as error:
-                raise InternalError(f"{type(each).__name__} left a malformed graph: {error}") from error
-        draft.properties |= each.ensures
+                raise InternalError(f"{type(current).__name__} left a malformed graph: {error}") from error
+        draft.properties |= current.ensures
         observe(draft)
     return draft
 
 
 def prepare(captured: CapturedGraph) -> CapturedGraph:
-    """The captured graph without trace residue and repeated expressions: what the analyses read."""
+    """The captured graph without trace residue and repeated expressions, for the analyses to read."""
     draft = Draft(copy_graph(captured.graph))
     run_passes(draft, PREPARE)
     return replace(captured, graph=draft.graph)
@@ -102,9 +102,9 @@ def build_variant(
     observe: Callable[[VariantDraft], None] = lambda draft: None,
     cache_dtype: torch.dtype | None = None,
 ) -> Variant:
-    """Rewrites a copy of the prepared graph as ``spec`` says; its weights are the source model's own.
+    """Rewrites a copy of the prepared graph as ``spec`` says; it shares the weights of the source model.
 
-    Caches are kept in ``cache_dtype``, where that is narrower than their features. ``observe`` is called with the draft
+    Caches are kept in ``cache_dtype`` if that is narrower than their features. ``observe`` is called with the draft
     before the first pass, and after each.
     """
     results = [Port(PortKind.OUTPUT, place) for place in range(len(returned(captured.graph)))]
@@ -134,30 +134,30 @@ def build_prologue(captured: CapturedGraph, facts: Facts) -> fx.GraphModule:
 
 
 def _kept(draft: VariantDraft) -> dict[Port, int]:
-    """Bytes of the results that are kept until the next step."""
-    found: dict[Port, int] = {}
+    """Bytes of each result that is kept for later steps."""
+    kept: dict[Port, int] = {}
     for port, node in zip(draft.results, returned(draft.graph), strict=True):
         if port.kind in CACHES:
             value = node.meta["val"]
-            found[port] = value.numel() * value.element_size()
-    return found
+            kept[port] = value.numel() * value.element_size()
+    return kept
 
 
 def _timestep_flops(graph: fx.Graph, facts: Facts, pieces: frozenset[str]) -> int:
-    """FLOPs of the timestep-only values that a variant reads: each step needs them, whenever they are computed."""
+    """FLOPs of the timestep-only values that a variant reads. Every step needs them, whenever they are computed."""
     needed = {node for node in graph.nodes if node.name in pieces}
     needed = needed.union(*map(ancestors, needed))
     return sum(facts.flops[n.name] for n in needed if facts.variance[n.name] is Variance.TIMESTEP)
 
 
 def variant_flops(graph: fx.Graph, facts: Facts) -> tuple[int, dict[int, float]]:
-    """FLOPs of a rewritten graph: of every call, and for each recomputed token of a branch, by its index."""
+    """FLOPs of a rewritten graph: those of every call, and those per recomputed token of each branch, by its index."""
     fixed, per_token = 0, defaultdict[int, float](float)
     for node in graph.nodes:
         if "tokens_of" in node.meta:
             index, origin = node.meta["tokens_of"]
             per_token[index] += facts.flops[origin] / facts.branches[index].tokens
         else:
-            own = facts.flops.get(node.meta.get("copy_of", node.name), 0)
-            fixed += node.meta.get("flops", own)
+            counted = facts.flops.get(node.meta.get("copy_of", node.name), 0)
+            fixed += node.meta.get("flops", counted)
     return fixed, dict(per_token)

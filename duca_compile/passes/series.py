@@ -1,4 +1,4 @@
-"""A series of cached differences in a graph, as forecasts add it up."""
+"""Sums the cached differences that a forecast is made of."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from torch import fx
 
 from duca_compile.core.ports import FORECAST_FACTORS, Port
 from duca_compile.passes.base import VariantDraft
-from duca_compile.passes.numbers import beside, limited, number_input
+from duca_compile.passes.numbers import broadcast, clamped, number_input
 
 aten = torch.ops.aten
 
 
 class SeriesBuilder:
-    """Builds the series of caches where the graph is inserted to; each factor is one input."""
+    """Builds the series of caches at the graph's insertion point; each factor is one input."""
 
     def __init__(self, draft: VariantDraft, order: int) -> None:
         self._draft, self._order = draft, order
         self._factors: dict[tuple[Port, torch.dtype, int], fx.Node] = {}
 
-    def behind(self, start: fx.Node, cache: Port, like: torch.Tensor) -> fx.Node:
-        """``start``, which is D_0, and all that follows it."""
+    def sum_from(self, start: fx.Node, cache: Port, like: torch.Tensor) -> fx.Node:
+        """``start``, which is D_0, plus the terms of all higher orders."""
         return self._added(start, self._terms(cache, like))
 
     def change(self, cache: Port, like: torch.Tensor) -> fx.Node:
-        """The same without D_0; of order 1 at least."""
+        """The terms of all higher orders without D_0; the order must be at least 1."""
         first, *terms = self._terms(cache, like)
         return self._added(self._draft.graph.call_function(aten.mul.Tensor, first), terms)
 
@@ -44,5 +44,5 @@ class SeriesBuilder:
         key = port, like.dtype, like.dim()
         if key not in self._factors:
             number = number_input(self._draft, port, like)
-            self._factors[key] = beside(self._draft, limited(self._draft, number, like.dtype), like)
+            self._factors[key] = broadcast(self._draft, clamped(self._draft, number, like.dtype), like)
         return self._factors[key]

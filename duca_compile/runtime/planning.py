@@ -52,12 +52,12 @@ def plan_step(facts: Facts, policy: Policy, step: Step) -> tuple[VariantSpec, di
             return ForecastVariant(_series(policy.forecast), leading, verify, after, _by_row(policy)), counts
         case StepKind.PREDICT:
             if policy.predictor is None:
-                raise PolicyError(f"{policy.name} has predict steps and no predictor")
+                raise PolicyError(f"{policy.name} has predict steps but no predictor")
             return PredictVariant(frozenset(policy.predictor.weights)), counts
 
 
 def probe_spec(policy: Policy) -> ProbeVariant | None:
-    """The variant that looks before a step is decided; None where the policy has none."""
+    """The variant that measures before a step is decided; None if the policy has none."""
     if not isinstance(policy, AdaptivePolicy) or not isinstance(policy.measure, Probe):
         return None
     if policy.measure.of != "forecast":
@@ -78,7 +78,7 @@ def _kept_of_full(policy: Policy, step: Step) -> CacheKinds | Series | Changes:
 
 
 def _kept_between(policy: Policy, step: Step) -> CacheKinds:
-    """What a step that is not full keeps: nothing where only full steps fill the caches."""
+    """What steps other than full ones keep: nothing if only full steps fill the caches."""
     only_full = policy.forecast is not None or policy.predictor is not None or isinstance(policy, AdaptivePolicy)
     return CacheKinds.NOTHING if only_full or not policy.caches else step.kept
 
@@ -99,7 +99,7 @@ def _scores(policy: Policy) -> Scores | None:
 
 
 def _token_counts(facts: Facts, policy: Policy, step: Step) -> dict[int, int]:
-    """How many tokens each branch recomputes, of those that recompute any."""
+    """How many tokens each branch recomputes; branches that recompute none are left out."""
     counts: dict[int, int] = {}
     for branch in facts.branches:
         if branch.pointwise and branch.kind != "mixing" and branch.block >= step.leading_full:
@@ -111,21 +111,21 @@ def _token_counts(facts: Facts, policy: Policy, step: Step) -> dict[int, int]:
 def _partial(
     facts: Facts, policy: Policy, leading: int, counts: Mapping[int, int]
 ) -> tuple[Literal[Action.COMPUTE, Action.REUSE] | Port, ...]:
-    """What a partial step does with each branch; those whose tokens nothing is known of are computed in full."""
+    """What a partial step does with each branch; branches that mix their tokens are computed in full."""
     shared = policy.selection is not None and policy.selection.shared
-    first: dict[tuple[int, ...], Port] = {}  # branches share an input where they choose as many of the same tokens
+    first: dict[tuple[int, ...], Port] = {}  # branches that choose equally many of the same tokens share an input
 
-    def found(branch: Branch) -> Literal[Action.COMPUTE, Action.REUSE] | Port:
+    def action(branch: Branch) -> Literal[Action.COMPUTE, Action.REUSE] | Port:
         if branch.index in counts:
             port = Port(PortKind.TOKENS, branch.index)
             return first.setdefault((*branch.shape[:2], counts[branch.index]), port) if shared else port
         return Action.COMPUTE if branch.index < leading or branch.kind == "mixing" else Action.REUSE
 
-    return tuple(map(found, facts.branches))
+    return tuple(map(action, facts.branches))
 
 
 def score_output(facts: Facts, branch: Branch, variant: Variant) -> Port | None:
-    """The output of a variant that holds the scores of the tokens of ``branch``; None where there is none."""
+    """The output of a variant that holds the scores of the tokens of ``branch``; None if there is none."""
     spec = variant.spec
     if isinstance(spec, ForecastVariant | PredictVariant | ProbeVariant) or spec.scores is None:
         return None
@@ -134,32 +134,32 @@ def score_output(facts: Facts, branch: Branch, variant: Variant) -> Port | None:
 
 
 def score_kind(policy: Policy) -> str | None:
-    """The token score that full steps must emit, or None where the selection needs none."""
+    """The kind of token score that full steps must return; None if the selection needs none."""
     selection = policy.selection
     return None if selection is None or selection.kind == "random" else selection.kind
 
 
 def not_recomputed(facts: Facts, policy: Policy) -> str | None:
-    """What a policy's partial steps do otherwise than its numbers say, and what to do; None where nothing."""
+    """How a policy's partial steps deviate from its settings, and what to do about it; None if they do not."""
     if policy.selection is None:
         return None
     mixing = [branch for branch in facts.branches if branch.kind == "mixing"]
     if mixing:
         return (
-            f"partial steps compute {len(mixing)} of {len(facts.branches)} branches in full, for it is not understood "
-            f"how their tokens could be computed apart: {'; '.join(facts.notes)}. These steps are slower, and no less "
-            "exact. FORA and TaylorSeer replace such branches as a whole, and explain(...) gives the costs"
+            f"partial steps compute {len(mixing)} of {len(facts.branches)} branches in full, because it is not "
+            f"understood how to compute their tokens separately: {'; '.join(facts.notes)}. These steps are slower, but "
+            "no less exact. FORA and TaylorSeer replace such branches as a whole; explain(...) gives the costs"
         )
     if not any(branch.pointwise for branch in facts.branches):
         return (
-            "partial steps find no branch whose tokens can be computed apart, so they reuse every branch, as FORA's "
-            "steps do; where that is too coarse, use TaylorSeer or a shorter interval"
+            "partial steps find no branch whose tokens can be computed separately, so they reuse every branch, as FORA "
+            "does; if that is too coarse, use TaylorSeer or a shorter interval"
         )
     return None
 
 
 def check_selection(facts: Facts, policy: Policy) -> None:
-    """Raises PolicyError where the policy's token scores cannot be had from this graph; names the branch."""
+    """Raises PolicyError, naming the branch, if this graph cannot provide the policy's token scores."""
     kind = score_kind(policy)
     for branch in facts.branches:
         if policy.selection is not None and branch.pointwise and branch.role is not Role.TEXT:
@@ -173,32 +173,32 @@ def check_selection(facts: Facts, policy: Policy) -> None:
             )
         if policy.selection is not None and policy.selection.paired and branch.shape[0] % 2:
             raise PolicyError(
-                f"paired=True takes the first and the second half of the batch for the two halves of guidance, and "
-                f"there are {branch.shape[0]} rows; call the model with both, or set paired=False"
+                "paired=True treats the two halves of the batch as the two halves of guidance, but the batch size is "
+                f"{branch.shape[0]}; call the model with both halves, or set paired=False"
             )
 
 
 def check_rows(facts: Facts, policy: Policy) -> None:
-    """Raises PolicyError where rows of the batch are to decide for themselves, and the graph has no such rows."""
+    """Raises PolicyError if batch rows are to decide for themselves but some values do not have these rows."""
     if not isinstance(policy, AdaptivePolicy) or policy.per == "batch":
         return
     odd = next((b for b in facts.branches if b.shape[0] != facts.batch), None)
     if odd is not None or len(facts.changing) > 2:
-        where = f"{odd.path} has {odd.shape[0]} rows of {facts.batch}" if odd else "the latent is a list of tensors"
+        where = f"{odd.path} has {odd.shape[0]} rows, not {facts.batch}" if odd else "the latent is a list of tensors"
         raise PolicyError(
-            f"decide_per={policy.per!r} needs values with one row for each row of the latent: {where}; "
+            f"decide_per={policy.per!r} needs values with one row for each batch row of the latent: {where}; "
             "use decide_per='batch'"
         )
     check_pairs(policy, facts.batch)
 
 
 def check_pairs(policy: Policy, rows: int) -> None:
-    """Raises PolicyError where both halves of a batch are to decide together, and there are no halves."""
+    """Raises PolicyError if both halves of a batch are to decide together but the batch is odd."""
     if isinstance(policy, AdaptivePolicy) and policy.per == "pair" and rows % 2:
         raise PolicyError(f"decide_per='pair' needs an even batch, and there are {rows} rows")
 
 
 def tokens_of(facts: Facts, selection: Selection, branch: Branch) -> TokenSet:
-    """The tokens that the branch chooses from. How they lie may be unknown, and is no question of text."""
+    """The tokens that the branch chooses from; text has no grid, and that of other tokens may be unknown."""
     grid = None if branch.role is Role.TEXT else selection.grid or facts.grids.get(branch.tokens)
     return TokenSet(branch.shape[0], branch.tokens, grid if selection.patch_bonus else None)

@@ -60,8 +60,8 @@ def test_a_graph_without_the_batch_stays_as_it_is() -> None:
     ("build", "message"),
     [
         (lambda g, x, n: g.call_function(aten.mul.Tensor, (x, 1.0 / n)), r"0\.5 becomes 0\.16"),
-        (lambda g, x, n: g.call_function(aten.slice.Tensor, (x, 0, 0, 1 + n // 3)), "no multiple of it"),
-        (lambda g, x, n: g.call_function((aten.mul if n == 2 else aten.add).Tensor, (x, x)), "other operators"),
+        (lambda g, x, n: g.call_function(aten.slice.Tensor, (x, 0, 0, 1 + n // 3)), "not linear in it"),
+        (lambda g, x, n: g.call_function((aten.mul if n == 2 else aten.add).Tensor, (x, x)), "different operators"),
     ],
 )
 def test_what_is_no_size_of_the_batch_is_refused(build: Built, message: str) -> None:

@@ -14,7 +14,7 @@ from duca_compile.compiler.analyze import analyze_call
 from duca_compile.core.ir import Facts
 from duca_compile.frontend.binder import Binder
 
-REASON = "recomputing some tokens gave other values than computing all of them"
+REASON = "recomputing some tokens gave different values than computing all of them"
 MLPS = {"mlp", "mixing"}
 
 

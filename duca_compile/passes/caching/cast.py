@@ -1,4 +1,4 @@
-"""Keeps caches in a narrower type than the features that they hold."""
+"""Keeps caches in a narrower dtype than the features that they hold."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class CastCaches(CachingPass):
-    """Cached features are read, written in place and returned as the draft's ``cache_dtype``.
+    """Cached features are read, written in place and returned in the draft's ``cache_dtype``.
 
-    All else keeps its own type: the numbers that decisions and forecasts are made from, too.
+    Everything else keeps its dtype, including the numbers that decisions and forecasts are computed from.
     """
 
     def apply(self, draft: VariantDraft) -> bool:
@@ -38,28 +38,28 @@ def _is_wider(node: fx.Node, dtype: torch.dtype) -> bool:
 
 
 def _read(graph: fx.Graph, cache: fx.Node, dtype: torch.dtype) -> None:
-    own = cache.meta["val"].dtype
+    feature_dtype = cache.meta["val"].dtype
     writes = [user for user in cache.users if user.target is aten.index_put_.default and user.args[0] is cache]
     for write in writes:
         (tokens,) = [arg for arg in write.args[2:3] if isinstance(arg, fx.Node)]
         with graph.inserting_before(write):
             write.update_arg(2, graph.call_function(aten._to_copy.default, (tokens,), {"dtype": dtype}))
-        _widen(graph, write, own, keep={graph.output_node()})
+        _widen(graph, write, feature_dtype, keep={graph.output_node()})
         write.meta["val"] = write.meta["val"].to(dtype)
-    _widen(graph, cache, own, keep=set(writes))
+    _widen(graph, cache, feature_dtype, keep=set(writes))
     cache.meta["val"] = cache.meta["val"].to(dtype)
 
 
-def _widen(graph: fx.Graph, node: fx.Node, own: torch.dtype, keep: set[fx.Node]) -> None:
-    """Gives all users of ``node`` but ``keep`` its value in the type that they expect."""
+def _widen(graph: fx.Graph, node: fx.Node, feature_dtype: torch.dtype, keep: set[fx.Node]) -> None:
+    """Casts ``node`` back to ``feature_dtype`` for all of its users but ``keep``."""
     readers = [user for user in node.users if user not in keep]
     if not readers:
         return
     with graph.inserting_after(node):
-        wide = graph.call_function(aten._to_copy.default, (node,), {"dtype": own})
-    wide.meta["val"] = node.meta["val"]
+        widened = graph.call_function(aten._to_copy.default, (node,), {"dtype": feature_dtype})
+    widened.meta["val"] = node.meta["val"]
     for reader in readers:
-        reader.replace_input_with(node, wide)
+        reader.replace_input_with(node, widened)
 
 
 def _return(draft: VariantDraft, dtype: torch.dtype) -> bool:

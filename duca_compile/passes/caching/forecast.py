@@ -16,10 +16,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Forecast(CachingPass):
-    """A branch's output, or the end of the stream where that alone is kept, is D_0 and the sum of f_i * D_i.
+    """Replaces branch outputs, or the end of the stream if only that is cached, by D_0 plus the sum of all f_i * D_i.
 
-    The sum is over all orders i. D_i are the caches, and f_i are inputs: no distance is built into the graph. In a
-    Taylor series f_i is x^i / i!, where x is the steps since the caches were made.
+    D_i is the cached difference of order i. The factors f_i are inputs, so no step distance is built into the graph.
+    In a Taylor series f_i is x^i / i!, where x is the number of steps since the caches were filled.
     """
 
     def apply(self, draft: VariantDraft) -> bool:
@@ -38,7 +38,7 @@ class Forecast(CachingPass):
             like = value.meta["val"]
             start = draft.input(slot, like)
             with draft.graph.inserting_before(value):
-                total = series.behind(start, slot, like)
+                total = series.sum_from(start, slot, like)
             total.meta["val"] = like
             value.replace_all_uses_with(total)
         return True

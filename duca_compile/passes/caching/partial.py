@@ -21,11 +21,11 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class RecomputeTokens(CachingPass):
-    """For each partial branch: gather the tokens of the stream, run the body on them, write them into the cache.
+    """Gathers the chosen tokens of the stream, runs each partial branch on them, and writes them into its cache.
 
-    The cache is written in place, since nothing else reads it, takes the core's place and is returned. The number of
-    tokens is left open in the graph. Branches share an index input or have one of their own, as the spec says; where
-    they share it, the stream between them is computed at the chosen tokens alone, and at all tokens once, at its end.
+    The cache is updated in place, since nothing else reads it; it replaces the branch's output and is returned. The
+    number of tokens stays dynamic. Branches share an index input or have one each, as the spec says. If they share it,
+    the stream between them is computed at the chosen tokens only, and at all tokens just once, at its end.
     """
 
     def apply(self, draft: VariantDraft) -> bool:
@@ -55,7 +55,7 @@ def _recompute(draft: VariantDraft, branch: Branch, gather: _Gather) -> None:
         for node in [n for n in graph.nodes if n.name in branch.body]:
             place = places[node.name]
             if joins_tokens(node, places) or cuts_tokens(node, places):
-                # The chosen tokens stay by themselves where the whole ones are joined with others or cut out again.
+                # The chosen tokens are neither joined with others nor cut out of them: they are passed on unchanged.
                 copies[node] = next(copies[n] for n in node.all_input_nodes if n in copies)
                 continue
             operands = dict(copies)
@@ -77,49 +77,50 @@ def _recompute(draft: VariantDraft, branch: Branch, gather: _Gather) -> None:
 
 
 class _Gather:
-    """Takes the chosen tokens of a value; each value, and each shift of the indices, once.
+    """Gathers the chosen tokens of values. Each value is gathered, and each offset added to the indices, only once.
 
-    ``early``: before elementwise operators instead of behind them, but not before ``cores``, which caches replace.
+    ``early``: gather the operands of elementwise operators rather than their results, except for ``cores``, which
+    caches replace.
     """
 
     def __init__(self, graph: fx.Graph, index: fx.Node, early: bool, cores: frozenset[fx.Node]) -> None:
         self._graph, self._index, self._early, self._cores = graph, index, early, cores
         self._batch = (value_shape(index) or (1,))[0]
-        self._rows: fx.Node | None = None
+        self._batch_rows: fx.Node | None = None
         self._shifted: dict[int, fx.Node] = {0: index}
-        self._done: dict[tuple[fx.Node, int, TokenPlace], fx.Node] = {}
+        self._gathered: dict[tuple[fx.Node, int, TokenPlace], fx.Node] = {}
         self._written: dict[fx.Node, fx.Node] = {}
 
     def __call__(self, value: fx.Node, rank: int, place: TokenPlace) -> fx.Node:
-        """``value``, broadcast to ``rank`` dimensions with the batch first, at the chosen tokens of ``place``."""
+        """The chosen tokens, at ``place``, of ``value`` broadcast to ``rank`` dimensions with the batch first."""
         key = (value, rank, place)
-        if key not in self._done:
-            self._done[key] = self._made(value, rank, place)
-        return self._done[key]
+        if key not in self._gathered:
+            self._gathered[key] = self._build(value, rank, place)
+        return self._gathered[key]
 
     def write(self, cache: fx.Node, tokens: fx.Node) -> fx.Node:
-        """``cache``, (batch, tokens, channels), with the chosen tokens replaced in place."""
+        """Writes the chosen tokens into ``cache`` (batch, tokens, channels) in place, and returns it updated."""
         graph = self._graph
-        if self._rows is None:
+        if self._batch_rows is None:
             rows = graph.call_function(aten.arange.default, (self._batch,), {"device": cache.meta["val"].device})
-            self._rows = graph.call_function(aten.unsqueeze.default, (rows, 1))
-        updated = graph.call_function(aten.index_put_.default, (cache, [self._rows, self._index], tokens))
+            self._batch_rows = graph.call_function(aten.unsqueeze.default, (rows, 1))
+        updated = graph.call_function(aten.index_put_.default, (cache, [self._batch_rows, self._index], tokens))
         self._written[updated] = tokens
         return updated
 
-    def _made(self, value: fx.Node, rank: int, place: TokenPlace) -> fx.Node:
+    def _build(self, value: fx.Node, rank: int, place: TokenPlace) -> fx.Node:
         if not self._early or len(value_shape(value) or ()) != rank:
-            return self._taken(value, rank, place)
+            return self._gather(value, rank, place)
         if value in self._written and place[:2] == (1, 0):
             return self._written[value]
         if value in self._cores or op_name(value) not in ELEMENTWISE or not _has_tokens(value, rank, place):
-            return self._taken(value, rank, place)
+            return self._gather(value, rank, place)
         operands = {n: self(n, rank, place) for n in value.all_input_nodes if _has_tokens(n, rank, place)}
         copy = self._graph.node_copy(value, lambda n: operands.get(n, n))
         copy.meta["some_of"] = value.name
         return copy
 
-    def _taken(self, value: fx.Node, rank: int, place: TokenPlace) -> fx.Node:
+    def _gather(self, value: fx.Node, rank: int, place: TokenPlace) -> fx.Node:
         graph, shape = self._graph, list(value_shape(value) or ())
         while len(shape) < rank:
             value = graph.call_function(aten.unsqueeze.default, (value, 0))
@@ -127,7 +128,7 @@ class _Gather:
         extent = [self._batch, *shape[1:]]
         if shape[0] != self._batch:
             value = graph.call_function(aten.expand.default, (value, extent))
-        index = self._index_from(place.start)
+        index = self._shifted_index(place.start)
         for dim in range(1, rank):
             if dim != place.axis:
                 index = graph.call_function(aten.unsqueeze.default, (index, dim))
@@ -135,14 +136,17 @@ class _Gather:
         index = graph.call_function(aten.expand.default, (index, extent))
         return graph.call_function(aten.gather.default, (value, place.axis, index))
 
-    def _index_from(self, start: int) -> fx.Node:
+    def _shifted_index(self, start: int) -> fx.Node:
         if start not in self._shifted:
             self._shifted[start] = self._graph.call_function(aten.add.Tensor, (self._index, start))
         return self._shifted[start]
 
 
 def _has_tokens(operand: fx.Node, rank: int, place: TokenPlace) -> bool:
-    """Whether an operand of an elementwise result of this rank has the tokens, and is not broadcast along them."""
+    """Whether this operand of an elementwise operator, whose result has ``rank`` dimensions, has the token axis.
+
+    An operand without it is broadcast along the tokens.
+    """
     shape = value_shape(operand) or ()
     axis = place.axis - (rank - len(shape))  # operands broadcast from the right
     return axis >= 0 and shape[axis] == place.length

@@ -1,4 +1,4 @@
-"""Splices a learned predictor in place of all blocks but the last two (DisCa, arXiv 2602.05449)."""
+"""Splices in a learned predictor in place of all blocks but the last two (DisCa, arXiv 2602.05449)."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from duca_compile.policies.predictor import FUSE, Predictor
 
 aten = torch.ops.aten
 
-DEPTH = 2  # blocks of a predictor
-_PREFIX = "duca_predictor."  # of its weights among the graph's
+DEPTH = 2  # blocks that a predictor keeps, with weights of its own
+_PREFIX = "duca_predictor."  # prefix of its weights among the graph's attributes
 
 
 @dataclass(frozen=True)
 class PredictStream(CachingPass):
     """The stream enters the last two blocks as a fusion of the embedded tokens and the cached end of the stream.
 
-    The fusion is Linear(2C, C), SiLU, Linear(C, C). The branches of all earlier blocks are left out, so what arrives
-    there is the embedding. The last two blocks have the predictor's weights, under the model's own modulation.
+    The fusion is Linear(2C, C), SiLU, Linear(C, C). The branches of all earlier blocks are left out, so the stream
+    arrives there as embedded. The last two blocks use the predictor's weights and the model's own modulation.
     """
 
     def apply(self, draft: VariantDraft) -> bool:
         spec = draft.spec
-        if not isinstance(spec, PredictVariant) or any(_is_own(n) for n in draft.graph.nodes):
+        if not isinstance(spec, PredictVariant) or any(_is_predictor_weight(n) for n in draft.graph.nodes):
             return False
         tail = last_blocks(draft.facts)
         _fuse(draft, carried_value(draft.node(_entry(draft.facts, tail).stream)))
@@ -44,7 +44,7 @@ class PredictStream(CachingPass):
                 for weight in [n for n in node.all_input_nodes if n.op == "get_attr"]:
                     if str(weight.target) in spec.weights:
                         node.replace_input_with(weight, _weight(draft, str(weight.target)))
-        _check_alone(draft, tail)
+        _check_replaceable(draft, tail)
         return True
 
 
@@ -77,7 +77,7 @@ def _leave_out(draft: VariantDraft, branches: list[Branch]) -> None:
 
 
 def _weight(draft: VariantDraft, name: str) -> fx.Node:
-    """The predictor's weight, made where the graph begins."""
+    """The predictor's weight of this name, added at the start of the graph if it is missing."""
     target = _PREFIX + name
     known: list[fx.Node] = draft.graph.find_nodes(op="get_attr", target=target)
     if known:
@@ -86,18 +86,18 @@ def _weight(draft: VariantDraft, name: str) -> fx.Node:
         return draft.graph.get_attr(target)
 
 
-def _check_alone(draft: VariantDraft, tail: tuple[Branch, ...]) -> None:
-    """Raises PolicyError where earlier blocks are needed for more than the stream."""
+def _check_replaceable(draft: VariantDraft, tail: tuple[Branch, ...]) -> None:
+    """Raises PolicyError if the last blocks need more from the earlier ones than the stream."""
     alive = {n.name for n in ancestors(draft.graph.output_node())}
     for branch in draft.facts.branches:
         if branch not in tail and branch.body & alive:
             raise PolicyError(
-                f"the last {DEPTH} blocks need more of the earlier ones than the stream: {branch.path or 'a branch'} "
-                f"at {branch.source} would still be computed. A predictor cannot stand for them; use another policy."
+                f"the last {DEPTH} blocks need more from the earlier ones than the stream: {branch.path or 'a branch'} "
+                f"at {branch.source} would still be computed. A predictor cannot replace them; use another policy."
             )
 
 
-def _is_own(node: fx.Node) -> bool:
+def _is_predictor_weight(node: fx.Node) -> bool:
     return node.op == "get_attr" and str(node.target).startswith(_PREFIX)
 
 
@@ -105,11 +105,11 @@ def last_blocks(facts: Facts) -> tuple[Branch, ...]:
     """The branches of the last two blocks.
 
     Raises:
-        PolicyError: there is no earlier block that a predictor could stand for, or the stream is no row of tokens.
+        PolicyError: there is no earlier block to replace, or the stream is not (batch, tokens, channels).
     """
     tail = tuple(b for b in facts.branches if b.block >= facts.blocks - DEPTH)
     if len(tail) == len(facts.branches):
-        raise PolicyError(f"a predictor has {DEPTH} blocks, and so has this model: there is nothing to leave out")
+        raise PolicyError(f"a predictor replaces all blocks but the last {DEPTH}, and this model has no others")
     end = facts.branches[-1]
     if len(end.shape) != 3:
         raise PolicyError(
@@ -119,24 +119,24 @@ def last_blocks(facts: Facts) -> tuple[Branch, ...]:
 
 
 def _entry(facts: Facts, tail: tuple[Branch, ...]) -> Branch:
-    """The first branch of the stream that leads to the output."""
+    """The first branch in ``tail`` of the stream that leads to the output."""
     end = facts.branches[-1]
     return next(b for b in tail if (b.role, b.shape) == (end.role, end.shape))
 
 
 def trained_weights(captured: CapturedGraph, facts: Facts) -> dict[str, Tensor]:
-    """The model's own weights in the place of which a predictor has its own: the parameters of the last two blocks."""
+    """The weights that a predictor replaces: the floating-point parameters of the last two blocks."""
     bodies = frozenset[str]().union(*(branch.body for branch in last_blocks(facts)))
     inside = [n for n in captured.graph.nodes if n.name in bodies]
     targets = {str(w.target): None for n in inside for w in n.all_input_nodes if w.op == "get_attr"}
-    own = {target: captured.attributes[target] for target in targets}
-    return {n: w for n, w in own.items() if isinstance(w, nn.Parameter) and w.is_floating_point()}
+    weights = {target: captured.attributes[target] for target in targets}
+    return {n: w for n, w in weights.items() if isinstance(w, nn.Parameter) and w.is_floating_point()}
 
 
 def last_products(captured: CapturedGraph, facts: Facts) -> list[tuple[str, ...]]:
-    """The weights of the linear layer that ends each branch of the last two blocks, where one does."""
+    """For each branch of the last two blocks that ends in a linear layer, the names of that layer's weights."""
     nodes = {n.name: n for n in captured.graph.nodes}
-    found = []
+    products = []
     for branch in last_blocks(facts):
         node = nodes[branch.core]
         while op_name(node) != "linear":
@@ -145,43 +145,43 @@ def last_products(captured: CapturedGraph, facts: Facts) -> list[tuple[str, ...]
                 break
             (node,) = inside
         else:
-            found.append(tuple(str(n.target) for n in node.all_input_nodes if n.op == "get_attr"))
-    return found
+            products.append(tuple(str(n.target) for n in node.all_input_nodes if n.op == "get_attr"))
+    return products
 
 
 def with_predictor(captured: CapturedGraph, facts: Facts, predictor: Predictor | None) -> CapturedGraph:
-    """``captured`` with the predictor's weights among the model's own, in the model's type and on its device.
+    """``captured`` with the predictor's weights added to the model's, in the model's dtype and on its device.
 
     Raises:
         PolicyError: the predictor was trained for another model; names what differs.
     """
     if predictor is None:
         return captured
-    own, like = trained_weights(captured, facts), _stream_like(captured, facts)
+    replaced, like = trained_weights(captured, facts), _stream_like(captured, facts)
     width = like.shape[-1]
     shapes = {FUSE[0]: (width, 2 * width), FUSE[1]: (width,), FUSE[2]: (width, width), FUSE[3]: (width,)}
-    shapes |= {name: tuple(weight.shape) for name, weight in own.items()}
+    shapes |= {name: tuple(weight.shape) for name, weight in replaced.items()}
     given = {name: tuple(weight.shape) for name, weight in predictor.weights.items()}
     config = predictor.config
     if (config.width, config.blocks) != (width, facts.blocks) or given != shapes:
         names = sorted(name for name in given.keys() | shapes.keys() if given.get(name) != shapes.get(name))
-        detail = f"; {names[0]} is {given.get(names[0])} there and {shapes.get(names[0])} here" if names else ""
+        detail = f"; {names[0]} has shape {given.get(names[0])}, not {shapes.get(names[0])}" if names else ""
         raise PolicyError(
-            f"this predictor was trained for {config.model} of {config.blocks} blocks and width {config.width}, and "
+            f"this predictor was trained for {config.model} with {config.blocks} blocks and width {config.width}, and "
             f"this model has {facts.blocks} blocks and width {width}{detail}. Train one for it: duca-compile "
             "train-predictor."
         )
     weights = {
-        _PREFIX + name: weight.to(device=like.device, dtype=own[name].dtype if name in own else like.dtype)
+        _PREFIX + name: weight.to(device=like.device, dtype=replaced[name].dtype if name in replaced else like.dtype)
         for name, weight in predictor.weights.items()
     }
     return replace(captured, attributes={**captured.attributes, **weights})
 
 
 def predictor_bytes(captured: CapturedGraph) -> int:
-    """What a predictor's weights hold, as ``with_predictor`` put them there."""
-    own = [weight for name, weight in captured.attributes.items() if name.startswith(_PREFIX)]
-    return sum(weight.numel() * weight.element_size() for weight in own)
+    """Bytes of the weights that ``with_predictor`` added."""
+    added = [weight for name, weight in captured.attributes.items() if name.startswith(_PREFIX)]
+    return sum(weight.numel() * weight.element_size() for weight in added)
 
 
 def _stream_like(captured: CapturedGraph, facts: Facts) -> Tensor:
@@ -191,5 +191,5 @@ def _stream_like(captured: CapturedGraph, facts: Facts) -> Tensor:
 
 
 def named(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A predictor's weights by the names that a spliced graph has for them."""
+    """A predictor's weights by their names in a spliced graph."""
     return {_PREFIX + name: weight for name, weight in weights.items()}

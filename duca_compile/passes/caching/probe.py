@@ -1,4 +1,4 @@
-"""Continues from the probe of the same step, instead of computing the start of the model again."""
+"""Continues from the probe of the same step instead of computing the start of the model again."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from duca_compile.passes.exact.probe import probed_stream
 
 @dataclass(frozen=True)
 class ResumeFromProbe(CachingPass):
-    """Reads the stream behind the probe from an input."""
+    """Reads the stream after the probe from an input."""
 
     def apply(self, draft: VariantDraft) -> bool:
         if draft.after is None:

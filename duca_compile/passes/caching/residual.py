@@ -16,14 +16,15 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class AddChanges(CachingPass):
-    """What a stream ends as is where it starts now, and what the blocks added to it at the last full step."""
+    """The end of a stream is its start in this step plus what the blocks added to it at the last full step."""
 
     def apply(self, draft: VariantDraft) -> bool:
         if not isinstance(draft.spec, SkipVariant) or not draft.spec.change:
             return False
         ports = {index: Port(PortKind.CHANGE, index) for index in range(len(draft.facts.branches))}
         new = {i: ends for i, ends in stretches(draft).items() if draft.find_input(ports[i]) is None}
-        for index, (start, end) in sorted(new.items(), reverse=True):  # a start that is an earlier end is replaced too
+        # Backwards, since a stretch may start at the end of an earlier one, which is then replaced too.
+        for index, (start, end) in sorted(new.items(), reverse=True):
             change = draft.input(ports[index], end.meta["val"])
             with draft.graph.inserting_before(end):
                 restored = draft.graph.call_function(aten.add.Tensor, (start, change))

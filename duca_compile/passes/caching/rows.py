@@ -1,4 +1,4 @@
-"""Keeps the caches of the rows that a full step is not for; and numbers that differ by row."""
+"""Keeps the caches of batch rows that a full step does not refresh."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class KeepRows(CachingPass):
-    """Each cache that a full step returns holds the new value in the rows that are ``full_rows``, else the old one."""
+    """Each cache that a full step returns has new values in the batch rows of ``full_rows`` and old ones elsewhere."""
 
     requires = frozenset({"caches_emitted", "changes_emitted", "differences_emitted"})
 
     def apply(self, draft: VariantDraft) -> bool:
         output = draft.graph.output_node()
         results = returned(draft.graph)
-        own = sum(port.kind is PortKind.OUTPUT for port in draft.results)
-        if not isinstance(draft.spec, FullVariant) or not draft.by_row or len(results) == own:
+        output_count = sum(port.kind is PortKind.OUTPUT for port in draft.results)
+        if not isinstance(draft.spec, FullVariant) or not draft.by_row or len(results) == output_count:
             return False
         if draft.find_input(FULL_ROWS) is not None:
             return False
-        emitted = results[own:]
-        kind = emitted[0].meta["val"].new_empty(draft.facts.batch, dtype=torch.bool)
-        rows = draft.input(FULL_ROWS, kind)
-        kept = list(results[:own])
-        for port, new in zip(draft.results[own:], emitted, strict=True):
-            like = new.meta["val"]
-            old = draft.input(port, like)
-            chosen = by_row(draft, rows, like)
+        emitted = results[output_count:]
+        mask_like = emitted[0].meta["val"].new_empty(draft.facts.batch, dtype=torch.bool)
+        mask = draft.input(FULL_ROWS, mask_like)
+        merged = list(results[:output_count])
+        for port, computed in zip(draft.results[output_count:], emitted, strict=True):
+            like = computed.meta["val"]
+            cached = draft.input(port, like)
+            chosen = by_row(draft, mask, like)
             with draft.graph.inserting_before(output):
-                merged = draft.graph.call_function(aten.where.self, (chosen, new, old))
-            merged.meta["val"] = like
-            kept.append(merged)
-        output.args = (tuple(kept),)
+                value = draft.graph.call_function(aten.where.self, (chosen, computed, cached))
+            value.meta["val"] = like
+            merged.append(value)
+        output.args = (tuple(merged),)
         return True

@@ -1,4 +1,4 @@
-"""Restores the end of the residual stream from the cache: only embedding and head are left (DuCa's aggressive step)."""
+"""Restores the end of the residual stream from the cache: only embedding and head are run (DuCa's aggressive step)."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ class EmitChanges(ExactPass[VariantDraft]):
     def apply(self, draft: VariantDraft) -> bool:
         if not isinstance(draft.spec, FullVariant) or draft.spec.keeps != Changes():
             return False
-        found = {Port(PortKind.CHANGE, index): ends for index, ends in stretches(draft).items()}
-        new = {port: ends for port, ends in found.items() if port not in draft.results}
+        wanted = {Port(PortKind.CHANGE, index): ends for index, ends in stretches(draft).items()}
+        new = {port: ends for port, ends in wanted.items() if port not in draft.results}
         for port, (start, end) in new.items():
             with draft.graph.inserting_before(draft.graph.output_node()):
                 change = draft.graph.call_function(aten.sub.Tensor, (end, start))
@@ -37,10 +37,10 @@ class EmitChanges(ExactPass[VariantDraft]):
 
 
 def stretches(draft: VariantDraft) -> dict[int, tuple[fx.Node, fx.Node]]:
-    """Where each stretch of a residual stream starts and ends, by the number of its last branch.
+    """The start and end of each stretch of a residual stream, by the index of the last branch in the stretch.
 
-    A stream is one stretch, and more where something but its own branches reads a value in between (a long skip). Those
-    whose end nothing reads, once no block is computed, are left out. The probed stream starts behind the probe.
+    A stream is one stretch, or several if something other than its own branches reads a value in between (a long skip).
+    Stretches whose end nothing reads once no block is computed are left out. The probed stream starts after the probe.
     """
     chains: dict[int, list[Branch]] = {}
     for branch in draft.facts.branches:
@@ -48,13 +48,13 @@ def stretches(draft: VariantDraft) -> dict[int, tuple[fx.Node, fx.Node]]:
     starts = {chain: draft.node(branches[0].stream) for chain, branches in chains.items()}
     if draft.after is not None:
         chain, starts[chain] = probed_stream(draft, draft.after)
-        names = [branch.add for branch in chains[chain]]
-        seen = names.index(starts[chain].name) + 1 if starts[chain].name in names else 0
-        chains[chain] = chains[chain][seen:]
+        add_names = [branch.add for branch in chains[chain]]
+        probed = add_names.index(starts[chain].name) + 1 if starts[chain].name in add_names else 0
+        chains[chain] = chains[chain][probed:]
     adds = {draft.node(b.add): b for branches in chains.values() for b in branches}
     ends: dict[int, list[fx.Node]] = {chain: [] for chain in chains}
     needed = {draft.graph.output_node()}
-    for node in reversed(draft.graph.nodes):  # so that all readers of a value are met before it
+    for node in reversed(draft.graph.nodes):  # readers of a value come before it
         if node in needed and node in adds:
             chain = adds[node].chain
             ends[chain].insert(0, node)

@@ -29,10 +29,10 @@ class Clean(ExactPass[Draft]):
                 node.replace_all_uses_with(node.all_input_nodes[0])
                 draft.graph.erase_node(node)
             elif node.target is aten.type_as.default and _device(node.args[1]) == _device(node.args[0]):
-                node.target = aten.to.dtype  # which does not read the second operand, whose type alone it takes
+                node.target = aten.to.dtype  # only the dtype of the second operand matters
                 node.args = (node.args[0], node.meta["val"].dtype)
             elif node.target is aten.view.default:
-                node.target = aten.reshape.default  # the same where a view is possible, and no error elsewhere
+                node.target = aten.reshape.default  # the same where a view is possible, and valid elsewhere too
             else:
                 continue
             changed = True
@@ -50,7 +50,7 @@ def _is_identity(node: fx.Node) -> bool:
         return not node.args[2]
     if name == "alias":
         return True
-    if name == "squeeze":  # of a size that is not one; the same in torch, and an error in ONNX
+    if name == "squeeze":  # of a dimension whose size is not 1: a no-op in torch, but an error in ONNX
         return bool(node.all_input_nodes[0].meta["val"].shape == node.meta["val"].shape)
     if name not in ("to", "type_as") or len(node.args) > 2 or node.kwargs:
         return False

@@ -12,15 +12,15 @@ from duca_compile.passes.base import Draft, ExactPass
 
 @dataclass(frozen=True)
 class RemoveDeadCode(ExactPass[Draft]):
-    """``draws`` is whether random numbers that nothing uses are drawn all the same, for those behind them follow."""
+    """``draws``: whether unused random numbers are still drawn, since every later draw depends on them."""
 
     draws: bool = True
     ensures = frozenset({"no_dead_code"})
 
     def apply(self, draft: Draft) -> bool:
         before = len(draft.graph.nodes)
-        # FX holds attention and dropout for impure. Where their result is not used they are not run, though the draws
-        # behind them then are others; a draw that takes no operands costs little, and stays.
+        # FX treats attention and dropout as impure. They are removed if their result is unused, although this changes
+        # the draws after them; a draw without operands costs little, and stays.
         draft.graph.eliminate_dead_code(is_impure_node=self._stays)
         for node in list(draft.graph.nodes):
             if node.op == "placeholder" and not node.users:

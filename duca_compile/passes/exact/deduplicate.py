@@ -1,4 +1,4 @@
-"""Computes equal expressions once: diffusers' DiT embeds the timestep anew in every block."""
+"""Computes equal expressions once: diffusers' DiT embeds the timestep again in every block."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Makes full steps return the differences that forecasts are made of (TaylorSeer, arXiv 2503.06923)."""
+"""Makes full steps return the differences that forecasts are computed from (TaylorSeer, arXiv 2503.06923)."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import fx
 from duca_compile.core.ports import FORECAST_GAP, FORECAST_ORDERS, STREAM_END
 from duca_compile.core.variants import Action, FullVariant, Series
 from duca_compile.passes.base import ExactPass, VariantDraft, returned
-from duca_compile.passes.numbers import beside, number_input
+from duca_compile.passes.numbers import broadcast, number_input
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class EmitDifferences(ExactPass[VariantDraft]):
-    """Returns D_1 to D_m beside each emitted cache D_0: D_{i+1} = (D_i - D_i of the last full step) / gap.
+    """Returns D_1 to D_m alongside each emitted cache D_0: D_{i+1} = (D_i - D_i of the last full step) / gap.
 
-    The gap between the two steps divides all orders, as published, also where earlier gaps were others. Orders that
-    the full steps so far do not allow are zeros, whatever the old values are, so one variant serves every full step.
-    Of the emitted inputs of branches, the first alone has differences, where a probe forecasts it.
+    All orders are divided by the gap between these two steps, as published, even if earlier gaps differ. Orders that
+    need more full steps than there have been are zero, whatever the old values are, so one variant serves every full
+    step. Of the emitted branch inputs only the first has differences, and only if a probe forecasts it.
     """
 
     requires = frozenset({"caches_emitted"})
@@ -39,7 +39,7 @@ class EmitDifferences(ExactPass[VariantDraft]):
         if not slots:
             return False
         emitted = dict(zip(draft.results, returned(draft.graph), strict=True))
-        known: dict[tuple[torch.dtype, int], tuple[fx.Node, list[fx.Node]]] = {}  # by type and dimensions
+        known: dict[tuple[torch.dtype, int], tuple[fx.Node, list[fx.Node]]] = {}  # by dtype and number of dimensions
         for slot in slots:
             now, like = emitted[slot], emitted[slot].meta["val"]
             kind = like.dtype, like.dim()
@@ -58,7 +58,7 @@ class EmitDifferences(ExactPass[VariantDraft]):
 
 
 def _gap_and_allowed(draft: VariantDraft, order: int, like: torch.Tensor) -> tuple[fx.Node, list[fx.Node]]:
-    """The gap, and for each order whether the full steps so far allow it, as they meet values such as ``like``."""
-    gap, orders = (beside(draft, number_input(draft, port, like), like) for port in (FORECAST_GAP, FORECAST_ORDERS))
+    """The gap, and for each order whether there were enough full steps; both combine with values such as ``like``."""
+    gap, orders = (broadcast(draft, number_input(draft, port, like), like) for port in (FORECAST_GAP, FORECAST_ORDERS))
     with draft.graph.inserting_before(draft.graph.output_node()):
         return gap, [draft.graph.call_function(aten.gt.Scalar, (orders, i)) for i in range(order)]

@@ -14,10 +14,9 @@ from duca_compile.passes.base import ExactPass, VariantDraft
 class EmitCaches(ExactPass[VariantDraft]):
     """Returns the output of every computed branch, and the stream's end unless that comes from the cache.
 
-    Only what later steps read of these, as the spec says.
-
-    Where features are forecast it is either the branches or the end: whatever the forecasts read. Where inputs say how
-    far they have moved, these too. Where the streams' change is cached it is neither.
+    Only those that later steps read are returned, as the spec says. If features are forecast, these are either the
+    branches or the end, whichever the forecasts read, and the branches' inputs if their movement scales the forecasts.
+    If the change of the streams is cached, nothing is returned here.
     """
 
     ensures = frozenset({"caches_emitted"})

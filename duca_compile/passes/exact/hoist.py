@@ -1,7 +1,7 @@
 """Moves what does not depend on the latent out of the step.
 
-Loop-invariant values become inputs, computed once per request. Timestep-only values are pieces of one packed input for
-each type, a row that is computed once per timestep, or for all timesteps of a request at once.
+Loop-invariant values become inputs, computed once per request. Timestep-only values become pieces of one packed input
+per dtype, called a row. A row is computed once per timestep, or for all timesteps of a request at once.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from duca_compile.passes.base import ExactPass, VariantDraft
 
 aten = torch.ops.aten
 
-ALIGNMENT = 64  # bytes of a line of memory
-FEW = 64  # vectors for each row of the batch: a timestep-only value of more stays in the step
+ALIGNMENT = 64  # bytes, a hardware cache line
+FEW = 64  # vectors per batch row: a timestep-only value with more stays in the step
 VIEWS = RESHAPES | EXPANDS | {
     "alias", "chunk", "getitem", "permute", "select", "slice", "split", "split_with_sizes", "squeeze", "t",
     "transpose", "unbind", "unsqueeze",
 }  # fmt: skip
 _CASTS = {"to", "_to_copy"}
-_SCALED = {"add", "mul", "neg", "rsub", "sub"}  # by a number: cheaper to do again than to hand over
+_SCALED = {"add", "mul", "neg", "rsub", "sub"}  # by a number: cheaper to recompute than to pass as an input
 
 
 def row_port(dtype: torch.dtype) -> Port:
@@ -40,7 +40,7 @@ def row_port(dtype: torch.dtype) -> Port:
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a row holds one value."""
+    """The place of one value in a row."""
 
     name: str
     start: int  # in elements
@@ -54,17 +54,17 @@ class Piece:
 def frontier(graph: fx.Graph, facts: Facts) -> list[fx.Node]:
     """The loop-invariant tensors that are computed once per request and that the loop itself reads."""
     tiers = _tiers(graph, facts)
-    return _read_outside(graph, tiers, Variance.INVARIANT)
+    return _read_by_others(graph, tiers, Variance.INVARIANT)
 
 
 def row_layout(graph: fx.Graph, facts: Facts) -> dict[torch.dtype, tuple[Piece, ...]]:
-    """The timestep-only tensors that the step reads, by type: the pieces of each row in order, without gaps.
+    """The timestep-only tensors that the step reads, by dtype: the pieces of each row in order, without gaps.
 
-    Those that fill whole lines of memory come first, so that they begin at one. Where a piece begins is then a multiple
-    of the batch size and a constant, which an export that leaves the batch open relies on.
+    Pieces whose size is a multiple of ``ALIGNMENT`` come first, so that they are aligned. Each piece then starts at the
+    batch size times a constant, which an export with a dynamic batch relies on.
     """
     pieces: dict[torch.dtype, list[Piece]] = {}
-    nodes = _read_outside(graph, _tiers(graph, facts), Variance.TIMESTEP)
+    nodes = _read_by_others(graph, _tiers(graph, facts), Variance.TIMESTEP)
     for node in sorted(nodes, key=lambda node: _bytes(node) % ALIGNMENT > 0):
         value = node.meta["val"]
         row = pieces.setdefault(value.dtype, [])
@@ -73,36 +73,36 @@ def row_layout(graph: fx.Graph, facts: Facts) -> dict[torch.dtype, tuple[Piece, 
 
 
 def _tiers(graph: fx.Graph, facts: Facts) -> dict[fx.Node, Variance]:
-    """What leaves the step, and how often it is computed.
+    """The values that leave the step, and how often each is computed.
 
-    What is computed from weights alone stays unless it is smaller than they are, and so does the cast of a weight: a
-    quantized weight that is widened for a product would else be kept at full width. A timestep-only value with many
-    vectors stays, and all that is computed from it, such as the text's keys in the first block: it would be kept for
-    each timestep, and computing it for all of them at once saves nothing.
+    A value computed from weights alone stays in the step unless it is smaller than they are, and so does the cast of a
+    weight; otherwise a quantized weight that is widened for a product would be kept at full width. A timestep-only
+    value with many vectors stays, such as the text's keys in the first block, and so does everything computed from it:
+    it would have to be kept for each timestep, and computing it for all of them at once saves nothing.
     """
-    weights: dict[fx.Node, frozenset[fx.Node] | None] = {}  # what a node is computed from; None where arguments too
-    found: dict[fx.Node, Variance] = {}
+    weights: dict[fx.Node, frozenset[fx.Node] | None] = {}  # by node that depends on them; None if on arguments too
+    tiers: dict[fx.Node, Variance] = {}
     many: set[fx.Node] = set()  # timestep-only values that stay
     for node in graph.nodes:
         if node.op == "get_attr" or node.target is fetch:
             weights[node] = frozenset((node,))
             continue
         weights[node] = None
-        variance = facts.variance.get(node.name, Variance.LATENT)  # of a node that is new since: it stays
+        variance = facts.variance.get(node.name, Variance.LATENT)  # nodes added after the analysis stay
         if node.op != "call_function" or variance is Variance.LATENT or node.target is opaque:
             continue
         above = [weights[n] for n in node.all_input_nodes]
         if variance is Variance.INVARIANT and None not in above:
-            own = weights[node] = frozenset[fx.Node]().union(*filter(None, above))
-            if own and (op_name(node) in _CASTS or _bytes(node) >= sum(map(_bytes, own))):
+            sources = weights[node] = frozenset[fx.Node]().union(*filter(None, above))
+            if sources and (op_name(node) in _CASTS or _bytes(node) >= sum(map(_bytes, sources))):
                 continue
         if variance is Variance.TIMESTEP and (
             _has_many_vectors(node, facts.batch) or not many.isdisjoint(node.all_input_nodes)
         ):
             many.add(node)
             continue
-        found[node] = variance
-    return found
+        tiers[node] = variance
+    return tiers
 
 
 def _has_many_vectors(node: fx.Node, batch: int) -> bool:
@@ -110,27 +110,27 @@ def _has_many_vectors(node: fx.Node, batch: int) -> bool:
     return prod(shape[:-1]) > FEW * batch
 
 
-def _read_outside(graph: fx.Graph, tiers: Mapping[fx.Node, Variance], tier: Variance) -> list[fx.Node]:
-    """The tensors of ``tier`` that others read; in the place of a view of one, or of its sum with a number, itself."""
-    found: dict[fx.Node, None] = {}
+def _read_by_others(graph: fx.Graph, tiers: Mapping[fx.Node, Variance], tier: Variance) -> list[fx.Node]:
+    """The tensors of ``tier`` that other nodes read; a view, or a sum with a number, is traced to its source."""
+    read: dict[fx.Node, None] = {}
     for node in graph.nodes:
         if tiers.get(node) is tier and any(tiers.get(user) is not tier for user in node.users):
-            found[_source(node, tiers)] = None
-    return [node for node in found if isinstance(node.meta.get("val"), torch.Tensor) and not _is_view(node)]
+            read[_source(node, tiers)] = None
+    return [node for node in read if isinstance(node.meta.get("val"), torch.Tensor) and not _is_view(node)]
 
 
 def _source(node: fx.Node, tiers: Mapping[fx.Node, Variance]) -> fx.Node:
     """The value that ``node`` is cheaply computed from, within its tier."""
     while op_name(node) in VIEWS | _SCALED and len(node.all_input_nodes) == 1:
-        (above,) = node.all_input_nodes
-        if tiers.get(above) is not tiers[node] or (op_name(node) in _SCALED and _bytes(above) > _bytes(node)):
+        (source,) = node.all_input_nodes
+        if tiers.get(source) is not tiers[node] or (op_name(node) in _SCALED and _bytes(source) > _bytes(node)):
             break
-        node = above
+        node = source
     return node
 
 
 def _is_view(node: fx.Node) -> bool:
-    """Of something that stays in the step, so that nothing is gained by taking it out."""
+    """Whether this is a view of a value that stays in the step, so that nothing is gained by moving it out."""
     return op_name(node) in VIEWS and len(node.all_input_nodes) == 1
 
 
@@ -150,15 +150,15 @@ def invariant_graph(graph: fx.Graph, facts: Facts) -> fx.Graph:
 def timestep_graph(graph: fx.Graph, facts: Facts, needed: frozenset[str]) -> fx.Graph:
     """The graph that computes the rows from the timestep and the loop-invariant values, in the layout's order.
 
-    Only the pieces called ``needed`` are computed; the others are zero.
+    Only the pieces named in ``needed`` are computed; the others are zero.
     """
     copy = copy_graph(graph)
     by_name = {n.name: n for n in copy.nodes}
     for node in frontier(graph, facts):
-        own = by_name[node.name]
+        computed = by_name[node.name]
         with copy.inserting_before(next(iter(copy.nodes))):
-            given = add_placeholder(copy, hoisted(node.name), node.meta["val"])
-        own.replace_all_uses_with(given)
+            placeholder = add_placeholder(copy, hoisted(node.name), node.meta["val"])
+        computed.replace_all_uses_with(placeholder)
     output = copy.output_node()
     with copy.inserting_before(output):
         rows = [_row(copy, by_name, dtype, row, needed) for dtype, row in row_layout(graph, facts).items()]
@@ -183,7 +183,7 @@ def _row(
 
 @dataclass(frozen=True)
 class Hoist(ExactPass[VariantDraft]):
-    """Reads loop-invariant values from inputs, and timestep-only ones from pieces of the rows."""
+    """Reads loop-invariant values from inputs, and timestep-only values from pieces of the rows."""
 
     ensures = frozenset({"hoisted"})
 
@@ -194,9 +194,9 @@ class Hoist(ExactPass[VariantDraft]):
             node.replace_all_uses_with(draft.input(hoisted(node.name), node.meta["val"]))
         for dtype, row in rows.items():
             sample = draft.node(row[0].name).meta["val"]
-            given = draft.input(row_port(dtype), sample.new_empty(row[-1].stop))
+            packed = draft.input(row_port(dtype), sample.new_empty(row[-1].stop))
             for piece in row:
-                _read(draft, given, piece)
+                _read(draft, packed, piece)
         return bool(nodes or rows)
 
 

@@ -1,7 +1,7 @@
-"""Makes one region of what repeats from block to block, so that a backend compiles it once however deep the model is.
+"""Turns what repeats from block to block into one region, which a backend compiles once however deep the model is.
 
-The graph is cut where residual branches are added. Runs of cells that are equal but for their operands become calls of
-one subgraph, ``torch.ops.higher_order.invoke_subgraph``.
+The graph is cut into cells where residual branches are added. Runs of cells that differ only in their operands become
+calls of one subgraph, ``torch.ops.higher_order.invoke_subgraph``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Cell = list[fx.Node]
 
 @dataclass(frozen=True)
 class Run:
-    """``count`` times the same ``period`` cells, from ``start`` on."""
+    """``period`` cells that repeat ``count`` times, starting at cell ``start``."""
 
     start: int
     period: int
@@ -35,7 +35,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Form:
-    """What a stretch of the graph computes, whatever its operands are called."""
+    """What a stretch of the graph computes, independent of the names of its operands."""
 
     text: Hashable
     operands: tuple[fx.Node, ...]
@@ -43,7 +43,7 @@ class Form:
 
 
 def outline(module: fx.GraphModule, cuts: frozenset[str]) -> None:
-    """Rewrites ``module`` so that what repeats between ``cuts`` is one subgraph, called again and again.
+    """Rewrites ``module`` so that what repeats between ``cuts`` is one subgraph with several calls.
 
     ``cuts`` are names of nodes that end a cell. Every node needs its fake value (``meta["val"]``).
     """
@@ -57,7 +57,7 @@ def outline(module: fx.GraphModule, cuts: frozenset[str]) -> None:
 
 
 def repeats(labels: Sequence[Hashable]) -> list[Run]:
-    """The runs of equal periods in a sequence; at each place the one that covers most. They do not overlap."""
+    """The runs of equal periods in a sequence, without overlap; at each place, the run that covers most."""
     runs: list[Run] = []
     at = 0
     while at < len(labels):
@@ -75,24 +75,24 @@ def repeats(labels: Sequence[Hashable]) -> list[Run]:
 
 
 def _ends(graph: fx.Graph, cuts: frozenset[str]) -> set[fx.Node]:
-    """The nodes of ``cuts``; where the chosen tokens have a stream of their own, those that take their place in it.
+    """The nodes of ``cuts``, or their copies in the stream of the chosen tokens if these have one of their own.
 
-    What is left to do for all tokens then is one chain of adds, which is best compiled as a whole.
+    In that case only a chain of adds is left for all tokens, which is best compiled as a whole.
     """
     chosen = {node for node in graph.nodes if node.meta.get("some_of") in cuts}
     return chosen or {node for node in graph.nodes if node.name in cuts}
 
 
 def _cells(graph: fx.Graph, ends: set[fx.Node]) -> list[Cell]:
-    """The graph's operators in order, cut behind ``ends``.
+    """The graph's operators in order, cut after each of ``ends``.
 
-    A view is made anew in each cell that reads it, since a region must not return views of its operands. What crosses
-    a cut is contiguous, so that the first block is like the others.
+    Each cell that reads a view gets a copy of it, since a region must not return views of its operands. Values that
+    cross a cut are made contiguous, so that the first block is like the others.
     """
     cells: list[Cell] = [[]]
     home: dict[fx.Node, Cell] = {}
     for node in [n for n in graph.nodes if n.op == "call_function" and n.target is not fetch]:
-        _own_views(graph, node, cells[-1], home, {})
+        _copy_views(graph, node, cells[-1], home, {})
         cells[-1].append(node)
         home[node] = cells[-1]
         if node in ends:
@@ -105,20 +105,20 @@ def _cells(graph: fx.Graph, ends: set[fx.Node]) -> list[Cell]:
     return [cell for cell in cells if cell]
 
 
-def _own_views(
-    graph: fx.Graph, node: fx.Node, cell: Cell, home: dict[fx.Node, Cell], made: dict[fx.Node, fx.Node]
+def _copy_views(
+    graph: fx.Graph, node: fx.Node, cell: Cell, home: dict[fx.Node, Cell], copies: dict[fx.Node, fx.Node]
 ) -> None:
-    """Gives ``node`` views of its own cell in the place of those that other cells make."""
+    """Makes ``node`` read copies, in its own cell, of the views that other cells make."""
     for source in node.all_input_nodes:
         if op_name(source) not in VIEWS or home.get(source) is cell or "piece" in source.meta:
-            continue  # a piece of the row is an operand: where it lies differs by block
-        if source not in made:
+            continue  # a piece of a row is an operand: its offset differs by block
+        if source not in copies:
             with graph.inserting_before(node):
-                made[source] = graph.node_copy(source)
-            _own_views(graph, made[source], cell, home, made)
-            cell.append(made[source])
-            home[made[source]] = cell
-        node.replace_input_with(source, made[source])
+                copies[source] = graph.node_copy(source)
+            _copy_views(graph, copies[source], cell, home, copies)
+            cell.append(copies[source])
+            home[copies[source]] = cell
+        node.replace_input_with(source, copies[source])
 
 
 def _make_contiguous(graph: fx.Graph, node: fx.Node, cell: Cell, home: dict[fx.Node, Cell]) -> None:
@@ -134,20 +134,22 @@ def _make_contiguous(graph: fx.Graph, node: fx.Node, cell: Cell, home: dict[fx.N
 
 
 def form_of(stretch: Sequence[fx.Node]) -> Form:
-    """Two stretches of equal text compute the same of their operands, in the same order."""
+    """The form of a stretch. Stretches with equal ``text`` compute the same results from their operands, in order."""
     places = {node: place for place, node in enumerate(stretch)}
     operands: dict[fx.Node, int] = {}
 
-    def known(value: Any) -> Hashable:
+    def described(value: Any) -> Hashable:
         if isinstance(value, fx.Node):
             if value in places:
                 return "own", places[value]
             return "operand", operands.setdefault(value, len(operands)), _kind(value)
         if isinstance(value, list | tuple):
-            return type(value).__name__, *map(known, value)
+            return type(value).__name__, *map(described, value)
         return type(value).__name__, repr(value)
 
-    text = [(str(n.target), known(n.args), *((k, known(v)) for k, v in sorted(n.kwargs.items()))) for n in stretch]
+    text = [
+        (str(n.target), described(n.args), *((k, described(v)) for k, v in sorted(n.kwargs.items()))) for n in stretch
+    ]
     results = tuple(node for node in stretch if any(user not in places for user in node.users))
     returned = tuple(places[node] for node in results)
     return Form((tuple(text), returned), tuple(operands), results)
@@ -155,20 +157,20 @@ def form_of(stretch: Sequence[fx.Node]) -> Form:
 
 def _kind(node: fx.Node) -> Hashable:
     value = node.meta.get("val")
-    return kind_of(value) if isinstance(value, Tensor) else node  # what is no tensor is like nothing else
+    return kind_of(value) if isinstance(value, Tensor) else node  # anything but a tensor equals only itself
 
 
 def kind_of(value: Tensor) -> Hashable:
-    """Equal where two values differ in what they hold at most; sizes may be symbols."""
+    """Equal for tensors that differ at most in their values; sizes may be symbols."""
     return str(value.shape), str(value.stride()), value.dtype, value.device
 
 
 def _counts(module: fx.GraphModule, operands: Sequence[fx.Node]) -> list[fx.Node]:
-    """The symbols in the operands' shapes, as values: a region knows no symbol that it is not given."""
+    """The symbols in the operands' shapes, as values: a region knows only the symbols that are passed to it."""
     sizes = [size for operand in operands for size in operand.meta["val"].shape if isinstance(size, torch.SymInt)]
     symbols = dict.fromkeys(symbol for size in sizes for symbol in size.node.expr.free_symbols)
     inputs = module.graph.find_nodes(op="placeholder")
-    found = []
+    counts = []
     for symbol in sorted(symbols, key=str):
         source, dim = next(
             (node, dim)
@@ -177,25 +179,25 @@ def _counts(module: fx.GraphModule, operands: Sequence[fx.Node]) -> list[fx.Node
             if isinstance(size, torch.SymInt) and size.node.expr == symbol
         )
         with module.graph.inserting_after(inputs[-1]):
-            found.append(module.graph.call_function(aten.sym_size.int, (source, dim)))
-        found[-1].meta["val"] = source.meta["val"].shape[dim]
-    return found
+            counts.append(module.graph.call_function(aten.sym_size.int, (source, dim)))
+        counts[-1].meta["val"] = source.meta["val"].shape[dim]
+    return counts
 
 
 def _call_one(module: fx.GraphModule, name: str, stretches: list[list[fx.Node]]) -> None:
-    """Replaces each stretch by a call of the subgraph that the first one is."""
+    """Replaces each stretch by a call of one subgraph, made from the first stretch."""
     first, graph = form_of(stretches[0]), module.graph
-    body, own = fx.Graph(), dict[fx.Node, fx.Node]()
+    body, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     counts = _counts(module, first.operands)
     for place, operand in enumerate([*counts, *first.operands]):
-        own[operand] = body.placeholder(f"operand_{place}")
-        own[operand].meta["val"] = operand.meta["val"]
+        copies[operand] = body.placeholder(f"operand_{place}")
+        copies[operand].meta["val"] = operand.meta["val"]
     for node in stretches[0]:
-        own[node] = body.node_copy(node, lambda n: own[n])
-    body.output(tuple(own[node] for node in first.results))
+        copies[node] = body.node_copy(node, lambda n: copies[n])
+    body.output(tuple(copies[node] for node in first.results))
     module.add_submodule(name, fx.GraphModule({}, body))
     for stretch in stretches:
-        form = form_of(stretch)  # its operands are results of the calls before
+        form = form_of(stretch)  # again, since its operands are now results of earlier calls
         with graph.inserting_after(stretch[-1]):
             region = graph.get_attr(name)
         with graph.inserting_after(region):

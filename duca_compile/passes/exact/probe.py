@@ -20,7 +20,7 @@ from duca_compile.passes.series import SeriesBuilder
 
 aten = torch.ops.aten
 
-# The products that a branch may begin with, behind its norm and modulation.
+# The products that a branch may begin with, after its norm and modulation.
 _FIRST_PRODUCTS = {
     "addmm",
     "bmm",
@@ -37,9 +37,9 @@ _FIRST_PRODUCTS = {
 
 @dataclass(frozen=True)
 class EmitProbe(ExactPass[VariantDraft]):
-    """Returns how much what the probe sees has changed, what it sees, and the stream behind it; no output of the model.
+    """Returns how much the probed value has changed, this value, and the stream after the probe, but no model output.
 
-    The change is the mean of |now - before| over the mean of |before|, for each row; both are added up in float32.
+    The change is the mean of |now - before| over the mean of |before|, for each batch row; both are summed in float32.
     """
 
     def apply(self, draft: VariantDraft) -> bool:
@@ -65,23 +65,23 @@ class EmitProbe(ExactPass[VariantDraft]):
         return True
 
     def _against_forecast(self, draft: VariantDraft, order: int) -> bool:
-        """The change is ||I - F||_1 / ||I||_1 for each row: I is what the first branch reads, and F its forecast."""
+        """The change is ||I - F||_1 / ||I||_1 for each batch row: I is the first branch's input, and F its forecast."""
         branch, graph = draft.facts.first, draft.graph
-        given = draft.node(branch.input)
-        like = given.meta["val"]
+        branch_input = draft.node(branch.input)
+        like = branch_input.meta["val"]
         start = draft.input(branch.input_slot, like)
         with graph.inserting_before(graph.output_node()):
-            expected = SeriesBuilder(draft, order).behind(start, branch.input_slot, like)
-            missed = row_norm(draft, graph.call_function(aten.sub.Tensor, (given, expected)), like, 1)
-            change = ratio(draft, missed, row_norm(draft, given, like, 1))
-        change.meta["val"] = row_numbers(given)
+            expected = SeriesBuilder(draft, order).sum_from(start, branch.input_slot, like)
+            error = row_norm(draft, graph.call_function(aten.sub.Tensor, (branch_input, expected)), like, 1)
+            change = ratio(draft, error, row_norm(draft, branch_input, like, 1))
+        change.meta["val"] = row_numbers(branch_input)
         graph.output_node().args = ((change, carried_value(draft.node(branch.stream))),)
         draft.results[:] = [PROBE_CHANGE, PROBE_STREAM]
         return True
 
 
 def probed_stream(draft: VariantDraft, probe: Probe) -> tuple[int, fx.Node]:
-    """The main stream's number, and its value where the probe ends: at the start, or behind the first block."""
+    """The number of the probed stream, and its value where the probe ends: at its start, or after the first block."""
     if probe.of == "forecast":
         return draft.facts.first.chain, draft.node(draft.facts.first.stream)
     branches = _first_branches(draft)
@@ -90,20 +90,20 @@ def probed_stream(draft: VariantDraft, probe: Probe) -> tuple[int, fx.Node]:
 
 
 def _first_branches(draft: VariantDraft) -> list[Branch]:
-    """Those of the first block of the main stream."""
+    """The branches of the first block of the main stream."""
     main = [b for b in draft.facts.branches if b.role is Role.MAIN]
     return [b for b in main if (b.chain, b.block) == (main[0].chain, main[0].block)]
 
 
 def _modulated(draft: VariantDraft) -> fx.Node:
-    """The value that the first matrix product of the first branch reads: the stream behind norm and modulation."""
+    """The value that the first matrix product of the first branch reads: the stream after norm and modulation."""
     branch = _first_branches(draft)[0]
     stream = draft.node(branch.stream)
     for node in draft.graph.nodes:
         if node.name in branch.body and op_name(node) in _FIRST_PRODUCTS:
-            read: list[fx.Node] = [n for n in node.all_input_nodes if n is stream or n.name in branch.body]
-            return read[0]
+            operands: list[fx.Node] = [n for n in node.all_input_nodes if n is stream or n.name in branch.body]
+            return operands[0]
     raise PolicyError(
-        f"probe='modulated' looks for the first matrix product of {branch.path or 'the first branch'} at "
-        f"{branch.source}, and there is none that it knows; use probe='first_block'"
+        f"probe='modulated' needs a matrix product in {branch.path or 'the first branch'} at {branch.source} and finds "
+        "none that it knows; use probe='first_block'"
     )

@@ -1,4 +1,4 @@
-"""How far a branch has moved, by how far its input has (relational feature caching, arXiv 2602.19506)."""
+"""Makes full steps return how far each branch has moved relative to its input (RFC, arXiv 2602.19506)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class EmitRelations(ExactPass[VariantDraft]):
-    """Returns beside each emitted branch s = ||O - O'|| / ||I - I'||, of shape (rows,).
+    """Returns s = ||O - O'|| / ||I - I'||, of shape (rows,), alongside each emitted branch.
 
-    O is its output and I its input, O' and I' are those of the last full step; lengths are L2 norms over a row, in
-    float32 at least. Where there is no last full step, s is zero.
+    O and I are its output and input, O' and I' those of the last full step. Lengths are L2 norms over a batch row, in
+    float32 or wider. If there was no earlier full step, s is zero.
     """
 
     requires = frozenset({"differences_emitted"})
@@ -37,11 +37,11 @@ class EmitRelations(ExactPass[VariantDraft]):
             orders = number_input(draft, FORECAST_ORDERS, draft.node(branches[0].core).meta["val"])
             known = graph.call_function(aten.gt.Scalar, (orders, 0))
         for branch in branches:
-            output, given = draft.node(branch.core), draft.node(branch.input)
-            old_output = draft.input(branch.slot, output.meta["val"])
-            old_given = draft.input(branch.input_slot, given.meta["val"])
+            output, branch_input = draft.node(branch.core), draft.node(branch.input)
+            cached_output = draft.input(branch.slot, output.meta["val"])
+            cached_input = draft.input(branch.input_slot, branch_input.meta["val"])
             with graph.inserting_before(graph.output_node()):
-                lengths = distance(draft, output, old_output), distance(draft, given, old_given)
+                lengths = distance(draft, output, cached_output), distance(draft, branch_input, cached_input)
                 scale = graph.call_function(aten.where.ScalarOther, (known, ratio(draft, *lengths), 0.0))
             scale.meta["val"] = row_numbers(output)
             draft.add_result(branch.scale_slot, scale)

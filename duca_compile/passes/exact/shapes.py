@@ -1,4 +1,4 @@
-"""Gives operators that read only a tensor's shape, type and device these as numbers: its values do not count."""
+"""Replaces operands that are read only for their shape, dtype or device by constants."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CREATED: dict[Any, Any] = {
     aten.new_full.default: aten.full.default,
     aten.full_like.default: aten.full.default,
 }
-_SHAPED: dict[Any, Any] = {  # by the shape of a second operand
+_SHAPED: dict[Any, Any] = {  # these take the shape of their second operand
     aten.expand_as.default: aten.expand.default,
     aten.view_as.default: aten.reshape.default,
     aten.reshape_as.default: aten.reshape.default,
@@ -36,7 +36,7 @@ _SHAPED: dict[Any, Any] = {  # by the shape of a second operand
 class StaticShapes(ExactPass[Draft]):
     """``x.new_zeros(...)``, ``zeros_like(x)`` and ``y.expand_as(x)`` do not depend on the values of ``x``.
 
-    Without it all that follows from them would count as latent-dependent, and tokens would seem to mix.
+    Without this, everything computed from them would count as latent-dependent, and tokens would seem to mix.
     """
 
     def apply(self, draft: Draft) -> bool:

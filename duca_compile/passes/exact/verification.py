@@ -1,4 +1,4 @@
-"""Holds a forecast to what the last block computes of it, within the forecast's own graph (SpeCa, arXiv 2509.11628)."""
+"""Compares a forecast with what its last block computes, within the forecast's own graph (SpeCa, arXiv 2509.11628)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from duca_compile.passes.numbers import precise, row_norm
 
 aten = torch.ops.aten
 
-_LEAST = 1e-10  # added to what an error is relative to
+_LEAST = 1e-10  # added to divisors
 
 
 @dataclass(frozen=True)
 class VerifyForecast(ExactPass[VariantDraft]):
-    """Returns an error, in float32 at least: the last block as forecast, against a copy that is computed.
+    """Returns the error of the last block's forecast against a computed copy of that block, in float32 or wider.
 
-    The copy reads the stream that the earlier blocks' forecasts lead to, as soon as these take their places. It changes
-    nothing else.
+    The copy reads the stream that results from the forecasts of the earlier blocks, once later passes have put these in
+    place. The other results do not change.
     """
 
     def apply(self, draft: VariantDraft) -> bool:
@@ -56,9 +56,9 @@ def _last_block(draft: VariantDraft) -> list[Branch]:
 
 
 def _relative_l1(draft: VariantDraft, change: fx.Node, computed: fx.Node, like: torch.Tensor) -> fx.Node:
-    """One value, (1,): the mean of |change| / |computed| over every element, as released.
+    """One value, (1,): the mean of |change| / |computed| over every element, as in the released code.
 
-    What is divided by is widened: in a narrow type the least size would be zero, and quotients would not fit.
+    The divisor is widened: in a narrow dtype ``_LEAST`` would round to zero and quotients would overflow.
     """
     call = draft.graph.call_function
     wide = call(aten.to.dtype, (call(aten.abs.default, (computed,)), precise(like)))
@@ -67,7 +67,7 @@ def _relative_l1(draft: VariantDraft, change: fx.Node, computed: fx.Node, like: 
 
 
 def _norm_ratio(draft: VariantDraft, change: fx.Node, computed: fx.Node, like: torch.Tensor) -> fx.Node:
-    """One value for each row: the norm of the change over the norm of what was computed."""
+    """One value for each batch row: the norm of the change over the norm of what was computed."""
     call = draft.graph.call_function
     difference, size = (row_norm(draft, node, like) for node in (change, computed))
     return call(aten.div.Tensor, (difference, call(aten.add.Tensor, (size, _LEAST))))

@@ -1,4 +1,4 @@
-"""Computes what partial steps write before anything that reads all tokens, so that these are read once, at the end."""
+"""Moves cache writes and other work on all tokens to the end of partial steps, so that all tokens are read once."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _WRITE = torch.ops.aten.index_put_.default
 
 @dataclass(frozen=True)
 class WriteLast(ExactPass[Draft]):
-    """Moves all but the ancestors of what is written into caches to the end of the graph.
+    """Moves everything but the ancestors of what is written into caches to the end of the graph.
 
-    Only where no chosen token depends on a written cache, that is where all branches recompute the same tokens.
+    This is done only if no chosen token depends on a written cache, that is, if all branches recompute the same tokens.
     """
 
     def apply(self, draft: Draft) -> bool:

@@ -1,1 +1,1 @@
-"""The runtime's parts that hold tensors and graphs of torch."""
+"""The parts of the runtime that depend on torch."""

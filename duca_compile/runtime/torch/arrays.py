@@ -1,4 +1,4 @@
-"""The array operations of the runtime for torch's tensors."""
+"""The runtime's array operations for torch tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from duca_compile.core.tensors import Array
 
 
 class TorchArrays:
-    """Tensors on one device."""
+    """Array operations on tensors of one device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -1,4 +1,4 @@
-"""Plans steps for one captured graph: the variant of each, built when it is first needed, and what ties it to state."""
+"""Plans steps for one captured graph; the variant of each is built when it is first needed."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from duca_compile.runtime.torch.rows import Rows
 
 
 class Builder(Protocol):
-    """Makes what a dispatcher runs, of one captured graph."""
+    """Builds what a dispatcher runs, from one captured graph."""
 
     def build(self, spec: VariantSpec) -> tuple[Variant, VariantFunction]:
-        """The variant of a spec, and what runs it."""
+        """The variant of a spec, and the function that runs it."""
 
     def build_rows(self, needed: frozenset[str] | None) -> Rows:
-        """What computes the timestep-only values called ``needed``, or all."""
+        """What computes the timestep-only values named in ``needed``, or all of them if it is None."""
 
 
 class Programs:
-    """The plans of a policy's steps for one captured graph. The builder is asked once for each spec.
+    """The plans of a policy's steps for one captured graph. Each spec is built once.
 
     Raises:
         PolicyError: this graph cannot serve the policy.
@@ -55,7 +55,7 @@ class Programs:
 
     @property
     def batch(self) -> int:
-        """The rows of the latent."""
+        """The number of batch rows of the latent."""
         return self._facts.batch
 
     @property
@@ -68,7 +68,7 @@ class Programs:
         return TorchArrays(like.device)
 
     def timestep_rows(self, needed: frozenset[str] | None) -> Rows:
-        """What computes the timestep-only values called ``needed``, or all."""
+        """What computes the timestep-only values named in ``needed``, or all of them if it is None."""
         if needed not in self._rows:
             with COMPILING:
                 self._rows[needed] = self._builder.build_rows(needed)
@@ -82,12 +82,12 @@ class Programs:
             run = self._policy.replacement_for(step) if isinstance(self._policy, EndOnly) else step
             spec, counts = plan_step(self._facts, self._policy, run)
             variant, program = self._program(spec)
-            waiting = tuple(counts.get(index, 0) for index in program.cached_branches)
-            plan = self._plans[step] = StepPlan(run, program, waiting, variant.flops(counts))
+            fresh = tuple(counts.get(index, 0) for index in program.cached_branches)
+            plan = self._plans[step] = StepPlan(run, program, fresh, variant.flops(counts))
         return plan
 
     def probe_plan(self) -> StepPlan | None:
-        """What measures before a step is decided; None where the policy does not ask for it."""
+        """The plan that measures before a step is decided; None if the policy has no probe."""
         spec = probe_spec(self._policy)
         if self._probe_plan is None and spec is not None:
             with COMPILING:
@@ -98,28 +98,28 @@ class Programs:
     def _program(self, spec: VariantSpec) -> tuple[Variant, Program]:
         if spec not in self.by_spec:
             variant, run = self._builder.build(spec)
-            waiting = tuple(b.index for b in self._selectable if spec.action(b.index) is not Action.COMPUTE)
+            cached = tuple(b.index for b in self._selectable if spec.action(b.index) is not Action.COMPUTE)
             program = Program.of(
                 run,
                 variant.inputs,
                 variant.outputs,
                 variant.pieces,
                 forecast=_forecast_inputs(variant),
-                cached_branches=waiting,
-                selector_positions=tuple(self._position[index] for index in waiting),
-                tokens=tuple(map(spec.tokens_input, waiting)),
+                cached_branches=cached,
+                selector_positions=tuple(self._position[index] for index in cached),
+                tokens=tuple(map(spec.tokens_input, cached)),
                 computed=self._computed(variant),
             )
             self.by_spec[spec] = variant, program
         return self.by_spec[spec]
 
     def _computed(self, variant: Variant) -> dict[int, int | None]:
-        found: dict[int, int | None] = {}
+        computed: dict[int, int | None] = {}
         for branch in self._selectable:
             if variant.spec.action(branch.index) is Action.COMPUTE:
                 score = score_output(self._facts, branch, variant)
-                found[self._position[branch.index]] = None if score is None else variant.outputs.index(score)
-        return found
+                computed[self._position[branch.index]] = None if score is None else variant.outputs.index(score)
+        return computed
 
 
 def _forecast_inputs(variant: Variant) -> ForecastInputs:
@@ -132,7 +132,7 @@ def _forecast_inputs(variant: Variant) -> ForecastInputs:
 
 
 def _number(like: Tensor, values: Sequence[float]) -> Tensor:
-    """Made on the device that reads it, where all are the same: a copy from the host would wait for it."""
+    """If all values are equal, filled on the device, since a copy from the host would wait for the device."""
     if len(set(values)) > 1:
         return torch.tensor(values, dtype=like.dtype).to(like.device)
     return torch.full(like.shape, values[0], dtype=like.dtype, device=like.device)

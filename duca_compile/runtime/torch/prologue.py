@@ -1,4 +1,4 @@
-"""Values that no step changes, computed once per request."""
+"""Loop-invariant values, computed once per request."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from duca_compile.core.ports import Port
 class Prologue:
     """Computes the loop-invariant values from the call's invariant inputs."""
 
-    inputs: tuple[str, ...]  # the names of these arguments
+    inputs: tuple[str, ...]  # the names of the call's invariant arguments
     outputs: tuple[Port, ...]
     module: fx.GraphModule
 
     def compute(self, call: Mapping[str, Tensor]) -> dict[Port, Tensor]:
-        """They are contiguous, as compiled code wants them."""
+        """The values by port; they are contiguous, as compiled code expects."""
         values = self.module.forward(*[call[name] for name in self.inputs])
         return {port: value.contiguous() for port, value in zip(self.outputs, values, strict=True)}

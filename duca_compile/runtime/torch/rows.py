@@ -1,4 +1,4 @@
-"""Values that the timestep alone determines, computed once for each, or for all timesteps of a request at once."""
+"""Timestep-only values, computed for one timestep, or for all timesteps of a request at once."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor, fx
 from duca_compile.core.ports import Port, argument
 from duca_compile.runtime.dispatcher import RowsTooLargeError
 
-MAX_BYTES = 2**28  # of the rows of one pass; where all would be more, each is computed at its step
+MAX_BYTES = 2**28  # of the rows of one guidance pass; above it, each step computes its own
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Computes the timestep-only values of one graph, packed into one row for each type."""
+    """Computes the timestep-only values of one graph, packed into one row for each dtype."""
 
-    timestep: str  # the name of the argument
+    timestep: str  # the name of the timestep argument
     module: fx.GraphModule
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
@@ -31,27 +31,27 @@ class Rows:
     def compute_all(
         self, call: Mapping[str, Tensor], hoisted: Mapping[Port, Tensor], times: tuple[float, ...]
     ) -> dict[float, tuple[Tensor, ...]]:
-        """The rows of each of ``times``, of which all batch rows have the same.
+        """The rows of each of ``times``, if all batch rows have the same timestep.
 
         Raises:
             RowsTooLargeError: they would take more than ``MAX_BYTES``.
-            what ``torch.func.vmap`` raises, where an operator has no rule for it.
+            Exception: an operator has no rule for ``torch.func.vmap``; whatever that raises.
         """
-        given = call[self.timestep]
+        timestep = call[self.timestep]
         time = argument(self.timestep)
         if not times or time not in self.inputs:
             return {}
         if (size := len(times) * self._bytes) > MAX_BYTES:
             raise RowsTooLargeError(
-                f"for {len(times)} steps they would take {size >> 20} MiB, more than {MAX_BYTES >> 20}; those of a "
-                "smaller batch, or of fewer steps, fit"
+                f"for {len(times)} steps they would take {size >> 20} MiB, more than {MAX_BYTES >> 20} MiB; a "
+                "smaller batch or fewer steps would fit"
             )
-        values = torch.tensor(times, dtype=torch.float64, device=given.device).to(given.dtype)
-        each = values.view(-1, *[1] * given.dim()).expand(-1, *given.shape)
+        values = torch.tensor(times, dtype=torch.float64, device=timestep.device).to(timestep.dtype)
+        stacked = values.view(-1, *[1] * timestep.dim()).expand(-1, *timestep.shape)
         dims = tuple(0 if port is time else None for port in self.inputs)
-        arguments = [each if port is time else _value(port, call, hoisted) for port in self.inputs]
-        found = torch.func.vmap(self.module.forward, in_dims=dims)(*arguments)
-        return dict(zip(times, zip(*[row.unbind() for row in found], strict=True), strict=True))
+        arguments = [stacked if port is time else _value(port, call, hoisted) for port in self.inputs]
+        results = torch.func.vmap(self.module.forward, in_dims=dims)(*arguments)
+        return dict(zip(times, zip(*[row.unbind() for row in results], strict=True), strict=True))
 
     @property
     def _bytes(self) -> int:
