@@ -28,6 +28,7 @@ from duca_compile.artifact.model import Artifact
 from duca_compile.core.tables import FigureTable
 from duca_compile.errors import DucaError, UsageError, first_line, missing_package
 from duca_compile.policies import StepKind
+from duca_compile.policies.named import POLICIES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,7 +40,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 console = Console()
 LOOP_SEED = 1_000_000  # of the noise to learn from; the demo is unlikely to start from the same
 Steps = Annotated[int, typer.Option(min=1, help="Number of denoising steps.")]
-POLICY_NAMES = "duca, toca, fora, taylorseer, rfc, speca, gate or calibrated; or the path of a calibrated policy."
+POLICY_NAMES = f"{', '.join(POLICIES)} or calibrated; or the path of a calibrated policy."
 PolicyOption = Annotated[str, typer.Option(help=POLICY_NAMES)]
 Interval = Annotated[int | None, typer.Option(min=1, help="Number of steps from one full step to the next.")]
 Target = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import statistics
@@ -21,19 +22,8 @@ from duca_compile.api import optimize
 from duca_compile.core.files import atomic_write
 from duca_compile.drop_in import OptimizedModel
 from duca_compile.errors import UsageError
-from duca_compile.policies import (
-    FORA,
-    RFC,
-    Calibrated,
-    DuCa,
-    Policy,
-    ResidualGate,
-    SpeCa,
-    StepKind,
-    TaylorSeer,
-    ToCa,
-    Uncached,
-)
+from duca_compile.policies import Calibrated, Policy, StepKind, Uncached
+from duca_compile.policies.named import POLICIES
 
 COLORS = {
     StepKind.FULL: "#c0392b",
@@ -171,15 +161,14 @@ def make_policy(name: str, interval: int | None) -> Policy:
             resources.files("duca_compile") / "app" / "data" / "demo" / "calibrated.json"
         ) as embedded:
             return Calibrated.load(embedded if name == CALIBRATED else name)
-    fixed: dict[str, Callable[..., Policy]] = {"duca": DuCa, "fora": FORA, "taylorseer": TaylorSeer, "toca": ToCa}
-    adaptive: dict[str, Callable[..., Policy]] = {"gate": ResidualGate, "rfc": RFC, "speca": SpeCa}
-    if name in adaptive:
-        if interval is not None:
-            raise UsageError(f"policy={name!r} has no interval: it decides at run time; leave --interval out")
-        return adaptive[name]()
-    if name not in fixed:
-        raise UsageError(f"policy={name!r} is unknown; choose one of {sorted({CALIBRATED, *fixed, *adaptive})}")
-    return fixed[name]() if interval is None else fixed[name](interval=interval)
+    if name not in POLICIES:
+        raise UsageError(f"policy={name!r} is unknown; choose one of {sorted({CALIBRATED, *POLICIES})}")
+    make: Callable[..., Policy] = POLICIES[name]
+    if interval is None:
+        return make()
+    if "interval" not in inspect.signature(make).parameters:
+        raise UsageError(f"policy={name!r} has no interval: leave --interval out")
+    return make(interval=interval)
 
 
 def make_policies(names: Sequence[str] | None, interval: int | None, steps: int) -> list[Policy]:
