@@ -161,16 +161,17 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
         if source is None:
             raise AttributeError(name)
         value = getattr(source, name)
+        method = value if type(value) is MethodType and value.__self__ is source else None
+        if method is not None and calls_forward(
+            method
+        ):  # it changes things through this model
+            return MethodType(method.__func__, self)
         if type(value) not in _READ_ONLY and name != "config":  # the caller may change the model through any other
             self._touch()
-        return self._method(value) if type(value) is MethodType and value.__self__ is source else value
+        return value if method is None or not runs_blocks(method) else self._with_warning(method)
 
-    def _method(self, method: MethodType) -> Callable[..., Any]:
-        """A method of the source. One that calls forward runs on this model; one that runs blocks itself warns."""
-        if calls_forward(method):
-            return MethodType(method.__func__, self)
-        if not runs_blocks(method):
-            return method
+    def _with_warning(self, method: MethodType) -> Callable[..., Any]:
+        """A method of the source that runs blocks itself, which are not cached."""
 
         @functools.wraps(method)
         def with_warning(*args: Any, **kwargs: Any) -> Any:
