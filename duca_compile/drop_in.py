@@ -162,9 +162,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
             raise AttributeError(name)
         value = getattr(source, name)
         method = value if type(value) is MethodType and value.__self__ is source else None
-        if method is not None and calls_forward(
-            method
-        ):  # it changes things through this model
+        if method is not None and calls_forward(method):  # it changes things through this model
             return MethodType(method.__func__, self)
         if type(value) not in _READ_ONLY and name != "config":  # the caller may change the model through any other
             self._touch()
