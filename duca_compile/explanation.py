@@ -148,14 +148,15 @@ class Explanation:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of all branch caches and of the cached end of the stream.
+        """Bytes of all branch caches and of the cached ends of the streams.
 
         For an optimized model, bytes of the caches that its policy keeps.
         """
         if self.policy is not None:
             return self.schedule(self.policy).cache_bytes
-        end = next(n for n in self.captured.graph.nodes if n.name == self.facts.stream_end).meta["val"]
-        return sum(b.cache_bytes for b in self.branches) + int(end.numel() * end.dtype.itemsize)
+        restored = set(self.facts.ends.values())
+        ends = [n.meta["val"] for n in self.captured.graph.nodes if n.name in restored]
+        return sum(b.cache_bytes for b in self.branches) + sum(int(end.nbytes) for end in ends)
 
     @property
     def hoisted(self) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ def analyze(captured: CapturedGraph, timestep: str | None = None) -> Facts:
     latents = {name for name, path in zip(captured.inputs, captured.argument_paths, strict=True) if path == latent_path}
     variance = variances(graph, latents, time)
     flops = node_flops(graph)
-    branches, stream_end, streams = find_branches(graph, variance, flops)
+    branches, ends, streams = find_branches(graph, variance, flops)
     shapes = {node.name: value_shape(node) or () for node in graph.find_nodes(op="placeholder")}
     return Facts(
         latent,
@@ -31,7 +31,7 @@ def analyze(captured: CapturedGraph, timestep: str | None = None) -> Facts:
         variance,
         streams,
         branches,
-        stream_end,
+        ends,
         flops,
         _notes(branches),
         changing=frozenset(latents | {time}),

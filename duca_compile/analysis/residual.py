@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import fx
 
-from duca_compile.analysis.closure import Ancestors, ancestors, closure, descendants
+from duca_compile.analysis.closure import Ancestors, ancestors, closure
+from duca_compile.analysis.stream import NORMS, PASSTHROUGH, SUMS, Trails
 from duca_compile.analysis.tokens import (
     CONCATENATIONS,
     ELEMENTWISE,
@@ -18,21 +20,32 @@ from duca_compile.analysis.tokens import (
 )
 from duca_compile.core.fx_utils import module_path, op_name, source_line, value_shape
 from duca_compile.core.ir import Branch, Role, Stream, Variance
+from duca_compile.core.ports import STREAM_END, Port, PortKind
 from duca_compile.errors import StructureError
 from duca_compile.frontend.operators import carried_value
 
-_SUMS = {"add", "addcmul"}
 _SOFTMAX = {"softmax", "_softmax"}
 # Products that may be of two activations, as in attention.
 _ACTIVATION_PRODUCTS = {"scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum"}
-_PASSTHROUGH = {"to", "_to_copy", "clone", "contiguous", "dropout", "alias", "detach", "clamp", "clip"}
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A graph with what is known of its nodes."""
+
+    graph: fx.Graph
+    order: dict[fx.Node, int]
+    variance: dict[str, Variance]
+    flops: dict[str, int]
+    trails: Trails
 
 
 @dataclass(frozen=True)
 class _Residual:
     """A candidate: ``add`` = ``carried`` + ``result``, where the nodes of ``body`` compute ``result`` from ``stream``.
 
-    ``stream`` is ``carried``; for parallel branches (x + f(x) + g(x)) it is the value before those added so far.
+    Both operands may be scaled or weighed. ``stream`` is the value that ``carried`` carries on: itself, the value
+    before a cast or a scale or, for parallel branches (x + f(x) + g(x)), that before those added so far.
     """
 
     add: fx.Node
@@ -43,50 +56,120 @@ class _Residual:
     flops: int
 
 
-def find_branches(
-    graph: fx.Graph, variance: dict[str, Variance], flops: dict[str, int]
-) -> tuple[tuple[Branch, ...], str, tuple[Stream, ...]]:
-    """The branches to cache in graph order, the name of the main stream's last value, and all streams.
+@dataclass(frozen=True)
+class _Core:
+    """What a residual's caches hold: ``node``, computed from the stream by ``inside`` (in graph order).
 
-    The main stream consists of the chain of residual additions with the most FLOPs in its branches, the chains that
-    continue it (after a long skip, a projection or a concatenation), and every chain that leads into one of these.
-    Streams that do not depend on the latent are listed, but have no branches to cache.
+    ``places`` says where these hold the tokens; None where they mix, for ``reason``.
+    """
+
+    node: fx.Node
+    gated: bool
+    inside: list[fx.Node]
+    places: Places | None
+    reason: str | None
+
+
+class Structure(NamedTuple):
+    """The branches to cache in graph order, the values that skip steps restore, by port, and all streams."""
+
+    branches: tuple[Branch, ...]
+    ends: dict[Port, str]
+    streams: tuple[Stream, ...]
+
+
+_Chain = list[_Residual]
+
+
+def find_branches(graph: fx.Graph, variance: dict[str, Variance], flops: dict[str, int]) -> Structure:
+    """Finds the residual streams, and which of their branches and values to cache.
+
+    Cached are the branches whose sums a step reads that takes these branches from the cache: not those of a stream that
+    only cached attention reads, as that of the text. Streams that do not depend on the latent are listed, but have no
+    branches to cache.
 
     Raises:
         StructureError: there is no residual addition whose branch does any work.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
+    known = _Graph(graph, order, variance, flops, Trails(order, variance))
     latent, encoders = (
-        _chains(_without_long_skips(_residuals(order, variance, flops, changing))) for changing in (True, False)
+        _chains(_without_long_skips(_residuals(known, changing), known), known) for changing in (True, False)
     )
-    main = _main_stream(latent)
-    if not main:
+    cores = {each.add: _core(each, known) for chain in latent for each in chain}
+    cached = sorted(_cached(known, cores), key=order.__getitem__)
+    if not cached:
         raise StructureError(
             "no residual branch found: no addition joins a latent-dependent value with something computed from it by "
             "matrix products. There is nothing to cache in this model; run it without duca_compile."
         )
-    heaviest = max(main, key=_work)
-    lineage = _lineage(graph, {each.add: each.carried for chain in latent for each in chain}, variance)
-    above = ancestors(heaviest[0].stream)
-    roles = [_role(chain, chain is heaviest, above, variance, lineage) for chain in latent]
-    role_of = {each.add: role for chain, role in zip(latent, roles, strict=True) for each in chain}
-    chain_of = {each.add: number for number, chain in enumerate(latent) for each in chain}
-    cached = sorted((each for chain in main for each in chain), key=lambda each: order[each.add])
+    roles = _roles(known, latent, set(cached))
+    found = {each.add: (number, each) for number, chain in enumerate(latent) for each in chain}
     branches: list[Branch] = []
-    for index, residual in enumerate(cached):
-        path = module_path(residual.add)
+    for index, add in enumerate(cached):
+        chain, residual = found[add]
+        path = module_path(add)
         same_block = bool(branches) and branches[-1].path == path
         block = branches[-1].block + (not same_block) if branches else 0
-        branches.append(
-            _branch(index, block, chain_of[residual.add], role_of[residual.add], residual, variance, order, flops)
-        )
-    streams = [_stream(chain, role, chain in main) for chain, role in zip(latent, roles, strict=True)]
+        branches.append(_branch(index, block, chain, roles[chain], residual, cores[add], known))
+    streams = [
+        _stream(chain, role, any(each.add in cached for each in chain))
+        for chain, role in zip(latent, roles, strict=True)
+    ]
     streams += [_stream(chain, Role.ENCODER, cached=False) for chain in encoders]
-    return tuple(branches), carried_value(cached[-1].add).name, tuple(streams)
+    return Structure(tuple(branches), _ends(graph, cached), tuple(streams))
 
 
-def _stream(chain: list[_Residual], role: Role, cached: bool) -> Stream:
+def _cached(known: _Graph, cores: dict[fx.Node, _Core]) -> set[fx.Node]:
+    """The sums that a step reads if it takes every branch from the cache, or recomputes some of its tokens."""
+    stops = {core.node for core in cores.values()}
+    seen: set[fx.Node] = set()
+
+    def unseen(node: fx.Node) -> list[fx.Node]:
+        return [] if node in stops else [each for each in node.all_input_nodes if each not in seen]
+
+    roots, reached = [known.graph.output_node()], set[fx.Node]()
+    while roots:
+        for root in roots:
+            seen.update({root, *closure(root, unseen)})
+        new = (cores.keys() & seen) - reached
+        reached |= new
+        roots = [each for add in new for each in _read_in_partial_steps(cores[add]) if each not in seen]
+    return reached
+
+
+def _read_in_partial_steps(core: _Core) -> list[fx.Node]:
+    """What the recomputed tokens of a branch are computed from, besides their stream."""
+    inside = set(core.inside)
+    return (
+        [] if core.places is None else [each for n in core.inside for each in n.all_input_nodes if each not in inside]
+    )
+
+
+def _ends(graph: fx.Graph, cached: list[fx.Node]) -> dict[Port, str]:
+    """The values of streams that the model's outputs read if no block is computed: the last one, and others by branch.
+
+    There are several where a model also returns values from the middle of a stream, or denoises two latents.
+    """
+    numbers = {add: index for index, add in enumerate(cached)}
+    read = closure(graph.output_node(), lambda node: [] if node in numbers else node.all_input_nodes)
+    indices = sorted(numbers[node] for node in read if node in numbers)
+    ports = {index: STREAM_END if index == indices[-1] else Port(PortKind.STREAM_END, index) for index in indices}
+    return {port: carried_value(cached[index]).name for index, port in ports.items()}
+
+
+def _stream(chain: _Chain, role: Role, cached: bool) -> Stream:
     return Stream(role, len(chain), value_shape(chain[0].add) or (), cached)
+
+
+def _roles(known: _Graph, chains: list[_Chain], cached: set[fx.Node]) -> list[Role]:
+    """The role of each chain."""
+    lineage = _lineage(known.graph, {each.add: each.carried for chain in chains for each in chain}, known.variance)
+    candidates = [chain for chain in chains if chain[-1].add in cached or chain[0].add in cached]
+    own = [chain for chain in candidates if lineage[chain[0].stream] is Variance.LATENT]
+    heaviest = max(own or candidates or chains, key=_work)
+    above = ancestors(heaviest[0].stream)
+    return [_role(chain, chain is heaviest, above, known.variance, lineage) for chain in chains]
 
 
 def _role(
@@ -134,98 +217,70 @@ def _inputs(nodes: set[fx.Node], variance: dict[str, Variance]) -> set[fx.Node]:
     return {n for n in nodes if n.op == "placeholder" and variance[n.name] is Variance.INVARIANT}
 
 
-def _residuals(
-    order: dict[fx.Node, int], variance: dict[str, Variance], flops: dict[str, int], changing: bool
-) -> list[_Residual]:
+def _residuals(known: _Graph, changing: bool) -> list[_Residual]:
     """The residual additions of values that depend on the latent (``changing``), or of those that do not."""
-    found: dict[fx.Node, _Residual] = {}
-    for node in order:
-        if op_name(node) in _SUMS and (variance[node.name] is Variance.LATENT) == changing:
-            residual = _residual(node, order, found, variance, flops)
+    found: list[_Residual] = []
+    onwards: dict[fx.Node, fx.Node] = {}
+    for node in known.order:
+        if op_name(node) in SUMS and (known.variance[node.name] is Variance.LATENT) == changing:
+            residual = _residual(node, onwards, known)
             if residual is not None:
-                found[node] = residual
-    return list(found.values())
+                found.append(residual)
+                onwards[node] = residual.carried
+    return found
 
 
-def _residual(
-    node: fx.Node,
-    order: dict[fx.Node, int],
-    found: dict[fx.Node, _Residual],
-    variance: dict[str, Variance],
-    flops: dict[str, int],
-) -> _Residual | None:
-    operands = _summands(node, variance)
+def _residual(node: fx.Node, onwards: dict[fx.Node, fx.Node], known: _Graph) -> _Residual | None:
+    """The residual that ``node`` adds, if it does; ``onwards`` has what each earlier residual sum carries on."""
+    operands = known.trails.summands(node)
     if len(operands) != 2 or any(value_shape(operand) != value_shape(node) for operand in operands):
         return None
-    orders = [(a, b, Ancestors(b, order)) for a, b in (operands, operands[::-1])]
+    orders = [(a, b, Ancestors(b, known.order)) for a, b in (operands, operands[::-1])]
     sources = [(a, a, b, above) for a, b, above in orders if a in above]
     if not sources:
-        earlier = [(a, _earlier_stream(a, above, found), b, above) for a, b, above in orders]
+        trails = [(a, known.trails.back(a, onwards), b, above) for a, b, above in orders]
+        earlier = [(a, next((n for n in trail if n in above), None), b, above) for a, trail, b, above in trails]
         sources = [(a, stream, b, above) for a, stream, b, above in earlier if stream is not None]
-    if not sources:
-        return None
-    carried, stream, result, above = sources[0]
-    body = frozenset(above.computed_from(stream) | {result})
-    work = sum(flops[n.name] for n in body)
-    return _Residual(node, carried, stream, result, body, work) if work else None
+    for carried, stream, result, above in sources:
+        body = frozenset(above.computed_from(stream) | {result})
+        if work := sum(known.flops[n.name] for n in body):
+            return _Residual(node, carried, stream, result, body, work)
+    return None
 
 
-def _summands(node: fx.Node, variance: dict[str, Variance]) -> list[fx.Node]:
-    """The values that are added; for ``addcmul``, x + gate * f(x), the stream and the gated value."""
-    if op_name(node) == "add":
-        return node.all_input_nodes
-    stream, *factors = node.all_input_nodes
-    gated = [factor for factor in factors if variance[factor.name] is Variance.LATENT]
-    return [stream, *gated] if len(factors) == 2 else []
-
-
-def _earlier_stream(carried: fx.Node, above: Ancestors, found: dict[fx.Node, _Residual]) -> fx.Node | None:
-    """The nearest earlier value of the stream of ``carried`` that is in ``above``."""
-    while carried not in above:
-        residual = found.get(_origin(carried))
-        if residual is None:
-            return None
-        carried = residual.carried
-    return carried
-
-
-def _origin(node: fx.Node) -> fx.Node:
-    """The value that a stream operand is a cast or a copy of."""
-    while op_name(node) in _PASSTHROUGH and node.all_input_nodes:
-        node = node.all_input_nodes[0]
-    return node
-
-
-def _without_long_skips(candidates: list[_Residual]) -> list[_Residual]:
+def _without_long_skips(candidates: list[_Residual], known: _Graph) -> list[_Residual]:
     """Drops additions that join the stream's start to its end, and then residuals inside another's branch.
 
     An addition that spans two or more residuals in a row from the same start is such a skip; one that spans a single
     residual is the branch itself (AuraFlow: x + mlp(norm(x + attention(x)))). A lone addition that spans a row of
     residuals after an embedding, x + network(x), is a skip as well.
     """
-    alone = {chain[0].add for chain in _chains(candidates) if len(chain) == 1}
+    sums = {each.add for each in candidates}
+    alone = {chain[0].add for chain in _chains(candidates, known) if len(chain) == 1}
     followers: dict[fx.Node, list[_Residual]] = {}
     for each in candidates:
-        followers.setdefault(_origin(each.carried), []).append(each)
+        followers.setdefault(known.trails.origin(each.carried, sums), []).append(each)
 
     def skips(outer: _Residual) -> bool:
-        node, passed = _origin(outer.stream), 0
+        node, passed = known.trails.origin(outer.stream, sums), 0
         while inner := [r for r in followers.get(node, []) if r is not outer and r.add in outer.body]:
             node, passed = inner[0].add, passed + 1
         if passed > 1 or outer.add not in alone:
             return passed > 1
-        return any(len(row) > 1 for row in _chains([r for r in candidates if r is not outer and r.add in outer.body]))
+        inside = [r for r in candidates if r is not outer and r.add in outer.body]
+        return any(len(row) > 1 for row in _chains(inside, known))
 
     short = [each for each in candidates if not skips(each)]
     inside = set[fx.Node]().union(*(each.body for each in short))
     return [each for each in short if each.add not in inside]
 
 
-def _chains(candidates: list[_Residual]) -> list[list[_Residual]]:
-    chains: list[list[_Residual]] = []
-    ends: dict[fx.Node, list[_Residual]] = {}
+def _chains(candidates: list[_Residual], known: _Graph) -> list[_Chain]:
+    chains: list[_Chain] = []
+    sums = {each.add for each in candidates}
+    ends: dict[fx.Node, _Chain] = {}
     for each in candidates:
-        chain = ends.pop(_origin(each.carried), None)
+        chain = ends.pop(known.trails.origin(each.carried, sums), None)
         if chain is None:
             chain = []
             chains.append(chain)
@@ -234,61 +289,26 @@ def _chains(candidates: list[_Residual]) -> list[list[_Residual]]:
     return chains
 
 
-def _work(chain: list[_Residual]) -> int:
+def _work(chain: _Chain) -> int:
     return sum(residual.flops for residual in chain)
 
 
-def _main_stream(chains: list[list[_Residual]]) -> list[list[_Residual]]:
-    """The heaviest chain, those that continue it, and all that lead into these."""
-    if not chains:
-        return []
-    rest = sorted(chains, key=_work, reverse=True)
-    main = [rest.pop(0)]
-    while following := _first_after(main[-1][-1].add, rest):
-        main.append(following)
-        rest.remove(following)
-    seen: set[fx.Node] = set()
-
-    def unseen(node: fx.Node) -> list[fx.Node]:
-        return [each for each in node.all_input_nodes if each not in seen]
-
-    for chain in main:  # grows during the loop
-        above = set(closure(chain[0].stream, unseen))
-        before = [other for other in rest if other[-1].add in above]
-        rest = [other for other in rest if other not in before]
-        main += before
-        seen.update(above)
-    return main
-
-
-def _first_after(node: fx.Node, chains: list[list[_Residual]]) -> list[_Residual] | None:
-    below = set(descendants(node))
-    return next((chain for chain in chains if chain[0].stream in below), None)
-
-
-def _branch(
-    index: int,
-    block: int,
-    chain: int,
-    role: Role,
-    residual: _Residual,
-    variance: dict[str, Variance],
-    order: dict[fx.Node, int],
-    flops: dict[str, int],
-) -> Branch:
-    core, gated = _before_gate(residual, variance)
-    value = core.meta["val"]
-    shape = tuple(value.shape)
+def _core(residual: _Residual, known: _Graph) -> _Core:
+    core, gated = _before_gate(residual, known)
     above = closure(core, lambda n: residual.body.intersection(n.all_input_nodes))
-    inside = sorted(residual.body & {core, *above}, key=order.__getitem__)
-    attention = [n for n in inside if op_name(n) == "scaled_dot_product_attention"]
-    places: Places | None = None
-    reason: str | None = None
+    inside = sorted(residual.body & {core, *above}, key=known.order.__getitem__)
     try:
-        places = follow_tokens(residual.stream, inside, core)
+        return _Core(core, gated, inside, follow_tokens(residual.stream, inside, core), None)
     except Mixing as mixing:
         reason = f"{mixing} at {source_line(mixing.node) or module_path(mixing.node)}"
-    kind = _kind(residual, inside, places)
+        return _Core(core, gated, inside, None, reason)
+
+
+def _branch(index: int, block: int, chain: int, role: Role, residual: _Residual, core: _Core, known: _Graph) -> Branch:
+    value = core.node.meta["val"]
+    shape = tuple(value.shape)
+    kind = _kind(residual, core.inside, core.places)
+    attention = [n for n in core.inside if op_name(n) == "scaled_dot_product_attention"]
     scored = [n for n in attention if len(shape) == 3 and _is_scored(n, kind, *shape[:2])]
     return Branch(
         index=index,
@@ -299,17 +319,18 @@ def _branch(
         role=role,
         kind=kind,
         stream=residual.stream.name,
-        core=core.name,
+        carried=residual.carried.name,
+        core=core.node.name,
         add=residual.add.name,
-        gated=gated,
-        body=frozenset(n.name for n in inside),
+        gated=core.gated,
+        body=frozenset(n.name for n in core.inside),
         shape=shape,
         dtype=value.dtype,
         flops=residual.flops,
-        input=_input(residual.stream, inside, shape[0], flops).name,
+        input=_input(residual.stream, core.inside, shape[0], known.flops).name,
         attention=scored[0].name if scored else None,
-        token_places=places,
-        mixing_reason=reason,
+        token_places=core.places,
+        mixing_reason=core.reason,
     )
 
 
@@ -332,32 +353,60 @@ def _is_scored(attention: fx.Node, kind: str, batch: int, tokens: int) -> bool:
     return len(shape) == 4 and (shape[0], shape[2]) == (batch, tokens)
 
 
-def _before_gate(residual: _Residual, variance: dict[str, Variance]) -> tuple[fx.Node, bool]:
+def _before_gate(residual: _Residual, known: _Graph) -> tuple[fx.Node, bool]:
     """The result before multiplications by values that do not depend on the latent, which is what methods cache.
 
-    Also returns whether there was such a gate.
+    Nor does it hold the stream itself, as the sums in ``x + a * (f(x) - x)`` and ``where(mask, x + f(x), x)`` do. Also
+    returns whether there was such a gate.
     """
     node, gated = residual.result, op_name(residual.add) == "addcmul"
     while True:
-        if op_name(node) in _PASSTHROUGH:
-            inner = [n for n in node.all_input_nodes if n in residual.body]
-        elif op_name(node) == "mul":
-            inner = [n for n in node.all_input_nodes if variance[n.name] is Variance.LATENT]
-            if len(node.all_input_nodes) != 2 or len(inner) != 1:
-                return node, gated
-        else:
+        inner, is_gate = _under_gate(node, residual, known)
+        if inner is None:
+            inner, is_gate = _beside_stream(node, residual, known), False
+        if inner is None or value_shape(inner) != value_shape(node) or len(inner.users) != 1:
             return node, gated
-        if len(inner) != 1 or value_shape(inner[0]) != value_shape(node) or len(inner[0].users) != 1:
-            return node, gated
-        gated = gated or op_name(node) == "mul"
+        node, gated = inner, gated or is_gate
+
+
+def _under_gate(node: fx.Node, residual: _Residual, known: _Graph) -> tuple[fx.Node | None, bool]:
+    """What a gate multiplies or a cast converts, and whether it is a gate."""
+    if op_name(node) in PASSTHROUGH:
+        inner, is_gate = [n for n in node.all_input_nodes if n in residual.body], False
+    elif op_name(node) == "mul" and len(node.all_input_nodes) == 2:
+        inner, is_gate = [n for n in node.all_input_nodes if known.variance[n.name] is Variance.LATENT], True
+    else:
+        return None, False
+    return (inner[0], is_gate) if len(inner) == 1 else (None, False)
+
+
+def _beside_stream(node: fx.Node, residual: _Residual, known: _Graph) -> fx.Node | None:
+    """What is added to the stream within a result, which may then be scaled."""
+    trails = known.trails
+    while node in residual.body:
+        operands = trails.summands(node)
+        if len(operands) == 2:
+            others = [each for each in operands if not trails.carries(each, residual.stream)]
+            return others[0] if len(others) == 1 and others[0] in residual.body else None
+        inner = trails.carried_from(node)
+        if len(inner) != 1 or op_name(node) in NORMS:
+            return None
         node = inner[0]
+    return None
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    """The value that a node is a cast or a copy of."""
+    while op_name(node) in PASSTHROUGH and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _is_attention(node: fx.Node) -> bool:
     """Whether it is an attention, or a product with weights from a softmax."""
     if op_name(node) == "scaled_dot_product_attention":
         return True
-    return op_name(node) in _ACTIVATION_PRODUCTS and any(op_name(_origin(n)) in _SOFTMAX for n in node.all_input_nodes)
+    return op_name(node) in _ACTIVATION_PRODUCTS and any(op_name(_uncast(n)) in _SOFTMAX for n in node.all_input_nodes)
 
 
 def _kind(residual: _Residual, inside: list[fx.Node], places: Places | None) -> str:

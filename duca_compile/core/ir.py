@@ -13,7 +13,7 @@ from enum import Enum, IntEnum
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from duca_compile.core.ports import Port, PortKind
+from duca_compile.core.ports import STREAM_END, Port, PortKind
 
 if TYPE_CHECKING:
     import torch
@@ -124,6 +124,7 @@ class Branch:
     role: Role
     kind: str  # "self_attention", "cross_attention", "attention+mlp", "mlp" or "mixing"
     stream: str
+    carried: str  # what the sum adds the branch to: the stream, which may be cast or scaled before
     core: str
     add: str
     gated: bool
@@ -179,7 +180,7 @@ class Facts:
     variance: Mapping[str, Variance]
     streams: tuple[Stream, ...]
     branches: tuple[Branch, ...]
-    stream_end: str
+    ends: Mapping[Port, str]  # what skip steps restore: the end of the stream, and other values that outputs read
     flops: Mapping[str, int]
     notes: tuple[str, ...]  # what was not understood, and why
     changing: frozenset[str]  # the inputs that change from step to step: the timestep and the latents
@@ -189,6 +190,10 @@ class Facts:
     @property
     def blocks(self) -> int:
         return self.branches[-1].block + 1
+
+    @property
+    def stream_end(self) -> str:
+        return self.ends[STREAM_END]
 
     @property
     def first(self) -> Branch:

@@ -30,7 +30,7 @@ class PortKind(Enum):
     BRANCH_INPUT = "input"  # the input of a branch
     SCALE = "scale"  # how far a branch moves relative to its input: a number for each batch row
     CHANGE = "change"  # what a stretch of a stream's branches adds to it; numbered by the last one
-    STREAM_END = "stream_end"
+    STREAM_END = "stream_end"  # of the last stream; numbered, the value of a stream after a branch that outputs read
     # Results
     OUTPUT = "output"  # one of the model's outputs
     SCORE = "score"  # the scores of the tokens from the attention of a branch
@@ -144,9 +144,12 @@ _NUMBERED = (
     *(PortKind.BRANCH, PortKind.BRANCH_INPUT, PortKind.SCALE, PortKind.CHANGE),
 )
 _NAMED = {PortKind.HOISTED: ".+", PortKind.ROW: r"(?:b?float|u?int|complex)\w+|bool"}
-_OF = dict.fromkeys(_NUMBERED, r"\d+") | _NAMED
+_OF = {
+    **{kind: rf"_({pattern})" for kind, pattern in (dict.fromkeys(_NUMBERED, r"\d+") | _NAMED).items()},
+    PortKind.STREAM_END: r"(?:_(\d+))?",
+}
 _PATTERNS = {
-    kind: re.compile(kind.value + (f"_({_OF[kind]})" if kind in _OF else "()") + r"(?:_d(\d+))?" * (kind in CACHES))
+    kind: re.compile(kind.value + _OF.get(kind, "()") + r"(?:_d(\d+))?" * (kind in CACHES))
     for kind in PortKind
     if kind is not PortKind.ARGUMENT
 }
@@ -171,5 +174,6 @@ def named_result(name: str) -> Port | None:
     for kind, pattern in _PATTERNS.items():
         if match := pattern.fullmatch(name):
             of, *order = match.groups()
-            return Port(kind, int(of) if kind in _NUMBERED else of, int(order[0] or 0) if order else 0)
+            named = kind in _NAMED or not of
+            return Port(kind, of or "" if named else int(of), int(order[0] or 0) if order else 0)
     return None

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from duca_compile.core.ports import STREAM_END
 from duca_compile.core.variants import Action, ForecastVariant
 from duca_compile.passes.base import CachingPass, VariantDraft
 from duca_compile.passes.series import SeriesBuilder
@@ -16,7 +15,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Forecast(CachingPass):
-    """Replaces branch outputs, or the end of the stream if only that is cached, by D_0 plus the sum of all f_i * D_i.
+    """Replaces branch outputs, or the ends of streams if only these are cached, by D_0 plus the sum of all f_i * D_i.
 
     D_i is the cached difference of order i. The factors f_i are inputs, so no step distance is built into the graph.
     In a Taylor series f_i is x^i / i!, where x is the number of steps since the caches were filled.
@@ -27,7 +26,7 @@ class Forecast(CachingPass):
         if not isinstance(spec, ForecastVariant) or spec.series.of == "inputs":
             return False
         if spec.series.of == "end":
-            wanted = {STREAM_END: draft.facts.stream_end}
+            wanted = dict(draft.facts.ends)
         else:
             wanted = {branch.slot: branch.core for branch in draft.branches(Action.FORECAST)}
         values = {slot: node for slot, name in wanted.items() if (node := draft.node(name)).users}

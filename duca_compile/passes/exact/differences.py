@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from duca_compile.core.ports import FORECAST_GAP, FORECAST_ORDERS, STREAM_END
+from duca_compile.core.ports import FORECAST_GAP, FORECAST_ORDERS
 from duca_compile.core.variants import Action, FullVariant, Series
 from duca_compile.passes.base import ExactPass, VariantDraft, returned
 from duca_compile.passes.numbers import broadcast, number_input
@@ -32,7 +32,7 @@ class EmitDifferences(ExactPass[VariantDraft]):
         if not isinstance(spec, FullVariant) or not isinstance(spec.keeps, Series):
             return False
         order = spec.keeps.order
-        kept = {STREAM_END, *(b.slot for b in draft.branches(Action.COMPUTE))}
+        kept = {*draft.facts.ends, *(b.slot for b in draft.branches(Action.COMPUTE))}
         if spec.after is not None and spec.after.of == "forecast":
             kept.add(draft.facts.first.input_slot)
         slots = [port for port in draft.results if port in kept and port.difference(order) not in draft.results]

@@ -1,10 +1,10 @@
-"""Makes a variant return what later steps reuse: branch outputs before the gate, and the end of the stream."""
+"""Makes a variant return what later steps reuse: branch outputs before the gate, and the ends of the streams."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from duca_compile.core.ports import STREAM_END, Port
+from duca_compile.core.ports import Port
 from duca_compile.core.steps import CacheKinds
 from duca_compile.core.variants import Action, Changes, ForecastVariant, PredictVariant, ProbeVariant, SkipVariant
 from duca_compile.passes.base import ExactPass, VariantDraft
@@ -12,10 +12,10 @@ from duca_compile.passes.base import ExactPass, VariantDraft
 
 @dataclass(frozen=True)
 class EmitCaches(ExactPass[VariantDraft]):
-    """Returns the output of every computed branch, and the stream's end unless that comes from the cache.
+    """Returns the output of every computed branch, and the ends of the streams unless these come from the cache.
 
     Only those that later steps read are returned, as the spec says. If features are forecast, these are either the
-    branches or the end, whichever the forecasts read, and the branches' inputs if their movement scales the forecasts.
+    branches or the ends, whichever the forecasts read, and the branches' inputs if their movement scales the forecasts.
     If the change of the streams is cached, nothing is returned here.
     """
 
@@ -35,7 +35,7 @@ def _wanted(draft: VariantDraft) -> dict[Port, str]:
     if isinstance(spec, ForecastVariant | PredictVariant | ProbeVariant) or isinstance(spec.keeps, Changes):
         return {}
     outputs = {branch.slot: branch.core for branch in computed}
-    end = {STREAM_END: draft.facts.stream_end}
+    end = dict(draft.facts.ends)
     if isinstance(spec.keeps, CacheKinds):
         restored = isinstance(spec, SkipVariant)
         return (outputs if spec.keeps.branches else {}) | (end if spec.keeps.end and not restored else {})
