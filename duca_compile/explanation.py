@@ -234,6 +234,8 @@ class Explanation:
         first = self.branches[0]
         yield f"latent: {facts.latent}; timestep: {facts.timestep}; stream: {_shape(first.shape)} {first.dtype}"
         yield from self._streams()
+        for embedding in facts.embeddings:
+            yield f"embedding: the convolution of {_shown(embedding)} is computed in every step, and is no branch"
         yield from self._traced()
         yield f"{self.flops / 1e9:.3f} GFLOPs per step; caches hold {_size(self.cache_bytes)}"
         yield (

@@ -23,7 +23,7 @@ def analyze(captured: CapturedGraph, timestep: str | None = None) -> Facts:
     latents = {name for name, path in zip(captured.inputs, captured.argument_paths, strict=True) if path == latent_path}
     variance = variances(graph, latents, time)
     flops = node_flops(graph)
-    branches, ends, streams = find_branches(graph, variance, flops)
+    branches, ends, streams, embeddings = find_branches(graph, variance, flops)
     shapes = {node.name: value_shape(node) or () for node in graph.find_nodes(op="placeholder")}
     return Facts(
         latent,
@@ -37,6 +37,8 @@ def analyze(captured: CapturedGraph, timestep: str | None = None) -> Facts:
         changing=frozenset(latents | {time}),
         batch=shapes[latent][0],
         grids=token_grids(graph, branches),
+        embeddings=embeddings,
+        listed=captured.argument_paths.count(latent_path) > 1,
     )
 
 

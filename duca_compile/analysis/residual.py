@@ -25,6 +25,7 @@ from duca_compile.errors import StructureError
 from duca_compile.frontend.operators import carried_value
 
 _SOFTMAX = {"softmax", "_softmax"}
+_CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "convolution"}
 # Products that may be of two activations, as in attention.
 _ACTIVATION_PRODUCTS = {"scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum"}
 
@@ -71,11 +72,12 @@ class _Core:
 
 
 class Structure(NamedTuple):
-    """The branches to cache in graph order, the values that skip steps restore, by port, and all streams."""
+    """What was found: the branches to cache, the values that skip steps restore, all streams, and embeddings."""
 
-    branches: tuple[Branch, ...]
+    branches: tuple[Branch, ...]  # in graph order
     ends: dict[Port, str]
     streams: tuple[Stream, ...]
+    embeddings: tuple[str, ...]  # the convolutions that are added to a stream before its first block
 
 
 _Chain = list[_Residual]
@@ -96,6 +98,7 @@ def find_branches(graph: fx.Graph, variance: dict[str, Variance], flops: dict[st
     latent, encoders = (
         _chains(_without_long_skips(_residuals(known, changing), known), known) for changing in (True, False)
     )
+    embeddings = [chain.pop(0) for chain in latent if _starts_with_embedding(chain, known)]
     cores = {each.add: _core(each, known) for chain in latent for each in chain}
     cached = sorted(_cached(known, cores), key=order.__getitem__)
     if not cached:
@@ -117,7 +120,25 @@ def find_branches(graph: fx.Graph, variance: dict[str, Variance], flops: dict[st
         for chain, role in zip(latent, roles, strict=True)
     ]
     streams += [_stream(chain, Role.ENCODER, cached=False) for chain in encoders]
-    return Structure(tuple(branches), _ends(graph, cached), tuple(streams))
+    named = tuple(f"{module_path(each.add) or 'model'} ({source_line(each.add)})" for each in embeddings)
+    return Structure(tuple(branches), _ends(graph, cached), tuple(streams), named)
+
+
+def _starts_with_embedding(chain: _Chain, known: _Graph) -> bool:
+    """Whether a stream's first sum, and no later one, adds a convolution of tokens that nothing else goes into.
+
+    It is part of the embedding, as in audio models: positions for all blocks, and no block of its own.
+    """
+    first, *rest = chain
+    if not rest or not _convolves(first, known) or any(_convolves(each, known) for each in rest):
+        return False
+    outside = {n for node in first.body for n in node.all_input_nodes} - first.body - {first.stream}
+    return all(known.variance[n.name] is Variance.INVARIANT for n in outside)
+
+
+def _convolves(residual: _Residual, known: _Graph) -> bool:
+    """Whether convolutions are its only products."""
+    return all(op_name(n) in _CONVOLUTIONS for n in residual.body if known.flops[n.name])
 
 
 def _cached(known: _Graph, cores: dict[fx.Node, _Core]) -> set[fx.Node]:

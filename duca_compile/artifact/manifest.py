@@ -208,7 +208,8 @@ def _problems_of_the_call(manifest: Manifest) -> Iterator[str]:
     for what, specs in (("inputs", manifest.inputs), ("caches", manifest.caches)):
         if len({spec.name for spec in specs}) < len(specs):
             yield f"{what}: two have the same name"
-    for what, name in (("latent", signature.latent), ("timestep", signature.timestep)):
+    more = (("more_latents", name) for name in signature.more_latents)
+    for what, name in (("latent", signature.latent), ("timestep", signature.timestep), *more):
         if name not in inputs:
             yield f"signature.{what}: there is no input {name!r}"
     first = inputs[signature.latent].shape[:1]

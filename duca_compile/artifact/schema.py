@@ -378,6 +378,7 @@ class Signature:
         latent, timestep: the names of these inputs.
         result: the structure of what is returned: ``{"output": index of an output}``, ``{"value": constant}``, or
             ``{"type": name, "items": parts}``, with ``"names"`` of the parts where they have some.
+        more_latents: further inputs that are denoised.
     """
 
     parameters: tuple[str, ...]
@@ -386,6 +387,7 @@ class Signature:
     latent: str
     timestep: str
     result: Any
+    more_latents: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _need_unique(self.parameters, "parameters")
@@ -395,10 +397,10 @@ class Signature:
 
     @cached_property
     def changing(self) -> frozenset[str]:
-        """The inputs that change from step to step: the timestep and the latent, which may be a list of tensors."""
+        """The inputs that change from step to step: the timestep, and the latents, which may be lists of tensors."""
         latent = next((argument.home for argument in self.arguments if argument.input == self.latent), None)
         in_latent = (argument.input for argument in self.arguments if argument.home == latent)
-        return frozenset({self.latent, self.timestep, *in_latent})
+        return frozenset({self.latent, self.timestep, *in_latent, *self.more_latents})
 
     @property
     def outputs(self) -> int:

@@ -186,6 +186,8 @@ class Facts:
     changing: frozenset[str]  # the inputs that change from step to step: the timestep and the latents
     batch: int  # batch rows of the latent
     grids: Mapping[int, tuple[int, ...]]  # number of tokens -> the grid that they form, where the graph shows it
+    embeddings: tuple[str, ...] = ()  # convolutions added to a stream before its first block, each with its line
+    listed: bool = False  # whether the latent is a list of tensors
 
     @property
     def blocks(self) -> int:

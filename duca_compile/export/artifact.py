@@ -181,7 +181,7 @@ def _source(model: torch.nn.Module) -> manifest.Source:
 
 def _signature(traced: Traced) -> manifest.Signature:
     """How the model is called: tensors by their paths in the arguments, everything else by value."""
-    captured, call = traced.one.graph, traced.call
+    captured, call, facts = traced.one.graph, traced.call, traced.facts
     arguments, options = [], dict[str, Any]()
     names = map(argument_name, captured.inputs)
     for keys, leaf in tree_flatten_with_path(call.arguments)[0]:
@@ -194,9 +194,10 @@ def _signature(traced: Traced) -> manifest.Signature:
         parameters=tuple(call.arguments),
         arguments=tuple(arguments),
         options=options,
-        latent=argument_name(traced.facts.latent),
-        timestep=argument_name(traced.facts.timestep),
+        latent=argument_name(facts.latent),
+        timestep=argument_name(facts.timestep),
         result=_result(captured.output),
+        more_latents=tuple(map(argument_name, sorted(facts.changing - {facts.latent, facts.timestep}))),
     )
 
 

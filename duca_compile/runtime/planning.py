@@ -183,7 +183,7 @@ def check_rows(facts: Facts, policy: Policy) -> None:
     if not isinstance(policy, AdaptivePolicy) or policy.per == "batch":
         return
     odd = next((b for b in facts.branches if b.shape[0] != facts.batch), None)
-    if odd is not None or len(facts.changing) > 2:
+    if odd is not None or facts.listed:
         where = f"{odd.path} has {odd.shape[0]} rows, not {facts.batch}" if odd else "the latent is a list of tensors"
         raise PolicyError(
             f"decide_per={policy.per!r} needs values with one row for each batch row of the latent: {where}; "

@@ -71,7 +71,7 @@ def _leave_out(draft: VariantDraft, branches: list[Branch]) -> None:
     starts: dict[fx.Node, fx.Node] = {}
     for branch in branches:
         end = draft.node(branch.add)
-        start = draft.find_input(hoisted(branch.stream)) or draft.node(branch.stream)  # text may start from an input
+        start = draft.find_input(hoisted(branch.carried)) or draft.node(branch.carried)  # text may start from an input
         starts[end] = starts.get(start, start)
         end.replace_all_uses_with(starts[end])
 
@@ -105,12 +105,20 @@ def last_blocks(facts: Facts) -> tuple[Branch, ...]:
     """The branches of the last two blocks.
 
     Raises:
-        PolicyError: there is no earlier block to replace, or the stream is not (batch, tokens, channels).
+        PolicyError: there is no earlier block to replace, the stream is not (batch, tokens, channels), or the model's
+            results read more than its end.
     """
     tail = tuple(b for b in facts.branches if b.block >= facts.blocks - DEPTH)
     if len(tail) == len(facts.branches):
         raise PolicyError(f"a predictor replaces all blocks but the last {DEPTH}, and this model has no others")
     end = facts.branches[-1]
+    if len(facts.ends) > 1:
+        port = next(port for port in facts.ends if port is not STREAM_END)
+        other = facts.branches[int(port.of)]
+        raise PolicyError(
+            "a predictor gives the end of one stream, and the model's results also read the stream behind "
+            f"{other.path or 'the model'} at {other.source}; use another policy"
+        )
     if len(end.shape) != 3:
         raise PolicyError(
             f"a predictor needs a stream of (batch, tokens, channels); this one has the shape {end.shape}"
