@@ -380,7 +380,7 @@ def _before_gate(residual: _Residual, known: _Graph) -> tuple[fx.Node, bool]:
     Nor does it hold the stream itself, as the sums in ``x + a * (f(x) - x)`` and ``where(mask, x + f(x), x)`` do. Also
     returns whether there was such a gate.
     """
-    node, gated = residual.result, op_name(residual.add) == "addcmul"
+    node, gated = residual.result, op_name(residual.add) in ("addcmul", "addcdiv", "lerp")
     while True:
         inner, is_gate = _under_gate(node, residual, known)
         if inner is None:

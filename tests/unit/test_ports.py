@@ -38,6 +38,8 @@ NAMES = [
     (PortKind.CHANGE, 5, 0, "change_5", "cache_change_5"),
     (PortKind.STREAM_END, "", 0, "stream_end", "cache_stream_end"),
     (PortKind.STREAM_END, "", 1, "stream_end_d1", "cache_stream_end_d1"),
+    (PortKind.STREAM_END, 3, 0, "stream_end_3", "cache_stream_end_3"),
+    (PortKind.STREAM_END, 3, 1, "stream_end_3_d1", "cache_stream_end_3_d1"),
     (PortKind.OUTPUT, 0, 0, "output_0", "output_0"),
     (PortKind.SCORE, 2, 0, "score_2", "score_2"),
     (PortKind.VERIFY_ERROR, "", 0, "verify_error", "verify_error"),
