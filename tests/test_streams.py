@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -267,7 +268,11 @@ def by_hand(model: Model, kinds: list[StepKind]) -> list[tuple[Tensor, ...]]:
     return results
 
 
-POLICIES: list[Policy] = [FORA(INTERVAL), DuCa(INTERVAL, fresh_ratio=1.0), TaylorSeer(INTERVAL, max_order=1)]
+POLICIES: list[Policy] = [
+    FORA(INTERVAL),
+    DuCa(INTERVAL, fresh_ratio=1.0, text_factor=1.0),
+    TaylorSeer(INTERVAL, max_order=1),
+]
 
 
 @torch.no_grad()
@@ -336,6 +341,21 @@ def test_values_from_the_middle_of_a_stream_are_restored_in_skip_steps() -> None
     assert skipped.flops < 0.15 * report.flops, "embedding and heads"
     with pytest.raises(PolicyError, match=r"also read the stream behind .*test_streams.py:\d+; use another policy"):
         last_blocks(facts)
+
+
+@pytest.mark.slow
+def test_an_artifact_restores_them_too(tmp_path: Path) -> None:
+    model = Model(taps=(1,)).eval()
+    optimized = duca_compile.optimize(model, DuCa(INTERVAL), "eager", STEPS)
+    (x, t), *_ = model.calls()
+    duca_compile.save(optimized, tmp_path / "artifact", {"x": x, "t": t})
+    artifact = duca_compile.load(tmp_path / "artifact")
+    for call in model.calls()[:INTERVAL]:
+        with torch.no_grad():
+            expected = optimized(*call)
+        found = artifact(*(each.numpy() for each in call))
+        for one, other in zip(found, expected, strict=True):
+            assert torch.allclose(torch.from_numpy(one), other, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -186,9 +186,9 @@ def _stream(chain: _Chain, role: Role, cached: bool) -> Stream:
 def _roles(known: _Graph, chains: list[_Chain], cached: set[fx.Node]) -> list[Role]:
     """The role of each chain."""
     lineage = _lineage(known.graph, {each.add: each.carried for chain in chains for each in chain}, known.variance)
-    candidates = [chain for chain in chains if chain[-1].add in cached or chain[0].add in cached]
+    candidates = [chain for chain in chains if any(each.add in cached for each in chain)]
     own = [chain for chain in candidates if lineage[chain[0].stream] is Variance.LATENT]
-    heaviest = max(own or candidates or chains, key=_work)
+    heaviest = max(own or candidates, key=_work)
     above = ancestors(heaviest[0].stream)
     return [_role(chain, chain is heaviest, above, known.variance, lineage) for chain in chains]
 
