@@ -23,8 +23,9 @@ def analyze(captured: CapturedGraph, timestep: str | None = None) -> Facts:
     latents = {name for name, path in zip(captured.inputs, captured.argument_paths, strict=True) if path == latent_path}
     variance = variances(graph, latents, time)
     flops = node_flops(graph)
-    branches, stream_end, streams = find_branches(graph, variance, flops)
     shapes = {node.name: value_shape(node) or () for node in graph.find_nodes(op="placeholder")}
+    batch = shapes[latent][0]
+    branches, stream_end, streams = find_branches(graph, variance, flops, batch)
     return Facts(
         latent,
         time,
@@ -35,7 +36,7 @@ def analyze(captured: CapturedGraph, timestep: str | None = None) -> Facts:
         flops,
         _notes(branches),
         changing=frozenset(latents | {time}),
-        batch=shapes[latent][0],
+        batch=batch,
         grids=token_grids(graph, branches),
     )
 

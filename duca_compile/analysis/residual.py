@@ -7,17 +7,19 @@ from dataclasses import dataclass
 from torch import fx
 
 from duca_compile.analysis.closure import Ancestors, ancestors, closure, descendants
+from duca_compile.analysis.layout import Body, default_layout, find_layout, follow
 from duca_compile.analysis.tokens import (
     CONCATENATIONS,
     ELEMENTWISE,
     Mixing,
     Places,
-    follow_tokens,
     key_offset,
+    mixed_operands,
+    observed,
     overlapped,
 )
 from duca_compile.core.fx_utils import module_path, op_name, source_line, value_shape
-from duca_compile.core.ir import Branch, Role, Stream, Variance
+from duca_compile.core.ir import Branch, Role, Stream, TokenLayout, Variance
 from duca_compile.errors import StructureError
 from duca_compile.frontend.operators import carried_value
 
@@ -44,13 +46,14 @@ class _Residual:
 
 
 def find_branches(
-    graph: fx.Graph, variance: dict[str, Variance], flops: dict[str, int]
+    graph: fx.Graph, variance: dict[str, Variance], flops: dict[str, int], batch: int
 ) -> tuple[tuple[Branch, ...], str, tuple[Stream, ...]]:
     """The branches to cache in graph order, the name of the main stream's last value, and all streams.
 
     The main stream consists of the chain of residual additions with the most FLOPs in its branches, the chains that
     continue it (after a long skip, a projection or a concatenation), and every chain that leads into one of these.
-    Streams that do not depend on the latent are listed, but have no branches to cache.
+    Streams that do not depend on the latent are listed, but have no branches to cache. ``batch`` is the number of batch
+    rows of the latent.
 
     Raises:
         StructureError: there is no residual addition whose branch does any work.
@@ -72,21 +75,43 @@ def find_branches(
     role_of = {each.add: role for chain, role in zip(latent, roles, strict=True) for each in chain}
     chain_of = {each.add: number for number, chain in enumerate(latent) for each in chain}
     cached = sorted((each for chain in main for each in chain), key=lambda each: order[each.add])
+    layouts = {
+        number: _layout(chain, variance, order, batch) if chain in main else default_layout(value_shape(chain[0].add) or ())
+        for number, chain in enumerate(latent)
+    }
     branches: list[Branch] = []
     for index, residual in enumerate(cached):
         path = module_path(residual.add)
         same_block = bool(branches) and branches[-1].path == path
         block = branches[-1].block + (not same_block) if branches else 0
+        chain = chain_of[residual.add]
         branches.append(
-            _branch(index, block, chain_of[residual.add], role_of[residual.add], residual, variance, order, flops)
+            _branch(index, block, chain, role_of[residual.add], residual, layouts[chain], variance, order, flops)
         )
-    streams = [_stream(chain, role, chain in main) for chain, role in zip(latent, roles, strict=True)]
-    streams += [_stream(chain, Role.ENCODER, cached=False) for chain in encoders]
+    streams = [
+        Stream(role, len(chain), layouts[number].grid, chain in main)
+        for number, (chain, role) in enumerate(zip(latent, roles, strict=True))
+    ]
+    streams += [
+        Stream(Role.ENCODER, len(chain), default_layout(value_shape(chain[0].add) or ()).grid, cached=False)
+        for chain in encoders
+    ]
     return tuple(branches), carried_value(cached[-1].add).name, tuple(streams)
 
 
-def _stream(chain: list[_Residual], role: Role, cached: bool) -> Stream:
-    return Stream(role, len(chain), value_shape(chain[0].add) or (), cached)
+def _layout(
+    chain: list[_Residual], variance: dict[str, Variance], order: dict[fx.Node, int], batch: int
+) -> TokenLayout:
+    """The layout of a stream, by its first and its last attention."""
+    attentions = [each for each in chain if any(map(_multiplies_activations, each.body))]
+    telling = dict.fromkeys((*attentions[:1], *attentions[-1:]))
+    bodies = [_body(each, _before_gate(each, variance)[0], order) for each in telling]
+    return find_layout(value_shape(chain[0].add) or (), bodies, batch)
+
+
+def _body(residual: _Residual, core: fx.Node, order: dict[fx.Node, int]) -> Body:
+    above = closure(core, lambda n: residual.body.intersection(n.all_input_nodes))
+    return Body(residual.stream, sorted(residual.body & {core, *above}, key=order.__getitem__), core)
 
 
 def _role(
@@ -272,6 +297,7 @@ def _branch(
     chain: int,
     role: Role,
     residual: _Residual,
+    layout: TokenLayout,
     variance: dict[str, Variance],
     order: dict[fx.Node, int],
     flops: dict[str, int],
@@ -279,17 +305,17 @@ def _branch(
     core, gated = _before_gate(residual, variance)
     value = core.meta["val"]
     shape = tuple(value.shape)
-    above = closure(core, lambda n: residual.body.intersection(n.all_input_nodes))
-    inside = sorted(residual.body & {core, *above}, key=order.__getitem__)
+    body = _body(residual, core, order)
+    inside = body.nodes
     attention = [n for n in inside if op_name(n) == "scaled_dot_product_attention"]
     places: Places | None = None
     reason: str | None = None
     try:
-        places = follow_tokens(residual.stream, inside, core)
+        places = follow(body, layout)
     except Mixing as mixing:
         reason = f"{mixing} at {source_line(mixing.node) or module_path(mixing.node)}"
     kind = _kind(residual, inside, places)
-    scored = [n for n in attention if len(shape) == 3 and _is_scored(n, kind, *shape[:2])]
+    scored = [n for n in attention if _is_scored(n, kind, layout.rows, layout.tokens)]
     return Branch(
         index=index,
         block=block,
@@ -304,6 +330,7 @@ def _branch(
         gated=gated,
         body=frozenset(n.name for n in inside),
         shape=shape,
+        layout=layout,
         dtype=value.dtype,
         flops=residual.flops,
         input=_input(residual.stream, inside, shape[0], flops).name,
@@ -323,13 +350,13 @@ def _input(stream: fx.Node, inside: list[fx.Node], rows: int, flops: dict[str, i
     return node
 
 
-def _is_scored(attention: fx.Node, kind: str, batch: int, tokens: int) -> bool:
+def _is_scored(attention: fx.Node, kind: str, rows: int, tokens: int) -> bool:
     """Whether its attention map scores each token of the branch: as a key, or as a query of a cross-attention."""
     if kind != "cross_attention":
-        return key_offset(attention, batch, tokens) is not None
+        return key_offset(attention, rows, tokens) is not None
     query = attention.args[0]
     shape = (value_shape(query) if isinstance(query, fx.Node) else None) or ()
-    return len(shape) == 4 and (shape[0], shape[2]) == (batch, tokens)
+    return len(shape) == 4 and (shape[0], shape[2]) == (rows, tokens)
 
 
 def _before_gate(residual: _Residual, variance: dict[str, Variance]) -> tuple[fx.Node, bool]:
@@ -355,9 +382,20 @@ def _before_gate(residual: _Residual, variance: dict[str, Variance]) -> tuple[fx
 
 def _is_attention(node: fx.Node) -> bool:
     """Whether it is an attention, or a product with weights from a softmax."""
-    if op_name(node) == "scaled_dot_product_attention":
+    if op_name(node) == "scaled_dot_product_attention" or ((known := observed(node)) is not None and known.attention):
         return True
     return op_name(node) in _ACTIVATION_PRODUCTS and any(op_name(_origin(n)) in _SOFTMAX for n in node.all_input_nodes)
+
+
+def _multiplies_activations(node: fx.Node) -> bool:
+    return op_name(node) in _ACTIVATION_PRODUCTS or _is_attention(node)
+
+
+def _multiplies(node: fx.Node, nodes: set[fx.Node]) -> bool:
+    """Whether it multiplies two of ``nodes``, or is an attention on keys and values among them."""
+    if (known := observed(node)) is not None:
+        return known.attention and not nodes.isdisjoint(mixed_operands(node, known))
+    return op_name(node) in _ACTIVATION_PRODUCTS and len(nodes.intersection(node.all_input_nodes)) > 1
 
 
 def _kind(residual: _Residual, inside: list[fx.Node], places: Places | None) -> str:
@@ -366,7 +404,7 @@ def _kind(residual: _Residual, inside: list[fx.Node], places: Places | None) -> 
     if places is not None:
         return "cross_attention" if attends else "mlp"
     nodes = {residual.stream, *inside}
-    if not any(op_name(n) in _ACTIVATION_PRODUCTS and len(nodes.intersection(n.all_input_nodes)) > 1 for n in inside):
+    if not any(_multiplies(n, nodes) for n in inside):
         return "cross_attention" if attends else "mixing"
     activates = any(op_name(n) in ("gelu", "silu", "relu") for n in inside)
     return "attention+mlp" if attends and activates else "self_attention"

@@ -245,7 +245,7 @@ def _branches(traced: Traced) -> tuple[manifest.Branch, ...]:
     return tuple(
         manifest.Branch(
             branch.index,
-            traced.size(branch.shape[0], other.shape[0], f"branch {branch.index}"),
+            traced.size(branch.rows, other.rows, f"branch {branch.index}"),
             branch.tokens,
             grid(branch),
         )
