@@ -399,8 +399,11 @@ def _expand(node: fx.Node, places: Places) -> Place:
 
 def _product(node: fx.Node, places: Places) -> Place:
     position = int(op_name(node) in ("addmm", "baddbmm"))
+    first, second = node_operand(node, position), node_operand(node, position + 1)
+    if first.name in places and second.name in places and not position:
+        return _product_of_two(node, places[first.name], places[second.name])
     place = _source(node, places, position)
-    weight = value_shape(node_operand(node, position + 1)) or ()
+    weight = value_shape(second) or ()
     if tracked(place[-1]):
         raise Mixing(node, "it sums over the tokens")
     batches = [1] * (len(place) - len(weight)) + list(weight[:-2])
@@ -410,6 +413,13 @@ def _product(node: fx.Node, places: Places) -> Place:
     if differs or len(weight) > len(place):
         raise Mixing(node, "its second operand may differ by token")
     return _resized(node, place[: _rank(node) - 1] + ((),) if len(weight) > 1 else place[:-1])
+
+
+def _product_of_two(node: fx.Node, one: Place, other: Place) -> Place:
+    """A product of two values of the stream, as of queries and keys: pointwise along the batch of both at most."""
+    if len(one) != len(other) or tracked(one[-1]) or any(map(tracked, other[-2:])):
+        raise Mixing(node, "a second operand depends on the stream")
+    return _resized(node, [*(_common(node, dims) for dims in zip(one[:-2], other[:-2], strict=True)), one[-2], ()])
 
 
 def _norm(node: fx.Node, places: Places) -> Place:
@@ -554,18 +564,22 @@ def _type_as(node: fx.Node, places: Places) -> Place:
 
 def _attention(node: fx.Node, places: Places) -> Place:
     """Queries do not depend on each other, so cross-attention is pointwise along them."""
-    query, key, value = (node_operand(node, position) for position in range(3))
-    mask = argument(node, "attn_mask")
-    if key.name in places or value.name in places:
+    query, *others = (node_operand(node, position) for position in range(3))
+    mask, rank = argument(node, "attn_mask"), _rank(node)
+    inner = [n for n in others if n.name in places]
+    if any(tracked(dim) for n in inner for dim in places[n.name][-2:]):
         raise Mixing(node, "keys and values come from the stream, so every token sees every other")
-    if argument(node, "is_causal") or (mask is not None and (value_shape(mask) or (1, 1))[-2] != 1):
-        raise Mixing(node, "its mask differs by query")
+    if query.name not in places or (isinstance(mask, fx.Node) and mask.name in places):
+        raise Mixing(node, "the stream is not its first operand")
     place = places[query.name]
-    sizes = [1] * (len(place) - _rank(key)) + list(value_shape(key) or ())
-    differs = any(holds_tokens(dim) and size != 1 for dim, size in zip(place[:-2], sizes, strict=False))
-    if differs or tracked(place[-1]):
+    by_query = argument(node, "is_causal") or (mask is not None and (value_shape(mask) or (1, 1))[-2] != 1)
+    if by_query and tracked(place[-2]):
+        raise Mixing(node, "its mask differs by query")
+    if tracked(place[-1]) or any(holds_tokens(dim) for _, dim in _broad_dims(others[0], place)[2:]):
         raise Mixing(node, "the queries are not along the tokens")
-    return _resized(node, place[:-1] + ((),))
+    aligned = [((),) * (rank - _rank(n)) + places[n.name][:-2] for n in inner]
+    batches = [_common(node, dims) for dims in zip(place[:-2], *aligned, strict=True)]
+    return _resized(node, [*batches, place[-2], ()])
 
 
 _Rule = Callable[[fx.Node, Places], Place]
