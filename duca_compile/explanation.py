@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -231,7 +233,7 @@ class Explanation:
         facts = self.facts
         yield Text(f"{self.model}: {len(self.branches)} branches in {facts.blocks} blocks", style="bold")
         first = self.branches[0]
-        yield f"latent: {facts.latent}; timestep: {facts.timestep}; stream: {_shape(first.shape)} {first.dtype}"
+        yield f"latent: {facts.latent}; timestep: {facts.timestep}; stream: {_shape(first)} {first.dtype}"
         yield from self._streams()
         yield from self._traced()
         yield f"{self.flops / 1e9:.3f} GFLOPs per step; caches hold {_size(self.cache_bytes)}"
@@ -275,8 +277,8 @@ class Explanation:
         for role in Role:
             streams = [stream for stream in self.facts.streams if stream.role is role]
             if streams:
-                sizes = sorted({stream.shape[1:-1] for stream in streams})
-                tokens = " or ".join(" x ".join(map(str, size)) for size in sizes)
+                sizes = sorted({stream.grid for stream in streams})
+                tokens = " or ".join(map(_by, sizes))
                 cached = "" if any(stream.cached for stream in streams) else f", not cached: {_UNCACHED[role]}"
                 branches = sum(stream.branches for stream in streams)
                 yield f"{role.value} stream: {branches} branches, {tokens} tokens{cached}"
@@ -349,11 +351,15 @@ def _grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:
     return paths
 
 
-def _shape(shape: tuple[int, ...]) -> str:
-    names = ("rows", "tokens", "channels")
-    return (
-        f"({', '.join(f'{n} {name}' for n, name in zip(shape, names, strict=True))})" if len(shape) == 3 else f"{shape}"
-    )
+def _shape(branch: Branch) -> str:
+    """The sizes of its stream, with what they are numbers of: (2 rows, 8 x 8 tokens, 64 channels)."""
+    names = [" x ".join("tokens" if axis else "rows" for axis in axes) or "channels" for axes in branch.layout.dims]
+    parts = groupby(zip(names, branch.shape, strict=True), key=itemgetter(0))
+    return f"({', '.join(f'{_by(size for _, size in sizes)} {name}' for name, sizes in parts)})"
+
+
+def _by(sizes: Iterable[int]) -> str:
+    return " x ".join(map(str, sizes))
 
 
 def _shown(text: str) -> str:
