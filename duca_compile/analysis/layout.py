@@ -89,7 +89,7 @@ def _followed(body: Body, place: Place) -> bool | None:
     try:
         follow_tokens(*body, place, "")
     except Mixing as mixing:
-        return None if mixing.unknown else False
+        return False if mixing.certain else None
     return True
 
 

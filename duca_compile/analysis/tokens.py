@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from math import prod
 
+import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
@@ -20,7 +21,7 @@ from duca_compile.core.fx_utils import int_operand, node_operand, op_name, value
 from duca_compile.core.ir import OTHER, ROWS, Behaviour, Place, Span, TokenLayout
 from duca_compile.errors import InternalError
 from duca_compile.frontend.opaque import opaque, site_of
-from duca_compile.frontend.operators import argument
+from duca_compile.frontend.operators import argument, operator_name
 
 CONCATENATIONS = {"cat", "concat", "concatenate"}
 JOINS = CONCATENATIONS | {"stack"}
@@ -36,11 +37,11 @@ ELEMENTWISE = {
 
 
 class Mixing(Exception):  # noqa: N818 - a verdict, not a failure
-    """Tokens mix at ``node``, or, if ``unknown``, may do so."""
+    """Tokens mix at ``node``, or, unless ``certain``, may do so."""
 
-    def __init__(self, node: fx.Node, why: str, unknown: bool = False) -> None:
-        super().__init__(f"{op_name(node)}: {why}")
-        self.node, self.unknown = node, unknown
+    def __init__(self, node: fx.Node, why: str, certain: bool = False) -> None:
+        super().__init__(f"{operator_name(node)}: {why}")
+        self.node, self.certain = node, certain
 
 
 Places = dict[str, Place]
@@ -64,7 +65,7 @@ def follow_tokens(stream: fx.Node, body: list[fx.Node], core: fx.Node, whole: Pl
         place = places[node.name] = _place_of(node, places)
         shape = value_shape(node)
         if shape is not None and [_length(dim) for dim in place] != list(shape):
-            raise Mixing(node, f"its result {shape} holds the tokens in an unknown way", unknown=True)
+            raise Mixing(node, f"its result {shape} holds the tokens in an unknown way")
         if len(_axes(place)) > len(set(_axes(place))):
             raise Mixing(node, "its operands hold tokens in different places")
     if places[core.name] != whole:
@@ -76,7 +77,7 @@ def _place_of(node: fx.Node, places: Places) -> Place:
     if node.target is opaque:
         return _opaque_module(node, places)
     if (behaviour := observed(node)) is not None:
-        return _observed_place(node, 0, behaviour, places)
+        return _observed_place(node, _main_result(behaviour), behaviour, places)
     if op_name(node) == "getitem" and (behaviour := observed(source := node_operand(node, 0))) is not None:
         return _observed_place(source, int_operand(node, 1), behaviour, places)
     if cuts_tokens(node, places):
@@ -86,7 +87,7 @@ def _place_of(node: fx.Node, places: Places) -> Place:
     name = op_name(node)
     rule = _elementwise if name in ELEMENTWISE else _RULES.get(name)
     if rule is None:
-        raise Mixing(node, "no rule says how this operator treats tokens", unknown=True)
+        raise Mixing(node, "no rule says how this operator treats tokens")
     return rule(node, places)
 
 
@@ -141,28 +142,44 @@ def mixed_operands(node: fx.Node, behaviour: Behaviour) -> list[fx.Node]:
     return [operands[i] for (i, _), links in behaviour.links.items() if None in links[:-1]]
 
 
+def _main_result(behaviour: Behaviour) -> int:
+    """The first result on which any operand has an effect: attention also returns logarithms of sums, for example."""
+    return min((result for _, result in behaviour.links), default=0)
+
+
 def _observed_place(node: fx.Node, result: int, behaviour: Behaviour, places: Mapping[str, Place]) -> Place:
-    value = node.meta["val"]
+    value, operands = node.meta["val"], tensor_operands(node)
     shape = tuple((value[result] if isinstance(value, list | tuple) else value).shape)
     dims: dict[int, tuple[Span, ...]] = {}
-    operands = [(i, operand) for i, operand in enumerate(tensor_operands(node)) if operand.name in places]
-    for i, operand in operands:
-        links = behaviour.links.get((i, result), ())
-        for dim, to in zip(places[operand.name], links, strict=False):
+    expected: set[int] = set()
+    for i, operand in enumerate(operands):
+        if operand.name not in places:
+            continue
+        expected.update(_axes(places[operand.name]))
+        for dim, to in zip(places[operand.name], behaviour.links.get((i, result), ()), strict=False):
             if not tracked(dim):
                 continue
             if to is None:
-                raise Mixing(node, f"its values show that it mixes tokens of operand {i}")
+                raise Mixing(node, f"its values show that it mixes tokens of its operand {i + 1}", len(dim) == 1)
             if dims.setdefault(to, dim) != dim:
                 raise Mixing(node, "its operands hold tokens in different places")
-    expected = {axis for _, operand in operands for axis in _axes(places[operand.name])}
     place = tuple(dims.get(i) or _others(size) for i, size in enumerate(shape))
     if expected != set(_axes(place)) and not isinstance(value, list | tuple):  # other results may be unused
         raise Mixing(node, "its values show that it loses the tokens")
-    for operand, each in _observed_operands(node, behaviour, place, places).items():
-        if set(_axes(each)) != set(_axes(place)):
-            raise Mixing(node, f"its operand {operand.name} may differ by token")
+    if any(map(holds_tokens, place)) and result == _main_result(behaviour):
+        _check_observed(node, behaviour, place, places)
     return place
+
+
+def _check_observed(node: fx.Node, behaviour: Behaviour, place: Place, places: Mapping[str, Place]) -> None:
+    """Raises Mixing where operands outside of the stream may say something of its tokens that cannot be gathered."""
+    for operand in tensor_operands(node):
+        kind = operand.meta["val"].dtype
+        if operand.name not in places and not (kind.is_floating_point or kind.is_complex or kind is torch.bool):
+            raise Mixing(node, f"integers ({operand.name}) may tell it where tokens are")
+    for operand, own in _observed_operands(node, behaviour, place, places).items():
+        if set(_axes(own)) != set(_axes(place)):
+            raise Mixing(node, f"its operand {operand.name} may differ by token")
 
 
 def _opaque_module(node: fx.Node, places: Places) -> Place:
@@ -170,14 +187,14 @@ def _opaque_module(node: fx.Node, places: Places) -> Place:
     operands, values = node.all_input_nodes, node.meta["val"]
     sources = {places[n.name] for n in operands if n.name in places}
     if not site_of(node).may_be_pointwise or len(sources) != 1:
-        raise Mixing(node, "an opaque module", unknown=True)
+        raise Mixing(node, "an opaque module")
     place = next(iter(sources))
     for dim, spans in enumerate(place):
         sizes = {value.shape[dim : dim + 1] for value in values}
         others = [(value_shape(n) or ())[dim : dim + 1] for n in operands if n.name not in places]
         size = (_length(spans),)
         if holds_tokens(spans) and (sizes != {size} or size in others):
-            raise Mixing(node, "an opaque module whose results have other shapes", unknown=True)
+            raise Mixing(node, "an opaque module whose results have other shapes")
     return place
 
 
@@ -285,7 +302,8 @@ def per_token_operands(node: fx.Node, places: Mapping[str, Place]) -> dict[fx.No
     Each comes with the place with which its dimensions are aligned from the right.
     """
     if (behaviour := observed(node)) is not None:
-        return _observed_operands(node, behaviour, _observed_place(node, 0, behaviour, places), places)
+        own = _observed_place(node, _main_result(behaviour), behaviour, places)
+        return _observed_operands(node, behaviour, own, places)
     if op_name(node) in JOINS:
         place = next(places[n.name] for n in _pieces(node) if n.name in places)
     elif op_name(node) in ELEMENTWISE:
@@ -318,10 +336,10 @@ def _observed_operands(
 ) -> dict[fx.Node, Place]:
     found: dict[fx.Node, Place] = {}
     for i, operand in enumerate(tensor_operands(node)):
-        shape, links = value_shape(operand) or (), behaviour.links.get((i, 0), ())
+        shape, links = value_shape(operand) or (), behaviour.links.get((i, _main_result(behaviour)), ())
         if operand.name in places or len(links) != len(shape):
             continue
-        spans = [() if to is None else own[to] for to in links]
+        spans = [() if to is None or to < 0 else own[to] for to in links]
         place = tuple(
             dim if _length(dim) == size and tracked(dim) else _others(size)
             for dim, size in zip(spans, shape, strict=True)
@@ -405,7 +423,7 @@ def _product(node: fx.Node, places: Places) -> Place:
     place = _source(node, places, position)
     weight = value_shape(second) or ()
     if tracked(place[-1]):
-        raise Mixing(node, "it sums over the tokens")
+        raise Mixing(node, "it sums over the tokens", certain=True)
     batches = [1] * (len(place) - len(weight)) + list(weight[:-2])
     differs = any(holds_tokens(dim) and size != 1 for dim, size in zip(place, batches, strict=False))
     if position:  # the first operand is added
@@ -418,7 +436,7 @@ def _product(node: fx.Node, places: Places) -> Place:
 def _product_of_two(node: fx.Node, one: Place, other: Place) -> Place:
     """A product of two values of the stream, as of queries and keys: pointwise along the batch of both at most."""
     if len(one) != len(other) or tracked(one[-1]) or any(map(tracked, other[-2:])):
-        raise Mixing(node, "a second operand depends on the stream")
+        raise Mixing(node, "a second operand depends on the stream", certain=True)
     return _resized(node, [*(_common(node, dims) for dims in zip(one[:-2], other[:-2], strict=True)), one[-2], ()])
 
 
@@ -433,7 +451,7 @@ def _along_dim(node: fx.Node, places: Places) -> Place:
     """Operators that act along one dimension given as an argument, which must not be the tokens'."""
     place = _source(node, places)
     if any(tracked(place[dim]) for dim in _dims(node, "dim", len(place)) or [0]):
-        raise Mixing(node, "it acts along the tokens")
+        raise Mixing(node, "it acts along the tokens", certain=True)
     return place
 
 
@@ -568,7 +586,7 @@ def _attention(node: fx.Node, places: Places) -> Place:
     mask, rank = argument(node, "attn_mask"), _rank(node)
     inner = [n for n in others if n.name in places]
     if any(tracked(dim) for n in inner for dim in places[n.name][-2:]):
-        raise Mixing(node, "keys and values come from the stream, so every token sees every other")
+        raise Mixing(node, "keys and values come from the stream, so every token sees every other", certain=True)
     if query.name not in places or (isinstance(mask, fx.Node) and mask.name in places):
         raise Mixing(node, "the stream is not its first operand")
     place = places[query.name]

@@ -150,8 +150,8 @@ class Behaviour:
 
     Attributes:
         links: by tensor operand and result, for each dimension of the operand the dimension of the result in which an
-            entry has effect at its own index alone; None where it has effect at others. A result on which an operand
-            has no effect is left out.
+            entry has effect at its own index alone; None where it has effect at others, -1 where there is one index.
+            A result on which an operand has no effect is left out.
         attention: whether results are means of one operand's entries, with weights that depend on other entries.
     """
 

@@ -23,6 +23,26 @@ def argument(node: fx.Node, name: str) -> Any:
     return None
 
 
+def operator_of(node: fx.Node) -> torch._ops.OpOverload | None:
+    """The operator that a node calls, also where its writes were made results; None if it calls none."""
+    target = node.args[0] if isinstance(node.target, torch._ops.HigherOrderOperator) and node.args else node.target
+    return target if isinstance(target, torch._ops.OpOverload) else None
+
+
+def is_foreign(node: fx.Node) -> bool:
+    """Whether a node calls an operator of another library."""
+    operator = operator_of(node)
+    return operator is not None and operator.namespace not in ("aten", "prims", "duca_compile")
+
+
+def operator_name(node: fx.Node) -> str:
+    """The operator's name, with its namespace where it is not PyTorch's own."""
+    operator = operator_of(node)
+    if operator is None or not is_foreign(node):
+        return op_name(node)
+    return f"{operator.namespace}::{operator.overloadpacket.__name__}"
+
+
 def is_random(node: fx.Node) -> bool:
     """Whether the operator draws random numbers; attention without dropout and dropout in eval mode do not.
 
