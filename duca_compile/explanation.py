@@ -30,7 +30,7 @@ from duca_compile.passes.exact.hoist import frontier
 from duca_compile.passes.pipeline import build_variant
 from duca_compile.policies import AdaptivePolicy, Policy, Step, StepKind
 from duca_compile.policies.named import resolve_policy
-from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec
+from duca_compile.runtime.planning import check_rows, check_selection, costly_partial, plan_step, probe_spec
 
 _UNCACHED = {
     Role.TEXT: "only attention reads it, and attention is cached",
@@ -97,6 +97,11 @@ class ScheduleReport:
         """FLOPs of the uncached loop over FLOPs of this one: the best speed-up that wall-clock time can reach."""
         return len(self.steps) * self.uncached_flops / sum(step.flops for step in self.steps)
 
+    def _mean_share(self, kind: StepKind) -> float:
+        """The FLOPs of steps of this kind, as a share of an uncached step's; 0 if there are none."""
+        chosen = [step.flops for step in self.steps if step.kind is kind]
+        return sum(chosen) / len(chosen) / self.uncached_flops if chosen else 0.0
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         line = Text(f"{self.policy}, {len(self.steps)} steps: ")
         for step in self.steps:
@@ -106,13 +111,15 @@ class ScheduleReport:
         for kind in StepKind:
             chosen = [step for step in self.steps if step.kind is kind]
             if chosen:
-                mean = sum(step.flops for step in chosen) / len(chosen) / self.uncached_flops
+                mean = self._mean_share(kind)
                 fresh = sum(step.fresh_share for step in chosen) / len(chosen)
                 tokens = f"{fresh:.1%} of each MLP" if kind is StepKind.PARTIAL else ""
                 table.add_row(Text(kind.value, style=KIND_STYLES[kind]), str(len(chosen)), f"{mean:.2%}", tokens)
         yield table
         if self.adaptive:
             yield "decided at run time: these are the fewest full steps possible"
+        if (costly := costly_partial(self._mean_share(StepKind.PARTIAL))) is not None:
+            yield costly
         yield f"ideal speed-up {self.ideal_speedup:.2f}x (by FLOPs; elementwise work counts as none)"
         yield f"caches hold {_size(self.cache_bytes)}"
         if self.weight_bytes:
@@ -237,6 +244,7 @@ class Explanation:
         yield from self._streams()
         yield from self._traced()
         yield f"{self.flops / 1e9:.3f} GFLOPs per step; caches hold {_size(self.cache_bytes)}"
+        yield from map(_shown, facts.uncounted)
         yield (
             f"loop-invariant: {len(self.hoisted)} values hoisted, {self.share(Variance.INVARIANT):.2%} of FLOPs; "
             f"timestep-only: {self.share(Variance.TIMESTEP):.2%}; latent-dependent: {self.share(Variance.LATENT):.2%}"

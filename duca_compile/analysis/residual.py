@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 
 from torch import fx
@@ -46,21 +47,22 @@ class _Residual:
 
 
 def find_branches(
-    graph: fx.Graph, variance: dict[str, Variance], flops: dict[str, int], batch: int
+    graph: fx.Graph, variance: dict[str, Variance], flops: dict[str, int], batch: int, uncounted: Set[fx.Node]
 ) -> tuple[tuple[Branch, ...], str, tuple[Stream, ...]]:
     """The branches to cache in graph order, the name of the main stream's last value, and all streams.
 
     The main stream consists of the chain of residual additions with the most FLOPs in its branches, the chains that
     continue it (after a long skip, a projection or a concatenation), and every chain that leads into one of these.
     Streams that do not depend on the latent are listed, but have no branches to cache. ``batch`` is the number of batch
-    rows of the latent.
+    rows of the latent; ``uncounted`` are operators that may do work, though ``flops`` says none.
 
     Raises:
         StructureError: there is no residual addition whose branch does any work.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
     latent, encoders = (
-        _chains(_without_long_skips(_residuals(order, variance, flops, changing))) for changing in (True, False)
+        _chains(_without_long_skips(_residuals(order, variance, flops, uncounted, changing)))
+        for changing in (True, False)
     )
     main = _main_stream(latent)
     if not main:
@@ -76,7 +78,9 @@ def find_branches(
     chain_of = {each.add: number for number, chain in enumerate(latent) for each in chain}
     cached = sorted((each for chain in main for each in chain), key=lambda each: order[each.add])
     layouts = {
-        number: _layout(chain, variance, order, batch) if chain in main else default_layout(value_shape(chain[0].add) or ())
+        number: _layout(chain, variance, order, batch)
+        if chain in main
+        else default_layout(value_shape(chain[0].add) or ())
         for number, chain in enumerate(latent)
     }
     branches: list[Branch] = []
@@ -160,13 +164,17 @@ def _inputs(nodes: set[fx.Node], variance: dict[str, Variance]) -> set[fx.Node]:
 
 
 def _residuals(
-    order: dict[fx.Node, int], variance: dict[str, Variance], flops: dict[str, int], changing: bool
+    order: dict[fx.Node, int],
+    variance: dict[str, Variance],
+    flops: dict[str, int],
+    uncounted: Set[fx.Node],
+    changing: bool,
 ) -> list[_Residual]:
     """The residual additions of values that depend on the latent (``changing``), or of those that do not."""
     found: dict[fx.Node, _Residual] = {}
     for node in order:
         if op_name(node) in _SUMS and (variance[node.name] is Variance.LATENT) == changing:
-            residual = _residual(node, order, found, variance, flops)
+            residual = _residual(node, order, found, variance, flops, uncounted)
             if residual is not None:
                 found[node] = residual
     return list(found.values())
@@ -178,6 +186,7 @@ def _residual(
     found: dict[fx.Node, _Residual],
     variance: dict[str, Variance],
     flops: dict[str, int],
+    uncounted: Set[fx.Node],
 ) -> _Residual | None:
     operands = _summands(node, variance)
     if len(operands) != 2 or any(value_shape(operand) != value_shape(node) for operand in operands):
@@ -192,7 +201,8 @@ def _residual(
     carried, stream, result, above = sources[0]
     body = frozenset(above.computed_from(stream) | {result})
     work = sum(flops[n.name] for n in body)
-    return _Residual(node, carried, stream, result, body, work) if work else None
+    works = work > 0 or not uncounted.isdisjoint(body)
+    return _Residual(node, carried, stream, result, body, work) if works else None
 
 
 def _summands(node: fx.Node, variance: dict[str, Variance]) -> list[fx.Node]:

@@ -18,7 +18,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from duca_compile.core.fx_utils import int_operand, node_operand, op_name, value_shape
-from duca_compile.core.ir import OTHER, ROWS, Behaviour, Place, Span, TokenLayout
+from duca_compile.core.ir import OTHER, ROWS, Behaviour, Place, Span
 from duca_compile.errors import InternalError
 from duca_compile.frontend.opaque import opaque, site_of
 from duca_compile.frontend.operators import argument, operator_name
@@ -430,7 +430,7 @@ def _product(node: fx.Node, places: Places) -> Place:
         differs = differs or any(holds_tokens(dim) for _, dim in _broad_dims(node_operand(node, 0), place))
     if differs or len(weight) > len(place):
         raise Mixing(node, "its second operand may differ by token")
-    return _resized(node, place[: _rank(node) - 1] + ((),) if len(weight) > 1 else place[:-1])
+    return _resized(node, (*place[: _rank(node) - 1], ()) if len(weight) > 1 else place[:-1])
 
 
 def _product_of_two(node: fx.Node, one: Place, other: Place) -> Place:

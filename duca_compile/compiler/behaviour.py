@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map_only
 from duca_compile.analysis.closure import ancestors
 from duca_compile.analysis.tokens import tensor_operands
 from duca_compile.core.ir import Behaviour, CapturedGraph
+from duca_compile.errors import not_none
 from duca_compile.frontend.operators import is_foreign
 
 _TRIALS = 4  # entries of each operand that are changed, one after the other
@@ -116,9 +117,7 @@ class _Operator:
 
     def __call__(self, operands: Sequence[Tensor]) -> list[Tensor | None]:
         following = iter(operands)
-        args, kwargs = tree_map_only(
-            fx.Node, lambda _: next(following).clone(), (self._node.args, self._node.kwargs)
-        )
+        args, kwargs = tree_map_only(fx.Node, lambda _: next(following).clone(), (self._node.args, self._node.kwargs))
         value = self._node.target(*args, **kwargs)  # type: ignore[operator]
         results = value if isinstance(value, list | tuple) else [value]
         return [result if isinstance(result, Tensor) else None for result in results]
@@ -165,9 +164,7 @@ def _with_change(operand: Tensor, place: tuple[int, ...]) -> Tensor:
     return changed
 
 
-def _link(
-    dim: int, operand: Tensor, result: Tensor, effects: list[tuple[tuple[int, ...], list[Tensor]]]
-) -> int | None:
+def _link(dim: int, operand: Tensor, result: Tensor, effects: list[tuple[tuple[int, ...], list[Tensor]]]) -> int | None:
     """The dimension of the result in which an entry has effect at its own index along ``dim`` alone."""
     size = operand.shape[dim]
     if size == 1:
@@ -196,19 +193,16 @@ def _is_mean(
         if None not in links[i, first][:-1]:
             continue
         parts: list[Any] = [...] if len(able) > 1 else []
-        parts += [(slice(None),) * d + (s,) for d, size in enumerate(operands[i].shape) if size in (2, 3) for s in range(size)]
+        parts += [
+            (slice(None),) * d + (s,) for d, size in enumerate(operands[i].shape) if size in (2, 3) for s in range(size)
+        ]
         for part in parts:
             ones = operands[i].clone()
             ones[part] = 1
             result = operator([*operands[:i], ones, *operands[i + 1 :]])[first]
-            if result is not None and _is_one(result) and not _is_one(_not_none(results[first])):
+            if result is not None and _is_one(result) and not _is_one(not_none(results[first], "a result on which operands have effect")):
                 return True
     return False
-
-
-def _not_none(result: Tensor | None) -> Tensor:
-    assert result is not None
-    return result
 
 
 def _is_one(result: Tensor) -> bool:

@@ -261,6 +261,7 @@ class Facts:
     stream_end: str
     flops: Mapping[str, int]
     notes: tuple[str, ...]  # what was not understood, and why
+    uncounted: tuple[str, ...]  # operators whose FLOPs are unknown, and what to do about it
     changing: frozenset[str]  # the inputs that change from step to step: the timestep and the latents
     batch: int  # batch rows of the latent
     grids: Mapping[int, tuple[int, ...]]  # number of tokens -> the grid that they form, where the graph shows it

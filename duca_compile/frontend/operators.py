@@ -35,6 +35,17 @@ def is_foreign(node: fx.Node) -> bool:
     return operator is not None and operator.namespace not in ("aten", "prims", "duca_compile")
 
 
+def operator_call(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a node's operator, by position and by name."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return node.args, dict(node.kwargs)
+    bases: Any = node.kwargs.get("_all_bases", ())
+    operator, given = operator_of(node), dict(node.kwargs)
+    names = [] if operator is None else [each.name for each in operator._schema.arguments]
+    written = {name: bases[place] for name in names if isinstance(place := given.get(f"_{name}_base_index"), int)}
+    return (), {name: given[name] for name in names if name in given} | written
+
+
 def operator_name(node: fx.Node) -> str:
     """The operator's name, with its namespace where it is not PyTorch's own."""
     operator = operator_of(node)

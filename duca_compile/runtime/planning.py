@@ -28,6 +28,8 @@ from duca_compile.policies.adaptive import AdaptivePolicy
 from duca_compile.policies.base import Forecast, Policy, Selection, TokenQuery
 from duca_compile.runtime.selection import TokenSet, check_grid
 
+_COSTLY = 0.75  # the share of a full step's FLOPs from which on partial steps are not worth their error
+
 
 def plan_step(facts: Facts, policy: Policy, step: Step) -> tuple[VariantSpec, dict[int, int]]:
     """The variant that ``step`` needs, and how many tokens each of its partial branches recomputes."""
@@ -156,6 +158,16 @@ def not_recomputed(facts: Facts, policy: Policy) -> str | None:
             "does; if that is too coarse, use TaylorSeer or a shorter interval"
         )
     return None
+
+
+def costly_partial(share: float) -> str | None:
+    """What to say of partial steps that have this share of a full step's FLOPs; None if they save enough."""
+    if share < _COSTLY:
+        return None
+    return (
+        f"a partial step has {share:.0%} of a full step's FLOPs, so it saves next to nothing: use FORA or TaylorSeer, "
+        "which replace branches as a whole, or a lower fresh_ratio if that is what costs"
+    )
 
 
 def check_selection(facts: Facts, policy: Policy) -> None:

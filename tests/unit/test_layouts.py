@@ -257,7 +257,9 @@ def test_chosen_tokens_are_fresh_and_all_others_cached(case: tuple[Form, Runner]
     chosen_with = tuple(first if action is PARTIAL else place for place, action in enumerate(actions))
     variant = run.variant(*actions, chosen_with=chosen_with if shared else ())
     rows, tokens = branches[0].rows, branches[0].tokens
-    index = {i: distinct_indices(rows, tokens, 3, seed=first if shared else i) for i, a in enumerate(actions) if a is PARTIAL}
+    index = {
+        i: distinct_indices(rows, tokens, 3, seed=first if shared else i) for i, a in enumerate(actions) if a is PARTIAL
+    }
     given = {f"tokens_{port.of}": index[int(port.of)] for port in variant.dynamic_inputs}
     assert len(given) == (1 if shared else actions.count(PARTIAL))
 

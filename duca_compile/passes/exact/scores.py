@@ -48,7 +48,9 @@ class EmitScores(ExactPass[VariantDraft]):
                 score = _score(draft, branch, scores)
                 if branch.dtype is torch.float64:
                     score = _call(draft, aten.to.dtype, score, torch.float32)
-            score.meta["val"] = draft.node(branch.core).meta["val"].new_empty((branch.rows, branch.tokens), dtype=torch.float32)
+            score.meta["val"] = (
+                draft.node(branch.core).meta["val"].new_empty((branch.rows, branch.tokens), dtype=torch.float32)
+            )
             draft.add_result(branch.score_slot, score)
         return bool(scored)
 
