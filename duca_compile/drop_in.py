@@ -321,7 +321,9 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
         if limit is not None and self._warned.first("partial steps"):
             log.warning("%s: %s", type(self.source).__name__, limit)
         policy, dtype = fitted(captured, facts, self.policy, self.cache_options, self._requests.total)
-        return Compiled(captured, facts, prologue, policy, self._backend, live_tensors(self.source), dtype)
+        return Compiled(
+            captured, facts, prologue, policy, self._backend, live_tensors(self.source), dtype, self._warned
+        )
 
     def _source_context(self) -> AbstractContextManager[None]:
         """The source's own ``cache_context``, entered for capturing, which is the only time that the source runs."""

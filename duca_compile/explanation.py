@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -28,7 +30,7 @@ from duca_compile.passes.exact.hoist import frontier
 from duca_compile.passes.pipeline import build_variant
 from duca_compile.policies import AdaptivePolicy, Policy, Step, StepKind
 from duca_compile.policies.named import resolve_policy
-from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec
+from duca_compile.runtime.planning import check_rows, check_selection, costly_partial, plan_step, probe_spec
 
 _UNCACHED = {
     Role.TEXT: "only attention reads it, and attention is cached",
@@ -95,6 +97,11 @@ class ScheduleReport:
         """FLOPs of the uncached loop over FLOPs of this one: the best speed-up that wall-clock time can reach."""
         return len(self.steps) * self.uncached_flops / sum(step.flops for step in self.steps)
 
+    def _mean_share(self, kind: StepKind) -> float:
+        """The FLOPs of steps of this kind, as a share of an uncached step's; 0 if there are none."""
+        chosen = [step.flops for step in self.steps if step.kind is kind]
+        return sum(chosen) / len(chosen) / self.uncached_flops if chosen else 0.0
+
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         line = Text(f"{self.policy}, {len(self.steps)} steps: ")
         for step in self.steps:
@@ -104,13 +111,15 @@ class ScheduleReport:
         for kind in StepKind:
             chosen = [step for step in self.steps if step.kind is kind]
             if chosen:
-                mean = sum(step.flops for step in chosen) / len(chosen) / self.uncached_flops
+                mean = self._mean_share(kind)
                 fresh = sum(step.fresh_share for step in chosen) / len(chosen)
                 tokens = f"{fresh:.1%} of each MLP" if kind is StepKind.PARTIAL else ""
                 table.add_row(Text(kind.value, style=KIND_STYLES[kind]), str(len(chosen)), f"{mean:.2%}", tokens)
         yield table
         if self.adaptive:
             yield "decided at run time: these are the fewest full steps possible"
+        if (costly := costly_partial(self._mean_share(StepKind.PARTIAL))) is not None:
+            yield costly
         yield f"ideal speed-up {self.ideal_speedup:.2f}x (by FLOPs; elementwise work counts as none)"
         yield f"caches hold {_size(self.cache_bytes)}"
         if self.weight_bytes:
@@ -232,12 +241,13 @@ class Explanation:
         facts = self.facts
         yield Text(f"{self.model}: {len(self.branches)} branches in {facts.blocks} blocks", style="bold")
         first = self.branches[0]
-        yield f"latent: {facts.latent}; timestep: {facts.timestep}; stream: {_shape(first.shape)} {first.dtype}"
+        yield f"latent: {facts.latent}; timestep: {facts.timestep}; stream: {_shape(first)} {first.dtype}"
         yield from self._streams()
         for embedding in facts.embeddings:
             yield f"embedding: the convolution of {_shown(embedding)} is computed in every step, and is no branch"
         yield from self._traced()
         yield f"{self.flops / 1e9:.3f} GFLOPs per step; caches hold {_size(self.cache_bytes)}"
+        yield from map(_shown, facts.uncounted)
         yield (
             f"loop-invariant: {len(self.hoisted)} values hoisted, {self.share(Variance.INVARIANT):.2%} of FLOPs; "
             f"timestep-only: {self.share(Variance.TIMESTEP):.2%}; latent-dependent: {self.share(Variance.LATENT):.2%}"
@@ -278,8 +288,8 @@ class Explanation:
         for role in Role:
             streams = [stream for stream in self.facts.streams if stream.role is role]
             if streams:
-                sizes = sorted({stream.shape[1:-1] for stream in streams})
-                tokens = " or ".join(" x ".join(map(str, size)) for size in sizes)
+                sizes = sorted({stream.grid for stream in streams})
+                tokens = " or ".join(map(_by, sizes))
                 cached = "" if any(stream.cached for stream in streams) else f", not cached: {_UNCACHED[role]}"
                 branches = sum(stream.branches for stream in streams)
                 yield f"{role.value} stream: {branches} branches, {tokens} tokens{cached}"
@@ -352,11 +362,15 @@ def _grouped(reasons: Mapping[str, str]) -> dict[str, list[str]]:
     return paths
 
 
-def _shape(shape: tuple[int, ...]) -> str:
-    names = ("rows", "tokens", "channels")
-    return (
-        f"({', '.join(f'{n} {name}' for n, name in zip(shape, names, strict=True))})" if len(shape) == 3 else f"{shape}"
-    )
+def _shape(branch: Branch) -> str:
+    """The sizes of its stream, with what they are numbers of: (2 rows, 8 x 8 tokens, 64 channels)."""
+    names = [" x ".join("tokens" if axis else "rows" for axis in axes) or "channels" for axes in branch.layout.dims]
+    parts = groupby(zip(names, branch.shape, strict=True), key=itemgetter(0))
+    return f"({', '.join(f'{_by(size for _, size in sizes)} {name}' for name, sizes in parts)})"
+
+
+def _by(sizes: Iterable[int]) -> str:
+    return " x ".join(map(str, sizes))
 
 
 def _shown(text: str) -> str:

@@ -1,16 +1,23 @@
-"""FLOPs of each node, at two per multiply-add; elementwise operators count as zero."""
+"""FLOPs of each node, at two per multiply-add; elementwise operators count as zero.
+
+Operators of other libraries are counted by the formulas that their authors register with torch's own counter
+(``torch.utils.flop_counter.register_flop_formula``).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from duca_compile.core.fx_utils import op_name
+from duca_compile.core.fx_utils import op_name, source_line
+from duca_compile.errors import first_line
 from duca_compile.frontend.opaque import opaque, site_flops
+from duca_compile.frontend.operators import is_foreign, operator_call, operator_name, operator_of
 
 # What FLOPs are counted of.
 _COUNTED = {
@@ -27,23 +34,57 @@ def _int_mm_flops(left: tuple[int, int], right: tuple[int, int], out_shape: tupl
 _UNKNOWN_TO_TORCH = {torch.ops.aten._int_mm: _int_mm_flops}
 
 
-def node_flops(graph: fx.Graph) -> dict[str, int]:
-    """FLOPs of every node by name, from torch's own counter on meta tensors of the captured shapes."""
+def node_flops(graph: fx.Graph) -> tuple[dict[str, int], dict[fx.Node, str]]:
+    """FLOPs of every node by name, from torch's own counter on meta tensors of the captured shapes.
+
+    Returns:
+        The FLOPs, and the nodes whose FLOPs are unknown and count as zero, each with the reason.
+    """
     known: dict[str, int] = {}
     found: dict[str, int] = {}
+    unknown: dict[fx.Node, str] = {}
     for node in graph.nodes:
         if node.target is opaque:
             found[node.name] = site_flops(node)
-            continue
-        if op_name(node) not in _COUNTED:
+        elif is_foreign(node):
+            found[node.name] = _by_formula(node, unknown)
+        elif op_name(node) not in _COUNTED:
             found[node.name] = 0
-            continue
-        args, kwargs = tree_map_only(fx.Node, _as_meta, (node.args, node.kwargs))
-        key = f"{node.target}{tree_map_only(torch.Tensor, lambda t: (t.shape, t.dtype), (args, kwargs))}"
-        if key not in known:
-            known[key] = _count(node.target, args, kwargs)
-        found[node.name] = known[key]
-    return found
+        else:
+            args, kwargs = tree_map_only(fx.Node, _as_meta, (node.args, node.kwargs))
+            key = f"{node.target}{tree_map_only(torch.Tensor, lambda t: (t.shape, t.dtype), (args, kwargs))}"
+            if key not in known:
+                known[key] = _count(node.target, args, kwargs)
+            found[node.name] = known[key]
+    return found, unknown
+
+
+def uncounted_notes(unknown: dict[fx.Node, str]) -> tuple[str, ...]:
+    """What to say of nodes whose FLOPs are unknown: one note for each operator and reason."""
+    alike: dict[tuple[str, str], list[fx.Node]] = {}
+    for node, reason in unknown.items():
+        alike.setdefault((operator_name(node), reason), []).append(node)
+    return tuple(
+        f"FLOPs of {name} are unknown and count as none ({len(nodes)} calls, the first at {source_line(nodes[0])}): "
+        f"{reason}"
+        for (name, reason), nodes in alike.items()
+    )
+
+
+def _by_formula(node: fx.Node, unknown: dict[fx.Node, str]) -> int:
+    """The FLOPs that the registered formula gives; 0 if there is none, or if it fails, which is noted."""
+    operator = operator_of(node)
+    formula: Callable[..., int] | None = None if operator is None else flop_registry.get(operator.overloadpacket)
+    if formula is None:
+        path = operator_name(node).replace("::", ".")
+        unknown[node] = f"register a formula, @torch.utils.flop_counter.register_flop_formula(torch.ops.{path})"
+        return 0
+    args, kwargs = tree_map_only(fx.Node, _as_meta, operator_call(node))
+    try:
+        return int(formula(*args, **kwargs, out_val=node.meta["val"]))
+    except Exception as error:  # whatever its author's code raises
+        unknown[node] = f"its formula fails ({first_line(error)})"
+        return 0
 
 
 def _as_meta(node: fx.Node) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from duca_compile.analysis.cost import node_flops
+from duca_compile.analysis.cost import node_flops, uncounted_notes
 from duca_compile.analysis.grid import token_grids
 from duca_compile.analysis.residual import find_branches
 from duca_compile.analysis.variance import latent_input, timestep_input, variances
@@ -22,9 +22,10 @@ def analyze(captured: CapturedGraph, timestep: str | None = None) -> Facts:
     latent_path = captured.argument_paths[captured.inputs.index(latent)]
     latents = {name for name, path in zip(captured.inputs, captured.argument_paths, strict=True) if path == latent_path}
     variance = variances(graph, latents, time)
-    flops = node_flops(graph)
-    branches, ends, streams, embeddings = find_branches(graph, variance, flops)
+    flops, unknown = node_flops(graph)
     shapes = {node.name: value_shape(node) or () for node in graph.find_nodes(op="placeholder")}
+    batch = shapes[latent][0]
+    branches, ends, streams, embeddings = find_branches(graph, variance, flops, batch, unknown.keys())
     return Facts(
         latent,
         time,
@@ -34,8 +35,9 @@ def analyze(captured: CapturedGraph, timestep: str | None = None) -> Facts:
         ends,
         flops,
         _notes(branches),
+        uncounted_notes(unknown),
         changing=frozenset(latents | {time}),
-        batch=shapes[latent][0],
+        batch=batch,
         grids=token_grids(graph, branches),
         embeddings=embeddings,
         listed=captured.argument_paths.count(latent_path) > 1,

@@ -16,17 +16,20 @@ from duca_compile.core.ir import Branch, Role
 def token_grids(graph: fx.Graph, branches: Iterable[Branch]) -> Mapping[int, tuple[int, ...]]:
     """(height, width) or (frames, height, width) by number of tokens, for the latent's tokens of ``branches``.
 
-    These are the dimensions that the first reshape before the stream merges into that many entries. A model whose
-    input is a sequence of tokens, such as FLUX, shows no grid and has no entry.
+    These are the stream's own dimensions, or those that the first reshape before the stream merges into that many
+    entries. A model whose input is a sequence of tokens, such as FLUX, shows no grid and has no entry.
     """
     nodes = {node.name: node for node in graph.nodes}
     order = {node: place for place, node in enumerate(graph.nodes)}
     first: dict[int, Branch] = {}
     for branch in branches:
-        if branch.role is not Role.TEXT and len(branch.shape) == 3:
+        if branch.role is not Role.TEXT:
             first.setdefault(branch.tokens, branch)
     found: dict[int, tuple[int, ...]] = {}
     for tokens, branch in first.items():
+        if len(branch.layout.grid) > 1:
+            found[tokens] = branch.layout.grid
+            continue
         stream = nodes[branch.stream]
         ahead = sorted((n for n in {stream, *ancestors(stream)} if op_name(n) in RESHAPES), key=order.__getitem__)
         grids = [grid for node in ahead if (grid := _merged(node, tokens))]

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import fx
 
 from duca_compile.analysis.closure import Ancestors, ancestors, closure
+from duca_compile.analysis.layout import Body, default_layout, find_layout, follow
 from duca_compile.analysis.stream import NORMS, PASSTHROUGH, SUMS, Trails
 from duca_compile.analysis.tokens import (
     CONCATENATIONS,
     ELEMENTWISE,
     Mixing,
     Places,
-    follow_tokens,
     key_offset,
+    mixed_operands,
+    observed,
     overlapped,
 )
 from duca_compile.core.fx_utils import module_path, op_name, source_line, value_shape
-from duca_compile.core.ir import Branch, Role, Stream, Variance
+from duca_compile.core.ir import Branch, Role, Stream, TokenLayout, Variance
 from duca_compile.core.ports import STREAM_END, Port, PortKind
 from duca_compile.errors import StructureError
 from duca_compile.frontend.operators import carried_value
@@ -39,6 +42,8 @@ class _Graph:
     variance: dict[str, Variance]
     flops: dict[str, int]
     trails: Trails
+    batch: int  # batch rows of the latent
+    uncounted: Set[fx.Node]  # operators that may do work, though ``flops`` says none
 
 
 @dataclass(frozen=True)
@@ -83,23 +88,29 @@ class Structure(NamedTuple):
 _Chain = list[_Residual]
 
 
-def find_branches(graph: fx.Graph, variance: dict[str, Variance], flops: dict[str, int]) -> Structure:
+def find_branches(
+    graph: fx.Graph, variance: dict[str, Variance], flops: dict[str, int], batch: int, uncounted: Set[fx.Node]
+) -> Structure:
     """Finds the residual streams, and which of their branches and values to cache.
 
     Cached are the branches whose sums a step reads that takes these branches from the cache: not those of a stream that
     only cached attention reads, as that of the text. Streams that do not depend on the latent are listed, but have no
-    branches to cache.
+    branches to cache. ``batch`` is the number of batch rows of the latent; ``uncounted`` are operators that may do
+    work, though ``flops`` says none.
 
     Raises:
         StructureError: there is no residual addition whose branch does any work.
     """
     order = {node: i for i, node in enumerate(graph.nodes)}
-    known = _Graph(graph, order, variance, flops, Trails(order, variance))
+    known = _Graph(graph, order, variance, flops, Trails(order, variance), batch, uncounted)
     latent, encoders = (
         _chains(_without_long_skips(_residuals(known, changing), known), known) for changing in (True, False)
     )
     embeddings = [chain.pop(0) for chain in latent if _starts_with_embedding(chain, known)]
-    cores = {each.add: _core(each, known) for chain in latent for each in chain}
+    layouts = [_layout(chain, known) for chain in latent]
+    cores = {
+        each.add: _core(each, layout, known) for chain, layout in zip(latent, layouts, strict=True) for each in chain
+    }
     cached = sorted(_cached(known, cores), key=order.__getitem__)
     if not cached:
         raise StructureError(
@@ -114,12 +125,15 @@ def find_branches(graph: fx.Graph, variance: dict[str, Variance], flops: dict[st
         path = module_path(add)
         same_block = bool(branches) and branches[-1].path == path
         block = branches[-1].block + (not same_block) if branches else 0
-        branches.append(_branch(index, block, chain, roles[chain], residual, cores[add], known))
+        branches.append(_branch(index, block, chain, roles[chain], residual, layouts[chain], cores[add], known))
     streams = [
-        _stream(chain, role, any(each.add in cached for each in chain))
-        for chain, role in zip(latent, roles, strict=True)
+        Stream(role, len(chain), layout.grid, any(each.add in cached for each in chain))
+        for chain, role, layout in zip(latent, roles, layouts, strict=True)
     ]
-    streams += [_stream(chain, Role.ENCODER, cached=False) for chain in encoders]
+    streams += [
+        Stream(Role.ENCODER, len(chain), default_layout(value_shape(chain[0].add) or ()).grid, cached=False)
+        for chain in encoders
+    ]
     named = tuple(f"{module_path(each.add) or 'model'} ({source_line(each.add)})" for each in embeddings)
     return Structure(tuple(branches), _ends(graph, cached), tuple(streams), named)
 
@@ -138,7 +152,8 @@ def _starts_with_embedding(chain: _Chain, known: _Graph) -> bool:
 
 def _convolves(residual: _Residual, known: _Graph) -> bool:
     """Whether convolutions are its only products."""
-    return all(op_name(n) in _CONVOLUTIONS for n in residual.body if known.flops[n.name])
+    products = [n for n in residual.body if known.flops[n.name] or n in known.uncounted]
+    return all(op_name(n) in _CONVOLUTIONS for n in products)
 
 
 def _cached(known: _Graph, cores: dict[fx.Node, _Core]) -> set[fx.Node]:
@@ -179,8 +194,17 @@ def _ends(graph: fx.Graph, cached: list[fx.Node]) -> dict[Port, str]:
     return {port: carried_value(cached[index]).name for index, port in ports.items()}
 
 
-def _stream(chain: _Chain, role: Role, cached: bool) -> Stream:
-    return Stream(role, len(chain), value_shape(chain[0].add) or (), cached)
+def _layout(chain: _Chain, known: _Graph) -> TokenLayout:
+    """The layout of a stream, by its first and its last attention."""
+    attentions = [each for each in chain if any(map(_multiplies_activations, each.body))]
+    telling = dict.fromkeys((*attentions[:1], *attentions[-1:]))
+    bodies = [_body(each, _before_gate(each, known)[0], known) for each in telling]
+    return find_layout(value_shape(chain[0].add) or (), bodies, known.batch)
+
+
+def _body(residual: _Residual, core: fx.Node, known: _Graph) -> Body:
+    above = closure(core, lambda n: residual.body.intersection(n.all_input_nodes))
+    return Body(residual.stream, sorted(residual.body & {core, *above}, key=known.order.__getitem__), core)
 
 
 def _roles(known: _Graph, chains: list[_Chain], cached: set[fx.Node]) -> list[Role]:
@@ -264,7 +288,8 @@ def _residual(node: fx.Node, onwards: dict[fx.Node, fx.Node], known: _Graph) -> 
         sources = [(a, stream, b, above) for a, stream, b, above in earlier if stream is not None]
     for carried, stream, result, above in sources:
         body = frozenset(above.computed_from(stream) | {result})
-        if work := sum(known.flops[n.name] for n in body):
+        work = sum(known.flops[n.name] for n in body)
+        if work or not known.uncounted.isdisjoint(body):
             return _Residual(node, carried, stream, result, body, work)
     return None
 
@@ -313,23 +338,31 @@ def _work(chain: _Chain) -> int:
     return sum(residual.flops for residual in chain)
 
 
-def _core(residual: _Residual, known: _Graph) -> _Core:
+def _core(residual: _Residual, layout: TokenLayout, known: _Graph) -> _Core:
     core, gated = _before_gate(residual, known)
-    above = closure(core, lambda n: residual.body.intersection(n.all_input_nodes))
-    inside = sorted(residual.body & {core, *above}, key=known.order.__getitem__)
+    body = _body(residual, core, known)
     try:
-        return _Core(core, gated, inside, follow_tokens(residual.stream, inside, core), None)
+        return _Core(core, gated, body.nodes, follow(body, layout), None)
     except Mixing as mixing:
         reason = f"{mixing} at {source_line(mixing.node) or module_path(mixing.node)}"
-        return _Core(core, gated, inside, None, reason)
+        return _Core(core, gated, body.nodes, None, reason)
 
 
-def _branch(index: int, block: int, chain: int, role: Role, residual: _Residual, core: _Core, known: _Graph) -> Branch:
+def _branch(
+    index: int,
+    block: int,
+    chain: int,
+    role: Role,
+    residual: _Residual,
+    layout: TokenLayout,
+    core: _Core,
+    known: _Graph,
+) -> Branch:
     value = core.node.meta["val"]
     shape = tuple(value.shape)
     kind = _kind(residual, core.inside, core.places)
     attention = [n for n in core.inside if op_name(n) == "scaled_dot_product_attention"]
-    scored = [n for n in attention if len(shape) == 3 and _is_scored(n, kind, *shape[:2])]
+    scored = [n for n in attention if _is_scored(n, kind, layout.rows, layout.tokens)]
     return Branch(
         index=index,
         block=block,
@@ -345,6 +378,7 @@ def _branch(index: int, block: int, chain: int, role: Role, residual: _Residual,
         gated=core.gated,
         body=frozenset(n.name for n in core.inside),
         shape=shape,
+        layout=layout,
         dtype=value.dtype,
         flops=residual.flops,
         input=_input(residual.stream, core.inside, shape[0], known.flops).name,
@@ -364,13 +398,13 @@ def _input(stream: fx.Node, inside: list[fx.Node], rows: int, flops: dict[str, i
     return node
 
 
-def _is_scored(attention: fx.Node, kind: str, batch: int, tokens: int) -> bool:
+def _is_scored(attention: fx.Node, kind: str, rows: int, tokens: int) -> bool:
     """Whether its attention map scores each token of the branch: as a key, or as a query of a cross-attention."""
     if kind != "cross_attention":
-        return key_offset(attention, batch, tokens) is not None
+        return key_offset(attention, rows, tokens) is not None
     query = attention.args[0]
     shape = (value_shape(query) if isinstance(query, fx.Node) else None) or ()
-    return len(shape) == 4 and (shape[0], shape[2]) == (batch, tokens)
+    return len(shape) == 4 and (shape[0], shape[2]) == (rows, tokens)
 
 
 def _before_gate(residual: _Residual, known: _Graph) -> tuple[fx.Node, bool]:
@@ -424,9 +458,20 @@ def _uncast(node: fx.Node) -> fx.Node:
 
 def _is_attention(node: fx.Node) -> bool:
     """Whether it is an attention, or a product with weights from a softmax."""
-    if op_name(node) == "scaled_dot_product_attention":
+    if op_name(node) == "scaled_dot_product_attention" or ((known := observed(node)) is not None and known.attention):
         return True
     return op_name(node) in _ACTIVATION_PRODUCTS and any(op_name(_uncast(n)) in _SOFTMAX for n in node.all_input_nodes)
+
+
+def _multiplies_activations(node: fx.Node) -> bool:
+    return op_name(node) in _ACTIVATION_PRODUCTS or _is_attention(node)
+
+
+def _multiplies(node: fx.Node, nodes: set[fx.Node]) -> bool:
+    """Whether it multiplies two of ``nodes``, or is an attention on keys and values among them."""
+    if (known := observed(node)) is not None:
+        return known.attention and not nodes.isdisjoint(mixed_operands(node, known))
+    return op_name(node) in _ACTIVATION_PRODUCTS and len(nodes.intersection(node.all_input_nodes)) > 1
 
 
 def _kind(residual: _Residual, inside: list[fx.Node], places: Places | None) -> str:
@@ -435,7 +480,7 @@ def _kind(residual: _Residual, inside: list[fx.Node], places: Places | None) -> 
     if places is not None:
         return "cross_attention" if attends else "mlp"
     nodes = {residual.stream, *inside}
-    if not any(op_name(n) in _ACTIVATION_PRODUCTS and len(nodes.intersection(n.all_input_nodes)) > 1 for n in inside):
+    if not any(_multiplies(n, nodes) for n in inside):
         return "cross_attention" if attends else "mixing"
     activates = any(op_name(n) in ("gelu", "silu", "relu") for n in inside)
     return "attention+mlp" if attends and activates else "self_attention"

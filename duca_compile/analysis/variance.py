@@ -21,7 +21,8 @@ def timestep_input(graph: fx.Graph, names: tuple[str, ...], requested: str | Non
 
     It has at most one element per batch row and reaches a sinusoidal embedding. Where several inputs do (a guidance
     scale, for example), one called ``t...`` or ``...time...`` wins, else the first. An input whose name clearly says
-    that it is a timestep may have several elements per row, one for each token.
+    that it is a timestep may have several elements per row, one for each token or frame; so may one of any name, if it
+    is the only one that is embedded, and is not called positions or ids.
 
     Raises:
         UsageError: ``requested`` is not a tensor input.
@@ -36,6 +37,9 @@ def timestep_input(graph: fx.Graph, names: tuple[str, ...], requested: str | Non
     periodic = [n for n in small if _reaches(n, _PERIODIC)]
     periodic += [n for n in placeholders if _is_per_token(n) and _is_called_time(n.name) and _reaches(n, _PERIODIC)]
     candidates = periodic or [n for n in small if _sounds_like_time(n.name)]
+    if not candidates:
+        embedded = [n for n in placeholders if _is_per_token(n) and _reaches(n, _PERIODIC)]
+        candidates = embedded if len(embedded) == 1 and not _is_called_position(embedded[0].name) else []
     named = [n for n in candidates if _sounds_like_time(n.name)]
     if not candidates:
         raise StructureError(
@@ -99,13 +103,17 @@ def _reaches(node: fx.Node, ops: set[str]) -> bool:
 
 
 def _is_per_token(node: fx.Node) -> bool:
-    """Several elements per batch row: (batch, tokens)."""
+    """Several elements per batch row: (batch, tokens), or with further dimensions of size 1."""
     shape = value_shape(node)
-    return shape is not None and len(shape) == 2 and shape[1] > 1
+    return shape is not None and len(shape) > 1 and 1 < prod(shape[1:]) == max(shape[1:])
 
 
 def _is_called_time(name: str) -> bool:
     return name == "t" or "time" in name or "sigma" in name
+
+
+def _is_called_position(name: str) -> bool:
+    return any(part in name for part in ("pos", "ids", "idx", "grid"))
 
 
 def _sounds_like_time(name: str) -> bool:

@@ -246,7 +246,7 @@ def flops(
     for row in rows:
         papers, counted = f"{row.papers / 1e12:.2f}", f"{row.counted / 1e12:.2f}"
         table.add_row(row.policy, papers, f"{row.papers_speedup:.2f}x", counted, f"{row.counted_speedup:.2f}x")
-    console.print(f"{report.model}: {steps} steps, {report.branches[0].shape[0]} batch rows")
+    console.print(f"{report.model}: {steps} steps, {report.branches[0].rows} batch rows")
     console.print(table)
 
 

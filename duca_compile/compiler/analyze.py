@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from duca_compile.analysis import analyze
+from duca_compile.compiler.behaviour import observe
 from duca_compile.compiler.checks import check_caching
 from duca_compile.compiler.precompute import make_prologue, make_rows
 from duca_compile.compiler.verification import verified
@@ -54,11 +55,11 @@ def analyze_call(
         track_side_effects(model, call, known, careful) as effects,
     ):
         captured = prepare(capture(model, call, {**known, **effects.operators}, effects, careful))
-        facts = _facts(captured, timestep)
+        facts = _facts(captured, timestep, call)
         if readers := changing_reads(model, captured, facts):
             operators = {**known, **effects.operators, **{site.path: site.reason for site in captured.opaque}}
             captured = prepare(capture(model, call, operators | readers, effects, careful))
-            facts = _facts(captured, timestep)
+            facts = _facts(captured, timestep, call)
             changing_reads(model, captured, facts)
         effects.check(model, captured)
         captured = replace(captured, write_only=effects.write_only, eager_results=tuple(effects.results))
@@ -68,8 +69,10 @@ def analyze_call(
             return captured, verified(captured, facts, step_values(captured, facts, prologue, values)), prologue
 
 
-def _facts(captured: CapturedGraph, timestep: str | None) -> Facts:
+def _facts(captured: CapturedGraph, timestep: str | None, call: Call) -> Facts:
     """Runs the analyses. Where an opaque submodule hides the model's structure, the error says so."""
+    with casts.without_autocast(captured):
+        observe(captured, dict(zip(captured.inputs, call.tensors, strict=True)))
     try:
         return analyze(captured, timestep)
     except StructureError as error:

@@ -106,7 +106,7 @@ def cache_bytes(facts: Facts, policy: Policy, built: Iterable[Variant]) -> int:
         held.update(variant.kept)
     selection = policy.selection
     kinds = 0 if selection is None else (selection.staleness > 0) + (score_kind(policy) is not None)
-    scored = sum(branch.shape[0] * branch.tokens for branch in facts.branches if branch.pointwise)
+    scored = sum(branch.rows * branch.tokens for branch in facts.branches if branch.pointwise)
     return sum(held.values()) + kinds * scored * SCORE_BYTES
 
 
@@ -121,7 +121,7 @@ def peak_of_request(captured: CapturedGraph, facts: Facts, policy: Policy, total
         key = spec, tuple(counts.values())
         if key not in known:
             variant = build_variant(captured, facts, spec)
-            sizes = {spec.tokens_input(i): (facts.branches[i].shape[0], count) for i, count in counts.items()}
+            sizes = {spec.tokens_input(i): (facts.branches[i].rows, count) for i, count in counts.items()}
             known[key] = variant, peak_bytes(variant.module, sizes)
         variant, allocated = known[key]
         replaced = {slot for slot in variant.kept if slot not in variant.inputs}

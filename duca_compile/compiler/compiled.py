@@ -15,6 +15,7 @@ from duca_compile.backends.base import Backend, HoldsWeights
 from duca_compile.compiler.precompute import make_rows
 from duca_compile.core.guards import ValueGuards
 from duca_compile.core.ir import CapturedGraph, Facts
+from duca_compile.core.once import Once
 from duca_compile.core.tensors import TensorVersions
 from duca_compile.core.variants import Variant, VariantFunction, VariantSpec
 from duca_compile.frontend.offloading import fetch
@@ -88,7 +89,10 @@ class _Variants:
 
 
 class Compiled:
-    """One captured call: its graph, its facts, and the dispatcher that runs its variants."""
+    """One captured call: its graph, its facts, and the dispatcher that runs its variants.
+
+    ``said`` remembers what was logged.
+    """
 
     def __init__(
         self,
@@ -99,6 +103,7 @@ class Compiled:
         backend: Backend,
         live: Mapping[str, Tensor],
         cache_dtype: torch.dtype | None = None,
+        said: Once | None = None,
     ) -> None:
         self.facts = facts
         self._guards = [] if captured.guards is None else [captured.guards]
@@ -111,7 +116,7 @@ class Compiled:
         names = {id(tensor): name for name, tensor in live.items()}
         # A trace may name the model's weights differently. Every other attribute is a constant of the graph.
         self._weights = {name: names[id(t)] for name, t in captured.attributes.items() if id(t) in names}
-        self.programs = Programs(facts, policy, self._variants)
+        self.programs = Programs(facts, policy, self._variants, said)
         self.dispatcher = Dispatcher(self.programs, policy, prologue, not backend.exact)
         self.used = 0  # the number of the model's call that used it last
 

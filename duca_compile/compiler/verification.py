@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from duca_compile.core.fx_utils import port_of
-from duca_compile.core.ir import Branch, CapturedGraph, Facts
+from duca_compile.core.ir import Branch, CapturedGraph, Facts, TokenLayout
 from duca_compile.core.ports import Port, PortKind
 from duca_compile.core.variants import Action, FullVariant, PartialVariant, Variant
 from duca_compile.errors import InternalError, first_line
@@ -93,7 +93,7 @@ def _failed_forms(
         if not _close(recomputed, expected_value):
             failed.add(form)
             recomputed.copy_(expected_value)  # so that the error does not spread to later branches
-        elif not _differs_by_token(expected_value):
+        elif not _differs_by_token(expected_value, branches[slot].layout):
             continue  # equal tokens prove nothing: the values of any others would pass too
         unchecked.discard(form)
         if not unchecked:
@@ -178,12 +178,16 @@ def _some_tokens(branch: Branch, device: torch.device) -> Tensor:
     """Indices of a quarter of the tokens, uneven and out of order, but the same on every run."""
     count = max(1, branch.tokens // 4)
     generator = torch.Generator().manual_seed(branch.index)
-    rows = [torch.randperm(branch.tokens, generator=generator)[:count] for _ in range(branch.shape[0])]
+    rows = [torch.randperm(branch.tokens, generator=generator)[:count] for _ in range(branch.rows)]
     return torch.stack(rows).to(device)
 
 
-def _differs_by_token(value: Tensor) -> bool:
-    return bool((value != value[:, :1]).any())
+def _differs_by_token(value: Tensor, layout: TokenLayout) -> bool:
+    axes = [axis for dim in layout.dims for axis in dim]
+    value = value.reshape([*(layout.sizes[axis] for axis in axes), -1])
+    order = sorted(range(len(axes)), key=axes.__getitem__)
+    rows = value.permute(*order, -1).reshape(layout.rows, layout.tokens, -1)
+    return bool((rows != rows[:, :1]).any())
 
 
 def _close(actual: Tensor, expected: Tensor) -> bool:

@@ -79,12 +79,84 @@ class CapturedGraph:
         return self.guarded_inputs
 
 
-class TokenPlace(NamedTuple):
-    """Where a value holds the stream's tokens: from index ``start`` along ``axis``, which has ``length`` entries."""
+OTHER = -1  # of a span that enumerates neither batch rows nor tokens: channels, heads
+ROWS = 0  # the axis of the batch rows; those of the tokens are 1, 2, ...
+
+
+class Span(NamedTuple):
+    """A factor of a dimension: ``size`` entries along one axis of the stream, of which its own begin at ``start``."""
 
     axis: int
-    start: int
-    length: int
+    size: int
+    start: int = 0
+
+
+# For each dimension of a value its factors, slowest first. Factors of size 1 are left out.
+Place = tuple[tuple[Span, ...], ...]
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Which dimensions of a stream hold its batch rows, and which its tokens.
+
+    Attributes:
+        dims: for each dimension the axes that it enumerates, slowest first; none for channels.
+        sizes: the number of batch rows, and the sizes of the tokens' axes.
+    """
+
+    dims: tuple[tuple[int, ...], ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.sizes[ROWS]
+
+    @property
+    def tokens(self) -> int:
+        return prod(self.sizes[1:])
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return self.sizes[1:]
+
+    @property
+    def lead(self) -> int:
+        """The axis along which chosen tokens lie when they are recomputed; the tokens' other axes then have size 1."""
+        return next((axis for axis, size in enumerate(self.grid, 1) if size > 1), 1)
+
+    @property
+    def rows_first(self) -> bool:
+        """Whether the first dimension is the batch's."""
+        return self.dims[0] == (ROWS,)
+
+    def place(self, shape: Sequence[int]) -> Place:
+        """Where a value of the stream, which has this shape, holds rows and tokens."""
+        spans = [
+            tuple(Span(axis, self.sizes[axis]) for axis in axes) if axes else (Span(OTHER, size),)
+            for axes, size in zip(self.dims, shape, strict=True)
+        ]
+        return tuple(tuple(span for span in dim if span.size > 1) for dim in spans)
+
+    def __str__(self) -> str:
+        names = {ROWS: "batch", 1: "tokens"} if len(self.grid) < 2 else {ROWS: "batch"}
+        grid = ("frames", "height", "width")[-len(self.grid) :]
+        names |= {axis: name for axis, name in enumerate(grid, 1) if axis not in names}
+        return f"({', '.join(' x '.join(names.get(a, 'tokens') for a in axes) or 'channels' for axes in self.dims)})"
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """What the values of an operator show of it.
+
+    Attributes:
+        links: by tensor operand and result, for each dimension of the operand the dimension of the result in which an
+            entry has effect at its own index alone; None where it has effect at others, -1 where there is one index.
+            A result on which an operand has no effect is left out.
+        attention: whether results are means of one operand's entries, with weights that depend on other entries.
+    """
+
+    links: Mapping[tuple[int, int], tuple[int | None, ...]]
+    attention: bool
 
 
 class Role(Enum):
@@ -98,14 +170,14 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Stream:
-    """One residual stream: its number of branches, the shape of its values, and whether its branches are cached.
+    """One residual stream: its number of branches, the sizes of its tokens' axes, and whether its branches are cached.
 
     Those of a text stream that only cached attention reads are not, nor are those of an encoder.
     """
 
     role: Role
     branches: int
-    shape: tuple[int, ...]
+    grid: tuple[int, ...]
     cached: bool
 
 
@@ -113,7 +185,8 @@ class Stream:
 class Branch:
     """One residual branch, ``stream + gate * core``; the caches hold ``core``.
 
-    ``shape`` is (batch, tokens, channels); ``flops`` counts the body at two per multiply-add.
+    ``layout`` says which dimensions of ``shape`` are rows, tokens and channels; ``flops`` counts the body at two per
+    multiply-add.
     """
 
     index: int
@@ -130,11 +203,12 @@ class Branch:
     gated: bool
     body: frozenset[str]
     shape: tuple[int, ...]
+    layout: TokenLayout
     dtype: torch.dtype
     flops: int
     input: str  # what its first product reads: in a transformer, the stream after norm, scale and shift
     attention: str | None  # the scaled_dot_product_attention whose keys (in cross-attention, queries) are its tokens
-    token_places: Mapping[str, TokenPlace] | None  # body node -> where it holds the tokens; None where tokens mix
+    token_places: Mapping[str, Place] | None  # body node -> where it holds the tokens; None where tokens mix
     mixing_reason: str | None
 
     @property
@@ -163,8 +237,13 @@ class Branch:
         return self.token_places is not None
 
     @property
+    def rows(self) -> int:
+        return self.layout.rows
+
+    @property
     def tokens(self) -> int:
-        return self.shape[1]
+        """The number of tokens in each batch row."""
+        return self.layout.tokens
 
     @property
     def cache_bytes(self) -> int:
@@ -183,6 +262,7 @@ class Facts:
     ends: Mapping[Port, str]  # what skip steps restore: the end of the stream, and other values that outputs read
     flops: Mapping[str, int]
     notes: tuple[str, ...]  # what was not understood, and why
+    uncounted: tuple[str, ...]  # operators whose FLOPs are unknown, and what to do about it
     changing: frozenset[str]  # the inputs that change from step to step: the timestep and the latents
     batch: int  # batch rows of the latent
     grids: Mapping[int, tuple[int, ...]]  # number of tokens -> the grid that they form, where the graph shows it

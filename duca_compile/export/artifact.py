@@ -242,11 +242,17 @@ def _branches(traced: Traced) -> tuple[manifest.Branch, ...]:
     def grid(branch: Branch) -> tuple[int, ...] | None:
         return None if selection is None else tokens_of(traced.facts, selection, branch).grid
 
-    pairs = zip(traced.one.facts.branches, traced.other.facts.branches, strict=True)
+    pairs = list(zip(traced.one.facts.branches, traced.other.facts.branches, strict=True))
+    odd = next((one for one, other in pairs if one.pointwise and one.tokens != other.tokens), None)
+    if odd is not None:
+        raise ExportError(
+            f"the tokens of {odd.path or 'the stream'}, {odd.layout}, are the rows of the batch, so their number is not "
+            "open; export with one batch size (dynamic_batch=False)"
+        )
     return tuple(
         manifest.Branch(
             branch.index,
-            traced.size(branch.shape[0], other.shape[0], f"branch {branch.index}"),
+            traced.size(branch.rows, other.rows, f"branch {branch.index}"),
             branch.tokens,
             grid(branch),
         )

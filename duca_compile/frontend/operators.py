@@ -23,6 +23,37 @@ def argument(node: fx.Node, name: str) -> Any:
     return None
 
 
+def operator_of(node: fx.Node) -> torch._ops.OpOverload | None:
+    """The operator that a node calls, also where its writes were made results; None if it calls none."""
+    target = node.args[0] if isinstance(node.target, torch._ops.HigherOrderOperator) and node.args else node.target
+    return target if isinstance(target, torch._ops.OpOverload) else None
+
+
+def is_foreign(node: fx.Node) -> bool:
+    """Whether a node calls an operator of another library."""
+    operator = operator_of(node)
+    return operator is not None and operator.namespace not in ("aten", "prims", "duca_compile")
+
+
+def operator_call(node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a node's operator, by position and by name."""
+    if not isinstance(node.target, torch._ops.HigherOrderOperator):
+        return node.args, dict(node.kwargs)
+    bases: Any = node.kwargs.get("_all_bases", ())
+    operator, given = operator_of(node), dict(node.kwargs)
+    names = [] if operator is None else [each.name for each in operator._schema.arguments]
+    written = {name: bases[place] for name in names if isinstance(place := given.get(f"_{name}_base_index"), int)}
+    return (), {name: given[name] for name in names if name in given} | written
+
+
+def operator_name(node: fx.Node) -> str:
+    """The operator's name, with its namespace where it is not PyTorch's own."""
+    operator = operator_of(node)
+    if operator is None or not is_foreign(node):
+        return op_name(node)
+    return f"{operator.namespace}::{operator.overloadpacket.__name__}"
+
+
 def is_random(node: fx.Node) -> bool:
     """Whether the operator draws random numbers; attention without dropout and dropout in eval mode do not.
 

@@ -28,6 +28,8 @@ from duca_compile.policies.adaptive import AdaptivePolicy
 from duca_compile.policies.base import Forecast, Policy, Selection, TokenQuery
 from duca_compile.runtime.selection import TokenSet, check_grid
 
+_COSTLY = 0.75  # the share of a full step's FLOPs from which on partial steps are not worth their error
+
 
 def plan_step(facts: Facts, policy: Policy, step: Step) -> tuple[VariantSpec, dict[int, int]]:
     """The variant that ``step`` needs, and how many tokens each of its partial branches recomputes."""
@@ -118,7 +120,7 @@ def _partial(
     def action(branch: Branch) -> Literal[Action.COMPUTE, Action.REUSE] | Port:
         if branch.index in counts:
             port = Port(PortKind.TOKENS, branch.index)
-            return first.setdefault((*branch.shape[:2], counts[branch.index]), port) if shared else port
+            return first.setdefault((branch.rows, branch.tokens, counts[branch.index]), port) if shared else port
         return Action.COMPUTE if branch.index < leading or branch.kind == "mixing" else Action.REUSE
 
     return tuple(map(action, facts.branches))
@@ -158,6 +160,16 @@ def not_recomputed(facts: Facts, policy: Policy) -> str | None:
     return None
 
 
+def costly_partial(share: float) -> str | None:
+    """What to say of partial steps that have this share of a full step's FLOPs; None if they save enough."""
+    if share < _COSTLY:
+        return None
+    return (
+        f"a partial step has {share:.0%} of a full step's FLOPs, so it saves next to nothing: use FORA or TaylorSeer, "
+        "which replace branches as a whole, or a lower fresh_ratio if that is what costs"
+    )
+
+
 def check_selection(facts: Facts, policy: Policy) -> None:
     """Raises PolicyError, naming the branch, if this graph cannot provide the policy's token scores."""
     kind = score_kind(policy)
@@ -171,10 +183,10 @@ def check_selection(facts: Facts, policy: Policy) -> None:
                 f"{branch.tokens} tokens before {branch.path or 'the branch'} at {branch.source}; "
                 "use selection='random'"
             )
-        if policy.selection is not None and policy.selection.paired and branch.shape[0] % 2:
+        if policy.selection is not None and policy.selection.paired and branch.rows % 2:
             raise PolicyError(
                 "paired=True treats the two halves of the batch as the two halves of guidance, but the batch size is "
-                f"{branch.shape[0]}; call the model with both halves, or set paired=False"
+                f"{branch.rows}; call the model with both halves, or set paired=False"
             )
 
 
@@ -182,14 +194,22 @@ def check_rows(facts: Facts, policy: Policy) -> None:
     """Raises PolicyError if batch rows are to decide for themselves but some values do not have these rows."""
     if not isinstance(policy, AdaptivePolicy) or policy.per == "batch":
         return
-    odd = next((b for b in facts.branches if b.shape[0] != facts.batch), None)
+    odd = next((b for b in facts.branches if b.shape[0] != facts.batch or _rows_are_behind(b)), None)
     if odd is not None or facts.listed:
-        where = f"{odd.path} has {odd.shape[0]} rows, not {facts.batch}" if odd else "the latent is a list of tensors"
+        where = "the latent is a list of tensors"
+        if odd is not None:
+            found = f"a stream of {odd.layout}" if _rows_are_behind(odd) else f"{odd.shape[0]} rows, not {facts.batch}"
+            where = f"{odd.path} has {found}"
         raise PolicyError(
             f"decide_per={policy.per!r} needs values with one row for each batch row of the latent: {where}; "
             "use decide_per='batch'"
         )
     check_pairs(policy, facts.batch)
+
+
+def _rows_are_behind(branch: Branch) -> bool:
+    """Whether its batch rows lie along another dimension than the first."""
+    return branch.rows > 1 and not branch.layout.rows_first
 
 
 def check_pairs(policy: Policy, rows: int) -> None:
@@ -201,4 +221,4 @@ def check_pairs(policy: Policy, rows: int) -> None:
 def tokens_of(facts: Facts, selection: Selection, branch: Branch) -> TokenSet:
     """The tokens that the branch chooses from; text has no grid, and that of other tokens may be unknown."""
     grid = None if branch.role is Role.TEXT else selection.grid or facts.grids.get(branch.tokens)
-    return TokenSet(branch.shape[0], branch.tokens, grid if selection.patch_bonus else None)
+    return TokenSet(branch.rows, branch.tokens, grid if selection.patch_bonus else None)

@@ -70,6 +70,13 @@ POINTWISE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]]
     "stacked with others": (lambda x, o: torch.stack([x, o], 2).sum(2), (B, N, C)),
     "expanded to heads": (lambda x, o: x[:, :, None].expand(-1, -1, 3, -1).mean(2), (1,)),
     "channels reversed": (lambda x, o: x.flip(-1), (1,)),
+    "one value per token, flattened": (lambda x, o: (x.flatten(0, 1) * o).view(B, N, C), (B * N, 1)),
+    "batch moved": (lambda x, o: (x.transpose(0, 1) * o).exp().transpose(0, 1), (N, 1, 1)),
+    "heads in front": (lambda x, o: (x.view(B, N, 2, 4).permute(2, 0, 1, 3) * o).permute(1, 2, 0, 3).flatten(2), (N, 1)),
+    "heads merged with the batch": (
+        lambda x, o: torch.bmm(x.view(B, N, 2, 4).transpose(1, 2).flatten(0, 1), o)
+        .view(B, 2, N, 4).transpose(1, 2).flatten(2), (2 * B, 4, 4)),
+    "one value per row, added to a product": (lambda x, o: torch.baddbmm(o[:, :1], x, o), (B, C, C)),
 }  # fmt: skip
 
 MIXING: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...], str]] = {
@@ -90,22 +97,24 @@ MIXING: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...], str
     "one token": (lambda x, o: x * x.select(1, 0).unsqueeze(1), (1,), "along the tokens"),
     "reshape that merges tokens": (lambda x, o: x.reshape(B, N // 2, 2 * C).relu().reshape(B, N, C), (1,), "merges"),
     "reshape into a grid": (lambda x, o: x.reshape(B, 2, N // 2, C).relu().reshape(B, N, C), (1,), "merges"),
-    "one value per token, flattened": (lambda x, o: (x.flatten(0, 1) * o).view(B, N, C), (B * N, 1), "differ by token"),
-    "flattened, and told apart otherwise": (lambda x, o: x.flatten(0, 1).view(N, B, C).view(B, N, C), (1,), "batch is"),
+    "flattened, and told apart otherwise": (lambda x, o: x.flatten(0, 1).view(N, B, C).view(B, N, C), (1,), "merges"),
     "convolution": (lambda x, o: F.conv1d(x.transpose(1, 2), o, padding=1).transpose(1, 2), (C, C, 3), "no rule"),
     "product over tokens": (lambda x, o: (x.transpose(1, 2) @ o).transpose(1, 2), (N, N), "sums over the tokens"),
     "product of the stream with itself": (lambda x, o: x @ (x.transpose(1, 2) @ x), (1,), "depends on the stream"),
     "a weight per token": (lambda x, o: (x.unsqueeze(2) @ o).squeeze(2), (B, N, C, C), "differ by token"),
     "tokens against tokens": (lambda x, o: x * x.view(B, N, 2, 4).transpose(1, 2).sum(-1).view(B, 2 * N)[:, :1, None],
-                              (1,), "merges"),
+                              (1,), "parts of several tokens"),
     "joined with themselves": (lambda x, o: torch.cat([x, x * 2], 1)[:, :N], (1,), "depend on them"),
     "a cut beside the tokens": (lambda x, o: torch.cat([o, x], 1)[:, :N], (B, 4, C), "some of the tokens"),
     "joined and not cut": (lambda x, o: x * torch.cat([o, x], 1).mean(1, keepdim=True), (B, 4, C), "over the tokens"),
     "tokens reversed": (lambda x, o: x.flip(1), (1,), "reorders"),
     "sort": (lambda x, o: x.sort(1).values, (1,), "no rule"),
     "roll": (lambda x, o: x.roll(1, 1), (1,), "no rule"),
-    "batch moved": (lambda x, o: x.transpose(0, 1).exp().transpose(0, 1), (1,), "batch is not its first"),
-    "batch moved behind": (lambda x, o: x.view(B, N, 2, 4).permute(2, 0, 1, 3)[0].repeat(1, 1, 2), (1,), "batch is"),
+    "batch as channels": (lambda x, o: (x.transpose(0, 2) @ o).transpose(0, 2), (B, B), "sums over the tokens"),
+    "rows against rows": (lambda x, o: x * x[:1], (1,), "some of the rows"),
+    "one value per token, for heads merged with the batch": (
+        lambda x, o: (x.view(B, N, 2, 4).transpose(1, 2).flatten(0, 1) * o).view(B, 2, N, 4).transpose(1, 2).flatten(2),
+        (1, N, 1), "differ by token"),
 }  # fmt: skip
 
 
@@ -148,11 +157,6 @@ def test_bodies_that_mix_tokens_say_why(name: str) -> None:
     assert "test_tokens.py:" in (branch.mixing_reason or ""), "the reason names the source line"
 
 
-def test_the_batch_is_missed_from_its_place_even_where_sizes_coincide() -> None:
-    (branch,) = runner(lambda x, o: x.transpose(0, 1).exp().transpose(0, 1), (1,), batch=N).facts.branches
-    assert "batch is not its first" in (branch.mixing_reason or "")
-
-
 def test_a_stream_that_is_an_image_has_no_token_axis() -> None:
     def forward(self: nn.Module, x: Tensor, timestep: Tensor) -> Tensor:
         return x + timestep.sin()[:, None, None, None] * self.conv(x)
@@ -160,4 +164,4 @@ def test_a_stream_that_is_an_image_has_no_token_axis() -> None:
     model = module(forward, conv=nn.Conv2d(4, 4, 1))
     (branch,) = Runner(model, x=torch.randn(2, 4, 4, 4), timestep=torch.ones(2)).facts.branches
     assert branch.kind == "mixing"
-    assert "not (batch, tokens, channels)" in (branch.mixing_reason or "")
+    assert "conv2d: no rule" in (branch.mixing_reason or "")

@@ -97,6 +97,23 @@ def test_the_timestep_is_found_by_its_embedding_whatever_its_name() -> None:
     assert detect("x, level", f"x + {embedded('level')}", x=X, level=T[:, None]) == "level", "one column"
 
 
+def test_a_timestep_for_each_token_or_frame_is_found() -> None:
+    frames = torch.rand(2, 4)
+    for name in ("t", "timesteps", "sigma", "noise_levels"):
+        assert detect(f"x, {name}", f"x + {name}.sin()[..., None]", x=X, **{name: frames}) == name
+    assert detect("x, level", "x + level.sin()", x=X, level=frames[..., None]) == "level", "with a column"
+    merged = "x + rates.sin().unflatten(0, (2, 4))[..., None]"
+    assert detect("x, rates", merged, x=X, rates=frames.flatten()) == "rates", "rows and frames in one dimension"
+    both = "x + level.sin()[..., None] + timestep.sin()[:, None, None]"
+    assert detect("x, level, timestep", both, x=X, level=frames, timestep=T) == "timestep"
+
+
+def test_positions_are_no_timestep() -> None:
+    for name in ("position", "ids"):
+        with pytest.raises(StructureError, match="no timestep"):
+            detect(f"x, {name}", f"x + {name}.sin()[..., None]", x=X, **{name: torch.rand(2, 4)})
+
+
 def test_of_two_embedded_inputs_the_one_named_like_time_wins() -> None:
     both = f"x + {embedded('guidance')} + {embedded('timestep')}"
     assert detect("x, guidance, timestep", both, x=X, guidance=T, timestep=U) == "timestep"

@@ -63,8 +63,8 @@ class Mended(Block):
 
 @pytest.fixture(autouse=True)
 def wrong_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tokens._RULES, "softmax", lambda node, axes: tokens._first(node, axes)[1])
-    monkeypatch.setitem(tokens._RULES, "matmul", lambda node, axes: axes[node.args[1].name])
+    monkeypatch.setitem(tokens._RULES, "softmax", lambda node, places: tokens._source(node, places))
+    monkeypatch.setitem(tokens._RULES, "matmul", lambda node, places: places[node.args[1].name])
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from duca_compile.analysis import analyze
+from duca_compile.compiler.behaviour import observe
 from duca_compile.compiler.precompute import make_rows
 from duca_compile.core.ir import CapturedGraph, Facts
 from duca_compile.core.ports import Port, PortKind, hoisted
@@ -36,6 +37,7 @@ def raw(model: nn.Module, **arguments: Tensor) -> CapturedGraph:
 
 def analysed(model: nn.Module, **arguments: Tensor) -> tuple[CapturedGraph, Facts]:
     captured = prepare(raw(model, **arguments))
+    observe(captured, dict(zip(captured.inputs, arguments.values(), strict=True)))
     return captured, analyze(captured)
 
 

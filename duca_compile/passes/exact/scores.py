@@ -48,7 +48,9 @@ class EmitScores(ExactPass[VariantDraft]):
                 score = _score(draft, branch, scores)
                 if branch.dtype is torch.float64:
                     score = _call(draft, aten.to.dtype, score, torch.float32)
-            score.meta["val"] = draft.node(branch.core).meta["val"].new_empty(branch.shape[:2], dtype=torch.float32)
+            score.meta["val"] = (
+                draft.node(branch.core).meta["val"].new_empty((branch.rows, branch.tokens), dtype=torch.float32)
+            )
             draft.add_result(branch.score_slot, score)
         return bool(scored)
 
@@ -57,10 +59,10 @@ def _score(draft: VariantDraft, branch: Branch, scores: Scores) -> fx.Node:
     attention = draft.node(branch.attention or "")
     if scores.kind == "entropy":
         weights = _mean_map(draft, attention)
-        weights = _mean_of_halves(draft, weights, branch.shape[0]) if scores.paired else weights
+        weights = _mean_of_halves(draft, weights, branch.rows) if scores.paired else weights
         entropy = _entropy(draft, weights)
         return _for_both_halves(draft, entropy) if scores.paired else entropy
-    start = key_offset(attention, *branch.shape[:2])
+    start = key_offset(attention, branch.rows, branch.tokens)
     if start is None:
         raise InternalError(f"the keys of {attention.name} are not the tokens of branch {branch.index}")
     if scores.kind == "v_norm":
@@ -70,7 +72,7 @@ def _score(draft: VariantDraft, branch: Branch, scores: Scores) -> fx.Node:
     else:
         score = _call(draft, aten.sum.dim_IntList, _mean_map(draft, attention), [1])
     score = _call(draft, aten.slice.Tensor, score, 1, start, start + branch.tokens)
-    return _for_both_halves(draft, _mean_of_halves(draft, score, branch.shape[0])) if scores.paired else score
+    return _for_both_halves(draft, _mean_of_halves(draft, score, branch.rows)) if scores.paired else score
 
 
 def _entropy(draft: VariantDraft, weights: fx.Node) -> fx.Node:

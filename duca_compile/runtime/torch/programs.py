@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from duca_compile.core.fx_utils import port_of
-from duca_compile.core.ir import Facts
+from duca_compile.core.ir import Facts, Variance
 from duca_compile.core.lock import COMPILING
+from duca_compile.core.once import Once
 from duca_compile.core.ports import CACHES, FORECAST_GAP, FULL_ROWS
 from duca_compile.core.steps import Step, StepKind
 from duca_compile.core.variants import Action, ProbeVariant, Variant, VariantFunction, VariantSpec
@@ -19,10 +21,20 @@ from duca_compile.policies.base import Policy
 from duca_compile.policies.end_only import EndOnly
 from duca_compile.runtime.dispatcher import Program, StepPlan
 from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
-from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec, score_output, tokens_of
+from duca_compile.runtime.planning import (
+    check_rows,
+    check_selection,
+    costly_partial,
+    plan_step,
+    probe_spec,
+    score_output,
+    tokens_of,
+)
 from duca_compile.runtime.selection import TokenSet
 from duca_compile.runtime.torch.arrays import TorchArrays
 from duca_compile.runtime.torch.rows import Rows
+
+log = logging.getLogger("duca_compile")
 
 
 class Builder(Protocol):
@@ -38,14 +50,17 @@ class Builder(Protocol):
 class Programs:
     """The plans of a policy's steps for one captured graph. Each spec is built once.
 
+    ``said`` remembers what was logged.
+
     Raises:
         PolicyError: this graph cannot serve the policy.
     """
 
-    def __init__(self, facts: Facts, policy: Policy, builder: Builder) -> None:
+    def __init__(self, facts: Facts, policy: Policy, builder: Builder, said: Once | None = None) -> None:
         check_selection(facts, policy)
         check_rows(facts, policy)
         self._facts, self._policy, self._builder = facts, policy, builder
+        self._said = said or Once()
         self._rows: dict[frozenset[str] | None, Rows] = {}
         self._plans: dict[Step, StepPlan] = {}
         self._probe_plan: StepPlan | None = None
@@ -84,7 +99,16 @@ class Programs:
             variant, program = self._program(spec)
             fresh = tuple(counts.get(index, 0) for index in program.cached_branches)
             plan = self._plans[step] = StepPlan(run, program, fresh, variant.flops(counts))
+        if run.kind is StepKind.PARTIAL:
+            self._say_if_costly(plan)
         return plan
+
+    def _say_if_costly(self, plan: StepPlan) -> None:
+        facts = self._facts
+        full = sum(count for name, count in facts.flops.items() if facts.variance[name] is not Variance.INVARIANT)
+        message = costly_partial(plan.flops / full if full else 0.0)
+        if message is not None and self._said.first("costly partial steps"):
+            log.warning("%s", message)
 
     def probe_plan(self) -> StepPlan | None:
         """The plan that measures before a step is decided; None if the policy has no probe."""
