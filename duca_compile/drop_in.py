@@ -107,6 +107,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
     method: str  # of the source, that is the step
     policy: Policy
     timestep_name: str | None
+    latent_name: str | None
     cache_options: CacheOptions
     _backend: Backend
     _requests: Requests
@@ -130,12 +131,13 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
         timestep: str | None,
         cache_options: CacheOptions,
         method: str = FORWARD,
+        latent: str | None = None,
     ) -> None:
         callee = with_step(model, method)
         super().__init__()
         self.__dict__.update({name: model.__dict__[name] for name in _SHARED})
         self.__dict__.update(source=model, policy=policy, timestep_name=timestep, cache_options=cache_options)
-        self.__dict__.update(callee=callee, method=method)
+        self.__dict__.update(callee=callee, method=method, latent_name=latent)
         self.__dict__.update(_backend=backend, _requests=requests, _bind=Binder(callee, timestep))
         self.__dict__.update(_compiled=CaptureCache(callee, self._capture))
         self.__dict__.update(_warned=Once(), _careful=False, _unverified=None)
@@ -314,7 +316,15 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
 
     def _capture(self, call: Call, known: Mapping[str, str]) -> Compiled:
         with self._source_context():
-            captured, facts, prologue = analyze_call(self.callee, call, self.timestep_name, known, self._careful)
+            captured, facts, prologue = analyze_call(
+                self.callee,
+                call,
+                self.timestep_name,
+                self.latent_name,
+                known=known,
+                careful=self._careful,
+                exact=self._backend.exact,
+            )
         self.__dict__["_unverified"] = None if self._careful else _EagerRun(call.tensors, captured.eager_results)
         captured = replace(captured, eager_results=())
         limit = not_recomputed(facts, self.policy)
@@ -344,7 +354,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
         return self._another(self.source, requests)
 
     def _another(self, source: nn.Module, requests: Requests) -> OptimizedModel:
-        options = self.timestep_name, self.cache_options, self.method
+        options = self.timestep_name, self.cache_options, self.method, self.latent_name
         return OptimizedModel(source, self.policy, self._backend, requests, *options)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:

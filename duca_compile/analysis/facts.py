@@ -4,29 +4,29 @@ from __future__ import annotations
 
 from duca_compile.analysis.cost import node_flops
 from duca_compile.analysis.grid import token_grids
+from duca_compile.analysis.latent import latent_arguments
 from duca_compile.analysis.residual import find_branches
-from duca_compile.analysis.variance import latent_input, timestep_input, variances
+from duca_compile.analysis.variance import timestep_input, variances
 from duca_compile.core.fx_utils import value_shape
 from duca_compile.core.ir import Branch, CapturedGraph, Facts
 
 
-def analyze(captured: CapturedGraph, timestep: str | None = None) -> Facts:
-    """All facts about ``captured``; ``timestep`` names the timestep input where the graph does not show it.
+def analyze(captured: CapturedGraph, timestep: str | None = None, latent: str | None = None) -> Facts:
+    """All facts about ``captured``; ``timestep`` and ``latent`` name these inputs where the graph does not show them.
 
     Raises:
+        UsageError: ``timestep`` or ``latent`` is no argument of the call.
         StructureError: no timestep, no latent, or no residual stream.
     """
     graph = captured.graph
     time = timestep_input(graph, captured.inputs, timestep)
-    latent = latent_input(graph, captured.inputs, time)
-    latent_path = captured.argument_paths[captured.inputs.index(latent)]
-    latents = {name for name, path in zip(captured.inputs, captured.argument_paths, strict=True) if path == latent_path}
-    variance = variances(graph, latents, time)
+    latents = latent_arguments(captured, time, latent)
+    variance = variances(graph, set(latents), time)
     flops = node_flops(graph)
     branches, stream_end, streams = find_branches(graph, variance, flops)
     shapes = {node.name: value_shape(node) or () for node in graph.find_nodes(op="placeholder")}
     return Facts(
-        latent,
+        latents[0],
         time,
         variance,
         streams,
@@ -34,8 +34,8 @@ def analyze(captured: CapturedGraph, timestep: str | None = None) -> Facts:
         stream_end,
         flops,
         _notes(branches),
-        changing=frozenset(latents | {time}),
-        batch=shapes[latent][0],
+        changing=frozenset({*latents, time}),
+        batch=shapes[latents[0]][0],
         grids=token_grids(graph, branches),
     )
 

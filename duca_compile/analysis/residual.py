@@ -25,6 +25,7 @@ _SUMS = {"add", "addcmul"}
 _SOFTMAX = {"softmax", "_softmax"}
 # Products that may be of two activations, as in attention.
 _ACTIVATION_PRODUCTS = {"scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum"}
+_FUSED_SELF_ATTENTION = "_native_multi_head_attention"  # with its projections: its one operand is query, key and value
 _PASSTHROUGH = {"to", "_to_copy", "clone", "contiguous", "dropout", "alias", "detach", "clamp", "clip"}
 
 
@@ -355,9 +356,16 @@ def _before_gate(residual: _Residual, variance: dict[str, Variance]) -> tuple[fx
 
 def _is_attention(node: fx.Node) -> bool:
     """Whether it is an attention, or a product with weights from a softmax."""
-    if op_name(node) == "scaled_dot_product_attention":
+    if op_name(node) in ("scaled_dot_product_attention", _FUSED_SELF_ATTENTION):
         return True
     return op_name(node) in _ACTIVATION_PRODUCTS and any(op_name(_origin(n)) in _SOFTMAX for n in node.all_input_nodes)
+
+
+def _multiplies(node: fx.Node, nodes: set[fx.Node]) -> bool:
+    """Whether it multiplies two of ``nodes``, as self-attention does."""
+    if op_name(node) == _FUSED_SELF_ATTENTION:
+        return True
+    return op_name(node) in _ACTIVATION_PRODUCTS and len(nodes.intersection(node.all_input_nodes)) > 1
 
 
 def _kind(residual: _Residual, inside: list[fx.Node], places: Places | None) -> str:
@@ -366,7 +374,7 @@ def _kind(residual: _Residual, inside: list[fx.Node], places: Places | None) -> 
     if places is not None:
         return "cross_attention" if attends else "mlp"
     nodes = {residual.stream, *inside}
-    if not any(op_name(n) in _ACTIVATION_PRODUCTS and len(nodes.intersection(n.all_input_nodes)) > 1 for n in inside):
+    if not any(_multiplies(n, nodes) for n in inside):
         return "cross_attention" if attends else "mixing"
     activates = any(op_name(n) in ("gelu", "silu", "relu") for n in inside)
     return "attention+mlp" if attends and activates else "self_attention"

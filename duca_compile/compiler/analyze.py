@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -16,7 +17,7 @@ from duca_compile.core.ir import CapturedGraph, Facts
 from duca_compile.core.lock import COMPILING
 from duca_compile.core.ports import Port, argument
 from duca_compile.errors import CaptureError, StructureError
-from duca_compile.frontend import casts
+from duca_compile.frontend import casts, fast_paths
 from duca_compile.frontend.binder import Call
 from duca_compile.frontend.capture import capture
 from duca_compile.frontend.opaque import READS_CHANGING_VALUES
@@ -29,20 +30,30 @@ _NONE: Mapping[str, str] = {}
 
 
 def analyze_call(
-    model: nn.Module, call: Call, timestep: str | None, known: Mapping[str, str] = _NONE, careful: bool = False
+    model: nn.Module,
+    call: Call,
+    timestep: str | None,
+    latent: str | None = None,
+    *,
+    known: Mapping[str, str] = _NONE,
+    careful: bool = False,
+    exact: bool = True,
 ) -> tuple[CapturedGraph, Facts, Prologue]:
     """Captures one call of ``model`` and analyses it; the token analysis is checked on the call's values.
 
     Args:
         timestep: the name of the timestep argument, where the graph does not show it.
+        latent: the path of the latent's argument, where the graph does not show it.
         known: the submodules that run as one operator in other captures of the model, with the reasons.
         careful: whether to run the model and its graph once more each, to check that the model's results repeat and
             that the graph gives them.
+        exact: whether PyTorch's own modules take the path in the graph that they take in eager mode; else they take
+            that of plain operators, which compilers and other engines know.
 
     Raises:
         CaptureError: the model cannot be captured.
         StructureError: its graph has nothing to cache.
-        UsageError: hooks of the model reuse features already, or ``timestep`` is no argument of the call.
+        UsageError: hooks of the model reuse features already, or ``timestep`` or ``latent`` is no argument of the call.
     """
     check_caching(model)
     devices = [tensor.device for tensor in call.tensors if tensor.device.type == "cuda"]
@@ -52,13 +63,15 @@ def analyze_call(
         torch.no_grad(),
         torch.random.fork_rng(devices),
         track_side_effects(model, call, known, careful) as effects,
+        nullcontext() if exact else fast_paths.disabled(model),
     ):
-        captured = prepare(capture(model, call, {**known, **effects.operators}, effects, careful))
-        facts = _facts(captured, timestep)
+        run = effects if exact or not fast_paths.has_fast_paths(model) else effects.repeated(model, call)
+        captured = prepare(capture(model, call, {**known, **effects.operators}, run, careful))
+        facts = _facts(captured, timestep, latent)
         if readers := changing_reads(model, captured, facts):
             operators = {**known, **effects.operators, **{site.path: site.reason for site in captured.opaque}}
-            captured = prepare(capture(model, call, operators | readers, effects, careful))
-            facts = _facts(captured, timestep)
+            captured = prepare(capture(model, call, operators | readers, run, careful))
+            facts = _facts(captured, timestep, latent)
             changing_reads(model, captured, facts)
         effects.check(model, captured)
         captured = replace(captured, write_only=effects.write_only, eager_results=tuple(effects.results))
@@ -68,10 +81,10 @@ def analyze_call(
             return captured, verified(captured, facts, step_values(captured, facts, prologue, values)), prologue
 
 
-def _facts(captured: CapturedGraph, timestep: str | None) -> Facts:
+def _facts(captured: CapturedGraph, timestep: str | None, latent: str | None) -> Facts:
     """Runs the analyses. Where an opaque submodule hides the model's structure, the error says so."""
     try:
-        return analyze(captured, timestep)
+        return analyze(captured, timestep, latent)
     except StructureError as error:
         if not captured.opaque:
             raise

@@ -11,12 +11,13 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from duca_compile.core.fx_utils import PACKAGE
+from duca_compile.frontend.fast_paths import MAKES_NESTED, nesting_encoder
 
 _ROOTS = (str(Path(torch.__file__).parent), PACKAGE, "<")
 _LIBRARY: dict[str, bool] = {}  # by file name
@@ -56,6 +57,7 @@ class Activations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.nesting: set[nn.Module] = set()  # encoders that made a nested tensor
         self._given = {key for tensor in tensors if (key := storage_key(tensor))}
         self._found: dict[int, tuple[StorageWeakRef, str, int]] = {}  # a reference prevents reuse of its key
 
@@ -63,6 +65,8 @@ class Activations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         results = func(*args, **(kwargs or {}))
+        if func is MAKES_NESTED and (encoder := nesting_encoder(sys._getframe(1))) is not None:
+            self.nesting.add(encoder)
         if self._depends(args) or (kwargs and self._depends(kwargs.values())):
             self._note(results)
         return results
