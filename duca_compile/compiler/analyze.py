@@ -20,6 +20,7 @@ from duca_compile.errors import CaptureError, StructureError
 from duca_compile.frontend import casts, fast_paths
 from duca_compile.frontend.binder import Call
 from duca_compile.frontend.capture import capture
+from duca_compile.frontend.compiled_parts import uncompiled
 from duca_compile.frontend.opaque import READS_CHANGING_VALUES
 from duca_compile.frontend.side_effects import track_side_effects
 from duca_compile.passes.pipeline import prepare
@@ -62,6 +63,7 @@ def analyze_call(
         COMPILING,
         torch.no_grad(),
         torch.random.fork_rng(devices),
+        uncompiled(model),
         track_side_effects(model, call, known, careful) as effects,
         nullcontext() if exact else fast_paths.disabled(model),
     ):
