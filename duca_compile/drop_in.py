@@ -271,12 +271,12 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
             request.reset()
             raise
         run = self._unverified
-        if run is None:
-            return output
-        self.__dict__["_unverified"] = None
-        if request.history[-1].kind is not StepKind.FULL or run.is_consistent_with(call, output, self._backend.exact):
-            return output
-        return self._recapture_with_checks(compiled, request, call)
+        if run is not None:
+            self.__dict__["_unverified"] = None
+            is_full = request.history[-1].kind is StepKind.FULL
+            if is_full and not run.is_consistent_with(call, output, self._backend.exact):
+                return self._recapture_with_checks(compiled, request, call)
+        return output if not captured.writes else _with_writes_made(captured, call, output)
 
     def _recapture_with_checks(self, compiled: Compiled, request: Request, call: Call) -> Any:
         """Runs the call again, captured anew with all checks, since its step did not give the model's results."""
@@ -362,6 +362,14 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
             "an optimized model cannot be pickled or saved as a whole, since it holds compiled code; "
             "save duca_compile.restore(model), or its state_dict(), and optimize the model that is loaded"
         )
+
+
+def _with_writes_made(captured: CapturedGraph, call: Call, output: Any) -> Any:
+    """The model's result, after what forward writes to its arguments was written to those of the call."""
+    result, values = output
+    for write, value in zip(captured.writes, values, strict=True):
+        write.put(call.given, value)
+    return result
 
 
 @contextmanager

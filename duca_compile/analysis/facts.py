@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from duca_compile.analysis.cost import node_flops
 from duca_compile.analysis.grid import token_grids
-from duca_compile.analysis.latent import latent_arguments
+from duca_compile.analysis.latent import latent_arguments, rewritten_inputs
 from duca_compile.analysis.residual import find_branches
 from duca_compile.analysis.variance import timestep_input, variances
 from duca_compile.core.fx_utils import value_shape
@@ -21,7 +21,8 @@ def analyze(captured: CapturedGraph, timestep: str | None = None, latent: str | 
     graph = captured.graph
     time = timestep_input(graph, captured.inputs, timestep)
     latents = latent_arguments(captured, time, latent)
-    variance = variances(graph, set(latents), time)
+    changing = {*latents, *rewritten_inputs(captured)}
+    variance = variances(graph, changing, time)
     flops = node_flops(graph)
     branches, stream_end, streams = find_branches(graph, variance, flops)
     shapes = {node.name: value_shape(node) or () for node in graph.find_nodes(op="placeholder")}
@@ -34,7 +35,7 @@ def analyze(captured: CapturedGraph, timestep: str | None = None, latent: str | 
         stream_end,
         flops,
         _notes(branches),
-        changing=frozenset({*latents, time}),
+        changing=frozenset({*changing, time}),
         batch=shapes[latents[0]][0],
         grids=token_grids(graph, branches),
     )

@@ -73,6 +73,13 @@ def latent_arguments(captured: CapturedGraph, timestep: str, requested: str | No
     return tuple(found)
 
 
+def rewritten_inputs(captured: CapturedGraph) -> list[str]:
+    """The inputs that forward itself replaces at each call, in containers among its arguments."""
+    labels = tuple(write.label for write in captured.writes)
+    paths = zip(captured.inputs, captured.argument_paths, strict=True)
+    return [name for name, path in paths if labels and path.startswith(labels)]
+
+
 def readable_path(path: str) -> str:
     """A path among the arguments as users write it: ``added.x`` for ``added['x']``."""
     return _KEY.sub(lambda match: f".{match[1] or match[2] or match[3]}", path)
@@ -85,6 +92,7 @@ def _names(nodes: Iterable[fx.Node]) -> tuple[str, ...]:
 def _candidates(captured: CapturedGraph, timestep: str) -> dict[str, list[fx.Node]]:
     """The floating-point inputs but the timestep, by the path of their argument: a list of tensors is one argument."""
     paths = dict(zip(captured.inputs, captured.argument_paths, strict=True))
+    paths = {name: path for name, path in paths.items() if name not in rewritten_inputs(captured)}
     found: dict[str, list[fx.Node]] = {}
     for node in captured.graph.nodes:
         is_argument = node.op == "placeholder" and node.name in paths and node.name != timestep

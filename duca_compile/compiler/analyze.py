@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,12 @@ from duca_compile.core.lock import COMPILING
 from duca_compile.core.ports import Port, argument
 from duca_compile.errors import CaptureError, StructureError
 from duca_compile.frontend import casts, fast_paths
+from duca_compile.frontend.arguments import Write, with_writes
 from duca_compile.frontend.binder import Call
 from duca_compile.frontend.capture import capture
 from duca_compile.frontend.compiled_parts import uncompiled
 from duca_compile.frontend.opaque import READS_CHANGING_VALUES
-from duca_compile.frontend.side_effects import track_side_effects
+from duca_compile.frontend.side_effects import WritesToArguments, track_side_effects
 from duca_compile.passes.pipeline import prepare
 from duca_compile.runtime.dispatcher import Hoister
 from duca_compile.runtime.torch.prologue import Prologue
@@ -57,6 +59,28 @@ def analyze_call(
         UsageError: hooks of the model reuse features already, or ``timestep`` or ``latent`` is no argument of the call.
     """
     check_caching(model)
+    options = _Options(timestep, latent, known, careful, exact)
+    try:
+        return _analyzed(model, call, options)
+    except WritesToArguments as error:
+        filling = with_writes(model) if error.only_fills else None
+        if filling is None:
+            raise error.refusal() from None
+        return _analyzed(filling, call, options, error.writes)
+
+
+class _Options(NamedTuple):
+    timestep: str | None
+    latent: str | None
+    known: Mapping[str, str]
+    careful: bool
+    exact: bool
+
+
+def _analyzed(
+    model: nn.Module, call: Call, options: _Options, writes: tuple[Write, ...] = ()
+) -> tuple[CapturedGraph, Facts, Prologue]:
+    known, careful, exact = options.known, options.careful, options.exact
     devices = [tensor.device for tensor in call.tensors if tensor.device.type == "cuda"]
     # the caller's random numbers are not drawn here, and what forward changes at each call is put back
     with (
@@ -68,12 +92,15 @@ def analyze_call(
         nullcontext() if exact else fast_paths.disabled(model),
     ):
         run = effects if exact or not fast_paths.has_fast_paths(model) else effects.repeated(model, call)
-        captured = prepare(capture(model, call, {**known, **effects.operators}, run, careful))
-        facts = _facts(captured, timestep, latent)
+
+        def captured_with(operators: Mapping[str, str]) -> tuple[CapturedGraph, Facts]:
+            graph = prepare(capture(model, call, {**known, **effects.operators, **operators}, run, careful))
+            graph = replace(graph, writes=writes)
+            return graph, _facts(graph, options.timestep, options.latent)
+
+        captured, facts = captured_with({})
         if readers := changing_reads(model, captured, facts):
-            operators = {**known, **effects.operators, **{site.path: site.reason for site in captured.opaque}}
-            captured = prepare(capture(model, call, operators | readers, run, careful))
-            facts = _facts(captured, timestep, latent)
+            captured, facts = captured_with({**{site.path: site.reason for site in captured.opaque}, **readers})
             changing_reads(model, captured, facts)
         effects.check(model, captured)
         captured = replace(captured, write_only=effects.write_only, eager_results=tuple(effects.results))

@@ -179,6 +179,11 @@ class Traced:
                 f"{name}: hooks materialize weights for each call only ({graph.fetched[0]}); to export the model, "
                 "remove these hooks, or load it without them"
             )
+        if graph.writes:
+            raise ExportError(
+                f"{name}.forward writes to its argument, {graph.writes[0].label}, which an artifact does not do; "
+                "export a call for which it does not, such as one with that container filled"
+            )
         if graph.guards is not None:
             argument, read = next(iter(graph.guarded_inputs.items()))
             raise ExportError(

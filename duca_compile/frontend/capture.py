@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from duca_compile.core.fx_utils import PACKAGE, module_path, source_line
 from duca_compile.core.ir import CapturedGraph
@@ -27,8 +27,9 @@ from duca_compile.core.outputs import OutputLayout
 from duca_compile.errors import CaptureError, first_line
 from duca_compile.frontend import casts, concrete, fast_paths, offloading
 from duca_compile.frontend.activations import Activations
-from duca_compile.frontend.binder import LEAVES, Call, tensor_names
+from duca_compile.frontend.binder import Call, tensor_names
 from duca_compile.frontend.concrete import Untraceable, failing_node, failing_path
+from duca_compile.frontend.objects import LEAVES, flatten
 from duca_compile.frontend.offloading import Offloading
 from duca_compile.frontend.opaque import modules_like
 from duca_compile.frontend.operators import is_random
@@ -255,7 +256,7 @@ def warm(model: nn.Module, call: Call, noted: Activations | None = None) -> list
     """
     try:
         with torch.no_grad(), noted or contextlib.nullcontext(), torch.random.fork_rng(cuda_devices(call.tensors)):
-            results = tree_leaves(model(**call.arguments))
+            results, _ = flatten(model(**call.arguments))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

@@ -31,7 +31,7 @@ from duca_compile.core.once import Once
 from duca_compile.core.tensors import version
 from duca_compile.errors import CaptureError
 from duca_compile.frontend.activations import Activations, is_library, line_of, source_of, storage_key
-from duca_compile.frontend.arguments import Containers, check_kinds, check_results, noting, with_other_tensors
+from duca_compile.frontend.arguments import Containers, Write, check_kinds, check_results, noting, with_other_tensors
 from duca_compile.frontend.binder import Call
 from duca_compile.frontend.capture import live_tensors, warm
 from duca_compile.frontend.compiled_parts import described
@@ -384,8 +384,9 @@ def _run(model: nn.Module, call: Call, activations: Activations | None) -> list[
     arguments = copy_containers(call.arguments)
     containers = Containers(arguments)
     results = warm(model, call.with_arguments(arguments), activations)
-    if (place := containers.written()) is not None:
-        raise _refusal(model, call, place)
+    if writes := containers.writes():
+        places = tuple(write for write, _ in writes)
+        raise WritesToArguments(model, call, places, containers.only_filled())
     check_results(model, results)
     return results
 
@@ -452,6 +453,19 @@ def _digest(values: Any) -> list[Any]:
     """Identifies the values of tensors without keeping them."""
     tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and not leaf.is_meta]
     return [hash(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes()) for tensor in tensors]
+
+
+class WritesToArguments(Exception):  # noqa: N818 - what it writes can be results
+    """Forward writes to a container among its arguments; ``only_fills`` says whether another call's can be filled."""
+
+    def __init__(self, model: nn.Module, call: Call, writes: tuple[Write, ...], only_fills: bool) -> None:
+        super().__init__(writes[0].label)
+        self.writes, self.only_fills = writes, only_fills
+        self._at = model, call, writes[0].label
+
+    def refusal(self) -> CaptureError:
+        """What to say where nothing can follow it; runs the model once more."""
+        return _refusal(*self._at)
 
 
 def _refusal(model: nn.Module, call: Call, place: str) -> CaptureError:
