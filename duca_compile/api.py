@@ -25,6 +25,7 @@ def optimize(
     num_inference_steps: int | None = None,
     *,
     timestep: str | None = None,
+    latent: str | None = None,
     strict: bool = False,
     mode: str = "default",
     cache_dtype: torch.dtype | None = None,
@@ -45,6 +46,8 @@ def optimize(
         backend: "inductor" (the compiler of torch.compile), "openvino" (on a CPU) or "eager".
         num_inference_steps: the number of steps of a request, which some schedules need. Not for a pipeline.
         timestep: the name of the timestep argument, where the graph does not show it.
+        latent: the name of the argument that is denoised, where the graph does not show it; ``"added.x"`` within a
+            dictionary.
         strict: raise BackendError where the backend cannot compile, instead of falling back to eager with a warning.
         mode: "reduce-overhead" replays each step of the Inductor backend as a CUDA graph, from static buffers; on a CPU
             it is the same as "default".
@@ -69,12 +72,14 @@ def optimize(
     chosen, engine = resolve_policy(policy), make_backend(backend, strict, mode)
     options = CacheOptions(cache_dtype, cache_budget_bytes)
     if is_pipeline(model):
-        return _optimize_pipeline(model, chosen, engine, num_inference_steps, timestep, options, method)
+        return _optimize_pipeline(model, chosen, engine, num_inference_steps, timestep, latent, options, method)
     check_plain(model)
     if num_inference_steps is not None:
         check_whole("num_inference_steps", num_inference_steps, least=1)
     next(chosen.steps(num_inference_steps))  # a policy that cannot plan raises now, not at the first call
-    return OptimizedModel(model, chosen, engine, Requests(chosen, num_inference_steps), timestep, options, method)
+    return OptimizedModel(
+        model, chosen, engine, Requests(chosen, num_inference_steps), timestep, options, method, latent
+    )
 
 
 def _optimize_pipeline(
@@ -83,6 +88,7 @@ def _optimize_pipeline(
     backend: Backend,
     num_inference_steps: int | None,
     timestep: str | None,
+    latent: str | None,
     options: CacheOptions,
     method: str,
 ) -> Any:
@@ -94,7 +100,7 @@ def _optimize_pipeline(
         check_plain(model)
     requests = Requests(policy, None, PipelineSchedule(pipe))
     for name, model in found.items():
-        set_component(pipe, name, OptimizedModel(model, policy, backend, requests, timestep, options, method))
+        set_component(pipe, name, OptimizedModel(model, policy, backend, requests, timestep, options, method, latent))
     return pipe
 
 

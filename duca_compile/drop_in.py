@@ -107,6 +107,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
     method: str  # of the source, that is the step
     policy: Policy
     timestep_name: str | None
+    latent_name: str | None
     cache_options: CacheOptions
     _backend: Backend
     _requests: Requests
@@ -130,12 +131,13 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
         timestep: str | None,
         cache_options: CacheOptions,
         method: str = FORWARD,
+        latent: str | None = None,
     ) -> None:
         callee = with_step(model, method)
         super().__init__()
         self.__dict__.update({name: model.__dict__[name] for name in _SHARED})
         self.__dict__.update(source=model, policy=policy, timestep_name=timestep, cache_options=cache_options)
-        self.__dict__.update(callee=callee, method=method)
+        self.__dict__.update(callee=callee, method=method, latent_name=latent)
         self.__dict__.update(_backend=backend, _requests=requests, _bind=Binder(callee, timestep))
         self.__dict__.update(_compiled=CaptureCache(callee, self._capture))
         self.__dict__.update(_warned=Once(), _careful=False, _unverified=None)
@@ -269,12 +271,12 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
             request.reset()
             raise
         run = self._unverified
-        if run is None:
-            return output
-        self.__dict__["_unverified"] = None
-        if request.history[-1].kind is not StepKind.FULL or run.is_consistent_with(call, output, self._backend.exact):
-            return output
-        return self._recapture_with_checks(compiled, request, call)
+        if run is not None:
+            self.__dict__["_unverified"] = None
+            is_full = request.history[-1].kind is StepKind.FULL
+            if is_full and not run.is_consistent_with(call, output, self._backend.exact):
+                return self._recapture_with_checks(compiled, request, call)
+        return output if not captured.writes else _with_writes_made(captured, call, output)
 
     def _recapture_with_checks(self, compiled: Compiled, request: Request, call: Call) -> Any:
         """Runs the call again, captured anew with all checks, since its step did not give the model's results."""
@@ -314,7 +316,15 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
 
     def _capture(self, call: Call, known: Mapping[str, str]) -> Compiled:
         with self._source_context():
-            captured, facts, prologue = analyze_call(self.callee, call, self.timestep_name, known, self._careful)
+            captured, facts, prologue = analyze_call(
+                self.callee,
+                call,
+                self.timestep_name,
+                self.latent_name,
+                known=known,
+                careful=self._careful,
+                exact=self._backend.exact,
+            )
         self.__dict__["_unverified"] = None if self._careful else _EagerRun(call.tensors, captured.eager_results)
         captured = replace(captured, eager_results=())
         limit = not_recomputed(facts, self.policy)
@@ -346,7 +356,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
         return self._another(self.source, requests)
 
     def _another(self, source: nn.Module, requests: Requests) -> OptimizedModel:
-        options = self.timestep_name, self.cache_options, self.method
+        options = self.timestep_name, self.cache_options, self.method, self.latent_name
         return OptimizedModel(source, self.policy, self._backend, requests, *options)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -354,6 +364,14 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
             "an optimized model cannot be pickled or saved as a whole, since it holds compiled code; "
             "save duca_compile.restore(model), or its state_dict(), and optimize the model that is loaded"
         )
+
+
+def _with_writes_made(captured: CapturedGraph, call: Call, output: Any) -> Any:
+    """The model's result, after what forward writes to its arguments was written to those of the call."""
+    result, values = output
+    for write, value in zip(captured.writes, values, strict=True):
+        write.put(call.given, value)
+    return result
 
 
 @contextmanager

@@ -330,14 +330,16 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         CaptureError: forward cannot be captured; the message names the source line.
         StructureError: there is nothing to cache: the graph has no residual stream, no timestep or no latent.
     """
-    policy = model.policy if isinstance(model, OptimizedModel) else None
-    timestep = model.timestep_name if isinstance(model, OptimizedModel) else None
-    source = model.callee if isinstance(model, OptimizedModel) else model
+    policy = timestep = latent = None
+    source, exact = model, False
+    if isinstance(model, OptimizedModel):
+        policy, timestep, latent = model.policy, model.timestep_name, model.latent_name
+        source, exact = model.callee, model._backend.exact
     if is_pipeline(source):
         raise UsageError("explain takes one model of a pipeline and a call of it: explain(pipe.transformer, ...)")
     check_model(source)
     check_parts(source)
-    captured, facts, _ = analyze_call(source, Binder(source, timestep)(args, kwargs), timestep)
+    captured, facts, _ = analyze_call(source, Binder(source, timestep)(args, kwargs), timestep, latent, exact=exact)
     return Explanation(type(source).__name__, captured, facts, policy)
 
 

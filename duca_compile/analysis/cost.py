@@ -21,9 +21,9 @@ from duca_compile.frontend.operators import is_foreign, operator_call, operator_
 
 # What FLOPs are counted of.
 _COUNTED = {
-    "_int_mm", "_scaled_mm", "addmm", "baddbmm", "bilinear", "bmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d",
-    "conv_transpose2d", "conv_transpose3d", "convolution", "einsum", "linear", "matmul", "mm",
-    "scaled_dot_product_attention",
+    "_addmm_activation", "_int_mm", "_native_multi_head_attention", "_scaled_mm", "addmm", "baddbmm", "bilinear",
+    "bmm", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution",
+    "einsum", "linear", "matmul", "mm", "scaled_dot_product_attention",
 }  # fmt: skip
 
 
@@ -31,7 +31,23 @@ def _int_mm_flops(left: tuple[int, int], right: tuple[int, int], out_shape: tupl
     return 2 * left[0] * left[1] * right[1]
 
 
-_UNKNOWN_TO_TORCH = {torch.ops.aten._int_mm: _int_mm_flops}
+def _addmm_activation_flops(
+    bias: tuple[int], left: tuple[int, int], right: tuple[int, int], *_: Any, out_shape: tuple[int, int], **__: Any
+) -> int:
+    return _int_mm_flops(left, right, out_shape)
+
+
+def _self_attention_flops(query: tuple[int, int, int], *_: Any, out_shape: Any, **__: Any) -> int:
+    """Four projections, and two products of all tokens with all."""
+    batch, tokens, channels = query
+    return batch * (8 * tokens * channels**2 + 4 * tokens**2 * channels)
+
+
+_UNKNOWN_TO_TORCH = {
+    torch.ops.aten._int_mm: _int_mm_flops,
+    torch.ops.aten._addmm_activation: _addmm_activation_flops,
+    torch.ops.aten._native_multi_head_attention: _self_attention_flops,
+}
 
 
 def node_flops(graph: fx.Graph) -> tuple[dict[str, int], dict[fx.Node, str]]:

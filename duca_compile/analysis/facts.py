@@ -4,30 +4,31 @@ from __future__ import annotations
 
 from duca_compile.analysis.cost import node_flops, uncounted_notes
 from duca_compile.analysis.grid import token_grids
+from duca_compile.analysis.latent import latent_arguments, rewritten_inputs
 from duca_compile.analysis.residual import find_branches
-from duca_compile.analysis.variance import latent_input, timestep_input, variances
+from duca_compile.analysis.variance import timestep_input, variances
 from duca_compile.core.fx_utils import value_shape
 from duca_compile.core.ir import Branch, CapturedGraph, Facts
 
 
-def analyze(captured: CapturedGraph, timestep: str | None = None) -> Facts:
-    """All facts about ``captured``; ``timestep`` names the timestep input where the graph does not show it.
+def analyze(captured: CapturedGraph, timestep: str | None = None, latent: str | None = None) -> Facts:
+    """All facts about ``captured``; ``timestep`` and ``latent`` name these inputs where the graph does not show them.
 
     Raises:
+        UsageError: ``timestep`` or ``latent`` is no argument of the call.
         StructureError: no timestep, no latent, or no residual stream.
     """
     graph = captured.graph
     time = timestep_input(graph, captured.inputs, timestep)
-    latent = latent_input(graph, captured.inputs, time)
-    latent_path = captured.argument_paths[captured.inputs.index(latent)]
-    latents = {name for name, path in zip(captured.inputs, captured.argument_paths, strict=True) if path == latent_path}
-    variance = variances(graph, latents, time)
+    latents = latent_arguments(captured, time, latent)
+    changing = {*latents, *rewritten_inputs(captured)}
+    variance = variances(graph, changing, time)
     flops, unknown = node_flops(graph)
     shapes = {node.name: value_shape(node) or () for node in graph.find_nodes(op="placeholder")}
-    batch = shapes[latent][0]
+    batch = shapes[latents[0]][0]
     branches, ends, streams, embeddings = find_branches(graph, variance, flops, batch, unknown.keys())
     return Facts(
-        latent,
+        latents[0],
         time,
         variance,
         streams,
@@ -36,11 +37,11 @@ def analyze(captured: CapturedGraph, timestep: str | None = None) -> Facts:
         flops,
         _notes(branches),
         uncounted_notes(unknown),
-        changing=frozenset(latents | {time}),
+        changing=frozenset({*changing, time}),
         batch=batch,
         grids=token_grids(graph, branches),
         embeddings=embeddings,
-        listed=captured.argument_paths.count(latent_path) > 1,
+        listed=captured.argument_paths.count(captured.argument_paths[captured.inputs.index(latents[0])]) > 1,
     )
 
 

@@ -31,6 +31,7 @@ _SOFTMAX = {"softmax", "_softmax"}
 _CONVOLUTIONS = {"conv1d", "conv2d", "conv3d", "convolution"}
 # Products that may be of two activations, as in attention.
 _ACTIVATION_PRODUCTS = {"scaled_dot_product_attention", "matmul", "bmm", "baddbmm", "einsum"}
+_FUSED_SELF_ATTENTION = "_native_multi_head_attention"  # with its projections: its one operand is query, key and value
 
 
 @dataclass(frozen=True)
@@ -458,7 +459,9 @@ def _uncast(node: fx.Node) -> fx.Node:
 
 def _is_attention(node: fx.Node) -> bool:
     """Whether it is an attention, or a product with weights from a softmax."""
-    if op_name(node) == "scaled_dot_product_attention" or ((known := observed(node)) is not None and known.attention):
+    if op_name(node) in ("scaled_dot_product_attention", _FUSED_SELF_ATTENTION):
+        return True
+    if (known := observed(node)) is not None and known.attention:
         return True
     return op_name(node) in _ACTIVATION_PRODUCTS and any(op_name(_uncast(n)) in _SOFTMAX for n in node.all_input_nodes)
 
@@ -469,6 +472,8 @@ def _multiplies_activations(node: fx.Node) -> bool:
 
 def _multiplies(node: fx.Node, nodes: set[fx.Node]) -> bool:
     """Whether it multiplies two of ``nodes``, or is an attention on keys and values among them."""
+    if op_name(node) == _FUSED_SELF_ATTENTION:
+        return True
     if (known := observed(node)) is not None:
         return known.attention and not nodes.isdisjoint(mixed_operands(node, known))
     return op_name(node) in _ACTIVATION_PRODUCTS and len(nodes.intersection(node.all_input_nodes)) > 1

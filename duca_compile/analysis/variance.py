@@ -1,8 +1,7 @@
-"""Which input is the latent and which the timestep, and how often each value changes in the denoising loop."""
+"""Which input is the timestep, and how often each value changes in the denoising loop."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from math import prod
 
 from torch import fx
@@ -49,33 +48,6 @@ def timestep_input(graph: fx.Graph, names: tuple[str, ...], requested: str | Non
     return str((named or candidates)[0].name)
 
 
-def latent_input(graph: fx.Graph, names: tuple[str, ...], timestep: str) -> str:
-    """The name of the placeholder that carries the latent: of a floating-point type, shaped like the output.
-
-    Sizes are compared without the batch, which all inputs share; among equally similar inputs the largest wins.
-
-    Raises:
-        StructureError: the timestep is the only input of a floating-point type.
-    """
-    placeholders = [n for n in graph.nodes if n.op == "placeholder" and n.name in names and n.name != timestep]
-    placeholders = [n for n in placeholders if n.meta["val"].is_floating_point()]
-    if not placeholders:
-        raise StructureError(
-            f"no latent among the tensor inputs {list(names)}: besides the timestep {timestep!r} there is none of a "
-            "floating-point type."
-        )
-    result = next(iter(_output_nodes(graph)), None)
-    shape = value_shape(result) if result is not None else None
-
-    def similarity(node: fx.Node) -> tuple[int, int]:
-        sizes = value_shape(node) or ()
-        if not shape or len(sizes) != len(shape):
-            return 0, prod(sizes)
-        return sum(a == b for a, b in zip(sizes[1:], shape[1:], strict=True)), prod(sizes)
-
-    return str(max(placeholders, key=similarity).name)
-
-
 def variances(graph: fx.Graph, latents: set[str], timestep: str) -> dict[str, Variance]:
     """The variance of every node by name. Random operators count as latent-dependent, so they are never hoisted.
 
@@ -118,7 +90,3 @@ def _is_called_position(name: str) -> bool:
 
 def _sounds_like_time(name: str) -> bool:
     return name.startswith("t") or "time" in name or "sigma" in name
-
-
-def _output_nodes(graph: fx.Graph) -> Iterable[fx.Node]:
-    return graph.output_node().all_input_nodes

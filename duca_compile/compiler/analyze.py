@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +19,13 @@ from duca_compile.core.ir import CapturedGraph, Facts
 from duca_compile.core.lock import COMPILING
 from duca_compile.core.ports import Port, argument
 from duca_compile.errors import CaptureError, StructureError
-from duca_compile.frontend import casts
+from duca_compile.frontend import casts, fast_paths
+from duca_compile.frontend.arguments import Write, with_writes
 from duca_compile.frontend.binder import Call
 from duca_compile.frontend.capture import capture
+from duca_compile.frontend.compiled_parts import uncompiled
 from duca_compile.frontend.opaque import READS_CHANGING_VALUES
-from duca_compile.frontend.side_effects import track_side_effects
+from duca_compile.frontend.side_effects import WritesToArguments, track_side_effects
 from duca_compile.passes.pipeline import prepare
 from duca_compile.runtime.dispatcher import Hoister
 from duca_compile.runtime.torch.prologue import Prologue
@@ -30,36 +34,74 @@ _NONE: Mapping[str, str] = {}
 
 
 def analyze_call(
-    model: nn.Module, call: Call, timestep: str | None, known: Mapping[str, str] = _NONE, careful: bool = False
+    model: nn.Module,
+    call: Call,
+    timestep: str | None,
+    latent: str | None = None,
+    *,
+    known: Mapping[str, str] = _NONE,
+    careful: bool = False,
+    exact: bool = True,
 ) -> tuple[CapturedGraph, Facts, Prologue]:
     """Captures one call of ``model`` and analyses it; the token analysis is checked on the call's values.
 
     Args:
         timestep: the name of the timestep argument, where the graph does not show it.
+        latent: the path of the latent's argument, where the graph does not show it.
         known: the submodules that run as one operator in other captures of the model, with the reasons.
         careful: whether to run the model and its graph once more each, to check that the model's results repeat and
             that the graph gives them.
+        exact: whether PyTorch's own modules take the path in the graph that they take in eager mode; else they take
+            that of plain operators, which compilers and other engines know.
 
     Raises:
         CaptureError: the model cannot be captured.
         StructureError: its graph has nothing to cache.
-        UsageError: hooks of the model reuse features already, or ``timestep`` is no argument of the call.
+        UsageError: hooks of the model reuse features already, or ``timestep`` or ``latent`` is no argument of the call.
     """
     check_caching(model)
+    options = _Options(timestep, latent, known, careful, exact)
+    try:
+        return _analyzed(model, call, options)
+    except WritesToArguments as error:
+        filling = with_writes(model) if error.only_fills else None
+        if filling is None:
+            raise error.refusal() from None
+        return _analyzed(filling, call, options, error.writes)
+
+
+class _Options(NamedTuple):
+    timestep: str | None
+    latent: str | None
+    known: Mapping[str, str]
+    careful: bool
+    exact: bool
+
+
+def _analyzed(
+    model: nn.Module, call: Call, options: _Options, writes: tuple[Write, ...] = ()
+) -> tuple[CapturedGraph, Facts, Prologue]:
+    known, careful, exact = options.known, options.careful, options.exact
     devices = [tensor.device for tensor in call.tensors if tensor.device.type == "cuda"]
     # the caller's random numbers are not drawn here, and what forward changes at each call is put back
     with (
         COMPILING,
         torch.no_grad(),
         torch.random.fork_rng(devices),
+        uncompiled(model),
         track_side_effects(model, call, known, careful) as effects,
+        nullcontext() if exact else fast_paths.disabled(model),
     ):
-        captured = prepare(capture(model, call, {**known, **effects.operators}, effects, careful))
-        facts = _facts(captured, timestep, call)
+        run = effects if exact or not fast_paths.has_fast_paths(model) else effects.repeated(model, call)
+
+        def captured_with(operators: Mapping[str, str]) -> tuple[CapturedGraph, Facts]:
+            graph = prepare(capture(model, call, {**known, **effects.operators, **operators}, run, careful))
+            graph = replace(graph, writes=writes)
+            return graph, _facts(graph, options, call)
+
+        captured, facts = captured_with({})
         if readers := changing_reads(model, captured, facts):
-            operators = {**known, **effects.operators, **{site.path: site.reason for site in captured.opaque}}
-            captured = prepare(capture(model, call, operators | readers, effects, careful))
-            facts = _facts(captured, timestep, call)
+            captured, facts = captured_with({**{site.path: site.reason for site in captured.opaque}, **readers})
             changing_reads(model, captured, facts)
         effects.check(model, captured)
         captured = replace(captured, write_only=effects.write_only, eager_results=tuple(effects.results))
@@ -69,12 +111,12 @@ def analyze_call(
             return captured, verified(captured, facts, step_values(captured, facts, prologue, values)), prologue
 
 
-def _facts(captured: CapturedGraph, timestep: str | None, call: Call) -> Facts:
+def _facts(captured: CapturedGraph, options: _Options, call: Call) -> Facts:
     """Runs the analyses. Where an opaque submodule hides the model's structure, the error says so."""
     with casts.without_autocast(captured):
         observe(captured, dict(zip(captured.inputs, call.tensors, strict=True)))
     try:
-        return analyze(captured, timestep)
+        return analyze(captured, options.timestep, options.latent)
     except StructureError as error:
         if not captured.opaque:
             raise

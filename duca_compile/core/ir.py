@@ -55,6 +55,15 @@ class OffloadedWeight(Protocol):
     def hooks(self) -> Sequence[OffloadingHook]: ...
 
 
+class ArgumentWrite(Protocol):
+    """A place in a container among the arguments that forward writes to."""
+
+    @property
+    def label(self) -> str: ...
+
+    def put(self, arguments: Mapping[str, Any], value: Any) -> None: ...
+
+
 @dataclass(frozen=True)
 class CapturedGraph:
     """One call of forward as a graph: placeholders are the call's tensors, get_attr nodes the model's live weights."""
@@ -70,6 +79,7 @@ class CapturedGraph:
     fetched: tuple[OffloadedWeight, ...]  # weights that hooks put in place for each call
     explicit_casts: bool  # whether autocast's casts are in the graph, which therefore runs with autocast turned off
     eager_results: tuple[Any, ...] = ()  # the leaves of the model's own results, until a step is compared with them
+    writes: tuple[ArgumentWrite, ...] = ()  # where forward writes to its arguments: a second result, the values
     write_only: frozenset[tuple[str, str]] = frozenset()  # attributes that forward changes at each call and never reads
 
     @property

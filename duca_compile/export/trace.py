@@ -83,7 +83,7 @@ class Traced:
         self.model: torch.nn.Module = model.callee
         self.policy: Policy = model.policy
         self._total = model._requests.total if num_inference_steps is None else num_inference_steps
-        self._timestep = model.timestep_name
+        self._timestep, self._latent = model.timestep_name, model.latent_name
         self._bind = Binder(self.model, self._timestep)
         self.call = self._bind((), dict(example))
         capture = self._capture(self.call)
@@ -167,7 +167,7 @@ class Traced:
         return self._names[spec]
 
     def _capture(self, call: Call) -> Capture:
-        graph, facts, prologue = analyze_call(self.model, call, self._timestep)
+        graph, facts, prologue = analyze_call(self.model, call, self._timestep, self._latent, exact=False)
         name = type(self.model).__name__
         if graph.opaque:
             raise ExportError(
@@ -178,6 +178,11 @@ class Traced:
             raise ExportError(
                 f"{name}: hooks materialize weights for each call only ({graph.fetched[0]}); to export the model, "
                 "remove these hooks, or load it without them"
+            )
+        if graph.writes:
+            raise ExportError(
+                f"{name}.forward writes to its argument, {graph.writes[0].label}, which an artifact does not do; "
+                "export a call for which it does not, such as one with that container filled"
             )
         if graph.guards is not None:
             argument, read = next(iter(graph.guarded_inputs.items()))

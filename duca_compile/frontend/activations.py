@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from linecache import getline
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from duca_compile.core.fx_utils import PACKAGE
+from duca_compile.frontend.compiled_parts import compiled_function
+from duca_compile.frontend.fast_paths import MAKES_NESTED, nesting_encoder
 
 _ROOTS = (str(Path(torch.__file__).parent), PACKAGE, "<")
 _LIBRARY: dict[str, bool] = {}  # by file name
@@ -56,6 +58,8 @@ class Activations(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.nesting: set[nn.Module] = set()  # encoders that made a nested tensor
+        self.compiled: Callable[..., Any] | None = None  # the first function that torch.compile compiles
         self._given = {key for tensor in tensors if (key := storage_key(tensor))}
         self._found: dict[int, tuple[StorageWeakRef, str, int]] = {}  # a reference prevents reuse of its key
 
@@ -63,6 +67,9 @@ class Activations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         results = func(*args, **(kwargs or {}))
+        self.compiled = self.compiled or compiled_function(sys._getframe(1))
+        if func is MAKES_NESTED and (encoder := nesting_encoder(sys._getframe(1))) is not None:
+            self.nesting.add(encoder)
         if self._depends(args) or (kwargs and self._depends(kwargs.values())):
             self._note(results)
         return results

@@ -1,17 +1,19 @@
-"""The containers among a call's arguments: forward gets copies, and may not write to them."""
+"""The containers among a call's arguments: forward gets copies, and what it writes to them is a result of its graph."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 
 from duca_compile.errors import CaptureError, first_line
+from duca_compile.frontend.objects import attributes
 from duca_compile.frontend.snapshot import MISSING, PLAIN_IDS, content
+from duca_compile.frontend.trace_check import copy_containers
 
 _LEAVES = (Tensor, bool, int, float, str, type(None), Enum)  # what torch.export accepts, besides containers
 
@@ -22,33 +24,92 @@ def with_other_tensors(arguments: dict[str, Any]) -> dict[str, Any]:
     return cloned
 
 
+class _Step(NamedTuple):
+    is_attribute: bool
+    key: Any
+
+
+class Write(NamedTuple):
+    """A value that forward put into a container among its arguments, under a key; at its end where that is None."""
+
+    path: tuple[_Step, ...]  # leads from the arguments to the container
+    key: _Step | None
+
+    @property
+    def label(self) -> str:
+        (_, name), *steps = self.path
+        steps += [] if self.key is None else [self.key]
+        return str(name) + "".join(f".{key}" if is_attribute else f"[{key!r}]" for is_attribute, key in steps)
+
+    def put(self, arguments: Mapping[str, Any], value: Any) -> None:
+        """Puts a value of another call into the same place among its arguments."""
+        container: Any = arguments
+        for is_attribute, key in self.path:
+            container = vars(container)[key] if is_attribute else container[key]
+        if self.key is None:
+            container.append(value)
+        elif self.key.is_attribute:
+            vars(container)[self.key.key] = value
+        else:
+            container[self.key.key] = value
+
+
 class Containers:
-    """The lists and dictionaries among the arguments of a call, and what they held before it."""
+    """The lists, dictionaries and other objects among the arguments of a call, and what they held before it."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
-        self._known: list[tuple[str, Any, dict[Any, Any]]] = []
+        self._known: list[tuple[tuple[_Step, ...], Any, dict[Any, Any]]] = []
         for name, value in arguments.items():
-            self._add(name, value)
+            self._add((_Step(False, name),), value)
 
-    def _add(self, place: str, value: Any) -> None:
-        if isinstance(value, dict | list):
-            self._known.append((place, value, content(value)))
-        if isinstance(value, dict | list | tuple):
-            for key, each in value.items() if isinstance(value, dict) else enumerate(value):
-                self._add(f"{place}[{key!r}]", each)
+    def _add(self, path: tuple[_Step, ...], value: Any) -> None:
+        held = _held(value)
+        if held is None:
+            return
+        if not isinstance(value, tuple):
+            self._known.append((path, value, held))
+        for key, each in held.items():
+            self._add((*path, _Step(attributes(value) is not None, key)), each)
+
+    def writes(self) -> list[tuple[Write, Any]]:
+        """What was added or replaced, with the values; removing values is allowed."""
+        return [(Write(path, key), value) for path, *known in self._known for key, value in _added(*known)]
 
     def written(self) -> str | None:
-        """The place of a value that was added or replaced, if any; removing values is allowed."""
-        return next((found for place, *known in self._known if (found := _added(place, *known)) is not None), None)
+        """The place of a value that was added or replaced, if any."""
+        return next((write.label for write, _ in self.writes()), None)
+
+    def only_filled(self) -> bool:
+        """Whether the same writes can be made to the containers of another call, and need not be made each time.
+
+        A list that has entries and gets more may grow at each call, which would then be of another kind each time.
+        """
+        lists = [(value, before) for _, value, before in self._known if isinstance(value, list)]
+        return all(len(value) == len(before) or not before or not _added(value, before) for value, before in lists)
 
 
-def _added(place: str, container: Any, before: dict[Any, Any]) -> str | None:
-    now = content(container)
-    if isinstance(container, dict):
+def _held(value: Any) -> dict[Any, Any] | None:
+    """What a container holds, by key, position or name; None for anything else."""
+    if isinstance(value, dict | list):
+        return content(value)
+    if isinstance(value, tuple):
+        return dict(enumerate(value))
+    own = attributes(value)
+    return None if own is None else dict(own)
+
+
+def _added(container: Any, before: dict[Any, Any]) -> list[tuple[_Step | None, Any]]:
+    """The values of a container that it did not hold before, with their keys; None where they follow what it held."""
+    now = _held(container) or {}
+    if not isinstance(container, list):
+        is_attribute = attributes(container) is not None
         new = [key for key, value in now.items() if before.get(key, MISSING) is not value]
-        return next((f"{place}[{key!r}]" for key in new if not _is_default(container, key, before)), None)
+        return [(_Step(is_attribute, key), now[key]) for key in new if not _is_default(container, key, before)]
+    if len(now) >= len(before):
+        places = [place for place, value in now.items() if before.get(place, MISSING) is not value]
+        return [(_Step(False, place) if place in before else None, now[place]) for place in places]
     rest = iter(before.values())
-    return next((f"{place}[{i}]" for i, each in now.items() if not any(each is other for other in rest)), None)
+    return [(_Step(False, i), each) for i, each in now.items() if not any(each is other for other in rest)]
 
 
 def _is_default(container: dict[Any, Any], key: Any, before: dict[Any, Any]) -> bool:
@@ -98,6 +159,27 @@ def check_kinds(model: nn.Module, arguments: dict[str, Any]) -> None:
                 "can take. Pass tensors, numbers, strings, or lists, tuples and dictionaries of them; a dataclass may "
                 "be registered with torch.utils._pytree.register_dataclass."
             )
+
+
+def with_writes(model: nn.Module) -> nn.Module | None:
+    """A module that also returns what forward writes to containers among its arguments, which then stay as they are.
+
+    It shares all of the model's state. None where the model's forward is wrapped or has hooks, which would see other
+    results.
+    """
+    cls = type(model)
+    if "forward" in vars(model) or model._forward_hooks:
+        return None
+
+    def forward(self: nn.Module, **arguments: Any) -> tuple[Any, list[Any]]:
+        copies = copy_containers(arguments)
+        containers = Containers(copies)
+        result = cls.forward(self, **copies)
+        return result, [value for _, value in containers.writes()]
+
+    view: nn.Module = object.__new__(type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__}))
+    object.__setattr__(view, "__dict__", model.__dict__)
+    return view
 
 
 def check_results(model: nn.Module, results: list[Any]) -> None:

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_flatten, tree_flatten_with_path
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from duca_compile.errors import UsageError
+from duca_compile.frontend.objects import LEAVES, flatten
 
 _CLEAR, _VAGUE = ("timestep", "timesteps"), ("t", "time", "sigma")  # names of timesteps that may be given as numbers
-LEAVES = {Tensor, nn.Parameter, bool, int, float, str, type(None), torch.dtype, torch.device}
 _TENSOR_GUARDS: Any = getattr(torch._C._dynamo.guards, "TensorGuards", None)  # without it no call takes the fast path
 
 
@@ -110,7 +110,7 @@ class Binder:
             if type(value) in LEAVES:
                 _add(value, tensors, key)
             else:
-                leaves, spec = tree_flatten(value)
+                leaves, spec = flatten(value)
                 key.append(spec)
                 for leaf in leaves:
                     _add(leaf, tensors, key)

@@ -19,16 +19,17 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, TensorArgument
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from duca_compile.core.fx_utils import PACKAGE, module_path, source_line
 from duca_compile.core.ir import CapturedGraph
 from duca_compile.core.outputs import OutputLayout
 from duca_compile.errors import CaptureError, first_line
-from duca_compile.frontend import casts, concrete, offloading
+from duca_compile.frontend import casts, concrete, fast_paths, offloading
 from duca_compile.frontend.activations import Activations
-from duca_compile.frontend.binder import LEAVES, Call, tensor_names
+from duca_compile.frontend.binder import Call, tensor_names
 from duca_compile.frontend.concrete import Untraceable, failing_node, failing_path
+from duca_compile.frontend.objects import LEAVES, flatten
 from duca_compile.frontend.offloading import Offloading
 from duca_compile.frontend.opaque import modules_like
 from duca_compile.frontend.operators import is_random
@@ -113,7 +114,8 @@ def _traced(
 ) -> CapturedGraph:
     """The call as a graph, in which each of ``operators`` is one node. Raises Untraceable."""
     random = torch.random.fork_rng(cuda_devices(call.tensors))  # every trace, and every run of it, draws the same
-    with torch.no_grad(), random, offloading.as_fetches(model, offloaded, operators):
+    fast = fast_paths.traced() if fast_paths.has_fast_paths(model) else contextlib.nullcontext()
+    with torch.no_grad(), random, fast, offloading.as_fetches(model, offloaded, operators):
         exported = None if operators else _exported(model, arguments)
         if exported is not None:
             return _lower(model, exported, call)
@@ -136,7 +138,8 @@ def _gist(error: Exception) -> str:
 def _must_be_exact(captured: CapturedGraph) -> bool:
     """Whether the graph must give the model's results bit for bit, since not torch.export alone vouches for it."""
     rewritten = captured.guards is not None or captured.explicit_casts or has_foreign_operators(captured.graph)
-    return rewritten or any(is_random(node) for node in captured.graph.nodes)  # forward may set a seed
+    nodes = captured.graph.nodes
+    return rewritten or any(is_random(node) or fast_paths.is_fused(node) for node in nodes)  # forward may set a seed
 
 
 def _enclosing(path: str, operators: Collection[str]) -> str:
@@ -253,7 +256,7 @@ def warm(model: nn.Module, call: Call, noted: Activations | None = None) -> list
     """
     try:
         with torch.no_grad(), noted or contextlib.nullcontext(), torch.random.fork_rng(cuda_devices(call.tensors)):
-            results = tree_leaves(model(**call.arguments))
+            results, _ = flatten(model(**call.arguments))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:

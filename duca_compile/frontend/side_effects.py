@@ -31,9 +31,11 @@ from duca_compile.core.once import Once
 from duca_compile.core.tensors import version
 from duca_compile.errors import CaptureError
 from duca_compile.frontend.activations import Activations, is_library, line_of, source_of, storage_key
-from duca_compile.frontend.arguments import Containers, check_kinds, check_results, noting, with_other_tensors
+from duca_compile.frontend.arguments import Containers, Write, check_kinds, check_results, noting, with_other_tensors
 from duca_compile.frontend.binder import Call
 from duca_compile.frontend.capture import live_tensors, warm
+from duca_compile.frontend.compiled_parts import described
+from duca_compile.frontend.fast_paths import NESTED
 from duca_compile.frontend.snapshot import (
     MISSING,
     PLAIN_IDS,
@@ -249,6 +251,11 @@ class SideEffects:
         if self.state_before is not None and self.recurring:
             self.state_before.put_back(self.recurring)
 
+    def repeated(self, model: nn.Module, call: Call) -> Repeated:
+        """The call again, under the settings of torch that hold now."""
+        self.rewind()
+        return Repeated(warm(model, call.with_arguments(copy_containers(call.arguments))), self)
+
     def is_in_operator(self, name: Name) -> bool:
         """Whether an attribute belongs to a submodule that runs as one operator."""
         return _is_inside(name[0], self.operators)
@@ -270,6 +277,18 @@ class SideEffects:
                     "the next, so a graph would hold it for ever. What keeps it was not found. Switch that off, or "
                     "pass the value as an argument."
                 )
+
+
+@dataclass
+class Repeated:
+    """Another run of the same call, which changed the same things."""
+
+    results: list[Any]
+    first: SideEffects
+
+    def rewind(self) -> None:
+        """Undoes what changes at each call, so that the next call repeats it."""
+        self.first.rewind()
 
 
 @contextmanager
@@ -318,10 +337,10 @@ def _observe(
     changes = [change for change in after.changes() if not _equal(change.before, change.after, depends)]
     distance = ulp_distance(effects.results, later)
     _note_recurring(effects, after, changes, attribution.operators(changes, distance > MAX_ULPS))
+    _warn_of_operators(model, {path: why for path, why in effects.operators.items() if why is not NESTED})
     made = [change for change in before.changes() if before.name(change) not in effects.recurring]
     names = [(before.name(change), before.identifier(change), before.label(change)) for change in made]
     attribution.check_set(names, {**known, **effects.operators})
-    _warn_of_operators(model, effects.operators)
     after.put_back()
     if effects.recurring or careful or distance > 0.0:  # else the second run repeated the first
         effects.rewind()
@@ -334,7 +353,16 @@ def _first_run(model: nn.Module, call: Call, before: ModelState) -> SideEffects:
     """Runs the model, and observes what depends on the call's tensors where that is possible."""
     activations = Activations(call.tensors)
     try:
-        return SideEffects(_run(model, call, activations), activations=activations, state_before=before)
+        results = _run(model, call, activations)
+        if activations.compiled is not None:
+            _warn(
+                model,
+                f"{described(activations.compiled)} is compiled by torch.compile. Steps run what it is compiled from: "
+                'they equal the model\'s under torch.compiler.set_stance("force_eager"), and can differ from those of '
+                "its compiled code in rounding",
+            )
+        nesting = {path: NESTED for path, module in model.named_modules() if module in activations.nesting}
+        return SideEffects(results, nesting, activations=activations, state_before=before)
     except CaptureError:  # perhaps since an operator cannot be observed
         before.put_back()
         return SideEffects(_run(model, call, None), state_before=before)
@@ -344,7 +372,7 @@ def _note_recurring(
     effects: SideEffects, after: ModelState, changes: Sequence[Change], operators: dict[str, str]
 ) -> None:
     """Notes ``changes``, made by a second call to what a first one left, and the operators that follow from them."""
-    effects.operators = operators
+    effects.operators |= operators
     effects.recurring = frozenset(map(after.name, changes))
     effects.keepers = {key: name for key, name in effects.keepers.items() if name not in effects.recurring}
     plain = [after.name(change) for change in changes if after.is_plain(change)]
@@ -356,8 +384,9 @@ def _run(model: nn.Module, call: Call, activations: Activations | None) -> list[
     arguments = copy_containers(call.arguments)
     containers = Containers(arguments)
     results = warm(model, call.with_arguments(arguments), activations)
-    if (place := containers.written()) is not None:
-        raise _refusal(model, call, place)
+    if writes := containers.writes():
+        places = tuple(write for write, _ in writes)
+        raise WritesToArguments(model, call, places, containers.only_filled())
     check_results(model, results)
     return results
 
@@ -424,6 +453,19 @@ def _digest(values: Any) -> list[Any]:
     """Identifies the values of tensors without keeping them."""
     tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor) and not leaf.is_meta]
     return [hash(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().tobytes()) for tensor in tensors]
+
+
+class WritesToArguments(Exception):  # noqa: N818 - what it writes can be results
+    """Forward writes to a container among its arguments; ``only_fills`` says whether another call's can be filled."""
+
+    def __init__(self, model: nn.Module, call: Call, writes: tuple[Write, ...], only_fills: bool) -> None:
+        super().__init__(writes[0].label)
+        self.writes, self.only_fills = writes, only_fills
+        self._at = model, call, writes[0].label
+
+    def refusal(self) -> CaptureError:
+        """What to say where nothing can follow it; runs the model once more."""
+        return _refusal(*self._at)
 
 
 def _refusal(model: nn.Module, call: Call, place: str) -> CaptureError:

@@ -43,6 +43,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.backends import mha
 from torch.nn import functional
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
@@ -50,6 +51,7 @@ from torch.utils.hooks import RemovableHandle
 
 from duca_compile.core.tensors import version
 from duca_compile.frontend.capture import inner_tensors
+from duca_compile.frontend.fast_paths import FAST_MODULES
 from duca_compile.frontend.offloading import hook_settings
 
 Name = tuple[str, str]  # a module's path, and an attribute of it
@@ -427,6 +429,13 @@ class _Walk:
             if callable(value):
                 self.entries[path, name] = _Identity(value)
 
+    def _fast_path(self, cls: type) -> None:
+        """The setting that decides which path PyTorch's own attention modules take."""
+        name, path = "_is_fastpath_enabled", mha.__name__
+        if issubclass(cls, FAST_MODULES) and (path, name) not in self.entries:
+            self.holders.append(Holder(vars(mha), (path, ""), -1, None, True, (name,)))
+            self.entries[path, name] = bool, mha.get_fastpath_enabled()
+
     def _module(self, path: str, module: nn.Module) -> None:
         entries, attributes, parent, cls = self.entries, vars(module), len(self.holders), type(module)
         self.holders.append(Holder(attributes, (path, ""), -1, None, True))
@@ -443,6 +452,7 @@ class _Walk:
             elif name != "forward" or not _is_own_forward(module, value):
                 self._attribute((path, name), value, parent, name)
         if cls not in self._forwards:
+            self._fast_path(cls)
             self._forward_of(path, cls)
         if cls not in self._classes:
             self._attribute((path, cls.__name__), cls, parent, None, self._class)

@@ -46,8 +46,13 @@ def copy_containers(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def hookable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules with their paths, except those that accept no hooks."""
-    return ((path, module) for path, module in model.named_modules() if not isinstance(module, torch.jit.ScriptModule))
+    """All modules with their paths, except those that accept no hooks, or that run otherwise with hooks."""
+    without: list[str] = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            without.append(f"{path}.")
+        if not isinstance(module, torch.jit.ScriptModule) and not f"{path}.".startswith(tuple(without)):
+            yield path, module
 
 
 class ModelRun(Protocol):

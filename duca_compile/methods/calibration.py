@@ -29,7 +29,9 @@ _TINY = 1e-300  # replaces a zero divisor
 _CHUNK = 1 << 18  # values of each step in one product
 
 
-def calibrate(model: nn.Module, sample: SampleLoop, *, loops: int = 1, timestep: str | None = None) -> Calibration:
+def calibrate(
+    model: nn.Module, sample: SampleLoop, *, loops: int = 1, timestep: str | None = None, latent: str | None = None
+) -> Calibration:
     """Measures the model's own uncached denoising loop, for ``Calibrated`` policies.
 
     Args:
@@ -38,6 +40,7 @@ def calibrate(model: nn.Module, sample: SampleLoop, *, loops: int = 1, timestep:
             number should give another loop (other noise, other prompts) of the same length.
         loops: how many loops to measure. Memory holds the end of the stream for all steps of one loop.
         timestep: name of the timestep argument; needed only if the graph does not show it.
+        latent: name of the argument that is denoised; needed only if the graph does not show it.
 
     Returns:
         The measurements, which make policies of any speed.
@@ -48,7 +51,7 @@ def calibrate(model: nn.Module, sample: SampleLoop, *, loops: int = 1, timestep:
         PolicyError: the number of loops is invalid.
     """
     check_whole("loops", loops, least=1)
-    recorder, recorded = Recorder(model, sample, timestep, whole=False), list[_Products]()
+    recorder, recorded = Recorder(model, sample, timestep, whole=False, latent=latent), list[_Products]()
     for number in range(loops):
         for recorded_pass in recorder.passes(number):
             if len(recorded_pass.steps) == recorder.steps:

@@ -59,13 +59,21 @@ class Recorder(EagerBackend):
         sample: runs one denoising loop.
         timestep: name of the timestep argument; needed only if the graph does not show it.
         whole: whether inputs and outputs are recorded, too.
+        latent: name of the argument that is denoised; needed only if the graph does not show it.
 
     Attributes:
         steps: the number of steps of the last loop.
         model_name: class name of the model.
     """
 
-    def __init__(self, model: nn.Module, sample: SampleLoop, timestep: str | None = None, whole: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sample: SampleLoop,
+        timestep: str | None = None,
+        whole: bool = True,
+        latent: str | None = None,
+    ) -> None:
         check_plain(model)
         self._whole, self.steps = whole, 0
         self.model_name = type(model).__name__
@@ -73,7 +81,9 @@ class Recorder(EagerBackend):
         policy = TaylorSeer(
             1, max_order=0, first_full_steps=1, lite=True
         )  # only full steps, which keep the end of the stream
-        self._model = OptimizedModel(model, policy, self, Requests(policy, None), timestep, CacheOptions())
+        self._model = OptimizedModel(
+            model, policy, self, Requests(policy, None), timestep, CacheOptions(), latent=latent
+        )
 
     def compile(self, variant: Variant, cuts: frozenset[str] = frozenset()) -> VariantFunction:
         run = super().compile(variant, cuts)

@@ -76,6 +76,7 @@ def train_predictor(
     *,
     resume: bool = False,
     timestep: str | None = None,
+    latent: str | None = None,
     progress: Progress | None = None,
 ) -> Predictor:
     """Trains a predictor for ``DisCa`` and writes it to ``path``, with a checkpoint beside it, after each loop.
@@ -92,6 +93,7 @@ def train_predictor(
         settings: how long to train, and at which rate; the defaults of ``TrainingSettings`` for None.
         resume: continue from the checkpoint, if there is one. The result equals that of an uninterrupted training.
         timestep: name of the timestep argument; needed only if the graph does not show it.
+        latent: name of the argument that is denoised; needed only if the graph does not show it.
         progress: an open rich display to show the progress in; None to open one.
 
     Returns:
@@ -104,7 +106,7 @@ def train_predictor(
             stream.
     """
     chosen = TrainingSettings() if settings is None else settings
-    trainer = _Trainer(Recorder(model, sample, timestep), Path(path), chosen)
+    trainer = _Trainer(Recorder(model, sample, timestep, latent=latent), Path(path), chosen)
     if resume and checkpoint_path(path).exists():
         trainer.resume()
     if progress is not None:
@@ -162,7 +164,13 @@ def _at(module: fx.GraphModule, name: str) -> Tensor:
 
 
 def prediction_error(
-    model: nn.Module, sample: SampleLoop, predictor: Predictor, distance: int, number: int, timestep: str | None = None
+    model: nn.Module,
+    sample: SampleLoop,
+    predictor: Predictor,
+    distance: int,
+    number: int,
+    timestep: str | None = None,
+    latent: str | None = None,
 ) -> float:
     """The relative error of predictions made ``distance`` steps after a full step.
 
@@ -173,6 +181,7 @@ def prediction_error(
         distance: steps from the full step to the predicted one.
         number: of the loop to measure.
         timestep: name of the timestep argument; needed only if the graph does not show it.
+        latent: name of the argument that is denoised; needed only if the graph does not show it.
 
     Returns:
         The norm of the differences to the model's own outputs over the norm of these outputs, over the whole loop.
@@ -183,7 +192,7 @@ def prediction_error(
     """
     graphs, error, size = _Graphs(predictor.config), 0.0, 0.0
     with torch.no_grad():
-        for recorded in Recorder(model, sample, timestep).passes(number):
+        for recorded in Recorder(model, sample, timestep, latent=latent).passes(number):
             for start, end in zip(recorded.calls, recorded.calls[distance:], strict=False):
                 predicted = graphs.predict(recorded.compiled, predictor.weights, start, end)
                 error += float(_squared_error(predicted, end.outputs))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from tracing import analysed, module, names, raw
 
-from duca_compile.analysis.variance import latent_input, timestep_input, variances
+from duca_compile.analysis.latent import latent_arguments
+from duca_compile.analysis.variance import timestep_input, variances
 from duca_compile.core.ir import CapturedGraph, Variance
 from duca_compile.errors import StructureError, UsageError
 from duca_compile.frontend.operators import argument, is_random
@@ -152,7 +153,7 @@ def test_the_latent_is_shaped_like_the_output(values: dict[str, Tensor], latent:
     scope: dict[str, object] = {}
     exec(f"def forward(self, {', '.join(values)}):\n    return x + {' + '.join(others)}", scope)
     captured = raw(module(scope["forward"]), **values)  # type: ignore[arg-type]
-    assert latent_input(captured.graph, captured.inputs, "timestep") == latent
+    assert latent_arguments(captured, "timestep") == (latent,)
 
 
 def test_where_no_shape_is_like_the_output_the_largest_input_is_the_latent() -> None:
@@ -160,13 +161,13 @@ def test_where_no_shape_is_like_the_output_the_largest_input_is_the_latent() -> 
         return (x.mean() + text.mean() + timestep).sum()
 
     captured = raw(module(forward), text=torch.randn(2, 3, 8), x=torch.randn(2, 4, 5, 5), timestep=T)
-    assert latent_input(captured.graph, captured.inputs, "timestep") == "x"
+    assert latent_arguments(captured, "timestep") == ("x",)
 
 
 def test_no_latent_is_an_error() -> None:
     captured = raw(module(lambda self, timestep, ids: timestep.sin() + ids), timestep=T, ids=torch.arange(2))
     with pytest.raises(StructureError, match=r"no latent among the tensor inputs \['timestep', 'ids'\]"):
-        latent_input(captured.graph, captured.inputs, "timestep")
+        latent_arguments(captured, "timestep")
 
 
 def test_arguments_are_read_by_name_wherever_they_stand() -> None:
