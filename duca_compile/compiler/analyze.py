@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,6 +21,7 @@ from duca_compile.frontend.binder import Call
 from duca_compile.frontend.capture import capture
 from duca_compile.frontend.opaque import READS_CHANGING_VALUES
 from duca_compile.frontend.side_effects import track_side_effects
+from duca_compile.passes.base import Draft, Pass
 from duca_compile.passes.pipeline import prepare
 from duca_compile.runtime.dispatcher import Hoister
 from duca_compile.runtime.torch.prologue import Prologue
@@ -29,7 +30,12 @@ _NONE: Mapping[str, str] = {}
 
 
 def analyze_call(
-    model: nn.Module, call: Call, timestep: str | None, known: Mapping[str, str] = _NONE, careful: bool = False
+    model: nn.Module,
+    call: Call,
+    timestep: str | None,
+    known: Mapping[str, str] = _NONE,
+    careful: bool = False,
+    passes: Sequence[Pass[Draft]] = (),
 ) -> tuple[CapturedGraph, Facts, Prologue]:
     """Captures one call of ``model`` and analyses it; the token analysis is checked on the call's values.
 
@@ -38,6 +44,7 @@ def analyze_call(
         known: the submodules that run as one operator in other captures of the model, with the reasons.
         careful: whether to run the model and its graph once more each, to check that the model's results repeat and
             that the graph gives them.
+        passes: rewrites of the captured graph, after those that prepare every graph.
 
     Raises:
         CaptureError: the model cannot be captured.
@@ -53,11 +60,11 @@ def analyze_call(
         torch.random.fork_rng(devices),
         track_side_effects(model, call, known, careful) as effects,
     ):
-        captured = prepare(capture(model, call, {**known, **effects.operators}, effects, careful))
+        captured = prepare(capture(model, call, {**known, **effects.operators}, effects, careful), passes)
         facts = _facts(captured, timestep)
         if readers := changing_reads(model, captured, facts):
             operators = {**known, **effects.operators, **{site.path: site.reason for site in captured.opaque}}
-            captured = prepare(capture(model, call, operators | readers, effects, careful))
+            captured = prepare(capture(model, call, operators | readers, effects, careful), passes)
             facts = _facts(captured, timestep)
             changing_reads(model, captured, facts)
         effects.check(model, captured)

@@ -13,13 +13,14 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import Dim
 
 from duca_compile.artifact.manifest import BATCH, Size, TensorSpec
 from duca_compile.core.fx_utils import copy_graph
 from duca_compile.core.ports import Port
-from duca_compile.errors import ExportError, InternalError, first_line
+from duca_compile.errors import ExportError, InternalError
+from duca_compile.export.reasons import reason
 from duca_compile.passes.base import returned
 
 aten = torch.ops.aten
@@ -30,7 +31,8 @@ class OpenGraph:
     """A graph of flat tensors with a dynamic batch size and dynamic numbers of recomputed tokens.
 
     It has no side effects: what a variant writes in place is an output here. ``in_place`` maps the names of these
-    outputs to those of the inputs whose memory they may take, since nothing else reads it.
+    outputs to those of the inputs whose memory they may take, since nothing else reads it. ``seen`` holds the captures
+    that it was made from.
     """
 
     name: str
@@ -38,6 +40,7 @@ class OpenGraph:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     in_place: Mapping[str, str]
+    seen: tuple[Seen, Seen]
 
     def example(self) -> tuple[Tensor, ...]:
         """Zeros with the shapes and dtypes of the inputs, at the first captured batch size."""
@@ -56,10 +59,32 @@ class OpenGraph:
             for spec in self.inputs
         ]
         try:
-            with torch.no_grad():
-                return torch.export.export(self.module, self.example(), dynamic_shapes=tuple(shapes), strict=False)
+            return _export(self.module, self.example(), tuple(shapes))
         except Exception as error:
-            raise ExportError(f"graph {self.name!r}: its sizes cannot be dynamic: {first_line(error)}") from error
+            cause = self._failure(tuple(shapes)) or error
+            raise ExportError(f"graph {self.name!r}: its sizes cannot be dynamic: {reason(cause)}") from error
+
+    def _failure(self, shapes: tuple[Any, ...]) -> Exception | None:
+        """What fails when each node is run by itself, which tells the node."""
+        try:
+            _export(_NodeByNode(self.module), self.example(), (shapes,))
+        except Exception as error:
+            return error
+        return None
+
+
+def _export(module: nn.Module, example: tuple[Tensor, ...], shapes: tuple[Any, ...]) -> torch.export.ExportedProgram:
+    with torch.no_grad():
+        return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+
+
+class _NodeByNode(nn.Module):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return fx.Interpreter(self.module).run(*inputs)
 
 
 def _device(kind: Tensor) -> torch.device:
@@ -131,6 +156,7 @@ def open_graph(name: str, one: Seen, other: Seen) -> OpenGraph:
         inputs=specs,
         outputs=tuple(_spec(fit, a, b, result) for result, a, b in outputs),
         in_place=in_place,
+        seen=(one, other),
     )
 
 

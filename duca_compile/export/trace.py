@@ -17,7 +17,7 @@ from duca_compile.compiler.budget import CacheOptions
 from duca_compile.compiler.checks import check_model
 from duca_compile.compiler.precompute import make_rows
 from duca_compile.core.ir import CapturedGraph, Facts
-from duca_compile.core.ports import argument
+from duca_compile.core.ports import argument, argument_name
 from duca_compile.core.steps import Step, StepKind
 from duca_compile.core.variants import Action, Variant, VariantSpec
 from duca_compile.drop_in import WARM_UP_HORIZON, OptimizedModel
@@ -25,7 +25,7 @@ from duca_compile.errors import ExportError, UsageError
 from duca_compile.export.batch import Fit, OpenGraph, Seen, open_graph
 from duca_compile.frontend.binder import Binder, Call
 from duca_compile.passes.caching.predict import with_predictor
-from duca_compile.passes.pipeline import build_variant
+from duca_compile.passes.pipeline import FOR_EXPORT, build_variant
 from duca_compile.policies.adaptive import AdaptivePolicy
 from duca_compile.policies.base import Policy
 from duca_compile.policies.checks import check_whole
@@ -38,9 +38,15 @@ class Capture:
     """The model captured at one batch size."""
 
     batch: int
+    call: Call
     graph: CapturedGraph
     facts: Facts
     prologue: Prologue
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The call's tensors by their inputs."""
+        return dict(zip(map(argument_name, self.graph.inputs), self.call.tensors, strict=True))
 
     def seen_prologue(self) -> Seen:
         inputs = tuple(map(argument, self.prologue.inputs))
@@ -114,6 +120,10 @@ class Traced:
     def facts(self) -> Facts:
         return self.one.facts
 
+    def calls(self) -> dict[int, dict[str, Tensor]]:
+        """The tensors of a call by input, for each batch size."""
+        return {capture.batch: capture.tensors for capture in (self.one, self.other)}
+
     def prologue(self) -> OpenGraph:
         """Computes the loop-invariant values, once per request."""
         return open_graph("prologue", self.one.seen_prologue(), self.other.seen_prologue())
@@ -167,7 +177,7 @@ class Traced:
         return self._names[spec]
 
     def _capture(self, call: Call) -> Capture:
-        graph, facts, prologue = analyze_call(self.model, call, self._timestep)
+        graph, facts, prologue = analyze_call(self.model, call, self._timestep, passes=FOR_EXPORT)
         name = type(self.model).__name__
         if graph.opaque:
             raise ExportError(
@@ -187,7 +197,7 @@ class Traced:
             )
         latent = next(n for n in graph.graph.find_nodes(op="placeholder") if n.name == facts.latent)
         graph = with_predictor(graph, facts, self.policy.predictor)
-        return Capture(int(latent.meta["val"].shape[0]), graph, facts, prologue)
+        return Capture(int(latent.meta["val"].shape[0]), call, graph, facts, prologue)
 
     def _with_rows(self, batch: int, rows: int) -> Call:
         """The example call with ``rows`` batch rows in all tensors whose first dimension is ``batch``."""
