@@ -260,8 +260,13 @@ def export(
     format: Annotated[str, typer.Option(help="onnx; or aoti, which is machine code for this machine.")] = "onnx",
     opset: Annotated[int, typer.Option(help="ONNX opset.")] = 20,
     fixed_batch: Annotated[
-        bool, typer.Option("--fixed-batch", help="Accept only the batch size of the example.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--fixed-batch/--any-batch",
+            help="Accept only the batch size of the example; or refuse a model that allows no other. Default: "
+            "any batch size where the model allows it.",
+        ),
+    ] = None,
     check: Annotated[
         bool, typer.Option(help="Run each graph once, and compare it with the model.", show_default=True)
     ] = True,
@@ -285,7 +290,7 @@ def export(
                 arguments,
                 format=format,
                 opset=opset,
-                dynamic_batch=not fixed_batch,
+                dynamic_batch=None if fixed_batch is None else not fixed_batch,
                 check=check and (check_with or True),
             )
     except DucaError as error:

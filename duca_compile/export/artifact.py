@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -20,7 +22,7 @@ from duca_compile.core.ir import Branch
 from duca_compile.core.outputs import OutputLayout
 from duca_compile.core.ports import CACHES, argument_name, named_input
 from duca_compile.errors import ExportError, UsageError, missing_package
-from duca_compile.export.batch import OpenGraph
+from duca_compile.export.batch import BatchError, OpenGraph
 from duca_compile.export.check import Written
 from duca_compile.export.check import check as check_graphs
 from duca_compile.export.trace import Traced
@@ -40,7 +42,7 @@ def save(
     num_inference_steps: int | None = None,
     format: str = "onnx",
     opset: int = 20,
-    dynamic_batch: bool = True,
+    dynamic_batch: bool | None = None,
     check: bool | str = True,
 ) -> Manifest:
     """Exports an optimized model to a new folder, which ``duca_compile.load`` runs.
@@ -55,7 +57,8 @@ def save(
         num_inference_steps: the number of steps of a request, if ``optimize`` was not given it.
         format: "onnx", a file for each graph, or "aoti", one package that AOTInductor compiles for this machine.
         opset: the version of ONNX's operators. From 23 on, attention and RMS norms are single operators.
-        dynamic_batch: whether calls may have any batch size; otherwise only that of the example.
+        dynamic_batch: whether calls may have any batch size; otherwise only that of the example. None means any batch
+            size where the model allows it, else that of the example, with a warning.
         check: whether to run each graph once on the example's values, in ONNX Runtime on the CPU or in AOTInductor's
             code, and to compare it with the eager graph; or the name of another engine that is to do so: "openvino".
 
@@ -78,21 +81,37 @@ def save(
         raise UsageError(f"format={format!r} is unknown; choose one of {tuple(WRITERS)}")
     engine = _checking_engine(check, format)
     make = WRITERS[format]()
-    traced = Traced(model, example, num_inference_steps, dynamic_batch)
+
+    def attempt(dynamic: bool) -> Manifest:
+        traced = Traced(model, example, num_inference_steps, dynamic)
+        with _new_folder(target) as temporary:
+            written = _write(traced, make(temporary, opset), temporary)
+            if engine is not None:
+                check_graphs(written, traced.calls(), engine)
+            (temporary / FILE).write_text(written.manifest.dumps(), "utf-8")
+        return written.manifest
+
+    try:
+        return attempt(dynamic_batch is not False)
+    except BatchError as error:
+        if dynamic_batch is not None:
+            raise ExportError(
+                f"{error}. To export for the batch size of the example, leave dynamic_batch out"
+            ) from error
+        warnings.warn(f"the artifact takes the batch size of the example only: {error}", RuntimeWarning, stacklevel=2)
+    return attempt(False)
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes ``target`` at the end; an error leaves nothing."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
-        written = _write(traced, make(temporary, opset), temporary)
-        _check(written.manifest)
-        if engine is not None:
-            check_graphs(written, traced.calls(), engine)
-        (temporary / FILE).write_text(written.manifest.dumps(), "utf-8")
+        yield temporary
         os.rename(temporary, target)
-    except ImpossibleError as error:
-        raise ExportError(f"{type(traced.model).__name__} does not fit into an artifact: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return written.manifest
 
 
 def _checking_engine(check: bool | str, format: str) -> str | None:
@@ -105,13 +124,6 @@ def _checking_engine(check: bool | str, format: str) -> str | None:
             "TensorRT's engines are built later, of what was checked otherwise"
         )
     return check
-
-
-def _check(written: Manifest) -> None:
-    """Raises ImpossibleError where ``load`` would refuse the artifact."""
-    problem = next(manifest.problems(written), None)
-    if problem is not None:
-        raise ImpossibleError(problem)
 
 
 class Writer(Protocol):
@@ -173,7 +185,13 @@ def _write(traced: Traced, writer: Writer, folder: Path) -> Written:
     look = None if schedule.look is None else schedule.look.variant
     steps = sorted(traced.variants.values(), key=lambda variant: variant.name != look)
     graphs = [prologue, *rows.values(), *(variant.graph for variant in steps)]
-    described = _describe(traced, writer, schedule, variants, files, weights)
+    try:
+        described = _describe(traced, writer, schedule, variants, files, weights)
+        problem = next(manifest.problems(described), None)  # with which load would refuse it
+    except ImpossibleError as error:
+        problem = str(error)
+    if problem is not None:
+        raise ExportError(f"{type(traced.model).__name__} does not fit into an artifact: {problem}")
     return Written(folder, described, graphs, writer.translations)
 
 
@@ -243,6 +261,7 @@ def _signature(traced: Traced) -> manifest.Signature:
         latent=argument_name(traced.facts.latent),
         timestep=argument_name(traced.facts.timestep),
         result=_result(captured.output),
+        fixed=traced.fixed,
     )
 
 
