@@ -21,8 +21,8 @@ import typer.main
 from torch import Tensor, nn
 
 import duca_compile
-from duca_compile.passes.base import CachingPass, Pass
-from duca_compile.passes.pipeline import PREPARE, REWRITE
+from duca_compile.passes.base import CachingPass, Pass, PortablePass
+from duca_compile.passes.pipeline import FOR_EXPORT, PREPARE, REWRITE
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -87,6 +87,8 @@ def passes() -> str:
     """The page of passes with its tables."""
     head = ["| pass | kind | file | what it does |", "|---|---|---|---|"]
     first = ["## Once for each capture", "", *head, *map(of_pass, PREPARE), ""]
+    portable = [each for each in FOR_EXPORT if isinstance(each, PortablePass)]
+    first += ["## Once for each capture that is exported", "", *head, *map(of_pass, portable), ""]
     return filled(PASSES, [*first, "## For each variant", "", *head, *map(of_pass, REWRITE)])
 
 
@@ -96,7 +98,8 @@ def of_pass(each: Pass[Any]) -> str:
     assert module.__doc__ is not None
     assert module.__file__ is not None
     path = Path(module.__file__).relative_to(ROOT / "duca_compile")
-    kind = "caching" if isinstance(each, CachingPass) else "exact"
+    kinds = ((CachingPass, "caching"), (PortablePass, "portable"))
+    kind = next((name for cls, name in kinds if isinstance(each, cls)), "exact")
     return f"| `{type(each).__name__}` | {kind} | `{path}` | {module.__doc__.splitlines()[0].rstrip('.')} |"
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import duca_compile
@@ -364,6 +365,47 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(
     with pytest.raises(ExportError, match="graph 'prologue' has no ONNX form: no such operator"):
         export(model, tmp_path / "a")
     assert not list(tmp_path.iterdir())
+
+
+class ReadsLength(nn.Module):
+    """Cuts its labels to the length of a mask, which it reads in Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_dit(layers=1)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, mask: Tensor) -> Tensor:
+        length = int(mask.sum())
+        return self.inner(hidden_states, timestep, class_labels[:, :length].sum(1)).sample
+
+
+def test_values_that_forward_reads_are_fixed_and_checked(tmp_path: Path) -> None:
+    model = duca_compile.optimize(ReadsLength().eval(), "none", "eager", 2)
+    call = example(2) | {
+        "class_labels": torch.tensor([[1, 2, 3], [0, 1, 4]]),
+        "mask": torch.tensor([True, True, False]),
+    }
+    with pytest.raises(
+        ExportError, match=r"reads 'mask' in Python at .*test_export\.py:\d+, .* leave dynamic_batch out"
+    ):
+        duca_compile.save(model, tmp_path / "a", call, dynamic_batch=True)
+    with pytest.warns(RuntimeWarning, match="takes the batch size of the example only: ReadsLength.forward reads"):
+        found = duca_compile.save(model, tmp_path / "a", call)
+    assert [*found.signature.fixed] == ["mask"]
+    artifact = duca_compile.load(tmp_path / "a", threads=1)
+    for given in (call, {name: tensor.numpy() for name, tensor in call.items()}):
+        with torch.no_grad():
+            assert torch.allclose(torch.as_tensor(artifact(**given)), model(**call), atol=1e-6)
+    with pytest.raises(UsageError, match="mask has other values than at export"):
+        artifact(**call | {"mask": torch.tensor([True, False, False])})
+    with pytest.raises(UsageError, match=r"which is .* for a batch of 2"):
+        artifact(**call | {"hidden_states": torch.zeros(3, 2, 8, 8)})
+    with pytest.raises(ArtifactError, match="fixed: there is no argument 'nothing'"):
+        Manifest.loads(found.dumps().replace('"mask": "', '"nothing": "'))
+
+
+def test_a_manifest_without_fixed_values_is_as_it_was(folder: Path) -> None:
+    assert "fixed" not in json.loads((folder / "manifest.json").read_text())["signature"]
 
 
 def test_the_command_line_exports_and_inspects(folder: Path) -> None:

@@ -260,8 +260,19 @@ def export(
     format: Annotated[str, typer.Option(help="onnx; or aoti, which is machine code for this machine.")] = "onnx",
     opset: Annotated[int, typer.Option(help="ONNX opset.")] = 20,
     fixed_batch: Annotated[
-        bool, typer.Option("--fixed-batch", help="Accept only the batch size of the example.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--fixed-batch/--any-batch",
+            help="Accept only the batch size of the example; or refuse a model that allows no other. Default: "
+            "any batch size where the model allows it.",
+        ),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option(help="Run each graph once, and compare it with the model.", show_default=True)
+    ] = True,
+    check_with: Annotated[
+        str | None, typer.Option(help="Engine of that check: onnxruntime, openvino; or aoti for that format.")
+    ] = None,
 ) -> None:
     """Export a model and a policy as an artifact, which runs without the model and, in onnx format, without torch."""
     from duca_compile.api import optimize
@@ -273,7 +284,15 @@ def export(
         model, arguments = _embedded("cpu") if target is None else _load_target(target)
         with console.status("exporting"):
             optimized = optimize(model, chosen, "eager", steps)
-            manifest = save(optimized, out, arguments, format=format, opset=opset, dynamic_batch=not fixed_batch)
+            manifest = save(
+                optimized,
+                out,
+                arguments,
+                format=format,
+                opset=opset,
+                dynamic_batch=None if fixed_batch is None else not fixed_batch,
+                check=check and (check_with or True),
+            )
     except DucaError as error:
         _fail(error)
     console.print(describe(manifest))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import namedtuple
 from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from numbers import Integral, Real
 from typing import Any
 
@@ -26,6 +27,9 @@ class Binder:
         # By the name of the input: its spec, and the argument as messages show it.
         self._inputs = {each.input: (specs[each.input], _shown(each.path)) for each in self._arguments}
         self._tensors = {argument.path for argument in manifest.signature.arguments}
+        self._fixed = manifest.signature.fixed
+        # By the name of the input, where only its values count: it may be no input of a graph.
+        self._read = [argument for argument in manifest.signature.arguments if argument.input in self._fixed]
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, Array], int]:
         """The tensors of one call by input, and its batch size. Raises UsageError if the arguments do not fit."""
@@ -36,10 +40,20 @@ class Binder:
         if len(call) < len(args) + len(kwargs):
             raise UsageError("an argument is given twice, by position and by name")
         self._check_options(call)
+        self._check_fixed(call)
         values = {argument.input: _follow(call, argument.path) for argument in self._arguments}
         values[self._latent.name] = _contiguous(values[self._latent.name])
         batch = self._batch(values[self._latent.name])
         return {name: _checked(*self._inputs[name], value, batch) for name, value in values.items()}, batch
+
+    def _check_fixed(self, call: Mapping[str, Any]) -> None:
+        """Raises UsageError if an argument that forward reads in Python has other values than at export."""
+        for argument in self._read:
+            if content_hash(_follow(call, argument.path)) != self._fixed[argument.input]:
+                raise UsageError(
+                    f"{_shown(argument.path)} has other values than at export. The model's Python code reads them, so "
+                    "the artifact is for those values alone: export the model again with these"
+                )
 
     def _batch(self, latent: Array) -> int:
         first = self._latent.shape[0]
@@ -60,6 +74,15 @@ class Binder:
             exported = self._signature.options[name]
             if value != exported:
                 raise UsageError(f"{name}={value!r}: the artifact was exported with {exported!r}, which is fixed")
+
+
+def content_hash(value: Any) -> str:
+    """The hash of the type, the shape and the values of an array, or of a torch tensor, which gives the same."""
+    array = _contiguous(value)
+    if not isinstance(array, np.ndarray):
+        array = array.cpu().numpy()
+    kind = f"{array.dtype} {array.shape}".encode()
+    return sha256(kind + array.tobytes()).hexdigest()
 
 
 def _leaves(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[tuple[str | int, ...], Any]]:

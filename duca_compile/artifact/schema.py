@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, field, fields, is_dataclass
 from enum import Enum
 from functools import cached_property
 from keyword import iskeyword
@@ -379,6 +379,7 @@ class Signature:
         result: the structure of what is returned: ``{"output": index of an output}``, ``{"value": constant}``, or
             ``{"type": name, "items": parts}``, with ``"names"`` of the parts where they have some.
         more_latents: further inputs that are denoised.
+        fixed: the hashes of tensors, by input, whose values the graphs are built for; see ``binder.content_hash``.
     """
 
     parameters: tuple[str, ...]
@@ -388,8 +389,13 @@ class Signature:
     timestep: str
     result: Any
     more_latents: tuple[str, ...] = ()
+    fixed: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, digest in self.fixed.items():
+            _need(bool(_HASH.fullmatch(digest)), f"fixed.{name}: {digest!r} is no SHA-256")
+        unknown = self.fixed.keys() - {argument.input for argument in self.arguments}
+        _need(not unknown, f"fixed: there is no argument {min(unknown, default='')!r}")
         _need_unique(self.parameters, "parameters")
         _need_unique([argument.path for argument in self.arguments], "arguments")
         _need_unique([argument.input for argument in self.arguments], "arguments")
@@ -455,12 +461,17 @@ class Source:
     config: dict[str, Any]
 
 
+def _is_left_out(value: Any, each: Field[Any]) -> bool:
+    """Whether a field has its default, and is one that older versions do not know."""
+    return each.default_factory is dict and not getattr(value, each.name)
+
+
 def plain(value: Any) -> Any:
     """``value`` in JSON's types."""
     if isinstance(value, Size):
         return str(value)
     if is_dataclass(value):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+        return {each.name: plain(getattr(value, each.name)) for each in fields(value) if not _is_left_out(value, each)}
     if isinstance(value, Mapping):
         return {key: plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
@@ -26,6 +26,7 @@ from duca_compile.frontend.capture import capture
 from duca_compile.frontend.compiled_parts import uncompiled
 from duca_compile.frontend.opaque import READS_CHANGING_VALUES
 from duca_compile.frontend.side_effects import WritesToArguments, track_side_effects
+from duca_compile.passes.base import Draft, Pass
 from duca_compile.passes.pipeline import prepare
 from duca_compile.runtime.dispatcher import Hoister
 from duca_compile.runtime.torch.prologue import Prologue
@@ -42,6 +43,7 @@ def analyze_call(
     known: Mapping[str, str] = _NONE,
     careful: bool = False,
     exact: bool = True,
+    passes: Sequence[Pass[Draft]] = (),
 ) -> tuple[CapturedGraph, Facts, Prologue]:
     """Captures one call of ``model`` and analyses it; the token analysis is checked on the call's values.
 
@@ -53,6 +55,7 @@ def analyze_call(
             that the graph gives them.
         exact: whether PyTorch's own modules take the path in the graph that they take in eager mode; else they take
             that of plain operators, which compilers and other engines know.
+        passes: rewrites of the captured graph, after those that prepare every graph.
 
     Raises:
         CaptureError: the model cannot be captured.
@@ -60,7 +63,7 @@ def analyze_call(
         UsageError: hooks of the model reuse features already, or ``timestep`` or ``latent`` is no argument of the call.
     """
     check_caching(model)
-    options = _Options(timestep, latent, known, careful, exact)
+    options = _Options(timestep, latent, known, careful, exact, passes)
     try:
         return _analyzed(model, call, options)
     except WritesToArguments as error:
@@ -76,6 +79,7 @@ class _Options(NamedTuple):
     known: Mapping[str, str]
     careful: bool
     exact: bool
+    passes: Sequence[Pass[Draft]]
 
 
 def _analyzed(
@@ -95,8 +99,8 @@ def _analyzed(
         run = effects if exact or not fast_paths.has_fast_paths(model) else effects.repeated(model, call)
 
         def captured_with(operators: Mapping[str, str]) -> tuple[CapturedGraph, Facts]:
-            graph = prepare(capture(model, call, {**known, **effects.operators, **operators}, run, careful))
-            graph = replace(graph, writes=writes)
+            graph = capture(model, call, {**known, **effects.operators, **operators}, run, careful)
+            graph = replace(prepare(graph, options.passes), writes=writes)
             return graph, _facts(graph, options, call)
 
         captured, facts = captured_with({})

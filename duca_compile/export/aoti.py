@@ -7,7 +7,7 @@ import json
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import safetensors
 import torch
@@ -18,8 +18,12 @@ from duca_compile.artifact.manifest import Chunk, File, Graph, Pool, sha256
 from duca_compile.backends.inductor.private import compile_ahead, package
 from duca_compile.core.fx_utils import op_name
 from duca_compile.core.lock import COMPILING
-from duca_compile.errors import ExportError, first_line
+from duca_compile.errors import ExportError
 from duca_compile.export.batch import OpenGraph
+from duca_compile.export.reasons import reason
+
+if TYPE_CHECKING:
+    from duca_compile.export.onnx import Translation
 
 PACKAGE = "model.pt2"
 WEIGHTS = "weights.safetensors"
@@ -39,6 +43,7 @@ class AOTIWriter:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.versions = {"safetensors": safetensors.__version__}
+        self.translations: dict[str, Translation] = {}  # code has no values of its own that could be compared
         self._graphs: list[OpenGraph] = []
         self._code: dict[str, Any] = {}
         self._weights: dict[str, Tensor] = {}
@@ -51,7 +56,7 @@ class AOTIWriter:
             try:
                 self._code[graph.name] = compile_ahead(program.module(), graph.example(), dict(_OPTIONS))
             except Exception as error:
-                raise ExportError(f"AOTInductor cannot compile graph {graph.name!r}: {first_line(error)}") from error
+                raise ExportError(f"AOTInductor cannot compile graph {graph.name!r}: {reason(error)}") from error
         for name, value in {**program.state_dict, **program.constants}.items():
             if isinstance(value, Tensor) and not self._same(name, value):
                 raise ExportError(

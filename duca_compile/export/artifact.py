@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch.utils._pytree import MappingKey, SequenceKey, TreeSpec, tree_flatten_with_path
@@ -20,9 +22,14 @@ from duca_compile.core.ir import Branch
 from duca_compile.core.outputs import OutputLayout
 from duca_compile.core.ports import CACHES, argument_name, named_input
 from duca_compile.errors import ExportError, UsageError, missing_package
-from duca_compile.export.batch import OpenGraph
+from duca_compile.export.batch import BatchError, OpenGraph
+from duca_compile.export.check import Written
+from duca_compile.export.check import check as check_graphs
 from duca_compile.export.trace import Traced
 from duca_compile.runtime.planning import tokens_of
+
+if TYPE_CHECKING:
+    from duca_compile.export.onnx import Translation
 
 OPSETS = range(18, 25)
 
@@ -35,7 +42,8 @@ def save(
     num_inference_steps: int | None = None,
     format: str = "onnx",
     opset: int = 20,
-    dynamic_batch: bool = True,
+    dynamic_batch: bool | None = None,
+    check: bool | str = True,
 ) -> Manifest:
     """Exports an optimized model to a new folder, which ``duca_compile.load`` runs.
 
@@ -49,14 +57,19 @@ def save(
         num_inference_steps: the number of steps of a request, if ``optimize`` was not given it.
         format: "onnx", a file for each graph, or "aoti", one package that AOTInductor compiles for this machine.
         opset: the version of ONNX's operators. From 23 on, attention and RMS norms are single operators.
-        dynamic_batch: whether calls may have any batch size; otherwise only that of the example.
+        dynamic_batch: whether calls may have any batch size; otherwise only that of the example. None means any batch
+            size where the model allows it, else that of the example, with a warning.
+        check: whether to run each graph once on the example's values, in ONNX Runtime on the CPU or in AOTInductor's
+            code, and to compare it with the eager graph; or the name of another engine that is to do so: "openvino".
 
     Returns:
         The manifest.
 
     Raises:
         UsageError: the model is not optimized, ``path`` exists, or an option is impossible.
-        ExportError: the model or the policy cannot be exported; says which graph and why.
+        ExportError: the model or the policy cannot be exported, or a graph gives other values than the model; says
+            which graph and why.
+        BackendError: the engine that is to check is not installed.
         PolicyError: the policy cannot plan without ``num_inference_steps``.
     """
     target = Path(path)
@@ -66,27 +79,51 @@ def save(
         raise UsageError(f"opset={opset!r} is invalid: it must be from {OPSETS[0]} to {OPSETS[-1]}")
     if format not in WRITERS:
         raise UsageError(f"format={format!r} is unknown; choose one of {tuple(WRITERS)}")
+    engine = _checking_engine(check, format)
     make = WRITERS[format]()
-    traced = Traced(model, example, num_inference_steps, dynamic_batch)
+
+    def attempt(dynamic: bool) -> Manifest:
+        traced = Traced(model, example, num_inference_steps, dynamic)
+        with _new_folder(target) as temporary:
+            written = _write(traced, make(temporary, opset), temporary)
+            if engine is not None:
+                check_graphs(written, traced.calls(), engine)
+            (temporary / FILE).write_text(written.manifest.dumps(), "utf-8")
+        return written.manifest
+
+    try:
+        return attempt(dynamic_batch is not False)
+    except BatchError as error:
+        if dynamic_batch is not None:
+            raise ExportError(
+                f"{error}. To export for the batch size of the example, leave dynamic_batch out"
+            ) from error
+        warnings.warn(f"the artifact takes the batch size of the example only: {error}", RuntimeWarning, stacklevel=2)
+    return attempt(False)
+
+
+@contextmanager
+def _new_folder(target: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes ``target`` at the end; an error leaves nothing."""
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
     try:
-        written = _write(traced, make(temporary, opset))
-        _check(written)
-        (temporary / FILE).write_text(written.dumps(), "utf-8")
+        yield temporary
         os.rename(temporary, target)
-    except ImpossibleError as error:
-        raise ExportError(f"{type(traced.model).__name__} does not fit into an artifact: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return written
 
 
-def _check(written: Manifest) -> None:
-    """Raises ImpossibleError where ``load`` would refuse the artifact."""
-    problem = next(manifest.problems(written), None)
-    if problem is not None:
-        raise ImpossibleError(problem)
+def _checking_engine(check: bool | str, format: str) -> str | None:
+    """The engine that is to check the graphs. Raises UsageError where there is none of this name."""
+    if isinstance(check, bool):
+        return CHECKED_BY[format][0] if check else None
+    if check not in CHECKED_BY[format]:
+        raise UsageError(
+            f"check={check!r} is impossible: graphs of format {format!r} can be checked with {CHECKED_BY[format]}; "
+            "TensorRT's engines are built later, of what was checked otherwise"
+        )
+    return check
 
 
 class Writer(Protocol):
@@ -103,6 +140,10 @@ class Writer(Protocol):
     @property
     def versions(self) -> Mapping[str, str]:
         """The versions of the packages that write the graphs."""
+
+    @property
+    def translations(self) -> Mapping[str, Translation]:
+        """What the graphs were translated from, by name, where files hold values that can be compared."""
 
     def add(self, graph: OpenGraph) -> None:
         """Writes a graph. Raises ExportError where it cannot be expressed in the format."""
@@ -124,21 +165,44 @@ def _aoti() -> Callable[[Path, int], Writer]:
 
 
 WRITERS = {"onnx": _onnx, "aoti": _aoti}
+CHECKED_BY = {"onnx": ("onnxruntime", "openvino"), "aoti": ("aoti",)}  # the engines that run here; the first by default
 
 
-def _write(traced: Traced, writer: Writer) -> Manifest:
+def _write(traced: Traced, writer: Writer, folder: Path) -> Written:
+    """Writes all graphs."""
     schedule = traced.schedule()
-    writer.add(traced.prologue())
-    rows: dict[frozenset[str], str] = {}  # the graphs that compute timestep-only values, by the values
+    prologue, rows = traced.prologue(), dict[frozenset[str], OpenGraph]()  # the latter by the values that they compute
+    writer.add(prologue)
     variants: dict[str, manifest.Variant] = {}
     for name, variant in traced.variants.items():
         writer.add(variant.graph)
         pieces = variant.pieces
         if pieces and pieces not in rows:
-            rows[pieces] = f"rows-{name}"
-            writer.add(traced.rows(rows[pieces], pieces))
-        variants[name] = variant.describe(traced.facts, rows.get(pieces))
-    graphs, weights = writer.close()
+            rows[pieces] = traced.rows(f"rows-{name}", pieces)
+            writer.add(rows[pieces])
+        variants[name] = variant.describe(traced.facts, rows[pieces].name if pieces else None)
+    files, weights = writer.close()
+    look = None if schedule.look is None else schedule.look.variant
+    steps = sorted(traced.variants.values(), key=lambda variant: variant.name != look)
+    graphs = [prologue, *rows.values(), *(variant.graph for variant in steps)]
+    try:
+        described = _describe(traced, writer, schedule, variants, files, weights)
+        problem = next(manifest.problems(described), None)  # with which load would refuse it
+    except ImpossibleError as error:
+        problem = str(error)
+    if problem is not None:
+        raise ExportError(f"{type(traced.model).__name__} does not fit into an artifact: {problem}")
+    return Written(folder, described, graphs, writer.translations)
+
+
+def _describe(
+    traced: Traced,
+    writer: Writer,
+    schedule: manifest.Schedule,
+    variants: dict[str, manifest.Variant],
+    graphs: dict[str, manifest.Graph],
+    weights: manifest.Pool,
+) -> Manifest:
     read = {spec.name: spec for graph in graphs.values() for spec in graph.inputs}
     arguments = set(map(argument_name, traced.one.graph.inputs))
     caches = [spec for name, spec in read.items() if name not in arguments and _is_cache(name)]
@@ -198,6 +262,7 @@ def _signature(traced: Traced) -> manifest.Signature:
         timestep=argument_name(facts.timestep),
         result=_result(captured.output),
         more_latents=tuple(map(argument_name, sorted(facts.changing - {facts.latent, facts.timestep}))),
+        fixed=traced.fixed,
     )
 
 

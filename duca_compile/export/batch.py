@@ -8,21 +8,30 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import Dim
 
 from duca_compile.artifact.manifest import BATCH, Size, TensorSpec
-from duca_compile.core.fx_utils import copy_graph
-from duca_compile.core.ports import Port
-from duca_compile.errors import ExportError, InternalError, first_line
+from duca_compile.core.fx_utils import add_placeholder, copy_graph
+from duca_compile.core.ports import Port, argument
+from duca_compile.errors import ExportError, InternalError
+from duca_compile.export.reasons import describe, reason
 from duca_compile.passes.base import returned
 
 aten = torch.ops.aten
+
+
+class BatchError(ExportError):
+    """The batch size of a graph cannot be left open; with that of the example, the model may well be exported."""
+
+
+class NoBatchError(BatchError):
+    """Something in a graph depends on the batch size, and none of its inputs has it."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,8 @@ class OpenGraph:
     """A graph of flat tensors with a dynamic batch size and dynamic numbers of recomputed tokens.
 
     It has no side effects: what a variant writes in place is an output here. ``in_place`` maps the names of these
-    outputs to those of the inputs whose memory they may take, since nothing else reads it.
+    outputs to those of the inputs whose memory they may take, since nothing else reads it. ``seen`` holds the captures
+    that it was made from.
     """
 
     name: str
@@ -38,6 +48,7 @@ class OpenGraph:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     in_place: Mapping[str, str]
+    seen: tuple[Seen, Seen]
 
     def example(self) -> tuple[Tensor, ...]:
         """Zeros with the shapes and dtypes of the inputs, at the first captured batch size."""
@@ -48,7 +59,7 @@ class OpenGraph:
         """The graph as a program of torch.export, with symbolic sizes.
 
         Raises:
-            ExportError: an operator fixes one of the sizes.
+            BatchError: an operator fixes one of the sizes.
         """
         known: dict[str, Any] = {}
         shapes = [
@@ -56,10 +67,32 @@ class OpenGraph:
             for spec in self.inputs
         ]
         try:
-            with torch.no_grad():
-                return torch.export.export(self.module, self.example(), dynamic_shapes=tuple(shapes), strict=False)
+            return _export(self.module, self.example(), tuple(shapes))
         except Exception as error:
-            raise ExportError(f"graph {self.name!r}: its sizes cannot be dynamic: {first_line(error)}") from error
+            cause = self._failure(tuple(shapes)) or error
+            raise BatchError(f"graph {self.name!r}: its sizes cannot be dynamic: {reason(cause)}") from error
+
+    def _failure(self, shapes: tuple[Any, ...]) -> Exception | None:
+        """What fails when each node is run by itself, which tells the node."""
+        try:
+            _export(_NodeByNode(self.module), self.example(), (shapes,))
+        except Exception as error:
+            return error
+        return None
+
+
+def _export(module: nn.Module, example: tuple[Tensor, ...], shapes: tuple[Any, ...]) -> torch.export.ExportedProgram:
+    with torch.no_grad():
+        return torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
+
+
+class _NodeByNode(nn.Module):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return fx.Interpreter(self.module).run(*inputs)
 
 
 def _device(kind: Tensor) -> torch.device:
@@ -83,6 +116,14 @@ class Seen:
     outputs: tuple[str, ...]
     dynamic: frozenset[str] = frozenset()  # inputs whose second dimension is a number of tokens
 
+    def reading(self, name: str, like: Tensor) -> Seen:
+        """The same with one more input, which nothing in the graph reads."""
+        graph = copy_graph(self.module.graph)
+        first = next(iter(graph.nodes))
+        with graph.inserting_before(first):
+            add_placeholder(graph, argument(name), like)
+        return replace(self, module=fx.GraphModule(self.module, graph), inputs=(name, *self.inputs))
+
     @staticmethod
     def of(
         batch: int,
@@ -100,16 +141,14 @@ def open_graph(name: str, one: Seen, other: Seen) -> OpenGraph:
     """The one graph behind two captures at different batch sizes. If the sizes are equal, they stay numbers.
 
     Raises:
-        ExportError: the two are not the same graph, or something other than a size depends on the batch.
+        BatchError: the two are not the same graph, or something other than a size depends on the batch.
     """
     one_nodes, other_nodes = list(one.module.graph.nodes), list(other.module.graph.nodes)
     if [(n.op, n.target) for n in one_nodes] != [(n.op, n.target) for n in other_nodes]:
-        raise ExportError(f"graph {name!r} has different operators at batch size {one.batch} and {other.batch}")
+        raise BatchError(f"graph {name!r} has different operators at batch size {one.batch} and {other.batch}")
     fit = Fit(name, one.batch, other.batch)
     counterparts = {n.name: n for n in other_nodes}
-    for node in one_nodes:
-        if node.op == "get_attr":
-            fit.same_constant(str(node.target), one.module, other.module)
+    constants = {n.name: fit.constant(n, one.module, other.module) for n in one_nodes if n.op == "get_attr"}
     graph = copy_graph(one.module.graph)
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     names = dict(zip(inputs, one.inputs, strict=True))
@@ -118,6 +157,8 @@ def open_graph(name: str, one: Seen, other: Seen) -> OpenGraph:
     for node in list(graph.nodes):
         if node.name not in counterparts or node.op == "placeholder":
             continue
+        if (repeats := constants.get(node.name)) is not None:
+            repeats.insert(graph, node, expressions.node(Size(BATCH)))
         counterpart = counterparts[node.name]
         node.args = fit.merge(node.args, counterpart.args, expressions.node)
         node.kwargs = fit.merge(node.kwargs, counterpart.kwargs, expressions.node)
@@ -131,6 +172,7 @@ def open_graph(name: str, one: Seen, other: Seen) -> OpenGraph:
         inputs=specs,
         outputs=tuple(_spec(fit, a, b, result) for result, a, b in outputs),
         in_place=in_place,
+        seen=(one, other),
     )
 
 
@@ -155,9 +197,9 @@ class Fit:
         factor, rest = divmod(other - one, growth) if growth else (0, 1)
         plus = one - factor * self._one_batch
         if rest or factor < 0 or plus < 0:
-            raise ExportError(
+            raise BatchError(
                 f"graph {self._graph!r}: a size at {place} is {one} at batch size {self._one_batch} but {other} at "
-                f"{self._other_batch}, which is not linear in it; export with one batch size (dynamic_batch=False)"
+                f"{self._other_batch}, which is not linear in it"
             )
         return Size(BATCH, factor, plus)
 
@@ -173,17 +215,54 @@ class Fit:
         if one == other:
             return one
         if type(one) is not int or type(other) is not int:
-            raise ExportError(f"graph {self._graph!r}: {one!r} becomes {other!r} at batch size {self._other_batch}")
+            raise BatchError(f"graph {self._graph!r}: {one!r} becomes {other!r} at batch size {self._other_batch}")
         size = self.size(one, other, "an argument")
         return open_size(size) if isinstance(size, Size) else size
 
-    def same_constant(self, target: str, one: fx.GraphModule, other: fx.GraphModule) -> None:
-        a, b = attrgetter(target)(one), attrgetter(target)(other)
-        if a is not b and (a.shape != b.shape or not torch.equal(a, b)):
-            raise ExportError(
-                f"graph {self._graph!r}: the constant {target!r} depends on the batch; export with one batch size "
-                "(dynamic_batch=False)"
-            )
+    def constant(self, node: fx.Node, one: fx.GraphModule, other: fx.GraphModule) -> _Repeats | None:
+        """How a constant, which may repeat with the batch rows, depends on the batch size; None where it does not."""
+        get = attrgetter(str(node.target))
+        a, b = get(one), get(other)
+        if a is b or (a.shape == b.shape and torch.equal(a, b)):
+            return None
+        repeats = _Repeats.of(a, self._one_batch)
+        if repeats is None or not torch.equal(repeats.at(a, self._other_batch), b):
+            user = next(iter(node.users), node)
+            raise BatchError(f"graph {self._graph!r}: the constant that {describe(user)} reads depends on the batch")
+        return repeats
+
+
+@dataclass(frozen=True)
+class _Repeats:
+    """A constant whose first ``length`` entries along an axis are there once for each batch row."""
+
+    axis: int
+    length: int
+
+    @staticmethod
+    def of(value: Tensor, batch: int) -> _Repeats | None:
+        for axis, size in enumerate(value.shape):
+            repeats = _Repeats(axis, size // batch)
+            if size and size % batch == 0 and torch.equal(repeats.at(value, batch), value):
+                return repeats
+        return None
+
+    def at(self, value: Tensor, batch: int) -> Tensor:
+        """The constant at another batch size."""
+        return value.narrow(self.axis, 0, self.length).repeat(self._counts(value.dim(), batch))
+
+    def insert(self, graph: fx.Graph, constant: fx.Node, batch: fx.Node) -> None:
+        """Has all that reads ``constant`` read as many repetitions of it as ``batch`` says."""
+        users = list(constant.users)
+        with graph.inserting_before(next(node for node in graph.nodes if node in constant.users)):
+            once = graph.call_function(aten.slice.Tensor, (constant, self.axis, 0, self.length))
+            counts = self._counts(constant.meta["val"].dim(), batch)
+            repeated = graph.call_function(aten.repeat.default, (once, counts))
+        for user in users:
+            user.replace_input_with(constant, repeated)
+
+    def _counts(self, dims: int, batch: Any) -> list[Any]:
+        return [batch if axis == self.axis else 1 for axis in range(dims)]
 
 
 class _Expressions:
@@ -209,7 +288,7 @@ class _Expressions:
         plain = Size(BATCH)
         if plain not in self._nodes:
             if not self._sources:
-                raise ExportError("a size depends on the batch, but no input of the graph does")
+                raise NoBatchError("a size depends on the batch, but no input of the graph does")
             size, node, axis = min(self._sources, key=lambda source: (source[0].factor, source[0].plus))
             self._nodes[plain] = self._add(aten.sym_size.int, node, axis)
             if size.plus:

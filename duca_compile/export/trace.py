@@ -12,20 +12,21 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from duca_compile.artifact import manifest
+from duca_compile.artifact.binder import content_hash
 from duca_compile.compiler.analyze import analyze_call
 from duca_compile.compiler.budget import CacheOptions
 from duca_compile.compiler.checks import check_model
 from duca_compile.compiler.precompute import make_rows
 from duca_compile.core.ir import CapturedGraph, Facts
-from duca_compile.core.ports import argument
+from duca_compile.core.ports import argument, argument_name
 from duca_compile.core.steps import Step, StepKind
 from duca_compile.core.variants import Action, Variant, VariantSpec
 from duca_compile.drop_in import WARM_UP_HORIZON, OptimizedModel
-from duca_compile.errors import ExportError, UsageError
-from duca_compile.export.batch import Fit, OpenGraph, Seen, open_graph
+from duca_compile.errors import CaptureError, ExportError, UsageError
+from duca_compile.export.batch import BatchError, Fit, NoBatchError, OpenGraph, Seen, open_graph
 from duca_compile.frontend.binder import Binder, Call
 from duca_compile.passes.caching.predict import with_predictor
-from duca_compile.passes.pipeline import build_variant
+from duca_compile.passes.pipeline import FOR_EXPORT, build_variant
 from duca_compile.policies.adaptive import AdaptivePolicy
 from duca_compile.policies.base import Policy
 from duca_compile.policies.checks import check_whole
@@ -38,9 +39,15 @@ class Capture:
     """The model captured at one batch size."""
 
     batch: int
+    call: Call
     graph: CapturedGraph
     facts: Facts
     prologue: Prologue
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The call's tensors by their inputs."""
+        return dict(zip(map(argument_name, self.graph.inputs), self.call.tensors, strict=True))
 
     def seen_prologue(self) -> Seen:
         inputs = tuple(map(argument, self.prologue.inputs))
@@ -64,7 +71,8 @@ class Traced:
 
     Raises:
         UsageError: ``model`` is not an optimized model, is in training mode, or has cache options.
-        ExportError: its graph is not valid for other calls, or the policy decides by a rule that no runtime knows.
+        BatchError: its graph is not valid for other batch sizes.
+        ExportError: it cannot be exported, or the policy decides by a rule that no runtime knows.
         PolicyError: the policy cannot plan without ``num_inference_steps``, or the model cannot serve it.
     """
 
@@ -90,9 +98,9 @@ class Traced:
         self.one = self.other = capture
         if dynamic_batch:
             if capture.batch == 1:  # torch treats a size of 1 as a constant
-                self.one = self._capture(self._with_rows(capture.batch, 2))
+                self.one = self._resized(capture.batch, 2)
             # An odd multiple, so that the same powers of two divide both sizes, and both pack values in the same order.
-            self.other = self._capture(self._with_rows(capture.batch, 3 * self.one.batch))
+            self.other = self._resized(capture.batch, 3 * self.one.batch)
         check_selection(self.facts, self.policy)
         check_rows(self.facts, self.policy)
         self.rule = self._rule()
@@ -114,9 +122,35 @@ class Traced:
     def facts(self) -> Facts:
         return self.one.facts
 
+    def calls(self) -> dict[int, dict[str, Tensor]]:
+        """The tensors of a call by input, for each batch size."""
+        return {capture.batch: capture.tensors for capture in (self.one, self.other)}
+
+    @property
+    def fixed(self) -> dict[str, str]:
+        """The hashes of the arguments that forward reads values of in Python, for which alone the graphs are valid."""
+        captured = self.one.graph
+        places = () if captured.guards is None else captured.guards.places
+        names = [argument_name(captured.inputs[place]) for place in places]
+        return {name: content_hash(self.one.tensors[name]) for name in names}
+
     def prologue(self) -> OpenGraph:
         """Computes the loop-invariant values, once per request."""
-        return open_graph("prologue", self.one.seen_prologue(), self.other.seen_prologue())
+        one, other = self.one.seen_prologue(), self.other.seen_prologue()
+        try:
+            return open_graph("prologue", one, other)
+        except NoBatchError:
+            name = self._with_batch()
+            if name is None:
+                raise
+            seen = [part.reading(name, at.tensors[name]) for part, at in ((one, self.one), (other, self.other))]
+            return open_graph("prologue", *seen)
+
+    def _with_batch(self) -> str | None:
+        """A loop-invariant argument that has the batch size."""
+        changing = set(map(argument_name, self.facts.changing))
+        sizes = {name: tensor.shape[:1] for name, tensor in self.one.tensors.items() if name not in changing}
+        return next((name for name, size in sizes.items() if self.other.tensors[name].shape[:1] != size), None)
 
     def rows(self, name: str, pieces: frozenset[str]) -> OpenGraph:
         """Computes these timestep-only values, packed as the variants read them."""
@@ -167,7 +201,9 @@ class Traced:
         return self._names[spec]
 
     def _capture(self, call: Call) -> Capture:
-        graph, facts, prologue = analyze_call(self.model, call, self._timestep, self._latent, exact=False)
+        graph, facts, prologue = analyze_call(
+            self.model, call, self._timestep, self._latent, exact=False, passes=FOR_EXPORT
+        )
         name = type(self.model).__name__
         if graph.opaque:
             raise ExportError(
@@ -184,15 +220,23 @@ class Traced:
                 f"{name}.forward writes to its argument, {graph.writes[0].label}, which an artifact does not do; "
                 "export a call for which it does not, such as one with that container filled"
             )
-        if graph.guards is not None:
-            argument, read = next(iter(graph.guarded_inputs.items()))
-            raise ExportError(
-                f"{name}.forward reads {argument!r} in Python at {read.source}, so its graph is valid for these values "
-                "only and cannot be exported; compute what it reads before the loop"
-            )
         latent = next(n for n in graph.graph.find_nodes(op="placeholder") if n.name == facts.latent)
         graph = with_predictor(graph, facts, self.policy.predictor)
-        return Capture(int(latent.meta["val"].shape[0]), graph, facts, prologue)
+        return Capture(int(latent.meta["val"].shape[0]), call, graph, facts, prologue)
+
+    def _resized(self, batch: int, rows: int) -> Capture:
+        """The model captured with another number of batch rows. Raises BatchError."""
+        name = type(self.model).__name__
+        if reads := self.one.graph.guarded_inputs:
+            argument, read = next(iter(reads.items()))
+            raise BatchError(
+                f"{name}.forward reads {argument!r} in Python at {read.source}, so its graph is valid for these values "
+                "alone, and for no other batch size"
+            )
+        try:
+            return self._capture(self._with_rows(batch, rows))
+        except CaptureError as error:
+            raise BatchError(f"{name} cannot be captured with {rows} batch rows: {error}") from error
 
     def _with_rows(self, batch: int, rows: int) -> Call:
         """The example call with ``rows`` batch rows in all tensors whose first dimension is ``batch``."""

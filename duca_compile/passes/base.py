@@ -115,5 +115,9 @@ class ExactPass(Pass[D]):
     """A rewrite that keeps every result bit for bit."""
 
 
+class PortablePass(Pass[Draft]):
+    """A rewrite for exports, into operators that more engines have; results stay the same but for rounding."""
+
+
 class CachingPass(Pass[VariantDraft]):
     """A rewrite that replaces values by cached ones, which are those of an earlier step."""

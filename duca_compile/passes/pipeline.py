@@ -39,8 +39,12 @@ from duca_compile.passes.exact.scores import EmitScores
 from duca_compile.passes.exact.shapes import StaticShapes
 from duca_compile.passes.exact.verification import VerifyForecast
 from duca_compile.passes.exact.write_last import WriteLast
+from duca_compile.passes.portable.logical_select import LogicalSelect
+from duca_compile.passes.portable.real_pairs import RealPairs
 
 PREPARE: tuple[Pass[Draft], ...] = (Clean(), StaticShapes(), Deduplicate(), RemoveDeadCode())
+# Once for each capture that is exported, before the analyses.
+FOR_EXPORT: tuple[Pass[Draft], ...] = (RealPairs(), LogicalSelect(), Deduplicate(), RemoveDeadCode())
 # Results are emitted before values are replaced, so that a replacement also reaches what is returned. Partial
 # branches come first of the replacements: their bodies are copied from the nodes that reuse leaves dead.
 REWRITE: tuple[Pass[VariantDraft], ...] = (
@@ -88,10 +92,13 @@ def run_passes(draft: D, passes: Sequence[Pass[D]], observe: Callable[[D], None]
     return draft
 
 
-def prepare(captured: CapturedGraph) -> CapturedGraph:
-    """The captured graph without trace residue and repeated expressions, for the analyses to read."""
+def prepare(captured: CapturedGraph, more: Sequence[Pass[Draft]] = ()) -> CapturedGraph:
+    """The captured graph without trace residue and repeated expressions, for the analyses to read.
+
+    ``more`` are the passes that follow.
+    """
     draft = Draft(copy_graph(captured.graph))
-    run_passes(draft, PREPARE)
+    run_passes(draft, (*PREPARE, *more))
     return replace(captured, graph=draft.graph)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from duca_compile import DuCa, ExportError
 from duca_compile.artifact.manifest import BATCH, Size
-from duca_compile.export.batch import OpenGraph, Seen, open_graph
+from duca_compile.export.batch import BatchError, OpenGraph, Seen, open_graph
 from duca_compile.export.trace import Traced
 from tests.artifacts import example, optimized, tiny_dit
 
@@ -54,6 +54,32 @@ def test_sizes_become_multiples_of_the_batch_and_a_constant() -> None:
 def test_a_graph_without_the_batch_stays_as_it_is() -> None:
     found = opened(lambda graph, x, batch: graph.call_function(aten.mul.Tensor, (x, 2.0)))
     assert [n.op for n in found.module.graph.nodes] == ["placeholder", "call_function", "output"]
+
+
+def with_constant(batch: int, constant: Tensor) -> Seen:
+    """A graph that adds a constant to its input."""
+    made = seen(batch, lambda graph, x, _: graph.call_function(aten.add.Tensor, (x, 0.0)))
+    add = next(iter(made.module.graph.find_nodes(op="call_function")))
+    with made.module.graph.inserting_before(add):
+        read = made.module.graph.get_attr("table")
+    made.module.table = constant
+    read.meta["val"], add.args = constant, (add.args[0], read)
+    made.module.recompile()
+    return made
+
+
+def test_a_constant_that_repeats_with_the_rows_is_repeated() -> None:
+    rows = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    found = open_graph("test", with_constant(2, rows.repeat(2, 1)), with_constant(6, rows.repeat(6, 1)))
+    for batch in (1, 2, 5):
+        (result,) = found.module(torch.zeros(batch, 4))
+        assert torch.equal(result, rows.repeat(batch, 1))
+
+
+def test_any_other_constant_that_depends_on_the_batch_is_refused() -> None:
+    one, other = (with_constant(batch, torch.arange(4.0 * batch).reshape(batch, 4)) for batch in (2, 6))
+    with pytest.raises(BatchError, match=r"the constant that aten\.add\.Tensor reads depends on the batch"):
+        open_graph("test", one, other)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ class OpenVINOEngine:
 
     def __init__(self, folder: Path, pool: File, threads: int | None, share_weights: bool) -> None:
         self._folder = folder
-        self._pool = np.memmap(inside(folder, pool), mode="c") if share_weights else None  # "r" is not exported
+        self._pool = np.memmap(inside(folder, pool), mode="c") if share_weights and pool.bytes else None  # not "r"
         self._core, self._options = openvino.Core(), cpu_options(threads)
 
     def function(self, name: str, graph: Graph) -> GraphFunction:

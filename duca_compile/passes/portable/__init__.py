@@ -1,0 +1,1 @@
+"""Rewrites for exports, into operators that engines other than PyTorch have."""

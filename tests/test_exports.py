@@ -1,0 +1,22 @@
+"""Every model of the zoo exports and gives the optimized model's values in each engine, or is refused: the table."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.exports import HEAD, PAGE, exported, rows
+from tests.zoo import ZOO
+
+SAY = "run python -m tests.exports to write docs/exports.md anew"
+
+
+def test_the_table_has_a_line_for_every_model_and_none_differs() -> None:
+    assert PAGE.read_text().startswith(HEAD), SAY
+    assert list(rows()) == ["model", *ZOO], SAY
+    assert "differs" not in PAGE.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO)
+def test_a_model_exports_as_the_table_says(name: str, tmp_path: Path) -> None:
+    assert exported(ZOO[name], tmp_path).row == rows()[name], SAY
