@@ -11,12 +11,15 @@ import numpy as np
 from duca_compile.artifact.engines.base import GraphFunction, Options, is_score
 from duca_compile.artifact.manifest import Graph, Manifest, inside
 from duca_compile.core.tensors import Array
+from duca_compile.core.torch_api import check_torch
 from duca_compile.errors import ArtifactError, BackendError, first_line, missing_package
 
 with missing_package("export"):
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
+
+check_torch("artifacts of format 'aoti'")
 
 
 def open_engine(folder: Path, manifest: Manifest, options: Options) -> AOTIEngine:
