@@ -56,7 +56,11 @@ def versions(session: nox.Session, each: Versions) -> None:
         session.install("--quiet", "--no-compile", *wanted, *TESTS, "-e", ".")
         installed = json.loads(str(session.run("python", "-c", _LIST, *SHOWN, silent=True)).splitlines()[-1])
         command = ("python", "-m", "pytest", "--quiet", f"--junitxml={report}", *(session.posargs or CORE))
-        session.run(*command, success_codes=[0] if session.posargs else [0, 1], env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"})
+        session.run(
+            *command,
+            success_codes=[0] if session.posargs else [0, 1],
+            env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        )
     finally:
         shutil.rmtree(session.virtualenv.location, ignore_errors=True)
     failed = 0 if session.posargs else _record(each.name, installed, report)
@@ -78,7 +82,9 @@ def _record(name: str, installed: dict[str, str], report: Path) -> int:
     failed = int(suite.get("failures", "0")) + int(suite.get("errors", "0"))
     results = json.loads(RESULTS.read_text())
     results[name] = {**installed, "passed": total - failed - skipped, "failed": failed, "skipped": skipped}
-    RESULTS.write_text(json.dumps({each.name: results[each.name] for each in MATRIX if each.name in results}, indent=1) + "\n")
+    RESULTS.write_text(
+        json.dumps({each.name: results[each.name] for each in MATRIX if each.name in results}, indent=1) + "\n"
+    )
     PAGE.write_text(page())
     return failed
 

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import noxfile
 import pytest
 
+import noxfile
 from duca_compile.core.torch_api import OPTIONAL, PRIVATE, RUN_WITH
 
 ROOT = Path(__file__).parents[1]
@@ -99,14 +99,20 @@ def test_each_private_name_is_checked() -> None:
         if re.match(r"torch\.([a-z]\w*\.)*_[A-Za-z]", name)
     }
     assert len(found) > 20
-    unchecked = {name for name in found if not any(known.startswith(name) or name.startswith(known) for known in CHECKED)}
+    unchecked = {
+        name for name in found if not any(known.startswith(name) or name.startswith(known) for known in CHECKED)
+    }
     assert not unchecked
 
 
 @pytest.mark.parametrize(
     ("missing", "names", "eager"),
     [
-        ("torch._inductor.compile_fx:compile_fx", r"backend='inductor' .*torch\._inductor\.compile_fx\.compile_fx", True),
+        (
+            "torch._inductor.compile_fx:compile_fx",
+            r"backend='inductor' .*torch\._inductor\.compile_fx\.compile_fx",
+            True,
+        ),
         ("torch._guards:tracing", r"backend='inductor' .*torch\._guards\.tracing", True),
         ("torch._subclasses:FakeTensorMode", r"capturing a model .*torch\._subclasses\.FakeTensorMode", False),
     ],
