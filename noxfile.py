@@ -1,8 +1,8 @@
-"""The versions that are promised: ``nox`` runs the core tests with each combination, and writes docs/reference/versions.md.
+"""The versions that are promised: ``nox`` runs the core tests with each combination, and writes them to the docs.
 
 One combination: ``nox -s "versions(oldest)"``. With ``-- tests/unit`` or the like, these tests run instead, and nothing
-is written. Each combination is installed into an environment of its own, of several gigabytes where torch comes with CUDA, which is
-deleted afterwards. A Python that is not installed is skipped.
+is written. Each combination is installed into an environment of its own, of several gigabytes where torch comes with
+CUDA, which is deleted afterwards. A Python that is not installed is skipped.
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ import nox
 ROOT = Path(__file__).parent
 RESULTS, PAGE = ROOT / "docs" / "reference" / "versions.json", ROOT / "docs" / "reference" / "versions.md"
 TESTS = ("pytest", "pytest-xdist", "hypothesis")
-# The compiler's stages by themselves, the public interface with its errors, and compiled variants.
-CORE = ("tests/unit", "tests/test_errors.py", "tests/test_optimize.py", "tests/test_inductor.py")
+# The compiler's stages by themselves, compiled variants, the public interface and its errors.
+CORE = (
+    "tests/unit",
+    "tests/test_inductor.py::test_compiled_variants_agree_with_eager_ones_and_compile_once",
+    "tests/test_optimize.py",
+    "tests/test_errors.py",
+)
 SHOWN = ("torch", "diffusers", "numpy", "msgspec", "safetensors")  # packages whose versions are recorded
 TABLE = re.compile(r"(<!-- versions -->\n).*?(<!-- end -->)", re.DOTALL)
 

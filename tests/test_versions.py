@@ -23,7 +23,6 @@ PACKAGE = ROOT / "duca_compile"
 LIST = re.compile(r"(<!-- private -->\n).*?(<!-- end -->)", re.DOTALL)
 SAY = "run python -m tests.test_versions to write the page anew"
 CHECKED = {name.replace(":", ".") for names in (*PRIVATE.values(), OPTIONAL) for name in names}
-FORMAT = re.compile(r"torch\._C\._aoti|torch\._(ops|foreach_copy_|functorch)\b")  # of the public ATen, or only in text
 
 
 def page() -> str:
