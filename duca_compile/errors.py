@@ -28,7 +28,7 @@ class StructureError(DucaError):
 
 
 class BackendError(DucaError):
-    """A backend is not installed, or failed to compile a variant."""
+    """A backend, or a part of torch that it needs, is not installed, or it failed to compile a variant."""
 
 
 class ExportError(DucaError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -277,7 +278,7 @@ def stand_in(artifact: Path, built: tensorrt_build.Build, monkeypatch: pytest.Mo
         built.options,
         {
             name: tensorrt_build.BuiltEngine(
-                e.file, e.graph, e.key, e.bytes, lower(artifact / f"{name}.onnx", "float32").weights
+                e.file, e.graph, e.key, e.bytes, e.sha256, lower(artifact / f"{name}.onnx", "float32").weights
             )
             for name, e in built.engines.items()
         },
@@ -312,17 +313,13 @@ def test_engines_of_another_artifact_or_version_are_refused(
     shutil.copytree(artifact, other)
     record = other / tensorrt_build.FOLDER / tensorrt_build.RECORD
     assert tensorrt_build.read_build(record.parent)[0] == built
-    text = record.read_text()
-    record.write_text(text.replace(built.version, "1.0"))
+    record.write_text(replace(built, version="1.0").dumps())
     with pytest.raises(BackendError, match=r"were built by tensorrt_rtx 1\.0, and .* is installed"):
         tensorrt_build.read_build(record.parent)
     record.unlink()
     with pytest.raises(ArtifactError, match="build them: duca-compile build"):
         tensorrt_build.read_build(record.parent)
-    engines = {
-        name: tensorrt_build.BuiltEngine(e.file, "0" * 64, e.key, e.bytes, e.weights)
-        for name, e in built.engines.items()
-    }
+    engines = {name: replace(e, graph="0" * 64) for name, e in built.engines.items()}
     changed = tensorrt_build.Build(built.version, built.options, engines)
     monkeypatch.setattr(runtime, "read_build", lambda folder: (changed, stand_in))
     with pytest.raises(ArtifactError, match="are not of this artifact's graph 'prologue'"):

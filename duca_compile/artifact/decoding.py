@@ -13,15 +13,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import is_dataclass
 from enum import Enum
 from functools import cache
+from pathlib import Path
+from stat import S_ISREG
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
 
+from duca_compile.core.text import printable
 from duca_compile.errors import ArtifactError
 
 SCHEMA = 1  # the newest format of these files that this version reads, and the one that it writes
 MAX_DEPTH = 64  # of nested objects and lists, which recursive code reads later
 _SHOWN = 80  # characters of a wrong value that a message quotes
+_LARGEST = 2**24  # bytes of a file
 _LONGEST = 500  # characters of a message
 _MISSING = "Object missing required field "
 
@@ -33,8 +37,24 @@ class ImpossibleError(ValueError):
 
 
 def problem(file: str, what: str) -> ArtifactError:
-    """An error about the content of a file; cuts a long description short."""
-    return ArtifactError(f"{file}: {what if len(what) <= _LONGEST else f'{what[:_LONGEST]}...'}")
+    """An error about the content of a file; cuts a long description short, and shows control characters as escapes."""
+    shown = what if len(what) <= _LONGEST else f"{what[:_LONGEST]}..."
+    return ArtifactError(f"{file}: {printable(shown)}")
+
+
+def read_text(path: Path) -> str:
+    """The text of a JSON file of an artifact.
+
+    Raises:
+        OSError, ValueError: it is no regular file, is too large, or holds no text.
+    """
+    if not S_ISREG(path.stat().st_mode):  # a pipe or a device may have no end
+        raise ValueError("it is not a regular file")
+    with path.open("rb") as file:
+        data = file.read(_LARGEST + 1)
+    if len(data) > _LARGEST:
+        raise ValueError(f"it has more than {_LARGEST} bytes")
+    return data.decode("utf-8")
 
 
 def parse(text: str, file: str) -> Any:

@@ -45,13 +45,25 @@ def load(
     folder = Path(path)
     manifest = read_manifest(folder)
     check_files(folder, manifest, verify)
-    return Artifact(manifest, open_engine(backend, folder, manifest, Options(providers, threads, share_weights)))
+    return Artifact(
+        manifest, open_engine(backend, folder, manifest, Options(providers, threads, share_weights, verify))
+    )
 
 
 def check_files(folder: Path, manifest: Manifest, verify: bool = True) -> None:
-    """Raises ArtifactError where a file is missing, leaves the folder, or, with ``verify``, is not what was written."""
+    """Checks the files without an engine.
+
+    Raises:
+        ArtifactError: a file is missing, leaves the folder, is not what the manifest says, or, with ``verify``, has
+            another hash.
+    """
     for file in dict.fromkeys((manifest.weights.file, *(graph.file for graph in manifest.graphs.values()))):
         _check_file(inside(folder, file), file, verify)
+    if manifest.format == "onnx":
+        from duca_compile.artifact.onnx_files import check_onnx
+
+        for graph in manifest.graphs.values():
+            check_onnx(inside(folder, graph.file), graph, manifest.weights.file)
 
 
 def _check_file(path: Path, file: File, verify: bool) -> None:

@@ -11,12 +11,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
+from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from duca_compile.artifact.decoding import SCHEMA, decode, parse, problem
+from duca_compile.artifact.decoding import SCHEMA, decode, parse, problem, read_text
 from duca_compile.artifact.schema import (
     BATCH,
     DECIDING,
@@ -42,7 +43,7 @@ from duca_compile.artifact.schema import (
     Variant,
     plain,
 )
-from duca_compile.core.ports import FULL_ROWS, PROBE_CHANGE, VERIFY_ERROR, PortKind, named_result
+from duca_compile.core.ports import FULL_ROWS, PROBE_CHANGE, VERIFY_ERROR, Port, PortKind, named_input, named_result
 from duca_compile.core.steps import Probe
 from duca_compile.errors import ArtifactError
 from duca_compile.policies.adaptive import AdaptivePolicy
@@ -77,7 +78,6 @@ __all__ = [
     "sha256",
 ]
 
-_LARGEST = 2**26  # bytes of a manifest
 _GRAPH_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")  # names of files are made of it
 
 
@@ -130,12 +130,9 @@ class Manifest:
 
 def read_manifest(folder: Path) -> Manifest:
     """The manifest in a folder. Raises ArtifactError where there is none, or it is wrong."""
-    path = folder / FILE
+    path = inside(folder, FILE)
     try:
-        size = path.stat().st_size
-        if size > _LARGEST:
-            raise ArtifactError(f"{path} has {size} bytes, and a manifest has {_LARGEST} at most")
-        text = path.read_text("utf-8")
+        text = read_text(path)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{folder} is no artifact: cannot read {path}: {error}") from error
     return Manifest.loads(text)
@@ -223,11 +220,20 @@ def _problems_of_branches(manifest: Manifest) -> Iterator[str]:
     if len({branch.index for branch in manifest.branches}) < len(manifest.branches):
         yield "branches: two have the same index"
     selection = manifest.policy.selection
+    numbers = {port.of: prod(spec.at(1)) for spec in manifest.caches if (port := _branch_cache(spec.name)) is not None}
     for branch in manifest.branches:
+        held = numbers.get(branch.index)
+        if held is not None and held < branch.tokens:
+            yield f"branches: branch {branch.index} has {branch.tokens} tokens, and its cache {held} numbers"
         if selection is None or not selection.patch_bonus or branch.grid is None:
             continue
         if any(size % selection.patch for size in branch.grid[-2:]):
             yield f"branches: patches of {selection.patch} do not tile the grid {branch.grid} of branch {branch.index}"
+
+
+def _branch_cache(name: str) -> Port | None:
+    port = named_input(name)
+    return port if port is not None and port.kind is PortKind.BRANCH else None
 
 
 def _names_without_branches(manifest: Manifest) -> Iterator[str]:

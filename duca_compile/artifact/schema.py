@@ -10,6 +10,7 @@ from functools import cached_property
 from keyword import iskeyword
 from math import prod
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from unicodedata import normalize
 
 import numpy as np
 from msgspec import Meta
@@ -127,6 +128,7 @@ class File:
     sha256: str
 
     def __post_init__(self) -> None:
+        _need(self.path.isprintable(), f"path: {self.path!r} has characters that no file of an artifact has")
         _need(_HASH.fullmatch(self.sha256) is not None, f"sha256: {self.sha256!r} is no SHA-256")
 
 
@@ -442,7 +444,9 @@ def _check_names(kind: str, names: Any, count: int, place: str) -> None:
 
 
 def _is_name(value: Any) -> bool:
-    return isinstance(value, str) and value.isidentifier() and not iskeyword(value)
+    """Whether Python takes it as a name, and as no other: it reads look-alikes of letters as the letters."""
+    valid = isinstance(value, str) and value.isidentifier() and not iskeyword(value)
+    return valid and normalize("NFKC", value) == value
 
 
 def _output_indices(structure: Any) -> list[int]:

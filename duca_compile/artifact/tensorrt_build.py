@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from duca_compile.artifact.decoding import decode, parse
+from duca_compile.artifact.decoding import decode, parse, read_text
 from duca_compile.artifact.lowered import PRECISIONS, Weight
 from duca_compile.artifact.manifest import inside
 from duca_compile.artifact.schema import Count, Positive
@@ -16,6 +18,7 @@ from duca_compile.errors import ArtifactError, BackendError, UsageError
 LIBRARIES = ("tensorrt_rtx", "tensorrt")
 FOLDER = "tensorrt"  # in the artifact, unless another is named
 RECORD = "engines.json"
+_HASH = "sha256"  # the field of the record that holds the hash of all others
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class BuiltEngine:
     """A built graph.
 
     Attributes:
-        file: its name in the folder; ``bytes`` is its size.
+        file: its name in the folder; ``bytes`` is its size, and ``sha256`` the hash of its content.
         graph: the hash of the ONNX file.
         key: the hash of everything that it was built from.
         weights: the inputs that it has beside those of the graph.
@@ -51,6 +54,7 @@ class BuiltEngine:
     graph: str
     key: str
     bytes: Count
+    sha256: str
     weights: tuple[Weight, ...]
 
 
@@ -67,6 +71,15 @@ class Build:
         """Each weight that any engine takes, by name."""
         return {weight.name: weight for engine in self.engines.values() for weight in engine.weights}
 
+    def dumps(self) -> str:
+        """The text of ``engines.json``: the record, and its hash."""
+        content = asdict(self)
+        return json.dumps({_HASH: _hash(content), **content}, indent=1) + "\n"
+
+
+def _hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
 
 def read_build(folder: Path) -> tuple[Build, Any]:
     """The record of the engines in a folder, and the library that built them.
@@ -77,8 +90,13 @@ def read_build(folder: Path) -> tuple[Build, Any]:
     """
     path = folder / RECORD
     try:
-        build = decode(parse(path.read_text("utf-8"), RECORD), Build, RECORD)
+        inside(folder, RECORD)
+        content = parse(read_text(path), RECORD)
+        digest = content.pop(_HASH, None) if isinstance(content, dict) else None
+        build = decode(content, Build, RECORD)
         _check(build, folder)
+        if digest != _hash(content):
+            raise ValueError(f"it was changed: its {_HASH} is not that of its content")
     except (OSError, ValueError, ArtifactError) as error:
         raise ArtifactError(f"{path} is no record of engines ({error}); build them: duca-compile build") from error
     trt, library = find_library(build.options.library)
@@ -99,7 +117,12 @@ def _check(build: Build, folder: Path) -> None:
     ):
         if value not in choices:
             raise ValueError(f"options.{name} must be one of {choices}, not {value!r}")
+    if sorted(options.batch) != list(options.batch):
+        raise ValueError(f"options.batch: {options.batch} are not the smallest, the usual and the largest number")
     for graph, engine in build.engines.items():
+        differ = [weight.name for weight in engine.weights if build.weights[weight.name] != weight]
+        if differ:
+            raise ValueError(f"engines.{graph}.weights: {differ[0]!r} differs from that of another engine")
         path = inside(folder, engine.file, RECORD)
         if not path.is_file() or path.stat().st_size != engine.bytes:
             raise ValueError(f"engines.{graph}.file: {engine.file!r} is not a file of {engine.bytes} bytes there")

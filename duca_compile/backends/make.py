@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from duca_compile.backends.base import Backend
 from duca_compile.backends.eager import EagerBackend
-from duca_compile.backends.inductor.backend import InductorBackend
 from duca_compile.errors import UsageError
 
 BACKENDS = ("inductor", "openvino", "eager")
@@ -21,13 +20,15 @@ def make_backend(name: str, strict: bool, mode: str = "default") -> Backend:
 
     Raises:
         UsageError: the name or the mode is unknown.
-        BackendError: the backend's package is not installed.
+        BackendError: the backend's package is not installed, or is of a version without what the backend needs.
     """
     if mode not in MODES or (mode != "default" and name != "inductor"):
         raise UsageError(f"mode={mode!r} is unknown to backend={name!r}; inductor has {MODES}")
     if name == "eager":
         return EagerBackend()
     if name == "inductor":
+        from duca_compile.backends.inductor.backend import InductorBackend
+
         return InductorBackend(strict, mode)
     if name == "openvino":
         from duca_compile.backends.openvino import OpenVINOBackend

@@ -10,6 +10,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Column, Table
 from rich.text import Text
 
+from duca_compile.core.text import printable
+
 _BETWEEN, _EDGES = 3, 4  # characters that rich's box needs between two columns, and at both ends
 
 
@@ -27,7 +29,7 @@ class FigureTable:
 
     def add_row(self, *cells: str | Text) -> None:
         """Appends a row, of at most one cell for each column."""
-        texts = [cell if isinstance(cell, Text) else Text(cell) for cell in cells]
+        texts = [cell if isinstance(cell, Text) else Text(printable(cell)) for cell in cells]
         self._rows.append((*texts, *(Text() for _ in self._columns[len(texts) :])))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -96,7 +98,7 @@ def _labelled(values: Mapping[str, str], available: int, indent: int = 0, style:
         beside = indent + width + 2
         fits = max(map(len, value.split()), default=0) <= available - beside
         below = " " * (beside if fits else indent + 2)
-        text = Text("\n".join(_wrapped(f"{' ' * indent}{name:<{width}}  {value}", available, below)))
+        text = Text("\n".join(_wrapped(f"{' ' * indent}{name:<{width}}  {printable(value)}", available, below)))
         text.stylize(style, indent, indent + len(name))
         yield text
 

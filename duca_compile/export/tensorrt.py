@@ -19,8 +19,9 @@ from typing import Any
 import onnx_ir
 from rich.progress import Progress, TaskID
 
+from duca_compile.artifact.loader import check_files
 from duca_compile.artifact.lowered import PRECISIONS, Lowered, lower
-from duca_compile.artifact.manifest import BATCH, FILE, Graph, Manifest, Size, TensorSpec, inside, read_manifest
+from duca_compile.artifact.manifest import BATCH, FILE, Graph, Manifest, Size, TensorSpec, inside, read_manifest, sha256
 from duca_compile.artifact.tensorrt_build import FOLDER, RECORD, Build, BuildOptions, BuiltEngine, find_library
 from duca_compile.core.files import atomic_write
 from duca_compile.core.ports import Port, PortKind
@@ -56,7 +57,7 @@ def build(
         BackendError: the library is missing, or fails.
         ExportError: TensorRT does not support an operator of a graph; names the module that it comes from.
         UsageError: an option is impossible, or the artifact has no ONNX graphs.
-        ArtifactError: ``artifact`` is no artifact.
+        ArtifactError: ``artifact`` is no artifact, or is damaged.
     """
     trt, name = find_library(library)
     options = BuildOptions(tuple(dict.fromkeys(map(str.lower, targets))), precision, batch, name)
@@ -65,12 +66,13 @@ def build(
     manifest = read_manifest(source)
     if manifest.format != "onnx":
         raise UsageError(f"{source} is an artifact of format {manifest.format!r}; engines are built of ONNX graphs")
+    check_files(source, manifest)
     target = source / FOLDER if folder is None else Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     builder = _Builder(trt, options, manifest, target, progress)
     engines = {graph: builder.engine(graph, inside(source, onnx.file)) for graph, onnx in manifest.graphs.items()}
     record = Build(trt.__version__, options, engines)
-    _replace(target / RECORD, (json.dumps(asdict(record), indent=1) + "\n").encode())
+    _replace(target / RECORD, record.dumps().encode())
     return record
 
 
@@ -112,7 +114,7 @@ class _Builder:
         lowered = lower(path, self._options.precision)
         if not file.exists():
             _replace(file, self._built(name, graph, lowered))
-        return BuiltEngine(file.name, graph.file.sha256, key, file.stat().st_size, lowered.weights)
+        return BuiltEngine(file.name, graph.file.sha256, key, file.stat().st_size, sha256(file), lowered.weights)
 
     def _key(self, graph: Graph) -> str:
         """The hash of everything that the engine is built from; builds from the same inputs differ in their bytes."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
+
+import numpy as np
 
 from duca_compile.artifact import manifest
 from duca_compile.core.ports import PortKind, named_result
 from duca_compile.core.tensors import Array
-from duca_compile.errors import UsageError
+from duca_compile.errors import ArtifactError, UsageError
 
 # The kinds of outputs that leave the engine; all others are only read by later steps.
 HOST = (PortKind.OUTPUT, PortKind.SCORE, PortKind.PROBE_CHANGE, PortKind.VERIFY_ERROR)
@@ -18,6 +21,15 @@ HOST = (PortKind.OUTPUT, PortKind.SCORE, PortKind.PROBE_CHANGE, PortKind.VERIFY_
 # tensors, or values that a function of the same engine returned. Outputs that HOST names are numpy arrays; those of the
 # model may be torch tensors instead.
 GraphFunction = Callable[..., Sequence[Array]]
+
+
+def map_pool(path: Path) -> np.ndarray:
+    """The bytes of the weights, mapped from their file. Raises ArtifactError where it cannot be read."""
+    try:
+        # Writable copies: read-only memory is not exported to engines. An empty file cannot be mapped.
+        return np.memmap(path, mode="c") if path.stat().st_size else np.empty(0, np.uint8)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error.strerror}; copy the artifact again") from error
 
 
 def is_for_host(result: str) -> bool:
@@ -49,6 +61,7 @@ class Options:
     providers: Sequence[str] | None = None
     threads: int | None = None
     share_weights: bool = True
+    verify: bool = True
 
     def check_no_providers(self, backend: str) -> None:
         """Raises UsageError where providers are given."""

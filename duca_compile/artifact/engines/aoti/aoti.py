@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import numpy as np
 
 from duca_compile.artifact.engines.base import GraphFunction, Options, is_score
 from duca_compile.artifact.manifest import Graph, Manifest, inside
 from duca_compile.core.tensors import Array
+from duca_compile.core.torch_api import check_torch
 from duca_compile.errors import ArtifactError, BackendError, first_line, missing_package
 
 with missing_package("export"):
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
+
+check_torch("artifacts of format 'aoti'")
 
 
 def open_engine(folder: Path, manifest: Manifest, options: Options) -> AOTIEngine:
@@ -37,7 +41,11 @@ class AOTIEngine:
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._package = inside(folder, manifest.graphs[manifest.prologue].file)
-        self._device = torch.device(self._load(manifest.prologue).get_metadata()["AOTI_DEVICE_KEY"])
+        _check_package(self._package)
+        try:
+            self._device = torch.device(self._load(manifest.prologue).get_metadata()["AOTI_DEVICE_KEY"])
+        except (KeyError, RuntimeError) as error:
+            raise ArtifactError(f"{self._package} does not say for which device it was compiled") from error
         path = inside(folder, manifest.weights.file)
         try:
             self.weights = load_file(path, device=str(self._device))
@@ -62,6 +70,26 @@ class AOTIEngine:
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
         return torch.zeros(shape, dtype=getattr(torch, dtype), device=self._device)
+
+
+def _check_package(path: Path) -> None:
+    """Raises ArtifactError where a package would unpack to more bytes than it has, or to files outside of its folder.
+
+    torch unpacks it into a temporary folder. Packages are not compressed.
+    """
+    try:
+        with ZipFile(path) as package:
+            entries = package.infolist()
+    except (BadZipFile, NotImplementedError, OSError, ValueError) as error:
+        raise ArtifactError(
+            f"{path} is no package of AOTInductor: {first_line(error)}; export the model again"
+        ) from error
+    names = [PurePosixPath(entry.filename.replace("\\", "/")) for entry in entries]
+    if any(name.is_absolute() or ".." in name.parts for name in names) or len({*names}) < len(names):
+        raise ArtifactError(f"{path} has entries that lead out of it, or the same one twice; export the model again")
+    compressed = any(entry.compress_type != ZIP_STORED for entry in entries)
+    if compressed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise ArtifactError(f"{path} would unpack to more than its own bytes; export the model again")
 
 
 class _Function:

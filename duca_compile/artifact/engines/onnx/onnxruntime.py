@@ -11,7 +11,7 @@ import numpy as np
 from duca_compile.artifact.engines.base import GraphFunction, Options, is_for_host
 from duca_compile.artifact.manifest import Graph, Manifest, inside
 from duca_compile.core.tensors import Array
-from duca_compile.errors import BackendError, UsageError, first_line, missing_package
+from duca_compile.errors import ArtifactError, BackendError, UsageError, first_line, missing_package
 
 with missing_package("export"):
     import onnxruntime as ort
@@ -54,7 +54,8 @@ class OnnxEngine:
         try:
             session = ort.InferenceSession(path, self._options, self._providers)
         except Exception as error:
-            raise BackendError(f"ONNX Runtime cannot load {path}: {first_line(error)}") from error
+            kind = ArtifactError if self._providers == [CPU] else BackendError  # others may lack a library or memory
+            raise kind(f"ONNX Runtime cannot load {path}: {first_line(error)}") from error
         missing = sorted({*self._providers} - {*session.get_providers()})
         if missing:
             raise BackendError(

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from duca_compile.artifact.engines.base import GraphFunction, Options, is_for_host
+from duca_compile.artifact.engines.base import GraphFunction, Options, is_for_host, map_pool
 from duca_compile.artifact.manifest import File, Graph, Manifest, inside
 from duca_compile.core.tensors import Array
-from duca_compile.errors import BackendError, first_line, missing_package
+from duca_compile.errors import ArtifactError, BackendError, DucaError, first_line, missing_package
 from duca_compile.runtime.openvino import InferRequests, cpu_options
 
 with missing_package("openvino"):
@@ -34,7 +34,7 @@ class OpenVINOEngine:
 
     def __init__(self, folder: Path, pool: File, threads: int | None, share_weights: bool) -> None:
         self._folder = folder
-        self._pool = np.memmap(inside(folder, pool), mode="c") if share_weights and pool.bytes else None  # not "r"
+        self._pool = map_pool(inside(folder, pool)) if share_weights else None
         self._core, self._options = openvino.Core(), cpu_options(threads)
 
     def function(self, name: str, graph: Graph) -> GraphFunction:
@@ -43,8 +43,8 @@ class OpenVINOEngine:
         for spec in graph.outputs:
             if spec.dtype == "bfloat16" and is_for_host(spec.name):
                 raise BackendError(f"{path.name} returns bfloat16, which numpy lacks; export a float32 model")
+        model, weights = self._read(path)
         try:
-            model, weights = self._read(path)
             compiled = self._core.compile_model(model, "CPU", self._options)
         except RuntimeError as error:
             raise BackendError(f"OpenVINO cannot compile {path}: {first_line(error)}") from error
@@ -52,13 +52,18 @@ class OpenVINOEngine:
 
     def _read(self, path: Path) -> tuple[Any, dict[str, Any]]:
         """The model, and the weights that are its inputs, by name."""
-        if self._pool is None:
-            return self._core.read_model(path), {}
-        with missing_package("export"):
-            from duca_compile.artifact.lowered import lower
-        lowered = lower(path, "float32")
-        weights = {w.name: openvino.Tensor(w.array(self._pool), shared_memory=True) for w in lowered.weights}
-        return self._core.read_model(lowered.serialized()), weights
+        try:
+            if self._pool is None:
+                return self._core.read_model(path), {}
+            with missing_package("export"):
+                from duca_compile.artifact.lowered import lower
+            lowered = lower(path, "float32")
+            weights = {w.name: openvino.Tensor(w.array(self._pool), shared_memory=True) for w in lowered.weights}
+            return self._core.read_model(lowered.serialized()), weights
+        except DucaError:
+            raise
+        except Exception as error:  # the readers of ONNX raise whatever a wrong file leads to
+            raise ArtifactError(f"OpenVINO cannot read {path}: {first_line(error)}") from error
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
         return np.zeros(shape, _numpy(dtype))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from duca_compile.artifact.engines.base import GraphFunction, Options, is_score
+from duca_compile.artifact.engines.base import GraphFunction, Options, is_score, map_pool
 from duca_compile.artifact.manifest import Graph, Manifest, inside
 from duca_compile.core.tensors import Array
 from duca_compile.errors import ArtifactError, BackendError, UsageError, missing_package
@@ -26,7 +27,7 @@ def open_engine(folder: Path, manifest: Manifest, options: Options) -> TensorRTE
     """TensorRT for an artifact. Raises UsageError for providers or threads, which it does not have."""
     options.check_no_providers("tensorrt")
     options.check_no_threads("tensorrt")
-    return TensorRTEngine(folder, manifest)
+    return TensorRTEngine(folder, manifest, verify=options.verify)
 
 
 class TensorRTEngine:
@@ -37,11 +38,12 @@ class TensorRTEngine:
         ArtifactError: there are no engines, they are damaged, or they are of another artifact.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, engines: Path | None = None) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, engines: Path | None = None, *, verify: bool = True) -> None:
         self._engines = folder / FOLDER if engines is None else engines
+        self._verify = verify
         self._build, self._trt = read_build(self._engines)
         self._runtime = self._trt.Runtime(self._trt.Logger(self._trt.Logger.ERROR))
-        pool = np.memmap(inside(folder, manifest.weights.file), mode="c")
+        pool = map_pool(inside(folder, manifest.weights.file))
         self._weights = {name: _on_device(weight, pool) for name, weight in self._build.weights.items()}
 
     def function(self, name: str, graph: Graph) -> GraphFunction:
@@ -51,7 +53,10 @@ class TensorRTEngine:
                 f"the engines in {self._engines} are not of this artifact's graph {name!r}; build them again: "
                 "duca-compile build"
             )
-        engine = self._runtime.deserialize_cuda_engine((self._engines / built.file).read_bytes())
+        plan = (self._engines / built.file).read_bytes()
+        if self._verify and hashlib.sha256(plan).hexdigest() != built.sha256:
+            raise ArtifactError(f"{self._engines / built.file} was changed; build it again: duca-compile build")
+        engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise BackendError(
                 f"{self._build.options.library} cannot load {built.file} here: it was built for "
