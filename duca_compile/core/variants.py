@@ -38,16 +38,23 @@ class Scores:
 
 @dataclass(frozen=True)
 class Series:
-    """What full steps keep for forecasts: differences up to ``order``.
+    """What full steps keep for forecasts: differences up to ``order``, and weighted sums over all full steps.
 
     Attributes:
-        order: the highest difference.
+        order: the highest difference. With sums and an order of 0, nothing but the sums is kept.
         of: "branches"; "inputs", branches whose forecasts are scaled by the change of their inputs (RFC); or "end",
             only the end of the stream.
+        sums: how many sums; only of the end of the stream.
     """
 
     order: int
     of: Literal["branches", "inputs", "end"] = "branches"
+    sums: int = 0
+
+    @property
+    def differences(self) -> bool:
+        """Whether differences are kept, the feature itself included."""
+        return self.order > 0 or not self.sums
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from duca_compile.passes.exact.probe import EmitProbe
 from duca_compile.passes.exact.relate import EmitRelations
 from duca_compile.passes.exact.scores import EmitScores
 from duca_compile.passes.exact.shapes import StaticShapes
+from duca_compile.passes.exact.sums import EmitSums
 from duca_compile.passes.exact.verification import VerifyForecast
 from duca_compile.passes.exact.write_last import WriteLast
 
@@ -49,6 +50,7 @@ REWRITE: tuple[Pass[VariantDraft], ...] = (
     EmitCaches(),
     EmitChanges(),
     EmitDifferences(),
+    EmitSums(),
     EmitRelations(),
     KeepRows(),
     EmitScores(),

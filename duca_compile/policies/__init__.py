@@ -8,10 +8,12 @@ from duca_compile.policies.disca import DisCa
 from duca_compile.policies.duca import DuCa
 from duca_compile.policies.fora import FORA
 from duca_compile.policies.gate import ResidualGate
+from duca_compile.policies.hicache import HiCache
 from duca_compile.policies.published import published
 from duca_compile.policies.rfc import RFC, RelationalFeatureCaching
 from duca_compile.policies.schedule import Interval, Linear
 from duca_compile.policies.speca import SpeCa
+from duca_compile.policies.spectrum import Spectrum
 from duca_compile.policies.taylorseer import TaylorSeer
 from duca_compile.policies.toca import ToCa
 from duca_compile.policies.uncached import Uncached
@@ -25,6 +27,7 @@ __all__ = [
     "DisCa",
     "DuCa",
     "Forecast",
+    "HiCache",
     "Interval",
     "Linear",
     "Policy",
@@ -33,6 +36,7 @@ __all__ = [
     "ResidualGate",
     "Selection",
     "SpeCa",
+    "Spectrum",
     "Step",
     "StepKind",
     "TaylorSeer",

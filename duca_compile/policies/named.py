@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from duca_compile.errors import PolicyError
-from duca_compile.policies import FORA, RFC, DuCa, Policy, ResidualGate, SpeCa, TaylorSeer, ToCa, Uncached
+from duca_compile.policies import FORA, RFC, DuCa, HiCache, Policy, ResidualGate, SpeCa, Spectrum, TaylorSeer, ToCa, Uncached
 
 POLICIES: dict[str, type[Policy]] = {
     "duca": DuCa,
     "fora": FORA,
     "gate": ResidualGate,
+    "hicache": HiCache,
     "none": Uncached,
     "rfc": RFC,
     "speca": SpeCa,
+    "spectrum": Spectrum,
     "taylorseer": TaylorSeer,
     "toca": ToCa,
     "uncached": Uncached,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 
 from duca_compile.errors import PolicyError
 from duca_compile.policies.checks import check_number, check_whole
@@ -119,3 +120,10 @@ class Interval:
         if self.forced is not None and self.forced[0] <= progress < self.forced[1]:
             return self.forced[2]
         return self.length if self.factor is None else max(1, round(self.length / self.factor(progress)))
+
+
+def full_after_start(first_full_steps: int, interval: int, total: int | None) -> Iterator[bool]:
+    """Whether each step is full: the first ones, and from the last of these on every ``interval``-th."""
+    last = first_full_steps - 1
+    for index in count() if total is None else range(total):
+        yield index < last or (index - last) % interval == 0

@@ -86,7 +86,8 @@ def _kept_between(policy: Policy, step: Step) -> CacheKinds:
 def _series(forecast: Forecast | None) -> Series:
     if forecast is None:
         raise PolicyError("a policy with forecast steps must say how they extrapolate: its `forecast` is None")
-    return Series(forecast.order, "end" if forecast.lite else "inputs" if forecast.relational else "branches")
+    sums = 0 if forecast.chebyshev is None else forecast.chebyshev.sums
+    return Series(forecast.order, "end" if forecast.lite else "inputs" if forecast.relational else "branches", sums)
 
 
 def _by_row(policy: Policy) -> bool:

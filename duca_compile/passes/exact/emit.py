@@ -16,7 +16,7 @@ class EmitCaches(ExactPass[VariantDraft]):
 
     Only those that later steps read are returned, as the spec says. If features are forecast, these are either the
     branches or the end, whichever the forecasts read, and the branches' inputs if their movement scales the forecasts.
-    If the change of the streams is cached, nothing is returned here.
+    If only the change of the streams or sums are cached, nothing is returned here.
     """
 
     ensures = frozenset({"caches_emitted"})
@@ -39,5 +39,7 @@ def _wanted(draft: VariantDraft) -> dict[Port, str]:
     if isinstance(spec.keeps, CacheKinds):
         restored = isinstance(spec, SkipVariant)
         return (outputs if spec.keeps.branches else {}) | (end if spec.keeps.end and not restored else {})
+    if not spec.keeps.differences:
+        return {}
     inputs = {branch.input_slot: branch.input for branch in computed}
     return {"branches": outputs, "inputs": outputs | inputs, "end": end}[spec.keeps.of]

@@ -12,13 +12,13 @@ from torch import Tensor
 from duca_compile.core.fx_utils import port_of
 from duca_compile.core.ir import Facts
 from duca_compile.core.lock import COMPILING
-from duca_compile.core.ports import CACHES, FORECAST_GAP, FULL_ROWS
+from duca_compile.core.ports import CACHES, NUMBERS
 from duca_compile.core.steps import Step, StepKind
 from duca_compile.core.variants import Action, ProbeVariant, Variant, VariantFunction, VariantSpec
 from duca_compile.policies.base import Policy
 from duca_compile.policies.end_only import EndOnly
 from duca_compile.runtime.dispatcher import Program, StepPlan
-from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
+from duca_compile.runtime.forecasting import ForecastInputs, combines_caches
 from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec, score_output, tokens_of
 from duca_compile.runtime.selection import TokenSet
 from duca_compile.runtime.torch.arrays import TorchArrays
@@ -124,9 +124,9 @@ class Programs:
 
 def _forecast_inputs(variant: Variant) -> ForecastInputs:
     kinds = {port_of(n): n.meta["val"] for n in variant.module.graph.find_nodes(op="placeholder")}
-    numbers = {port: partial(_number, kinds[port]) for port in NUMBERS if port in kinds}
+    numbers = {port: partial(_number, like) for port, like in kinds.items() if port.kind in NUMBERS}
     caches = {port: partial(_zeros, like) for port, like in kinds.items() if port.kind in CACHES}
-    compares = isinstance(variant.spec, ProbeVariant) or numbers.keys() & {FORECAST_GAP, FULL_ROWS}
+    compares = isinstance(variant.spec, ProbeVariant) or combines_caches(numbers)
     rows = max((kinds[port].numel() for port in numbers), default=1)
     return ForecastInputs(numbers, caches if compares else {}, rows)
 
