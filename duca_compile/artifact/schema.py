@@ -328,6 +328,9 @@ class Policy:
 def _check_forecast(forecast: Forecast) -> None:
     _need(0 <= forecast.order <= 4, f"forecast.order: {forecast.order} is not from 0 to 4")
     _need(0 <= forecast.first < 2**31, f"forecast.first: {forecast.first} is no step")
+    _need(1 <= forecast.least < 2**31, f"forecast.least: {forecast.least} is no number of full steps")
+    _need(forecast.chebyshev is None or forecast.lite, "forecast.chebyshev: the series is of the stream's end alone")
+    _need(abs(forecast.hermite or 0) < 1e30, f"forecast.hermite: {forecast.hermite} is no scale")
     for i, measured in enumerate(forecast.measured):
         if measured is not None:
             place = f"forecast.measured[{i}]"
