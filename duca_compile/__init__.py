@@ -29,6 +29,7 @@ _NAMES = {
     "explanation": ("Explanation", "explain"),
     "export.artifact": ("save",),
     "methods.calibration": ("Calibration", "calibrate"),
+    "methods.ratios": ("residual_ratios",),
     "methods.training": ("TrainingSettings", "prediction_error", "train_predictor"),
     "policies": (
         "FORA",
@@ -39,6 +40,7 @@ _NAMES = {
         "HiCache",
         "Interval",
         "Linear",
+        "MagCache",
         "Policy",
         "RelationalFeatureCaching",
         "ResidualGate",

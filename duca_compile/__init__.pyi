@@ -16,6 +16,7 @@ from duca_compile.errors import (
 from duca_compile.explanation import Explanation, explain
 from duca_compile.export.artifact import save
 from duca_compile.methods.calibration import Calibration, calibrate
+from duca_compile.methods.ratios import residual_ratios
 from duca_compile.methods.training import TrainingSettings, prediction_error, train_predictor
 from duca_compile.policies import (
     FORA,
@@ -26,6 +27,7 @@ from duca_compile.policies import (
     HiCache,
     Interval,
     Linear,
+    MagCache,
     Policy,
     RelationalFeatureCaching,
     ResidualGate,
@@ -53,13 +55,14 @@ __all__ = [
     "CaptureError",
     "DisCa",
     "DuCa",
-    "HiCache",
     "DucaError",
     "Explanation",
     "ExportError",
+    "HiCache",
     "InternalError",
     "Interval",
     "Linear",
+    "MagCache",
     "OptimizedModel",
     "Policy",
     "PolicyError",
@@ -82,6 +85,7 @@ __all__ = [
     "optimize",
     "prediction_error",
     "published",
+    "residual_ratios",
     "restore",
     "save",
     "train_predictor",

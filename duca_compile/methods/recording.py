@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from duca_compile.backends.eager import EagerBackend
 from duca_compile.compiler.budget import CacheOptions
 from duca_compile.compiler.compiled import Compiled
-from duca_compile.core.ports import STREAM_END, Port, PortKind
+from duca_compile.core.ports import CACHES, STREAM_END, Port, PortKind
 from duca_compile.core.variants import Variant, VariantFunction
 from duca_compile.drop_in import OptimizedModel, check_plain
 from duca_compile.errors import UsageError
-from duca_compile.policies import TaylorSeer
+from duca_compile.policies import Policy, TaylorSeer, Uncached
 from duca_compile.runtime.session import Requests
 
 SampleLoop = Callable[[Any, int], Any]  # sample(drop_in, number) runs one denoising loop
@@ -28,12 +28,17 @@ class RecordedCall:
     Attributes:
         inputs: the inputs of its graph, by port.
         outputs: what it returned.
-        hidden: the end of the residual stream, (batch, tokens, channels).
+        kept: what the full step keeps, by port: the end of the residual stream, or the changes of all streams.
     """
 
     inputs: Mapping[Port, Tensor]
     outputs: tuple[Tensor, ...]
-    hidden: Tensor
+    kept: Mapping[Port, Tensor]
+
+    @property
+    def hidden(self) -> Tensor:
+        """The end of the residual stream, (batch, tokens, channels)."""
+        return self.kept[STREAM_END]
 
 
 @dataclass(frozen=True)
@@ -51,28 +56,52 @@ class RecordedPass:
     calls: Sequence[RecordedCall]
 
 
+class _KeepsChanges(Uncached):
+    """Only full steps, which return what the blocks add to each stream."""
+
+    @property
+    def caches(self) -> bool:
+        return True
+
+    @property
+    def change(self) -> bool:
+        return True
+
+
+_ONLY_FULL: Mapping[str, Policy] = {
+    "end": TaylorSeer(1, max_order=0, first_full_steps=1, lite=True),
+    "changes": _KeepsChanges(),
+}
+
+
 class Recorder(EagerBackend):
-    """Runs loops of the model in full, and records their hidden states.
+    """Runs loops of the model in full, and records what their steps keep.
 
     Args:
         model: the model. It is not changed.
         sample: runs one denoising loop.
         timestep: name of the timestep argument; needed only if the graph does not show it.
         whole: whether inputs and outputs are recorded, too.
+        keeps: "end", the end of the residual stream; or "changes", what the blocks add to each stream.
 
     Attributes:
         steps: the number of steps of the last loop.
         model_name: class name of the model.
     """
 
-    def __init__(self, model: nn.Module, sample: SampleLoop, timestep: str | None = None, whole: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sample: SampleLoop,
+        timestep: str | None = None,
+        whole: bool = True,
+        keeps: Literal["end", "changes"] = "end",
+    ) -> None:
         check_plain(model)
         self._whole, self.steps = whole, 0
         self.model_name = type(model).__name__
         self._sample, self._calls = sample, list[tuple[Variant, RecordedCall]]()
-        policy = TaylorSeer(
-            1, max_order=0, first_full_steps=1, lite=True
-        )  # only full steps, which keep the end of the stream
+        policy = _ONLY_FULL[keeps]
         self._model = OptimizedModel(model, policy, self, Requests(policy, None), timestep, CacheOptions())
 
     def compile(self, variant: Variant, cuts: frozenset[str] = frozenset()) -> VariantFunction:
@@ -81,7 +110,7 @@ class Recorder(EagerBackend):
         def recorded(*tensors: Tensor) -> tuple[Tensor, ...]:
             results = run(*tensors)
             by_port = dict(zip(variant.outputs, results, strict=True))
-            call = RecordedCall({}, (), by_port[STREAM_END])
+            call = RecordedCall({}, (), {port: value for port, value in by_port.items() if port.kind in CACHES})
             if self._whole:
                 outputs = tuple(value.clone() for port, value in by_port.items() if port.kind is PortKind.OUTPUT)
                 inputs = {port: tensor.clone() for port, tensor in zip(variant.inputs, tensors, strict=True)}

@@ -9,6 +9,7 @@ from duca_compile.policies.duca import DuCa
 from duca_compile.policies.fora import FORA
 from duca_compile.policies.gate import ResidualGate
 from duca_compile.policies.hicache import HiCache
+from duca_compile.policies.magcache import MagCache
 from duca_compile.policies.published import published
 from duca_compile.policies.rfc import RFC, RelationalFeatureCaching
 from duca_compile.policies.schedule import Interval, Linear
@@ -30,6 +31,7 @@ __all__ = [
     "HiCache",
     "Interval",
     "Linear",
+    "MagCache",
     "Policy",
     "Probe",
     "RelationalFeatureCaching",

@@ -164,6 +164,11 @@ class Policy(ABC):
         """The trained network of predict steps; None if there are none. With it, only the stream's end is cached."""
         return None
 
+    @property
+    def change(self) -> bool:
+        """Whether skip steps add the cached change of each stream to its start, instead of restoring its end."""
+        return False
+
     @abstractmethod
     def steps(self, total: int | None) -> Iterator[Step]:
         """The steps of one request, in order.

@@ -10,8 +10,11 @@ from duca_compile.errors import PolicyError
 from duca_compile.policies.base import Policy, Selection, SelectionKind
 from duca_compile.policies.duca import DuCa
 from duca_compile.policies.fora import FORA
+from duca_compile.policies.hicache import HiCache
+from duca_compile.policies.magcache import MagCache
 from duca_compile.policies.schedule import Interval, Linear
 from duca_compile.policies.speca import SpeCa
+from duca_compile.policies.spectrum import Spectrum
 from duca_compile.policies.taylorseer import TaylorSeer
 from duca_compile.policies.toca import ToCa
 
@@ -23,7 +26,7 @@ def published(method: str, family: str, **settings: Any) -> Policy:
     ``published("speca", "flux", max_taylor_steps=8)``. docs/methods lists the families and settings of each method.
 
     Args:
-        method: "fora", "toca", "duca", "taylorseer" or "speca".
+        method: "fora", "toca", "duca", "taylorseer", "hicache", "spectrum", "speca" or "magcache".
         family: such as "dit", "pixart", "flux" or "hunyuanvideo".
         settings: parameters that differ from the released ones; which are accepted depends on the method.
 
@@ -170,6 +173,30 @@ def _speca(released: SpeCa) -> Callable[..., SpeCa]:
     return build
 
 
+def _hicache_flux(*, interval: int = 7, scale: float = 0.5) -> HiCache:
+    """HiCache on FLUX: three full steps at the start, second order."""
+    return HiCache(interval, 2, scale, 3)
+
+
+def _spectrum(*, growth: float = 0.75, share: float = 1.0) -> Spectrum:
+    """Spectrum: the same for FLUX, SD3.5, Wan2.1 and HunyuanVideo; a growth of 3 for more speed."""
+    return Spectrum(growth, share=share)
+
+
+def _magcache_flux(
+    *, threshold: float = 0.24, max_cached_steps: int = 5, first_share: float = 0.1, always_full: tuple[int, ...] = (11,)
+) -> MagCache:
+    """MagCache on FLUX, from 28 steps with a guidance of 3.5; the released code computes step 11 of 28 in any case."""
+    return MagCache(_MAGCACHE_FLUX, threshold, max_cached_steps, first_share, always_full)
+
+
+_MAGCACHE_FLUX = (
+    *(1.0, 1.21094, 1.11719, 1.07812, 1.0625, 1.03906, 1.03125, 1.03906, 1.02344, 1.03125, 1.02344, 0.98047, 1.01562),
+    *(1.00781, 1.0, 1.00781, 1.0, 1.00781, 1.0, 1.0, 0.99609, 0.99609, 0.98047, 0.98828, 0.96484, 0.95703, 0.93359),
+    0.89062,
+)
+
+
 _PUBLISHED: dict[tuple[str, str], Callable[..., Policy]] = {
     ("fora", "dit"): _fora_dit,
     ("fora", "flux"): _fora_flux,
@@ -182,6 +209,9 @@ _PUBLISHED: dict[tuple[str, str], Callable[..., Policy]] = {
     ("duca", "hunyuanvideo"): _duca_hunyuan_video,
     ("taylorseer", "dit"): _taylorseer(first_full_steps=2, interval=4, max_order=4),
     ("taylorseer", "flux"): _taylorseer(first_full_steps=3, interval=6, max_order=1),
+    **{("spectrum", family): _spectrum for family in ("flux", "sd3", "wan", "hunyuanvideo")},
+    ("hicache", "flux"): _hicache_flux,
+    ("magcache", "flux"): _magcache_flux,
     ("taylorseer", "hunyuanvideo"): _taylorseer(first_full_steps=1, interval=5, max_order=1),
     ("speca", "dit"): _speca(SpeCa(4, 0.1, 0.01, 0.01, 2, 5, 3, "released")),
     ("speca", "flux"): _speca(SpeCa(2, 7.0, 0.3, 0.1, 2, 8, 3, "released", "branch")),

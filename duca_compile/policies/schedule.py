@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from duca_compile.errors import PolicyError
-from duca_compile.policies.checks import check_number, check_whole
+from duca_compile.policies.checks import check_number, check_whole, known_total
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,8 @@ class Interval:
         Raises:
             PolicyError: the pattern depends on the number of steps, and ``total`` is None.
         """
-        if total is None and self.needs_total:
-            raise PolicyError(
-                "this schedule depends on the number of steps; pass optimize(..., num_inference_steps=50) "
-                "(the number your scheduler runs)"
-            )
+        if self.needs_total:
+            known_total("this schedule depends", total)
         interval, index, last_full = self.length, 0, self.first_full - 1
         while total is None or index < total:
             ordinal = total - 1 - index if self.descending and total is not None else index

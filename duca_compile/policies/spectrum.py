@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from duca_compile.core.steps import Step, StepKind
-from duca_compile.errors import PolicyError
 from duca_compile.policies.base import Forecast, Policy
-from duca_compile.policies.checks import check_number, check_whole
+from duca_compile.policies.checks import check_number, check_whole, known_total
 from duca_compile.policies.factors import Chebyshev
 
 
@@ -62,13 +61,8 @@ class Spectrum(Policy):
         return Forecast(order, lite=True, first=0, chebyshev=self._series, least=self.first_full_steps)
 
     def steps(self, total: int | None) -> Iterator[Step]:
-        if total is None:
-            raise PolicyError(
-                "Spectrum's forecasts depend on the number of steps; pass optimize(..., num_inference_steps=50) "
-                "(the number your scheduler runs)"
-            )
         interval, skipped = float(self.interval), 0
-        for index in range(total):
+        for index in range(known_total("Spectrum's forecasts depend", total)):
             skipped += 1
             if index < self.first_full_steps or skipped % int(interval) == 0:
                 interval += 0.0 if index < self.first_full_steps else self.growth

@@ -45,8 +45,7 @@ def plan_step(facts: Facts, policy: Policy, step: Step) -> tuple[VariantSpec, di
         case StepKind.REUSE:
             return ReuseVariant(leading, keeps, scores if leading else None, after), counts
         case StepKind.SKIP:
-            change = isinstance(policy, AdaptivePolicy) and policy.change
-            return SkipVariant(leading, keeps, scores if leading else None, after, change), counts
+            return SkipVariant(leading, keeps, scores if leading else None, after, policy.change), counts
         case StepKind.FORECAST:
             verify = measure if isinstance(measure, Verify) and step.verified else None
             return ForecastVariant(_series(policy.forecast), leading, verify, after, _by_row(policy)), counts
@@ -72,9 +71,9 @@ def _kept_of_full(policy: Policy, step: Step) -> CacheKinds | Series | Changes:
         return CacheKinds.NOTHING
     if policy.forecast is not None:
         return _series(policy.forecast)
-    if not isinstance(policy, AdaptivePolicy):
-        return step.kept
-    return Changes() if policy.change else CacheKinds.BRANCHES
+    if policy.change:
+        return Changes()
+    return CacheKinds.BRANCHES if isinstance(policy, AdaptivePolicy) else step.kept
 
 
 def _kept_between(policy: Policy, step: Step) -> CacheKinds:
