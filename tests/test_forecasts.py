@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import duca_compile
-from duca_compile import HiCache, OptimizedModel, Policy, PolicyError, Spectrum
+from duca_compile import FreqCa, HiCache, OptimizedModel, Policy, PolicyError, Spectrum
 from duca_compile.core.ports import STREAM_END, Port, PortKind
 from duca_compile.core.variants import FullVariant, ReuseVariant, SkipVariant
 from duca_compile.frontend.binder import Binder
@@ -127,6 +127,68 @@ def test_each_step_is_the_sum_by_hand(shared: tuple[str, Shared, dict[str, Any]]
     assert letters(fast) == expected
 
 
+def low_by_dct(value: Tensor, grid: tuple[int, ...], cutoff: float) -> Tensor:
+    """What is within the radius of the orthonormal DCT-2, (rows, tokens, channels)."""
+    bases = []
+    for size in grid:
+        places = np.arange(size)
+        basis = np.sqrt(2 / size) * np.cos(np.pi * np.outer(places, 2 * places + 1) / (2 * size))
+        basis[0] /= np.sqrt(2)
+        bases.append(torch.from_numpy(basis))
+    image = value.double().unflatten(1, grid)
+    spectrum = torch.einsum("rhwc,ih,jw->rijc", image, *bases)
+    rows, columns = (torch.arange(size) for size in grid)
+    low = (rows[:, None] ** 2 + columns**2).sqrt() <= cutoff * np.hypot(grid[0] - 1, grid[1] - 1)
+    return torch.einsum("rijc,ih,jw->rhwc", spectrum * low[..., None], *bases).flatten(1, 2)
+
+
+def low_by_fft(value: Tensor, grid: tuple[int, ...], cutoff: float) -> Tensor:
+    frequencies = torch.fft.fftfreq(value.shape[1]).abs()
+    low = frequencies <= cutoff * frequencies.max() + 1e-9
+    return torch.fft.ifft(torch.fft.fft(value.double(), dim=1) * low[:, None], dim=1).real
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("transform", "cutoff"), [("dct", 0.1), ("dct", 0.5), ("fft", 0.4)])
+def test_low_frequencies_are_reused_and_others_forecast(
+    shared: tuple[str, Shared, dict[str, Any]], transform: Any, cutoff: float
+) -> None:
+    """In FLUX, the latent's tokens lie behind those of the text, and the graph shows no grid."""
+    kind, made, arguments = shared
+    latent, grid = (16, (4, 4)) if kind == "FLUX" else (None, None)
+    policy = FreqCa(3, 0.71, 2, transform, cutoff, grid if transform == "dct" else None)
+    fast = made.optimized(policy, STEPS)
+    weights = by_hermite(2, 0.71, 1)
+    full, kept = list[int](), list[Tensor]()
+    for step, each in enumerate(calls(ZOO[kind], arguments)):
+        outputs = sample(fast(**each))
+        (compiled,) = fast._compiled.values()
+        values = values_of_step(compiled, Binder(made.model)((), each).tensors)
+        is_full = "FFTTFTTF"[step] == "F"
+        if not is_full:
+            change = sum(w * h for w, h in zip(weights(full, step), kept, strict=True)) - kept[-1]
+            own = change[:, -latent:] if latent else change
+            sizes = grid or compiled.facts.grids[own.shape[1]]
+            low = (low_by_dct if transform == "dct" else low_by_fft)(own, sizes, cutoff).float()
+            change[:, change.shape[1] - own.shape[1] :] -= low
+            values[STREAM_END] = kept[-1] + change
+        variant = build_variant(compiled.captured, compiled.facts, FullVariant() if is_full else SkipVariant())
+        results = dict(zip(variant.outputs, variant.module(*[values[n] for n in variant.inputs]), strict=True))
+        if is_full:
+            full.append(step)
+            kept.append(results[STREAM_END])
+        for i, output in enumerate(outputs):
+            wanted = results[Port(PortKind.OUTPUT, i)]
+            assert torch.equal(output, wanted) if is_full else (output - wanted).norm() <= 2e-5 * wanted.norm()
+    assert letters(fast) == "FFTTFTTF"
+
+
+def test_tokens_without_a_grid_are_refused(shared: tuple[str, Shared, dict[str, Any]]) -> None:
+    kind, made, arguments = shared
+    with pytest.raises(PolicyError, match="FreqCa needs the grid|has 15 places, and there are"):
+        made.optimized(FreqCa(grid=None if kind == "FLUX" else (3, 5)), STEPS)(**arguments)
+
+
 VECTORS = [  # (full steps, forecast step, the weight of each full step) at 50 steps, degree 4 and ridge 0.1
     ([0, 1, 2, 3, 4], 5, [-0.268, -0.028, 0.201, 0.416, 0.617]),
     (
@@ -164,6 +226,7 @@ def test_the_factors_of_hermite_polynomials() -> None:
         (Spectrum(), 8, (0, 1, 2, 3, 4, 6)),
         (HiCache(), 28, (0, 1, 2, 9, 16, 23)),
         (HiCache(), 4, (0, 1, 2)),
+        (FreqCa(9), 28, (0, 1, 2, 11, 20)),
     ],
 )
 def test_full_steps_are_the_published_ones(policy: Policy, total: int, full: tuple[int, ...]) -> None:
@@ -217,6 +280,7 @@ def alone(made: OptimizedModel, steps: int, name: str) -> list[Tensor]:
 
 EXPORTED: dict[str, tuple[Policy, int]] = {
     "Spectrum": (Spectrum(1.0, first_full_steps=2, share=0.5), 10),
+    "FreqCa": (FreqCa(3, first_full_steps=2, cutoff=0.3), 10),
     "HiCache": (HiCache(3, 2, first_full_steps=1), 10),
 }
 
@@ -240,6 +304,10 @@ def test_an_artifact_gives_the_same_in_each_pass(name: str, tmp_path: Path) -> N
         (lambda: HiCache(max_order=0), "max_order=0 is invalid"),
         (lambda: HiCache(scale=0), "scale=0 is invalid: it must be above 0"),
         (lambda: HiCache(lite=1), "lite=1 is invalid"),  # type: ignore[arg-type]
+        (lambda: FreqCa(transform="dft"), "transform='dft' is unknown"),  # type: ignore[arg-type]
+        (lambda: FreqCa(transform="fft", grid=(4, 4)), r"grid=\(4, 4\) is invalid"),
+        (lambda: FreqCa(cutoff=1.5), "cutoff=1.5 is invalid"),
+        (lambda: FreqCa(scale=0), "scale=0 is invalid"),
         (lambda: Spectrum(degree=9), "degree=9 is invalid: it must be a whole number from 1 to 8"),
         (lambda: Spectrum(ridge=0), "ridge=0, share=1.0 is invalid: both must be above 0"),
         (lambda: Spectrum(share=0), "share=0 is invalid"),

@@ -15,7 +15,6 @@ from duca_compile.artifact.manifest import Manifest, Size, TensorSpec
 from duca_compile.core.ports import (
     CACHES,
     NUMBERS,
-    PROBE_CHANGE,
     Port,
     argument,
     named_input,
@@ -28,7 +27,7 @@ from duca_compile.policies.base import Forecast as ForecastOptions
 from duca_compile.policies.base import Policy, Selection
 from duca_compile.runtime.arrays import NumpyArrays
 from duca_compile.runtime.dispatcher import Program, StepPlan
-from duca_compile.runtime.forecasting import ForecastInputs, combines_caches
+from duca_compile.runtime.forecasting import ForecastInputs, compares_caches
 from duca_compile.runtime.selection import TokenSet
 
 log = logging.getLogger("duca_compile")
@@ -204,7 +203,7 @@ class Planner:
             for port, spec in specs.items()
             if port.kind in CACHES
         }
-        compares = PROBE_CHANGE in output_ports(found, graph) or combines_caches(numbers)
+        compares = compares_caches((*specs, *output_ports(found, graph)))
         rows = max((prod(specs[port].at(self._batch)) for port in numbers), default=1)
         return ForecastInputs(numbers, caches if compares else {}, rows)
 

@@ -24,17 +24,20 @@ class PortKind(Enum):
     GAP = "forecast_gap"  # steps from the last full step to this one
     ORDERS = "forecast_orders"  # how many orders the full steps so far allow; higher differences stay zero
     FACTOR = "forecast_factor"  # the factor of the differences of one order
-    SUM_WEIGHT = "sum_weight"  # what a full step's feature is multiplied by before it is added to a sum
-    SUM_FACTOR = "sum_factor"  # the factor of a sum in a forecast
-    SUMMED = "summed"  # how many features the sums hold; if none, what they hold is left out
+    SUM_WEIGHT = "forecast_weight"  # what a full step's feature is multiplied by before it is added to a sum
+    SUM_FACTOR = "forecast_sum_factor"  # the factor of a sum in a forecast
+    SUMMED = "forecast_summed"  # how many features the sums hold; if none, what they hold is left out
     FULL_ROWS = "full_rows"  # bool (batch,): the batch rows that a full step refreshes; others keep their caches
     # Caches: results of one step, and inputs of later ones
     BRANCH = "branch"  # the output of a branch before its gate
     BRANCH_INPUT = "input"  # the input of a branch
     SCALE = "scale"  # how far a branch moves relative to its input: a number for each batch row
     CHANGE = "change"  # what a stretch of a stream's branches adds to it; numbered by the last one
+    LATENT = "boundary_latent"  # the model's latent at the last full step
+    RESULT = "boundary_output"  # the model's output at the last full step
+    RATE = "boundary_rate"  # how far the output moves, relative to its size, with a change of the latent: for each batch row
     STREAM_END = "stream_end"
-    SUM = "sum"  # a weighted sum of the stream's ends at all full steps so far, in float32 or wider
+    SUM = "stream_sum"  # a weighted sum of the stream's ends at all full steps so far, in float32 or wider
     # Results
     OUTPUT = "output"  # one of the model's outputs
     SCORE = "score"  # the scores of the tokens from the attention of a branch
@@ -48,7 +51,10 @@ class PortKind(Enum):
 
 # Tuples rather than sets: searching so few members is faster than hashing one.
 FEATURES = (PortKind.BRANCH, PortKind.BRANCH_INPUT, PortKind.CHANGE, PortKind.STREAM_END)
-WRITTEN = (*FEATURES, PortKind.SCALE, PortKind.SUM)  # caches that a result of the same port fills
+WRITTEN = (  # caches that a result of the same port fills
+    *(*FEATURES, PortKind.SCALE, PortKind.SUM),
+    *(PortKind.LATENT, PortKind.RESULT, PortKind.RATE),
+)
 CACHES = (*WRITTEN, PortKind.PROBE_SEEN)
 NUMBERS = (
     *(PortKind.GAP, PortKind.ORDERS, PortKind.FACTOR),
@@ -111,6 +117,7 @@ class Port:
 
 
 STREAM_END = Port(PortKind.STREAM_END)
+LATENT, RESULT, RATE = Port(PortKind.LATENT), Port(PortKind.RESULT), Port(PortKind.RATE)
 FORECAST_GAP = Port(PortKind.GAP)
 FORECAST_ORDERS = Port(PortKind.ORDERS)
 FORECAST_FACTORS = tuple(Port(PortKind.FACTOR, order) for order in range(1, 5))

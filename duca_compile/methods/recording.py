@@ -12,6 +12,7 @@ from duca_compile.backends.eager import EagerBackend
 from duca_compile.compiler.budget import CacheOptions
 from duca_compile.compiler.compiled import Compiled
 from duca_compile.core.ports import CACHES, STREAM_END, Port, PortKind
+from duca_compile.core.steps import Restores
 from duca_compile.core.variants import Variant, VariantFunction
 from duca_compile.drop_in import OptimizedModel, check_plain
 from duca_compile.errors import UsageError
@@ -64,8 +65,8 @@ class _KeepsChanges(Uncached):
         return True
 
     @property
-    def change(self) -> bool:
-        return True
+    def restores(self) -> Restores:
+        return "change"
 
 
 _ONLY_FULL: Mapping[str, Policy] = {

@@ -18,6 +18,7 @@ from duca_compile.errors import InternalError
 from duca_compile.passes.base import D, Draft, Pass, VariantDraft, returned
 from duca_compile.passes.caching.cast import CastCaches
 from duca_compile.passes.caching.forecast import Forecast
+from duca_compile.passes.caching.output import RestoreOutput
 from duca_compile.passes.caching.partial import RecomputeTokens
 from duca_compile.passes.caching.predict import PredictStream
 from duca_compile.passes.caching.probe import ResumeFromProbe
@@ -26,6 +27,7 @@ from duca_compile.passes.caching.residual import AddChanges
 from duca_compile.passes.caching.reuse import ReuseBranches
 from duca_compile.passes.caching.rows import KeepRows
 from duca_compile.passes.caching.skip import SkipBlocks
+from duca_compile.passes.exact.boundary import EmitBoundary
 from duca_compile.passes.exact.changes import EmitChanges
 from duca_compile.passes.exact.clean import Clean
 from duca_compile.passes.exact.dead_code import RemoveDeadCode
@@ -51,6 +53,7 @@ REWRITE: tuple[Pass[VariantDraft], ...] = (
     EmitChanges(),
     EmitDifferences(),
     EmitSums(),
+    EmitBoundary(),
     EmitRelations(),
     KeepRows(),
     EmitScores(),
@@ -61,6 +64,7 @@ REWRITE: tuple[Pass[VariantDraft], ...] = (
     ReuseBranches(),
     SkipBlocks(),
     AddChanges(),
+    RestoreOutput(),
     ResumeFromProbe(),
     PredictStream(),
     CastCaches(),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from duca_compile.core.steps import Step
+from duca_compile.core.steps import HighPass, Restores, Step
 from duca_compile.errors import PolicyError
 from duca_compile.policies.checks import check_number, check_whole
 from duca_compile.policies.factors import Chebyshev
@@ -114,6 +114,7 @@ class Forecast:
         hermite: the scale of Hermite polynomials, which then replace the powers of the Taylor series (HiCache).
         chebyshev: the series that is fitted to all full steps (Spectrum). Its sums are kept in place of differences;
             with an order of 1, beside them. Only with ``lite``.
+        high_pass: what the differences go through, so that forecasts leave out low frequencies; only with ``lite``.
         least: how many full steps a guidance pass needs before its first forecast; further steps are full until then.
     """
 
@@ -124,6 +125,7 @@ class Forecast:
     measured: tuple[FittedFactors | None, ...] = ()
     hermite: float | None = None
     chebyshev: Chebyshev | None = None
+    high_pass: HighPass | None = None
     least: int = 1
 
     def measured_at(self, step: int) -> FittedFactors | None:
@@ -165,9 +167,9 @@ class Policy(ABC):
         return None
 
     @property
-    def change(self) -> bool:
-        """Whether skip steps add the cached change of each stream to its start, instead of restoring its end."""
-        return False
+    def restores(self) -> Restores:
+        """What skip steps take from the cache."""
+        return "end"
 
     @abstractmethod
     def steps(self, total: int | None) -> Iterator[Step]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from duca_compile.core.steps import Step, StepKind
+from duca_compile.core.steps import Restores, Step, StepKind
 from duca_compile.errors import PolicyError
 from duca_compile.policies.base import Policy
 from duca_compile.policies.checks import check_number, check_whole, known_total
@@ -53,8 +53,8 @@ class MagCache(Policy):
         return f"MagCache (threshold {self.threshold:g}, at most {self.max_cached_steps} skipped)"
 
     @property
-    def change(self) -> bool:
-        return True
+    def restores(self) -> Restores:
+        return "change"
 
     def steps(self, total: int | None) -> Iterator[Step]:
         known = known_total("MagCache's schedule depends", total)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from duca_compile.core.ports import FORECAST_GAP, FULL_ROWS, SUMMED, Port, PortKind
+from duca_compile.core.ports import FORECAST_GAP, FULL_ROWS, PROBE_CHANGE, RATE, SUMMED, Port, PortKind
 from duca_compile.core.tensors import Array
 from duca_compile.policies.base import Forecast
 from duca_compile.runtime.cache_state import CacheState
@@ -14,12 +14,12 @@ from duca_compile.runtime.forecast_state import ForecastState
 
 REMEMBERED = 256  # steps of each program whose numbers are remembered
 _OF_FORECASTS = (PortKind.FACTOR, PortKind.SUM_FACTOR)
-_COMBINING = (FORECAST_GAP, SUMMED, FULL_ROWS)
+_COMBINING = (FORECAST_GAP, SUMMED, FULL_ROWS, PROBE_CHANGE, RATE)
 
 
-def combines_caches(numbers: Iterable[Port]) -> bool:
-    """Whether a full step with these numbers combines what it keeps with older caches, which must then exist."""
-    return any(port in numbers for port in _COMBINING)
+def compares_caches(ports: Collection[Port]) -> bool:
+    """Whether a variant with these inputs and outputs compares new values with old ones, which must then exist."""
+    return any(port in ports for port in _COMBINING)
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,10 @@ class ForecastInputs:
                 self._known.clear()
             values = self._known[key] = self._make(forecast, step, total, full, before)
         return values
+
+    def forget(self) -> None:
+        """Forgets the numbers that it remembers: another policy follows."""
+        self._known.clear()
 
     def _make(
         self,

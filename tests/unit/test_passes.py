@@ -552,13 +552,13 @@ class TestCaching:
         ends = [[n.name for n in node(draft.graph, name).args] for name in list(self.returned(draft).values())[1:]]
         assert ends == [[adds[1], facts.branches[0].stream], [adds[5], adds[1]]]
 
-    @pytest.mark.parametrize("spec", [FullVariant(), SkipVariant(change=True)])
+    @pytest.mark.parametrize("spec", [FullVariant(), SkipVariant(restores="change")])
     def test_no_change_is_asked_for(self, spec: VariantSpec) -> None:
         assert self.unchanged(EmitChanges(), self.of(spec))
 
     def test_a_cached_change_is_added_to_the_start(self) -> None:
         _, facts = self.model
-        draft = self.of(SkipVariant(change=True))
+        draft = self.of(SkipVariant(restores="change"))
         head = self.readers(draft, facts.stream_end)
         assert self.unchanged(SkipBlocks(), draft)
         assert self.apply(AddChanges(), draft)

@@ -13,7 +13,7 @@ from duca_compile.passes.base import CachingPass, VariantDraft
 class SkipBlocks(CachingPass):
     def apply(self, draft: VariantDraft) -> bool:
         end = draft.node(draft.facts.stream_end)
-        if not isinstance(draft.spec, SkipVariant) or draft.spec.change or not end.users:
+        if not isinstance(draft.spec, SkipVariant) or draft.spec.restores != "end" or not end.users:
             return False
         end.replace_all_uses_with(draft.input(STREAM_END, end.meta["val"]))
         return True

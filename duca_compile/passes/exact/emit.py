@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from duca_compile.core.ports import STREAM_END, Port
 from duca_compile.core.steps import CacheKinds
-from duca_compile.core.variants import Action, Changes, ForecastVariant, PredictVariant, ProbeVariant, SkipVariant
+from duca_compile.core.variants import Action, Boundary, Changes, ForecastVariant, PredictVariant, ProbeVariant, SkipVariant
 from duca_compile.passes.base import ExactPass, VariantDraft
 
 
@@ -16,7 +16,7 @@ class EmitCaches(ExactPass[VariantDraft]):
 
     Only those that later steps read are returned, as the spec says. If features are forecast, these are either the
     branches or the end, whichever the forecasts read, and the branches' inputs if their movement scales the forecasts.
-    If only the change of the streams or sums are cached, nothing is returned here.
+    If only changes or sums are cached, nothing is returned here.
     """
 
     ensures = frozenset({"caches_emitted"})
@@ -32,7 +32,7 @@ class EmitCaches(ExactPass[VariantDraft]):
 def _wanted(draft: VariantDraft) -> dict[Port, str]:
     """The caches to return, and the nodes that they hold."""
     spec, computed = draft.spec, draft.branches(Action.COMPUTE)
-    if isinstance(spec, ForecastVariant | PredictVariant | ProbeVariant) or isinstance(spec.keeps, Changes):
+    if isinstance(spec, ForecastVariant | PredictVariant | ProbeVariant) or isinstance(spec.keeps, Changes | Boundary):
         return {}
     outputs = {branch.slot: branch.core for branch in computed}
     end = {STREAM_END: draft.facts.stream_end}

@@ -14,11 +14,11 @@ from duca_compile.core.ir import Facts
 from duca_compile.core.lock import COMPILING
 from duca_compile.core.ports import CACHES, NUMBERS
 from duca_compile.core.steps import Step, StepKind
-from duca_compile.core.variants import Action, ProbeVariant, Variant, VariantFunction, VariantSpec
+from duca_compile.core.variants import Action, Variant, VariantFunction, VariantSpec
 from duca_compile.policies.base import Policy
 from duca_compile.policies.end_only import EndOnly
 from duca_compile.runtime.dispatcher import Program, StepPlan
-from duca_compile.runtime.forecasting import ForecastInputs, combines_caches
+from duca_compile.runtime.forecasting import ForecastInputs, compares_caches
 from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec, score_output, tokens_of
 from duca_compile.runtime.selection import TokenSet
 from duca_compile.runtime.torch.arrays import TorchArrays
@@ -43,15 +43,26 @@ class Programs:
     """
 
     def __init__(self, facts: Facts, policy: Policy, builder: Builder) -> None:
-        check_selection(facts, policy)
-        check_rows(facts, policy)
-        self._facts, self._policy, self._builder = facts, policy, builder
+        self._facts, self._builder = facts, builder
         self._rows: dict[frozenset[str] | None, Rows] = {}
-        self._plans: dict[Step, StepPlan] = {}
-        self._probe_plan: StepPlan | None = None
         self.by_spec: dict[VariantSpec, tuple[Variant, Program]] = {}
         self._selectable = [b for b in facts.branches if b.pointwise]
         self._position = {b.index: i for i, b in enumerate(self._selectable)}
+        self.use(policy)
+
+    def use(self, policy: Policy) -> None:
+        """Plans the steps of this policy from now on. What was built is kept.
+
+        Raises:
+            PolicyError: this graph cannot serve the policy.
+        """
+        check_selection(self._facts, policy)
+        check_rows(self._facts, policy)
+        self._policy = policy
+        self._plans: dict[Step, StepPlan] = {}
+        self._probe_plan: StepPlan | None = None
+        for _, program in self.by_spec.values():
+            program.forecast.forget()
 
     @property
     def batch(self) -> int:
@@ -126,7 +137,7 @@ def _forecast_inputs(variant: Variant) -> ForecastInputs:
     kinds = {port_of(n): n.meta["val"] for n in variant.module.graph.find_nodes(op="placeholder")}
     numbers = {port: partial(_number, like) for port, like in kinds.items() if port.kind in NUMBERS}
     caches = {port: partial(_zeros, like) for port, like in kinds.items() if port.kind in CACHES}
-    compares = isinstance(variant.spec, ProbeVariant) or combines_caches(numbers)
+    compares = compares_caches((*kinds, *variant.outputs))
     rows = max((kinds[port].numel() for port in numbers), default=1)
     return ForecastInputs(numbers, caches if compares else {}, rows)
 
