@@ -27,7 +27,9 @@ from tests.test_models import sample
 from tests.zoo import ZOO
 
 STEPS = 8
-Weights = Callable[[Sequence[int], int], Sequence[float]]  # of the features of these full steps, in a forecast of a step
+Weights = Callable[
+    [Sequence[int], int], Sequence[float]
+]  # of the features of these full steps, in a forecast of a step
 
 
 def letters(made: Any, name: str | None = None) -> str:
@@ -185,7 +187,7 @@ def test_low_frequencies_are_reused_and_others_forecast(
 
 def test_tokens_without_a_grid_are_refused(shared: tuple[str, Shared, dict[str, Any]]) -> None:
     kind, made, arguments = shared
-    with pytest.raises(PolicyError, match="FreqCa needs the grid|has 15 places, and there are"):
+    with pytest.raises(PolicyError, match=r"FreqCa needs the grid|has 15 places, and there are"):
         made.optimized(FreqCa(grid=None if kind == "FLUX" else (3, 5)), STEPS)(**arguments)
 
 
@@ -285,7 +287,9 @@ EXPORTED: dict[str, tuple[Policy, int]] = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (i > 0)) for i, name in enumerate(EXPORTED)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (i > 0)) for i, name in enumerate(EXPORTED)]
+)
 def test_an_artifact_gives_the_same_in_each_pass(name: str, tmp_path: Path) -> None:
     policy, steps = EXPORTED[name]
     model = optimized(policy, steps=steps)

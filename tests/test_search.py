@@ -128,7 +128,7 @@ def test_a_search_by_loops_ends_no_farther_from_the_uncached_one() -> None:
 def test_what_cannot_be_searched_is_refused() -> None:
     model = tiny_dit()
     measured = calibrate(model, lambda drop_in, number: loop(drop_in, 2, seed=number, steps=STEPS))
-    with pytest.raises(UsageError, match="must return the final latent, a tensor, .*; it returned list"):
+    with pytest.raises(UsageError, match=r"must return the final latent, a tensor, .*; it returned list"):
         measured.policy_by_loops(3)
     for settings_, reason in (
         ({"forced": 4}, "forced=4 is invalid: it must be a whole number from 1 to 3"),

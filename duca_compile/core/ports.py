@@ -35,7 +35,7 @@ class PortKind(Enum):
     CHANGE = "change"  # what a stretch of a stream's branches adds to it; numbered by the last one
     LATENT = "boundary_latent"  # the model's latent at the last full step
     RESULT = "boundary_output"  # the model's output at the last full step
-    RATE = "boundary_rate"  # how far the output moves, relative to its size, with a change of the latent: for each batch row
+    RATE = "boundary_rate"  # how far the output moves with the latent, relative to its size: for each batch row
     STREAM_END = "stream_end"
     SUM = "stream_sum"  # a weighted sum of the stream's ends at all full steps so far, in float32 or wider
     # Results

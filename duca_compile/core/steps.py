@@ -22,8 +22,8 @@ class Verify:
     of: Literal["stream", "branch"] = "stream"
 
 
-# What skip steps take from the cache: the end of the stream; what the blocks added to each stream, which is added to its
-# start; or the change from the latent to the model's output, which is added to the latent.
+# What skip steps take from the cache: the end of the stream; what the blocks added to each stream, for its start; or
+# the change from the latent to the model's output, for the latent.
 Restores = Literal["end", "change", "output"]
 
 

@@ -162,7 +162,9 @@ class Calibration:
         check_number("temperatures[1]", cold, least=0)
         check_number("temperatures[0]", hot, least=0)
         if not 0 < cold <= hot:
-            raise PolicyError(f"temperatures={temperatures!r} is invalid: it falls from the first to the second, above 0")
+            raise PolicyError(
+                f"temperatures={temperatures!r} is invalid: it falls from the first to the second, above 0"
+            )
         placed = _Search(self._recorded, self._checked_order(max_order))
         trials = not_none(self._trials, "what runs the loop")(number)
         search = ClosedLoopSearch(lambda full: trials.loss(placed.policy(full)), self.steps, forced, seed)

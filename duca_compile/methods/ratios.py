@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from torch import Tensor, nn
@@ -53,5 +54,5 @@ def residual_ratios(
 def _ratios(changes: Sequence[Sequence[Tensor]]) -> list[float]:
     """Those of one pass, from what the blocks add to each stream (rows, tokens, channels) at each step."""
     norms = [np.concatenate([each.double().norm(dim=-1).flatten().cpu().numpy() for each in step]) for step in changes]
-    ratios = [float((now / before.clip(_TINY)).mean()) for before, now in zip(norms, norms[1:], strict=False)]
+    ratios = [float((now / before.clip(_TINY)).mean()) for before, now in pairwise(norms)]
     return [1.0, *ratios]

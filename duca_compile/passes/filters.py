@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from duca_compile.core.fx_utils import op_name, value_shape
 from duca_compile.core.steps import HighPass, NoiseFilter
 from duca_compile.errors import PolicyError
+from duca_compile.frontend.operators import argument
 from duca_compile.passes.base import VariantDraft
 from duca_compile.passes.numbers import precise, widened
 
@@ -29,9 +30,13 @@ def grid_of(draft: VariantDraft, value: Tensor, given: tuple[int, ...] | None, w
     tokens = value.shape[1] if value.dim() == 3 else None
     grid = given if given is not None else draft.facts.grids.get(tokens or 0)
     if grid is None:
-        raise PolicyError(f"{what} needs the grid of the {tokens} tokens, which the graph does not show; pass grid=(height, width)")
+        raise PolicyError(
+            f"{what} needs the grid of the {tokens} tokens, which the graph does not show; pass grid=(height, width)"
+        )
     if prod(grid) != tokens:
-        raise PolicyError(f"grid={grid} has {prod(grid)} places, and there are {tokens} tokens; {what} needs one for each")
+        raise PolicyError(
+            f"grid={grid} has {prod(grid)} places, and there are {tokens} tokens; {what} needs one for each"
+        )
     return grid
 
 
@@ -152,14 +157,12 @@ def _latent_tokens(draft: VariantDraft) -> tuple[int, int]:
     In front of the head, models cut off other tokens: what is not read there is not the latent's.
     """
     end = draft.node(draft.facts.stream_end)
+    readers = [n for n in end.users if n.name in draft.facts.variance]  # the model's own
     tokens = int(end.meta["val"].shape[1])
-    cuts = {(n.args[1:3], value_shape(n)) for n in end.users if op_name(n) == "slice"}
-    others = [n for n in end.users if op_name(n) not in ("slice", "output")]
-    if others or len(cuts) != 1:
+    if any(op_name(n) != "slice" or argument(n, "dim") != 1 for n in readers):
         return 0, tokens
-    ((where, shape),) = cuts
-    axis, start = where
-    return (int(start), shape[1]) if axis == 1 and shape else (0, tokens)
+    cuts = {(int(argument(n, "start") or 0), (value_shape(n) or (0, 0))[1]) for n in readers}
+    return next(iter(cuts)) if len(cuts) == 1 else (0, tokens)
 
 
 def _lowest_dct(draft: VariantDraft, value: fx.Node, chosen: HighPass) -> fx.Node:
@@ -167,7 +170,9 @@ def _lowest_dct(draft: VariantDraft, value: fx.Node, chosen: HighPass) -> fx.Nod
     like, call = value.meta["val"], draft.graph.call_function
     grid = grid_of(draft, like, chosen.grid, "FreqCa")
     if len(grid) != 2:
-        raise PolicyError(f"FreqCa's DCT is over the two axes of an image, and the tokens lie in {grid}; use transform='fft'")
+        raise PolicyError(
+            f"FreqCa's DCT is over the two axes of an image, and the tokens lie in {grid}; use transform='fft'"
+        )
     radius = chosen.cutoff * sqrt(sum((size - 1) ** 2 for size in grid))
     kept = [min(size, int(radius) + 1) for size in grid]
     bases = [_cosines(draft, size, count, like) for size, count in zip(grid, kept, strict=True)]

@@ -29,13 +29,15 @@ class SeriesBuilder:
         return self._added(self._draft.graph.call_function(aten.mul.Tensor, first), terms)
 
     def sum_of_sums(self, cache: Port, sums: int, like: torch.Tensor) -> fx.Node:
-        """The terms of all sums, and of all differences from D_0 on if the order is at least 1, in the type of ``like``.
+        """The terms of all sums and, if the order is at least 1, of all differences from D_0 on.
 
         They are added in float32 or wider, since their factors have both signs.
         """
         call, wide = self._draft.graph.call_function, like.to(precise(like))
         ports = [Port(PortKind.SUM, i) for i in range(sums)]
-        terms = [(self._draft.input(port, wide), self._factor(Port(PortKind.SUM_FACTOR, port.of), wide)) for port in ports]
+        terms = [
+            (self._draft.input(port, wide), self._factor(Port(PortKind.SUM_FACTOR, port.of), wide)) for port in ports
+        ]
         orders = (FORECAST_START, *FORECAST_FACTORS[: self._order]) if self._order else ()
         for i, factor in enumerate(orders):
             difference = self._draft.input(cache.difference(i), like)

@@ -215,7 +215,11 @@ def _easycache(released: EasyCache) -> Callable[..., EasyCache]:
 
 
 def _magcache_flux(
-    *, threshold: float = 0.24, max_cached_steps: int = 5, first_share: float = 0.1, always_full: tuple[int, ...] = (11,)
+    *,
+    threshold: float = 0.24,
+    max_cached_steps: int = 5,
+    first_share: float = 0.1,
+    always_full: tuple[int, ...] = (11,),
 ) -> MagCache:
     """MagCache on FLUX, from 28 steps with a guidance of 3.5; the released code computes step 11 of 28 in any case."""
     return MagCache(_MAGCACHE_FLUX, threshold, max_cached_steps, first_share, always_full)

@@ -56,15 +56,14 @@ def latent_and_output(draft: VariantDraft) -> tuple[fx.Node, fx.Node]:
     """
     latent = draft.node(draft.facts.latent)
     outputs = [
-        node
-        for port, node in zip(draft.results, returned(draft.graph), strict=True)
-        if port.kind is PortKind.OUTPUT
+        node for port, node in zip(draft.results, returned(draft.graph), strict=True) if port.kind is PortKind.OUTPUT
     ]
     x, y = latent.meta["val"], outputs[0].meta["val"]
     if len(outputs) > 1 or (x.shape, x.dtype) != (y.shape, y.dtype):
         found = [f"{tuple(node.meta['val'].shape)} {node.meta['val'].dtype}" for node in outputs]
         raise PolicyError(
-            "EasyCache adds a change to the latent, so the model must return one tensor of the latent's shape and type, "
-            f"{tuple(x.shape)} {x.dtype}; it returns {', '.join(found)}. ResidualGate and SeaCache work within the model"
+            "EasyCache adds a change to the latent, so the model must return one tensor of the latent's shape and "
+            f"type, {tuple(x.shape)} {x.dtype}; it returns {', '.join(found)}. ResidualGate and SeaCache work within "
+            "the model"
         )
     return latent, outputs[0]

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 
 from duca_compile.core.ports import STREAM_END, Port
 from duca_compile.core.steps import CacheKinds
-from duca_compile.core.variants import Action, Boundary, Changes, ForecastVariant, PredictVariant, ProbeVariant, SkipVariant
+from duca_compile.core.variants import (
+    Action,
+    Boundary,
+    Changes,
+    ForecastVariant,
+    PredictVariant,
+    ProbeVariant,
+    SkipVariant,
+)
 from duca_compile.passes.base import ExactPass, VariantDraft
 
 
