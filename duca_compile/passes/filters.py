@@ -97,10 +97,10 @@ def _noise_level(draft: VariantDraft, like: Tensor, pure_noise: float) -> fx.Nod
 
 def _wiener(draft: VariantDraft, level: fx.Node, size: int, exponent: float, like: Tensor) -> fx.Node:
     """The filter along an axis of this size as a matrix, (rows or 1, 1, size, size)."""
-    call, options = draft.graph.call_function, {"dtype": precise(like), "device": like.device}
+    call, dtype = draft.graph.call_function, precise(like)
     index = call(aten.arange.default, (size,), {"device": like.device})
     folded = call(aten.minimum.default, (index, call(aten.rsub.Scalar, (index, size))))
-    frequency = call(aten.div.Tensor, (call(aten.to.dtype, (folded, options["dtype"])), float(size)))
+    frequency = call(aten.div.Tensor, (call(aten.to.dtype, (folded, dtype)), float(size)))
     falling = call(aten.add.Tensor, (call(aten.pow.Tensor_Scalar, (frequency, exponent)), _LEAST))
     power = call(aten.reciprocal.default, (falling,))
     clean = call(aten.rsub.Scalar, (level, 1.0))
@@ -108,11 +108,11 @@ def _wiener(draft: VariantDraft, level: fx.Node, size: int, exponent: float, lik
     under = call(aten.add.Tensor, (under, call(aten.add.Tensor, (call(aten.mul.Tensor, (level, level)), _LEAST))))
     gain = call(aten.div.Tensor, (call(aten.mul.Tensor, (clean, power)), under))  # (rows or 1, 1, size)
     gain = call(aten.div.Tensor, (gain, call(aten.mean.dim, (gain, [-1], True))))
-    waves = fourier(draft, index, index, size, options["dtype"])
+    waves = fourier(draft, index, index, size, dtype)
     sides = [call(aten.matmul.default, (call(aten.mul.Tensor, (wave, gain)), wave)) for wave in waves]
     matrix = call(aten.div.Tensor, (call(aten.add.Tensor, tuple(sides)), float(size)))
     matrix = call(aten.unsqueeze.default, (matrix, 1))
-    matrix.meta["val"] = like.new_empty((level.meta["val"].shape[0], 1, size, size), dtype=options["dtype"])
+    matrix.meta["val"] = like.new_empty((level.meta["val"].shape[0], 1, size, size), dtype=dtype)
     return matrix
 
 
