@@ -8,7 +8,6 @@ the loop, is smallest. Both follow from the inner products of h at any two steps
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -156,11 +155,12 @@ class Calibration:
         """
         check_whole("full_steps", full_steps, least=1, most=self.steps)
         forced = max(1, int(full_steps) // 4) if forced is None else forced
-        for name, value, least in (("iterations", iterations, 0), ("rounds", rounds, 0), ("forced", forced, 1)):
-            check_whole(name, value, least=least, most=int(full_steps) if name == "forced" else math.inf)
+        check_whole("forced", forced, least=1, most=int(full_steps))
+        check_whole("iterations", iterations, least=0)
+        check_whole("rounds", rounds, least=0)
+        for i, temperature in enumerate(temperatures):
+            check_number(f"temperatures[{i}]", temperature, least=0)
         hot, cold = temperatures
-        check_number("temperatures[1]", cold, least=0)
-        check_number("temperatures[0]", hot, least=0)
         if not 0 < cold <= hot:
             raise PolicyError(
                 f"temperatures={temperatures!r} is invalid: it falls from the first to the second, above 0"
@@ -168,9 +168,7 @@ class Calibration:
         placed = _Search(self._recorded, self._checked_order(max_order))
         trials = not_none(self._trials, "what runs the loop")(number)
         search = ClosedLoopSearch(lambda full: trials.loss(placed.policy(full)), self.steps, forced, seed)
-        start = placed.policy(full_steps).full_steps
-        start = tuple(sorted({*range(forced), *[step for step in start if step >= forced][: full_steps - forced]}))
-        start = _filled(start, int(full_steps), self.steps)
+        start = _forced(placed.policy(full_steps).full_steps, forced, self.steps)
         return placed.policy(search.climb(search.anneal(start, iterations, hot, cold), rounds))
 
 
@@ -303,10 +301,11 @@ class _Search:
         return (error - (factors * along).sum(1)).clip(0), factors
 
 
-def _filled(full: tuple[int, ...], count: int, steps: int) -> tuple[int, ...]:
-    """``full`` with further steps, as late as possible, until there are ``count``."""
-    others = [step for step in range(steps - 1, -1, -1) if step not in full]
-    return tuple(sorted((*full, *others[: count - len(full)])))
+def _forced(full: tuple[int, ...], first: int, steps: int) -> tuple[int, ...]:
+    """As many full steps, the ``first`` ones of the loop among them; where that frees some, they are at its end."""
+    kept = [*range(first), *(step for step in full if step >= first)]
+    kept += [step for step in reversed(range(steps)) if step not in kept]
+    return tuple(sorted(kept[: len(full)]))
 
 
 def _differences(full: tuple[int, ...]) -> Array:
