@@ -132,7 +132,7 @@ def test_what_cannot_be_searched_is_refused() -> None:
         measured.policy_by_loops(3)
     for settings_, reason in (
         ({"forced": 4}, "forced=4 is invalid: it must be a whole number from 1 to 3"),
-        ({"temperatures": (0.1, 0.2)}, "falls from the first to the second"),
+        ({"temperatures": (0.1, 0.2)}, "is invalid: it falls, and stays above 0"),
         ({"max_order": 5}, "max_order=5"),
     ):
         with pytest.raises(PolicyError, match=reason):
