@@ -206,6 +206,15 @@ def test_an_artifact_decides_alike(policy: Policy, tmp_path: Path) -> None:
         assert one.measured == pytest.approx(other.measured, rel=1e-3)
 
 
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", [SeaCache(0.4), EasyCache(0.3, 2)], ids=["SeaCache", "EasyCache"])
+def test_compiled_steps_agree_with_eager_ones(policy: Policy) -> None:
+    eager, compiled = (DIT.optimized(policy, STEPS, backend) for backend in ("eager", "inductor"))
+    assert distance(dit_loop(eager), dit_loop(compiled)) < 1e-4
+    assert letters(eager) == letters(compiled)
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
