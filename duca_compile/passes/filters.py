@@ -157,7 +157,7 @@ def _latent_tokens(draft: VariantDraft) -> tuple[int, int]:
     In front of the head, models cut off other tokens: what is not read there is not the latent's.
     """
     end = draft.node(draft.facts.stream_end)
-    readers = [n for n in end.users if n.name in draft.facts.variance]  # the model's own
+    readers = [n for n in end.users if n.op != "output" and n.name in draft.facts.variance]  # the model's own
     tokens = int(end.meta["val"].shape[1])
     if any(op_name(n) != "slice" or argument(n, "dim") != 1 for n in readers):
         return 0, tokens
