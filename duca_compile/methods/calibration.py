@@ -162,9 +162,7 @@ class Calibration:
             check_number(f"temperatures[{i}]", temperature, least=0)
         hot, cold = temperatures
         if not 0 < cold <= hot:
-            raise PolicyError(
-                f"temperatures={temperatures!r} is invalid: it falls from the first to the second, above 0"
-            )
+            raise PolicyError(f"temperatures={temperatures!r} is invalid: it falls, and stays above 0")
         placed = _Search(self._recorded, self._checked_order(max_order))
         trials = not_none(self._trials, "what runs the loop")(number)
         search = ClosedLoopSearch(lambda full: trials.loss(placed.policy(full)), self.steps, forced, seed)
