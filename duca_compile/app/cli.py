@@ -8,7 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from enum import Enum
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -59,7 +59,7 @@ Folder = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of an a
 Device = Annotated[str, typer.Option(help="Device of the model: cpu, cuda, cuda:1, ...")]
 
 
-class ScheduleSearch(Enum):
+class ScheduleSearch(StrEnum):
     """How ``calibrate`` places full steps."""
 
     ERRORS = "errors"
