@@ -52,6 +52,8 @@ SEED_STRIDE, SEARCH_SEED, TRAINING_SEED, CALIBRATION_SEED = 1000, 900_000, 950_0
 THRESHOLDS = (0.01, 30.0)
 RESAMPLES = 200
 QUALITIES = {"psnr": "PSNR, dB", "perceptual": "perceptual distance"}
+SPECA_START = 1  # full steps, as TaylorSeer's
+SPECA_DRAFTS = 2  # in a row at most, times the level
 KEY = "ways"  # of the JSON in the file of a round
 TRIALS, CLOSE = 6, 0.03  # the most loops of a search for a threshold, and the relative error in FLOPs that ends it
 TRAINING = TrainingSettings(loops=10, updates=40)  # of DisCa's predictor
@@ -94,8 +96,16 @@ def fixed(learned: Predictor | None, interval: int) -> dict[str, Policy]:
 
 
 def speca(threshold: float, level: int, decay: float) -> Policy:
-    """SpeCa, with at least as many drafts in a row as the target FLOPs need."""
-    return SpeCa(base_threshold=threshold, decay_rate=decay, first_full_steps=2, max_taylor_steps=level)
+    """SpeCa, which starts as TaylorSeer does, with at least as many drafts in a row as the target FLOPs need.
+
+    A verified draft costs a block, so these are more than the steps between TaylorSeer's full ones.
+    """
+    return SpeCa(
+        base_threshold=threshold,
+        decay_rate=decay,
+        first_full_steps=SPECA_START,
+        max_taylor_steps=SPECA_DRAFTS * level,
+    )
 
 
 # those that decide at run time, from a threshold and the level
@@ -453,6 +463,7 @@ def measure(args: argparse.Namespace) -> None:
     about: Found = json.loads(path.read_text()) if path.exists() else {}
     about |= {"what": __doc__.splitlines()[0], "surroundings": surroundings(1), "backend": backend}
     about["classes"] = len(demo.class_names)
+    about["speca"] = {"start": SPECA_START, "drafts": SPECA_DRAFTS}
     if "DisCa" in args.methods:
         learned = trained(demo, args.state / "predictor.safetensors", training, training_steps)
         about["training"] = {**asdict(training), "steps": training_steps, "losses": learned.config.losses}

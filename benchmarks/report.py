@@ -664,6 +664,15 @@ def methods_row(each: Found) -> str:
     )
 
 
+def speca_settings(speca: Found) -> tuple[str, str]:
+    start = "one, too" if speca["start"] == 1 else "two"
+    times = "" if speca["drafts"] == 1 else f" {speca['drafts']} times"
+    return (
+        f"SpeCa has {start}, and drafts at most{times} as many steps in a row as the level's number;",
+        "its threshold falls to a hundredth, and that of *SpeCa constant* does not fall.",
+    )
+
+
 def methods(found: Found) -> Iterator[str]:
     where, training = found["surroundings"], found["training"]
     updates, last = training["loops"] * training["updates"], training["losses"][-1]
@@ -673,9 +682,9 @@ def methods(found: Found) -> Iterator[str]:
         f"{where['commit']}. In each round, one image of each class is made uncached and then by every method from the",
         "same noise. Everything is compared with the uncached images: it says how much changed, not how good an image",
         "is. *FLOPs* are relative to the uncached loop. Intervals are those nearest to the level; thresholds come",
-        "from a bisection on other noise. TaylorSeer has one full step at the start. SpeCa has two, and drafts at",
-        "most as many steps in a row as the level's number; its threshold falls to a hundredth, and that of *SpeCa",
-        "constant* does not fall. *Calibrated* was measured on two loops of other noise. Everything else is at its",
+        "from a bisection on other noise. TaylorSeer has one full step at the start.",
+        *speca_settings(found.get("speca", {"start": 2, "drafts": 1})),
+        "*Calibrated* was measured on two loops of other noise. Everything else is at its",
         "default. Methods that decide in the step decide for the strictest of a round's 20 rows. DisCa's predictor",
         f"was trained for {updates} updates on {training['loops']} loops of {training['steps']} steps, to a relative",
         f"squared error of {last:.3f}; the paper trains longer, and against a discriminator.",

@@ -8,6 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -31,7 +32,7 @@ from duca_compile.policies import StepKind
 from duca_compile.policies.named import POLICIES
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from duca_compile.app import demo as demonstration
     from duca_compile.explanation import Explanation
@@ -56,6 +57,14 @@ LoopTarget = Annotated[
 LoopSteps = Annotated[int, typer.Option(min=2, help="Number of denoising steps of a loop of the embedded model.")]
 Folder = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of an artifact.")]
 Device = Annotated[str, typer.Option(help="Device of the model: cpu, cuda, cuda:1, ...")]
+
+
+class ScheduleSearch(StrEnum):
+    """How ``calibrate`` places full steps."""
+
+    ERRORS = "errors"
+    PATH = "path"
+    LOOPS = "loops"
 
 
 @app.callback()
@@ -187,6 +196,11 @@ def calibrate(
     full_steps: Annotated[int, typer.Option(min=1, help="Number of steps that are computed in full.")] = 10,
     max_order: Annotated[int, typer.Option(min=1, max=4, help="Highest order of difference used.")] = 2,
     loops: Annotated[int, typer.Option(min=1, help="Number of denoising loops to measure.")] = 1,
+    search: Annotated[
+        ScheduleSearch,
+        typer.Option(help="How to place full steps: by fitted errors, by the shortest path, or by running loops."),
+    ] = ScheduleSearch.ERRORS,
+    iterations: Annotated[int, typer.Option(min=0, help="Loops that the annealing of --search loops tries.")] = 200,
     steps: LoopSteps = 50,
     out: Annotated[Path, typer.Option(help="Path of the policy.")] = Path("calibrated.json"),
     device: Device = "cpu",
@@ -197,7 +211,14 @@ def calibrate(
     try:
         model, sample = _embedded_loops(device, steps) if target is None else _load_target(target)
         with console.status("measuring"):
-            policy = calibrated(model, sample, loops=loops).policy(full_steps, max_order)
+            measured = calibrated(model, sample, loops=loops)
+            match search:
+                case ScheduleSearch.ERRORS:
+                    policy = measured.policy(full_steps, max_order)
+                case ScheduleSearch.PATH:
+                    policy = measured.policy_by_path(full_steps)
+                case ScheduleSearch.LOOPS:
+                    policy = measured.policy_by_loops(full_steps, max_order, iterations=iterations)
         policy.save(out)
     except DucaError as error:
         _fail(error)
@@ -211,8 +232,8 @@ def _embedded_loops(device: str, steps: int) -> tuple[nn.Module, Callable[[nn.Mo
 
     model = demonstration.DemoModel.load(_device(device))
 
-    def sample(drop_in: nn.Module, number: int) -> None:
-        model.sample(drop_in, steps, model.noise(LOOP_SEED + number), lambda seconds: None)
+    def sample(drop_in: nn.Module, number: int) -> Tensor:
+        return model.sample(drop_in, steps, model.noise(LOOP_SEED + number), lambda seconds: None)
 
     return model.transformer, sample
 

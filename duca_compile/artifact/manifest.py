@@ -178,6 +178,9 @@ def problems(manifest: Manifest) -> Iterator[str]:
     for name, variant in manifest.variants.items():
         yield from _problems_of_variant(manifest, name, variant)
     yield from _problems_of_the_result(manifest)
+    forecast = manifest.policy.forecast
+    if forecast is not None and forecast.chebyshev is not None and manifest.schedule.num_inference_steps is None:
+        yield "policy.forecast.chebyshev depends on schedule.num_inference_steps, and there is none"
     if manifest.policy.rule is not None:
         yield from _problems_of_rule(manifest, manifest.policy.rule.rebuilt())
 

@@ -14,9 +14,7 @@ from duca_compile.artifact.engines.base import Engine, GraphFunction
 from duca_compile.artifact.manifest import Manifest, Size, TensorSpec
 from duca_compile.core.ports import (
     CACHES,
-    FORECAST_GAP,
-    FULL_ROWS,
-    PROBE_CHANGE,
+    NUMBERS,
     Port,
     argument,
     named_input,
@@ -29,7 +27,7 @@ from duca_compile.policies.base import Forecast as ForecastOptions
 from duca_compile.policies.base import Policy, Selection
 from duca_compile.runtime.arrays import NumpyArrays
 from duca_compile.runtime.dispatcher import Program, StepPlan
-from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
+from duca_compile.runtime.forecasting import ForecastInputs, compares_caches
 from duca_compile.runtime.selection import TokenSet
 
 log = logging.getLogger("duca_compile")
@@ -199,13 +197,13 @@ class Planner:
     def _forecast(self, graph: str) -> ForecastInputs:
         found = self._manifest
         specs = dict(zip(input_ports(found, graph), found.graphs[graph].inputs, strict=True))
-        numbers = {port: partial(_number, specs[port]) for port in NUMBERS if port in specs}
+        numbers = {port: partial(_number, spec) for port, spec in specs.items() if port.kind in NUMBERS}
         caches = {
             port: partial(self._engine.zeros, spec.at(self._batch), spec.dtype)
             for port, spec in specs.items()
             if port.kind in CACHES
         }
-        compares = PROBE_CHANGE in output_ports(found, graph) or numbers.keys() & {FORECAST_GAP, FULL_ROWS}
+        compares = compares_caches((*specs, *output_ports(found, graph)))
         rows = max((prod(specs[port].at(self._batch)) for port in numbers), default=1)
         return ForecastInputs(numbers, caches if compares else {}, rows)
 

@@ -18,7 +18,7 @@ from msgspec import Meta
 from duca_compile.artifact.decoding import ImpossibleError, decode, problem
 from duca_compile.core.steps import Step, StepKind
 from duca_compile.errors import ExportError
-from duca_compile.policies import RFC, ResidualGate, SpeCa
+from duca_compile.policies import RFC, EasyCache, ResidualGate, SeaCache, SpeCa
 from duca_compile.policies.adaptive import AdaptivePolicy
 from duca_compile.policies.base import Forecast, Selection
 
@@ -31,7 +31,9 @@ ITEM_BYTES = {
     "complex128": 16,
 }  # fmt: skip
 # Policies that decide while they run. An artifact holds the name of the class and the values of its fields.
-DECIDING: dict[str, type[AdaptivePolicy]] = {policy.__name__: policy for policy in (RFC, ResidualGate, SpeCa)}
+DECIDING: dict[str, type[AdaptivePolicy]] = {
+    policy.__name__: policy for policy in (EasyCache, RFC, ResidualGate, SeaCache, SpeCa)
+}
 
 _SIZE = re.compile(r"(?:([0-9]{1,10})\*)?([a-z_][a-z_0-9]*)(?:\+([0-9]{1,10}))?")
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -330,6 +332,10 @@ class Policy:
 def _check_forecast(forecast: Forecast) -> None:
     _need(0 <= forecast.order <= 4, f"forecast.order: {forecast.order} is not from 0 to 4")
     _need(0 <= forecast.first < 2**31, f"forecast.first: {forecast.first} is no step")
+    _need(1 <= forecast.least < 2**31, f"forecast.least: {forecast.least} is no number of full steps")
+    _need(forecast.high_pass is None or forecast.lite, "forecast.high_pass: the filter is of the stream's end alone")
+    _need(forecast.chebyshev is None or forecast.lite, "forecast.chebyshev: the series is of the stream's end alone")
+    _need(abs(forecast.hermite or 0) < 1e30, f"forecast.hermite: {forecast.hermite} is no scale")
     for i, measured in enumerate(forecast.measured):
         if measured is not None:
             place = f"forecast.measured[{i}]"

@@ -116,13 +116,19 @@ class Compiled:
         names = {id(tensor): name for name, tensor in live.items()}
         # A trace may name the model's weights differently. Every other attribute is a constant of the graph.
         self._weights = {name: names[id(t)] for name, t in captured.attributes.items() if id(t) in names}
+        self._prologue, self._precomputes = prologue, not backend.exact
         self.programs = Programs(facts, policy, self._variants, said)
-        self.dispatcher = Dispatcher(self.programs, policy, prologue, not backend.exact)
+        self.dispatcher = Dispatcher(self.programs, policy, prologue, self._precomputes)
         self.used = 0  # the number of the model's call that used it last
 
     @property
     def captured(self) -> CapturedGraph:
         return self._variants.captured
+
+    def use(self, policy: Policy) -> None:
+        """Runs another policy from now on, which needs no other predictor. Variants that both need are kept."""
+        self.programs.use(policy)
+        self.dispatcher = Dispatcher(self.programs, policy, self._prologue, self._precomputes)
 
     def guards_hold(self, tensors: tuple[Tensor, ...], anew: bool = False) -> bool:
         """Whether it is valid for a call with these tensors, given the values that forward reads in Python, if any.

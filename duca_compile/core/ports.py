@@ -24,13 +24,20 @@ class PortKind(Enum):
     GAP = "forecast_gap"  # steps from the last full step to this one
     ORDERS = "forecast_orders"  # how many orders the full steps so far allow; higher differences stay zero
     FACTOR = "forecast_factor"  # the factor of the differences of one order
+    SUM_WEIGHT = "forecast_weight"  # what a full step's feature is multiplied by before it is added to a sum
+    SUM_FACTOR = "forecast_sum_factor"  # the factor of a sum in a forecast
+    SUMMED = "forecast_summed"  # how many features the sums hold; if none, what they hold is left out
     FULL_ROWS = "full_rows"  # bool (batch,): the batch rows that a full step refreshes; others keep their caches
     # Caches: results of one step, and inputs of later ones
     BRANCH = "branch"  # the output of a branch before its gate
     BRANCH_INPUT = "input"  # the input of a branch
     SCALE = "scale"  # how far a branch moves relative to its input: a number for each batch row
     CHANGE = "change"  # what a stretch of a stream's branches adds to it; numbered by the last one
+    LATENT = "boundary_latent"  # the model's latent at the last full step
+    RESULT = "boundary_output"  # the model's output at the last full step
+    RATE = "boundary_rate"  # how far the output moves with the latent, relative to its size: for each batch row
     STREAM_END = "stream_end"  # of the last stream; numbered, the value of a stream after a branch that outputs read
+    SUM = "stream_sum"  # a weighted sum of the stream's ends at all full steps so far, in float32 or wider
     # Results
     OUTPUT = "output"  # one of the model's outputs
     SCORE = "score"  # the scores of the tokens from the attention of a branch
@@ -44,8 +51,15 @@ class PortKind(Enum):
 
 # Tuples rather than sets: searching so few members is faster than hashing one.
 FEATURES = (PortKind.BRANCH, PortKind.BRANCH_INPUT, PortKind.CHANGE, PortKind.STREAM_END)
-WRITTEN = (*FEATURES, PortKind.SCALE)  # caches that a result of the same port fills
+WRITTEN = (  # caches that a result of the same port fills
+    *(*FEATURES, PortKind.SCALE, PortKind.SUM),
+    *(PortKind.LATENT, PortKind.RESULT, PortKind.RATE),
+)
 CACHES = (*WRITTEN, PortKind.PROBE_SEEN)
+NUMBERS = (
+    *(PortKind.GAP, PortKind.ORDERS, PortKind.FACTOR),
+    *(PortKind.SUM_WEIGHT, PortKind.SUM_FACTOR, PortKind.SUMMED, PortKind.FULL_ROWS),
+)
 MEASURES = (PortKind.VERIFY_ERROR, PortKind.PROBE_CHANGE, PortKind.PROBE_SEEN, PortKind.PROBE_STREAM)
 
 
@@ -59,7 +73,7 @@ class Port:
     Attributes:
         kind: what it carries.
         of: which one of its kind: the name of an argument or of a value in the graph, a dtype, or the number of a
-            branch, of an output or of a factor's order; empty for kinds with a single port.
+            branch, of an output, of a sum or of a factor's order; empty for kinds with a single port.
         order: of a cache, the order of the difference that it holds; 0 is the feature itself.
     """
 
@@ -103,9 +117,12 @@ class Port:
 
 
 STREAM_END = Port(PortKind.STREAM_END)
+LATENT, RESULT, RATE = Port(PortKind.LATENT), Port(PortKind.RESULT), Port(PortKind.RATE)
 FORECAST_GAP = Port(PortKind.GAP)
 FORECAST_ORDERS = Port(PortKind.ORDERS)
 FORECAST_FACTORS = tuple(Port(PortKind.FACTOR, order) for order in range(1, 5))
+FORECAST_START = Port(PortKind.FACTOR, 0)  # of the feature itself; 1 unless there are sums
+SUMMED = Port(PortKind.SUMMED)
 FULL_ROWS = Port(PortKind.FULL_ROWS)
 VERIFY_ERROR = Port(PortKind.VERIFY_ERROR)
 PROBE_CHANGE = Port(PortKind.PROBE_CHANGE)
@@ -141,6 +158,7 @@ def dead_caches(live: CacheKinds, caches: Iterable[Port]) -> tuple[Port, ...]:
 
 _NUMBERED = (
     *(PortKind.TOKENS, PortKind.FACTOR, PortKind.OUTPUT, PortKind.SCORE),
+    *(PortKind.SUM, PortKind.SUM_WEIGHT, PortKind.SUM_FACTOR),
     *(PortKind.BRANCH, PortKind.BRANCH_INPUT, PortKind.SCALE, PortKind.CHANGE),
 )
 _NAMED = {PortKind.HOISTED: ".+", PortKind.ROW: r"(?:b?float|u?int|complex)\w+|bool"}

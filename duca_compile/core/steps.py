@@ -22,19 +22,57 @@ class Verify:
     of: Literal["stream", "branch"] = "stream"
 
 
+# What skip steps take from the cache: the end of the stream; what the blocks added to each stream, for its start; or
+# the change from the latent to the model's output, for the latent.
+Restores = Literal["end", "change", "output"]
+
+
+@dataclass(frozen=True)
+class NoiseFilter:
+    """A Wiener filter over the grid of tokens, which keeps what noise of the step's level does not hide (SeaCache).
+
+    Attributes:
+        exponent: the power of a frequency by which the spectrum of a clean latent is taken to fall.
+        pure_noise: the timestep that stands for pure noise; the noise level is the timestep's share of it.
+        grid: the layout of the tokens, (height, width) or (frames, height, width); None where the graph shows it.
+    """
+
+    exponent: float
+    pure_noise: float
+    grid: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class HighPass:
+    """A filter over the tokens that takes out low frequencies (FreqCa).
+
+    Attributes:
+        transform: "dct", two-dimensional over the grid of the tokens; or "fft", over the tokens in a row.
+        cutoff: frequencies up to this share of the highest one are low.
+        grid: the layout of the tokens, (height, width); None where the graph shows it.
+    """
+
+    transform: Literal["dct", "fft"]
+    cutoff: float
+    grid: tuple[int, ...] | None = None
+
+
 @dataclass(frozen=True)
 class Probe:
     """What is measured before a step is decided: a small part of the model, computed at every step.
 
     Attributes:
         of: "modulated", the input of the first block's first branch after norm and modulation; "first_block", what the
-            first block adds to the stream; or "forecast", the input of the latent's first branch, compared with its
-            forecast from the last full steps (relational feature caching).
+            first block adds to the stream; "forecast", the input of the latent's first branch, compared with its
+            forecast from the last full steps (relational feature caching); or "latent", the latent itself, whose change
+            is scaled by how far the model's output has moved with it between the last two full steps (EasyCache).
         to_last_full: whether to compare with the last full step, rather than the last step. Not for "forecast".
+        filter: what the probed value goes through first; only for "modulated".
     """
 
-    of: Literal["modulated", "first_block", "forecast"] = "modulated"
+    of: Literal["modulated", "first_block", "forecast", "latent"] = "modulated"
     to_last_full: bool = False
+    filter: NoiseFilter | None = None
 
 
 class StepKind(Enum):

@@ -8,7 +8,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 from duca_compile.core.ports import Port, PortKind
-from duca_compile.core.steps import CacheKinds, Probe, Verify
+from duca_compile.core.steps import CacheKinds, HighPass, Probe, Restores, Verify
 
 if TYPE_CHECKING:
     from torch import Tensor, fx
@@ -38,21 +38,38 @@ class Scores:
 
 @dataclass(frozen=True)
 class Series:
-    """What full steps keep for forecasts: differences up to ``order``.
+    """What full steps keep for forecasts: differences up to ``order``, and weighted sums over all full steps.
 
     Attributes:
-        order: the highest difference.
+        order: the highest difference. With sums and an order of 0, nothing but the sums is kept.
         of: "branches"; "inputs", branches whose forecasts are scaled by the change of their inputs (RFC); or "end",
             only the end of the stream.
+        sums: how many sums; only of the end of the stream.
+        high_pass: the filter of the differences of the end of the stream, from the first order on.
     """
 
     order: int
     of: Literal["branches", "inputs", "end"] = "branches"
+    sums: int = 0
+    high_pass: HighPass | None = None
+
+    @property
+    def differences(self) -> bool:
+        """Whether differences are kept, the feature itself included."""
+        return self.order > 0 or not self.sums
 
 
 @dataclass(frozen=True)
 class Changes:
     """Full steps keep what each stream gains from its start to its end (TeaCache)."""
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Full steps keep the latent and the output, and how far the output moves with the latent (EasyCache)."""
+
+
+Keeps: TypeAlias = "CacheKinds | Series | Changes | Boundary"
 
 
 class _Spec:
@@ -79,7 +96,7 @@ class FullVariant(_Spec):
             batch row.
     """
 
-    keeps: CacheKinds | Series | Changes = CacheKinds.ALL
+    keeps: Keeps = CacheKinds.ALL
     scores: Scores | None = None
     after: Probe | None = None
     by_row: bool = False
@@ -134,13 +151,13 @@ class ReuseVariant(_Spec):
 
 @dataclass(frozen=True)
 class SkipVariant(ReuseVariant):
-    """Takes the end of the stream from the cache.
+    """Takes the end of the stream from the cache, or its change, or that of the output.
 
     Attributes:
-        change: whether the cache holds what the streams gain, which is then added to their starts.
+        restores: what the cache holds.
     """
 
-    change: bool = False
+    restores: Restores = "end"
     kind: ClassVar[str] = "skip steps"
 
 

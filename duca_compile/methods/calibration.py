@@ -8,7 +8,7 @@ the loop, is smallest. Both follow from the inner products of h at any two steps
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from duca_compile.errors import UsageError
+from duca_compile.errors import PolicyError, UsageError, not_none
 from duca_compile.methods.recording import Recorder, SampleLoop
+from duca_compile.methods.search import ClosedLoopSearch, shortest_path
+from duca_compile.methods.trials import Trials
 from duca_compile.policies.base import FittedFactors
 from duca_compile.policies.calibrated import Calibrated
-from duca_compile.policies.checks import check_full_steps, check_whole
+from duca_compile.policies.checks import check_full_steps, check_number, check_whole
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 _BEAM = 12  # schedules kept for each number of full steps and each last full step
@@ -61,7 +63,7 @@ def calibrate(
     lengths = {len(products.inner) for products in recorded}
     if len(lengths) > 1:
         raise UsageError(f"sample() must run loops of the same length; these have {sorted(lengths)} steps")
-    return Calibration(recorded)
+    return Calibration(recorded, lambda number: Trials(model, sample, number, recorder.steps, timestep))
 
 
 class Calibration:
@@ -71,8 +73,8 @@ class Calibration:
         steps: the number of steps of the measured loops, for which the policies hold.
     """
 
-    def __init__(self, recorded: Sequence[_Products]) -> None:
-        self._recorded, self.steps = recorded, len(recorded[0].inner)
+    def __init__(self, recorded: Sequence[_Products], trials: Callable[[int], Trials] | None = None) -> None:
+        self._recorded, self._trials, self.steps = recorded, trials, len(recorded[0].inner)
 
     def policy(self, full_steps: int | Iterable[int], max_order: int = 2) -> Calibrated:
         """The policy with the smallest error on the measured loops.
@@ -87,8 +89,88 @@ class Calibration:
         Raises:
             PolicyError: an invalid parameter, or step 0 is not full.
         """
+        return _Search(self._recorded, self._checked_order(max_order)).policy(full_steps)
+
+    @staticmethod
+    def _checked_order(max_order: int) -> int:
         check_whole("max_order", max_order, least=1, most=4)
-        return _Search(self._recorded, max_order).policy(full_steps)
+        return int(max_order)
+
+    def policy_by_path(self, full_steps: int, *, first_full_steps: int = 3, largest_gap: float = 0.3) -> Calibrated:
+        """The policy whose forecasts, each the line through the last two full steps, have the smallest sum of errors.
+
+        The full steps are found by dynamic programming, as in DPCache (arXiv 2602.22654); nothing is fitted. The error
+        of a forecast is the root of its mean squared difference, averaged over guidance passes and loops.
+
+        Args:
+            full_steps: how many steps of a loop are full.
+            first_full_steps: how many of them are at the start, at least 2.
+            largest_gap: the longest way from one full step to the next, as a share of the loop.
+
+        Returns:
+            The policy, for loops of ``steps`` steps.
+
+        Raises:
+            PolicyError: an invalid parameter, or so few full steps leave longer gaps.
+        """
+        check_whole("first_full_steps", first_full_steps, least=2, most=self.steps)
+        check_whole("full_steps", full_steps, least=int(first_full_steps), most=self.steps)
+        check_number("largest_gap", largest_gap, least=0, most=1)
+        search = _Search(self._recorded, 1)
+        gap = max(1, int(largest_gap * self.steps))
+        chosen = shortest_path(search.line_errors(), int(full_steps), int(first_full_steps), gap)
+        return search.along_lines(chosen)
+
+    def policy_by_loops(
+        self,
+        full_steps: int,
+        max_order: int = 2,
+        *,
+        iterations: int = 200,
+        rounds: int = 20,
+        forced: int | None = None,
+        number: int = 0,
+        seed: int = 0,
+        temperatures: tuple[float, float] = (0.05, 1e-5),
+    ) -> Calibrated:
+        """The policy whose own loop ends closest to the uncached one, as far as a search finds it.
+
+        Other than ``policy``, this sees how errors of early steps change later ones. It starts from the full steps of
+        ``policy``, and moves them by simulated annealing and then by climbing, as in BudCache (arXiv 2606.13496).
+        Forecasts are fitted for each choice. Each new choice runs one loop, with as many full steps as the policy.
+
+        Args:
+            full_steps: how many steps of a loop are full.
+            max_order: the highest order of difference used, 1 to 4.
+            iterations: moves of the annealing; 0 for none.
+            rounds: the most rounds of climbing, each of which tries all full steps up to three places away.
+            forced: how many full steps stay at the start; by default a quarter, and at least one.
+            number: of the loop that is run. ``sample`` must return its final latent, a tensor.
+            seed: of the random moves.
+            temperatures: of the annealing, at its start and its end, in units of the mean squared error.
+
+        Returns:
+            The policy, for loops of ``steps`` steps.
+
+        Raises:
+            PolicyError: an invalid parameter.
+            UsageError: ``sample`` returns no tensor.
+        """
+        check_whole("full_steps", full_steps, least=1, most=self.steps)
+        forced = max(1, int(full_steps) // 4) if forced is None else forced
+        check_whole("forced", forced, least=1, most=int(full_steps))
+        check_whole("iterations", iterations, least=0)
+        check_whole("rounds", rounds, least=0)
+        for i, temperature in enumerate(temperatures):
+            check_number(f"temperatures[{i}]", temperature, least=0)
+        hot, cold = temperatures
+        if not 0 < cold <= hot:
+            raise PolicyError(f"temperatures={temperatures!r} is invalid: it falls, and stays above 0")
+        placed = _Search(self._recorded, self._checked_order(max_order))
+        trials = not_none(self._trials, "what runs the loop")(number)
+        search = ClosedLoopSearch(lambda full: trials.loss(placed.policy(full)), self.steps, forced, seed)
+        start = _forced(placed.policy(full_steps).full_steps, forced, self.steps)
+        return placed.policy(search.climb(search.anneal(start, iterations, hot, cold), rounds))
 
 
 @dataclass(frozen=True)
@@ -139,6 +221,40 @@ class _Search:
         forecasts = max(1, self._steps - len(chosen))
         return Calibrated(tuple(measured), self._order, float(np.sqrt(total / forecasts)))
 
+    def line_errors(self) -> Array:
+        """Errors of the lines through any two steps, (first one, second one, step); zero up to the second one."""
+        errors = np.zeros((self._steps,) * 3)
+        for i in range(self._steps):
+            for j in range(i + 1, self._steps):
+                step = np.arange(j + 1, self._steps)
+                factors = np.stack([np.ones(len(step)), -((step - j) / (j - i) + 1), (step - j) / (j - i)], -1)
+                points = np.stack([step, np.full(len(step), j), np.full(len(step), i)], -1)
+                inner = self._inner[:, points[:, :, None], points[:, None, :]]
+                squares = np.einsum("sa,psab,sb->ps", factors, inner, factors).clip(0)
+                errors[i, j, j + 1 :] = np.sqrt(squares).mean(0)
+        return errors
+
+    def along_lines(self, chosen: tuple[int, ...]) -> Calibrated:
+        """The policy with these full steps whose forecasts are lines through the last two of them."""
+        measured: list[FittedFactors | None] = []
+        total = 0.0
+        for step in range(self._steps):
+            earlier = [full for full in chosen if full < step]
+            if step in chosen:
+                measured.append(None)
+                continue
+            distance = float(step - earlier[-1]) if len(earlier) > 1 else 0.0
+            measured.append(FittedFactors(earlier[-1], (distance,) * (len(earlier) > 1)))
+            total += self._line_error(earlier[-2:], step)
+        return Calibrated(tuple(measured), 1, float(np.sqrt(total / max(1, self._steps - len(chosen)))))
+
+    def _line_error(self, full: Sequence[int], step: int) -> float:
+        """The relative squared error of the forecast of ``step`` along the line through these full steps."""
+        rise = (step - full[-1]) / (full[-1] - full[0]) if len(full) > 1 else 0.0
+        weights, points = np.array([1.0, -1 - rise, rise]), [step, full[-1], full[0]]
+        inner = self._inner[:, points][:, :, points]
+        return float((np.einsum("a,pab,b->p", weights, inner, weights).clip(0) * self._weights[:, step]).sum())
+
     def _checked(self, full_steps: Sequence[int]) -> tuple[int, ...]:
         check_full_steps(full_steps, most=self._steps - 1)
         return tuple(sorted({int(step) for step in full_steps}))
@@ -184,6 +300,13 @@ class _Search:
         among += _RIDGE * size[:, None, None] * np.eye(len(differences))
         factors = np.linalg.solve(among, along[..., None])[..., 0]
         return (error - (factors * along).sum(1)).clip(0), factors
+
+
+def _forced(full: tuple[int, ...], first: int, steps: int) -> tuple[int, ...]:
+    """As many full steps, the ``first`` ones of the loop among them; where that frees some, they are at its end."""
+    kept = [*range(first), *(step for step in full if step >= first)]
+    kept += [step for step in reversed(range(steps)) if step not in kept]
+    return tuple(sorted(kept[: len(full)]))
 
 
 def _differences(full: tuple[int, ...]) -> Array:

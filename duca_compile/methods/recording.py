@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from duca_compile.backends.eager import EagerBackend
 from duca_compile.compiler.budget import CacheOptions
 from duca_compile.compiler.compiled import Compiled
-from duca_compile.core.ports import STREAM_END, Port, PortKind
+from duca_compile.core.ports import CACHES, STREAM_END, Port, PortKind
+from duca_compile.core.steps import Restores
 from duca_compile.core.variants import Variant, VariantFunction
 from duca_compile.drop_in import OptimizedModel, check_plain
 from duca_compile.errors import UsageError
-from duca_compile.policies import TaylorSeer
+from duca_compile.policies import Policy, TaylorSeer, Uncached
 from duca_compile.runtime.session import Requests
 
 SampleLoop = Callable[[Any, int], Any]  # sample(drop_in, number) runs one denoising loop
@@ -28,12 +29,17 @@ class RecordedCall:
     Attributes:
         inputs: the inputs of its graph, by port.
         outputs: what it returned.
-        hidden: the end of the residual stream, (batch, tokens, channels).
+        kept: what the full step keeps, by port: the end of the residual stream, or the changes of all streams.
     """
 
     inputs: Mapping[Port, Tensor]
     outputs: tuple[Tensor, ...]
-    hidden: Tensor
+    kept: Mapping[Port, Tensor]
+
+    @property
+    def hidden(self) -> Tensor:
+        """The end of the residual stream, (batch, tokens, channels)."""
+        return self.kept[STREAM_END]
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,26 @@ class RecordedPass:
     calls: Sequence[RecordedCall]
 
 
+class _KeepsChanges(Uncached):
+    """Only full steps, which return what the blocks add to each stream."""
+
+    @property
+    def caches(self) -> bool:
+        return True
+
+    @property
+    def restores(self) -> Restores:
+        return "change"
+
+
+_ONLY_FULL: Mapping[str, Policy] = {
+    "end": TaylorSeer(1, max_order=0, first_full_steps=1, lite=True),
+    "changes": _KeepsChanges(),
+}
+
+
 class Recorder(EagerBackend):
-    """Runs loops of the model in full, and records their hidden states.
+    """Runs loops of the model in full, and records what their steps keep.
 
     Args:
         model: the model. It is not changed.
@@ -60,6 +84,7 @@ class Recorder(EagerBackend):
         timestep: name of the timestep argument; needed only if the graph does not show it.
         whole: whether inputs and outputs are recorded, too.
         latent: name of the argument that is denoised; needed only if the graph does not show it.
+        keeps: "end", the end of the residual stream; or "changes", what the blocks add to each stream.
 
     Attributes:
         steps: the number of steps of the last loop.
@@ -73,17 +98,15 @@ class Recorder(EagerBackend):
         timestep: str | None = None,
         whole: bool = True,
         latent: str | None = None,
+        keeps: Literal["end", "changes"] = "end",
     ) -> None:
         check_plain(model)
         self._whole, self.steps = whole, 0
         self.model_name = type(model).__name__
         self._sample, self._calls = sample, list[tuple[Variant, RecordedCall]]()
-        policy = TaylorSeer(
-            1, max_order=0, first_full_steps=1, lite=True
-        )  # only full steps, which keep the end of the stream
-        self._model = OptimizedModel(
-            model, policy, self, Requests(policy, None), timestep, CacheOptions(), latent=latent
-        )
+        policy = _ONLY_FULL[keeps]
+        requests = Requests(policy, None)
+        self._model = OptimizedModel(model, policy, self, requests, timestep, CacheOptions(), latent=latent)
 
     def compile(self, variant: Variant, cuts: frozenset[str] = frozenset()) -> VariantFunction:
         run = super().compile(variant, cuts)
@@ -91,7 +114,7 @@ class Recorder(EagerBackend):
         def recorded(*tensors: Tensor) -> tuple[Tensor, ...]:
             results = run(*tensors)
             by_port = dict(zip(variant.outputs, results, strict=True))
-            call = RecordedCall({}, (), by_port[STREAM_END])
+            call = RecordedCall({}, (), {port: value for port, value in by_port.items() if port.kind in CACHES})
             if self._whole:
                 outputs = tuple(value.clone() for port, value in by_port.items() if port.kind is PortKind.OUTPUT)
                 inputs = {port: tensor.clone() for port, tensor in zip(variant.inputs, tensors, strict=True)}

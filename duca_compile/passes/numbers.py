@@ -26,6 +26,16 @@ def precise(value: Tensor) -> torch.dtype:
     return torch.promote_types(value.dtype, torch.float32)
 
 
+def widened(draft: VariantDraft, node: fx.Node) -> fx.Node:
+    """``node`` in ``precise``: itself, unless its dtype is narrower."""
+    value = node.meta["val"]
+    if value.dtype is precise(value):
+        return node
+    wide = draft.graph.call_function(aten.to.dtype, (node, precise(value)))
+    wide.meta["val"] = value.to(precise(value))
+    return wide
+
+
 def ratio(draft: VariantDraft, over: fx.Node, under: fx.Node) -> fx.Node:
     """The quotient of two lengths; the divisor is ``EPSILON`` at least."""
     least = draft.graph.call_function(aten.clamp_min.default, (under, EPSILON))

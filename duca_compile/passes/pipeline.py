@@ -18,6 +18,7 @@ from duca_compile.errors import InternalError
 from duca_compile.passes.base import D, Draft, Pass, VariantDraft, returned
 from duca_compile.passes.caching.cast import CastCaches
 from duca_compile.passes.caching.forecast import Forecast
+from duca_compile.passes.caching.output import RestoreOutput
 from duca_compile.passes.caching.partial import RecomputeTokens
 from duca_compile.passes.caching.predict import PredictStream
 from duca_compile.passes.caching.probe import ResumeFromProbe
@@ -26,6 +27,7 @@ from duca_compile.passes.caching.residual import AddChanges
 from duca_compile.passes.caching.reuse import ReuseBranches
 from duca_compile.passes.caching.rows import KeepRows
 from duca_compile.passes.caching.skip import SkipBlocks
+from duca_compile.passes.exact.boundary import EmitBoundary
 from duca_compile.passes.exact.changes import EmitChanges
 from duca_compile.passes.exact.clean import Clean
 from duca_compile.passes.exact.dead_code import RemoveDeadCode
@@ -37,6 +39,7 @@ from duca_compile.passes.exact.probe import EmitProbe
 from duca_compile.passes.exact.relate import EmitRelations
 from duca_compile.passes.exact.scores import EmitScores
 from duca_compile.passes.exact.shapes import StaticShapes
+from duca_compile.passes.exact.sums import EmitSums
 from duca_compile.passes.exact.verification import VerifyForecast
 from duca_compile.passes.exact.write_last import WriteLast
 from duca_compile.passes.portable.logical_select import LogicalSelect
@@ -53,6 +56,8 @@ REWRITE: tuple[Pass[VariantDraft], ...] = (
     EmitCaches(),
     EmitChanges(),
     EmitDifferences(),
+    EmitSums(),
+    EmitBoundary(),
     EmitRelations(),
     KeepRows(),
     EmitScores(),
@@ -63,6 +68,7 @@ REWRITE: tuple[Pass[VariantDraft], ...] = (
     ReuseBranches(),
     SkipBlocks(),
     AddChanges(),
+    RestoreOutput(),
     ResumeFromProbe(),
     PredictStream(),
     CastCaches(),

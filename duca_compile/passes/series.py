@@ -1,19 +1,19 @@
-"""Sums the cached differences that a forecast is made of."""
+"""Sums the cached values that a forecast is made of, each times its factor."""
 
 from __future__ import annotations
 
 import torch
 from torch import fx
 
-from duca_compile.core.ports import FORECAST_FACTORS, Port
+from duca_compile.core.ports import FORECAST_FACTORS, FORECAST_START, Port, PortKind
 from duca_compile.passes.base import VariantDraft
-from duca_compile.passes.numbers import broadcast, clamped, number_input
+from duca_compile.passes.numbers import broadcast, clamped, number_input, precise, widened
 
 aten = torch.ops.aten
 
 
 class SeriesBuilder:
-    """Builds the series of caches at the graph's insertion point; each factor is one input."""
+    """Builds forecasts from caches at the graph's insertion point; each factor is one input."""
 
     def __init__(self, draft: VariantDraft, order: int) -> None:
         self._draft, self._order = draft, order
@@ -27,6 +27,24 @@ class SeriesBuilder:
         """The terms of all higher orders without D_0; the order must be at least 1."""
         first, *terms = self._terms(cache, like)
         return self._added(self._draft.graph.call_function(aten.mul.Tensor, first), terms)
+
+    def sum_of_sums(self, cache: Port, sums: int, like: torch.Tensor) -> fx.Node:
+        """The terms of all sums and, if the order is at least 1, of all differences from D_0 on.
+
+        They are added in float32 or wider, since their factors have both signs.
+        """
+        call, wide = self._draft.graph.call_function, like.to(precise(like))
+        ports = [Port(PortKind.SUM, i) for i in range(sums)]
+        terms = [
+            (self._draft.input(port, wide), self._factor(Port(PortKind.SUM_FACTOR, port.of), wide)) for port in ports
+        ]
+        orders = (FORECAST_START, *FORECAST_FACTORS[: self._order]) if self._order else ()
+        for i, factor in enumerate(orders):
+            difference = self._draft.input(cache.difference(i), like)
+            terms.append((widened(self._draft, difference), self._factor(factor, wide)))
+        first, *others = terms
+        total = self._added(call(aten.mul.Tensor, first), others)
+        return total if like.dtype is wide.dtype else call(aten.to.dtype, (total, like.dtype))
 
     def _added(self, total: fx.Node, terms: list[tuple[fx.Node, fx.Node]]) -> fx.Node:
         for difference, factor in terms:

@@ -6,12 +6,18 @@ from duca_compile.policies.base import Forecast, Policy, Selection, TokenQuery
 from duca_compile.policies.calibrated import Calibrated
 from duca_compile.policies.disca import DisCa
 from duca_compile.policies.duca import DuCa
+from duca_compile.policies.easycache import EasyCache
 from duca_compile.policies.fora import FORA
+from duca_compile.policies.freqca import FreqCa
 from duca_compile.policies.gate import ResidualGate
+from duca_compile.policies.hicache import HiCache
+from duca_compile.policies.magcache import MagCache
 from duca_compile.policies.published import published
 from duca_compile.policies.rfc import RFC, RelationalFeatureCaching
 from duca_compile.policies.schedule import Interval, Linear
+from duca_compile.policies.seacache import SeaCache
 from duca_compile.policies.speca import SpeCa
+from duca_compile.policies.spectrum import Spectrum
 from duca_compile.policies.taylorseer import TaylorSeer
 from duca_compile.policies.toca import ToCa
 from duca_compile.policies.uncached import Uncached
@@ -24,15 +30,21 @@ __all__ = [
     "Decider",
     "DisCa",
     "DuCa",
+    "EasyCache",
     "Forecast",
+    "FreqCa",
+    "HiCache",
     "Interval",
     "Linear",
+    "MagCache",
     "Policy",
     "Probe",
     "RelationalFeatureCaching",
     "ResidualGate",
+    "SeaCache",
     "Selection",
     "SpeCa",
+    "Spectrum",
     "Step",
     "StepKind",
     "TaylorSeer",

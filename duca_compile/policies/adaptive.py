@@ -63,11 +63,6 @@ class AdaptivePolicy(Policy):
         """The same as ``steps``: caches are kept until the last step has been decided."""
         return self.steps(total)
 
-    @property
-    def change(self) -> bool:
-        """Whether skip steps add the cached change of each stream to its start, instead of restoring its end."""
-        return False
-
     @abstractmethod
     def decider(self, total: int | None) -> Decider:
         """A new decider, for one request of ``total`` steps; None if the number is not known."""

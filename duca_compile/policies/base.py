@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from duca_compile.core.steps import Step
+from duca_compile.core.steps import HighPass, Restores, Step
 from duca_compile.errors import PolicyError
 from duca_compile.policies.checks import check_number, check_whole
+from duca_compile.policies.factors import Chebyshev
 from duca_compile.policies.liveness import kept_until_last, with_liveness
 from duca_compile.policies.predictor import Predictor
 
@@ -110,6 +111,11 @@ class Forecast:
         relational: whether the series gives only the direction of a branch's change, and its length follows from how
             far the branch's input has moved, which is computed (RFC, arXiv 2602.19506).
         measured: for each step, fitted factors in place of those of the Taylor series; None at a full step.
+        hermite: the scale of Hermite polynomials, which then replace the powers of the Taylor series (HiCache).
+        chebyshev: the series that is fitted to all full steps (Spectrum). Its sums are kept in place of differences;
+            with an order of 1, beside them. Only with ``lite``.
+        high_pass: what the differences go through, so that forecasts leave out low frequencies; only with ``lite``.
+        least: how many full steps a guidance pass needs before its first forecast; further steps are full until then.
     """
 
     order: int
@@ -117,6 +123,10 @@ class Forecast:
     first: int = 1
     relational: bool = False
     measured: tuple[FittedFactors | None, ...] = ()
+    hermite: float | None = None
+    chebyshev: Chebyshev | None = None
+    high_pass: HighPass | None = None
+    least: int = 1
 
     def measured_at(self, step: int) -> FittedFactors | None:
         """The fitted factors of a step; None if there are none."""
@@ -155,6 +165,11 @@ class Policy(ABC):
     def predictor(self) -> Predictor | None:
         """The trained network of predict steps; None if there are none. With it, only the stream's end is cached."""
         return None
+
+    @property
+    def restores(self) -> Restores:
+        """What skip steps take from the cache."""
+        return "end"
 
     @abstractmethod
     def steps(self, total: int | None) -> Iterator[Step]:

@@ -35,3 +35,13 @@ def check_full_steps(full_steps: Sequence[int], most: float = inf) -> None:
         check_whole(f"full_steps[{index}]", step, least=0, most=most)
     if 0 not in full_steps:
         raise PolicyError(f"full_steps={tuple(full_steps)} lacks step 0: there would be nothing to start from")
+
+
+def known_total(what: str, total: int | None) -> int:
+    """The number of steps, which ``what`` it depends on. Raises PolicyError where it is not known."""
+    if total is None:
+        raise PolicyError(
+            f"{what} on the number of steps; pass optimize(..., num_inference_steps=50) (the number your scheduler "
+            "runs)"
+        )
+    return total

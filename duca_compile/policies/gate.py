@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from typing import Literal
 
-from duca_compile.core.steps import Probe, Step, StepKind
+from duca_compile.core.steps import Probe, Restores, Step, StepKind
 from duca_compile.errors import PolicyError
 from duca_compile.policies.adaptive import AdaptivePolicy, DecidePer, Decider, check_per
 from duca_compile.policies.base import Forecast
@@ -79,8 +79,8 @@ class ResidualGate(AdaptivePolicy):
         return Forecast(self.max_order) if self.cached == "forecast" else None
 
     @property
-    def change(self) -> bool:
-        return self.cached == "change"
+    def restores(self) -> Restores:
+        return "change" if self.cached == "change" else "end"
 
     @property
     def measure(self) -> Probe:
@@ -95,7 +95,8 @@ class ResidualGate(AdaptivePolicy):
         return Step(StepKind.FULL), Step(_KINDS[self.cached])
 
     def decider(self, total: int | None) -> Decider:
-        return _GateDecider(self, total)
+        cheap, limit = _KINDS[self.cached], self.max_cached_steps
+        return GateDecider(cheap, self.threshold, total, 1, self.last_full, limit, self.accumulate, self.rescaled)
 
     def steps(self, total: int | None) -> Iterator[Step]:
         decider = self.decider(total)
@@ -112,23 +113,44 @@ class ResidualGate(AdaptivePolicy):
         return value
 
 
-class _GateDecider(Decider):
-    def __init__(self, policy: ResidualGate, total: int | None) -> None:
-        self._policy, self._total = policy, total
-        self._started = False
-        self._change, self._cached = 0.0, 0
+@dataclass
+class GateDecider(Decider):
+    """Steps are cheap until the measured changes, summed since the last full step, reach a threshold.
+
+    Attributes:
+        cheap: the kind of step that is not full.
+        threshold: a step is full if the sum is at least this.
+        total: the number of steps of the request, if it is known.
+        first_full_steps: how many steps are full at first, whenever the pass joins.
+        last_full: whether the last step is full, if the number of steps is known.
+        max_cached_steps: the most cheap steps in a row; None for no limit.
+        accumulate: whether changes are summed; otherwise the last one counts.
+        rescaled: applied to each change first.
+    """
+
+    cheap: StepKind
+    threshold: float
+    total: int | None
+    first_full_steps: int = 1
+    last_full: bool = True
+    max_cached_steps: int | None = None
+    accumulate: bool = True
+    rescaled: Callable[[float], float] = float
+    _started: int | None = None  # the step at which the pass joined
+    _change: float = 0.0
+    _cached: int = 0
 
     def propose(self, index: int) -> Step:
-        policy = self._policy
-        last = policy.last_full and self._total is not None and index >= self._total - 1
-        limit = policy.max_cached_steps is not None and self._cached >= policy.max_cached_steps
-        first, self._started = not self._started, True
-        return Step(StepKind.FULL if first or last or limit else _KINDS[policy.cached])
+        self._started = index if self._started is None else self._started
+        first = index - self._started < self.first_full_steps
+        last = self.last_full and self.total is not None and index >= self.total - 1
+        limit = self.max_cached_steps is not None and self._cached >= self.max_cached_steps
+        return Step(StepKind.FULL if first or last or limit else self.cheap)
 
     def decide(self, index: int, proposed: Step, measured: float | None) -> Step:
-        change = 0.0 if measured is None else self._policy.rescaled(measured)
-        self._change = self._change + change if self._policy.accumulate else change
-        if proposed.kind is not StepKind.FULL and self._change < self._policy.threshold:
+        change = 0.0 if measured is None else self.rescaled(measured)
+        self._change = self._change + change if self.accumulate else change
+        if proposed.kind is not StepKind.FULL and self._change < self.threshold:
             self._cached += 1
             return proposed
         self._change, self._cached = 0.0, 0

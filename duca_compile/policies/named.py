@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 from duca_compile.errors import PolicyError
-from duca_compile.policies import FORA, RFC, DuCa, Policy, ResidualGate, SpeCa, TaylorSeer, ToCa, Uncached
+from duca_compile.policies import (
+    FORA,
+    RFC,
+    DuCa,
+    EasyCache,
+    FreqCa,
+    HiCache,
+    Policy,
+    ResidualGate,
+    SeaCache,
+    SpeCa,
+    Spectrum,
+    TaylorSeer,
+    ToCa,
+    Uncached,
+)
 
 POLICIES: dict[str, type[Policy]] = {
     "duca": DuCa,
+    "easycache": EasyCache,
     "fora": FORA,
+    "freqca": FreqCa,
     "gate": ResidualGate,
+    "hicache": HiCache,
     "none": Uncached,
     "rfc": RFC,
+    "seacache": SeaCache,
     "speca": SpeCa,
+    "spectrum": Spectrum,
     "taylorseer": TaylorSeer,
     "toca": ToCa,
     "uncached": Uncached,

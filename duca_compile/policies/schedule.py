@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 
 from duca_compile.errors import PolicyError
-from duca_compile.policies.checks import check_number, check_whole
+from duca_compile.policies.checks import check_number, check_whole, known_total
 
 
 @dataclass(frozen=True)
@@ -99,11 +100,8 @@ class Interval:
         Raises:
             PolicyError: the pattern depends on the number of steps, and ``total`` is None.
         """
-        if total is None and self.needs_total:
-            raise PolicyError(
-                "this schedule depends on the number of steps; pass optimize(..., num_inference_steps=50) "
-                "(the number your scheduler runs)"
-            )
+        if self.needs_total:
+            known_total("this schedule depends", total)
         interval, index, last_full = self.length, 0, self.first_full - 1
         while total is None or index < total:
             ordinal = total - 1 - index if self.descending and total is not None else index
@@ -119,3 +117,10 @@ class Interval:
         if self.forced is not None and self.forced[0] <= progress < self.forced[1]:
             return self.forced[2]
         return self.length if self.factor is None else max(1, round(self.length / self.factor(progress)))
+
+
+def full_after_start(first_full_steps: int, interval: int, total: int | None) -> Iterator[bool]:
+    """Whether each step is full: the first ones, and from the last of these on every ``interval``-th."""
+    last = first_full_steps - 1
+    for index in count() if total is None else range(total):
+        yield index < last or (index - last) % interval == 0

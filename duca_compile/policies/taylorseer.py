@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
 
 from duca_compile.core.steps import Step, StepKind
 from duca_compile.errors import PolicyError
 from duca_compile.policies.base import Forecast, Policy
 from duca_compile.policies.checks import check_whole
+from duca_compile.policies.schedule import full_after_start
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,5 @@ class TaylorSeer(Policy):
         return Forecast(self.max_order, self.lite, self.first_full_steps - 1, self.relational)
 
     def steps(self, total: int | None) -> Iterator[Step]:
-        last = self.first_full_steps - 1
-        for index in count() if total is None else range(total):
-            full = index < last or (index - last) % self.interval == 0
+        for full in full_after_start(self.first_full_steps, self.interval, total):
             yield Step(StepKind.FULL if full else StepKind.FORECAST, self.interval)

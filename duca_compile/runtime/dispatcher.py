@@ -35,7 +35,7 @@ from duca_compile.runtime.selection import TokenSelector, TokenSet
 
 log = logging.getLogger("duca_compile")
 
-_PARTIAL = StepKind.PARTIAL  # an enum lookup is slow in some versions of Python
+_PARTIAL, _FORECAST = StepKind.PARTIAL, StepKind.FORECAST  # an enum lookup is slow in some versions of Python
 
 
 @dataclass(eq=False)
@@ -222,6 +222,8 @@ class Dispatcher:
         self.planner = planner
         self._policy, self._prologue, self._precomputes_timesteps = policy, prologue, precomputes_timesteps
         self._adaptive = policy if isinstance(policy, AdaptivePolicy) else None
+        self._forecast = policy.forecast
+        self._least_full = 1 if self._forecast is None else self._forecast.least
         self._warned = False
 
     def __call__(
@@ -314,7 +316,7 @@ class Dispatcher:
         if program.timestep_key:
             given.update(self._timestep_values(program.timestep_key, state, call, request, position))
         if program.forecast.needed:
-            given.update(program.forecast.values(self._policy.forecast, state, position.step, rows))
+            given.update(program.forecast.values(self._forecast, state, position.step, request.total, rows))
         return given
 
     def _timestep_values(
@@ -359,12 +361,19 @@ class Dispatcher:
         return {}
 
     def _plan(self, step: Step, index: int, state: CacheState) -> StepPlan:
-        """The plan of ``step``; that of a full step if the guidance pass is new, missed a step or lacks a cache."""
+        """The plan of ``step``; that of a full step if the guidance pass is new, missed a step or lacks a cache.
+
+        So is a forecast before which the pass has not had enough full steps.
+        """
         plan = self.planner.plan(step)
         program = plan.program
-        if not program.reads or (index - state.last_step <= 1 and state.gather(program).complete):
+        ready = not program.reads or (index - state.last_step <= 1 and state.gather(program).complete)
+        if ready and (self._least_full == 1 or step.kind is not _FORECAST or self._has_enough(state)):
             return plan
         return self.planner.plan(Step(StepKind.FULL, kept=step.kept, live=step.live))
+
+    def _has_enough(self, state: CacheState) -> bool:
+        return bool(state.forecasts) and len(state.forecasts[0].full) >= self._least_full
 
     def _run(self, plan: StepPlan, state: CacheState, given: StepInputs) -> Sequence[Array]:
         program = plan.program

@@ -1,41 +1,79 @@
-"""The full steps that a forecast starts from, and the factors of their differences."""
+"""The full steps that a forecast starts from, and the factors of what they keep."""
 
 from __future__ import annotations
 
-from math import factorial
+from collections.abc import Iterator
 from typing import NamedTuple
 
+from duca_compile.core.ports import (
+    FORECAST_FACTORS,
+    FORECAST_GAP,
+    FORECAST_ORDERS,
+    FORECAST_START,
+    SUMMED,
+    Port,
+    PortKind,
+)
+from duca_compile.errors import not_none
 from duca_compile.policies.base import Forecast
+from duca_compile.policies.factors import hermite, taylor
 
 
 class ForecastState(NamedTuple):
-    """The last full step of one guidance pass, and how many differences of each cache are built.
+    """The full steps of one guidance pass, and how many differences of each cache are built.
 
     Attributes:
-        last_full: the last full step; None before the first.
+        full: the full steps so far; only the last one, if forecasts need no others.
         orders: the highest order of difference that is built; higher ones are zero.
     """
 
-    last_full: int | None = None
+    full: tuple[int, ...] = ()
     orders: int = 0
 
     def distance(self, step: int) -> int:
         """Steps since the last full one; 1 if there was none, since differences are divided by it."""
-        return 1 if self.last_full is None else step - self.last_full
+        return step - self.full[-1] if self.full else 1
 
     def factors(self, step: int, forecast: Forecast) -> tuple[float, ...]:
         """The factors of the differences of orders 1, 2, ... in a forecast of ``step``.
 
         Those that were fitted to the model, if the full steps are the ones that they were fitted for; else those of the
-        Taylor series, distance^i / i!.
+        method's polynomials.
         """
         measured = forecast.measured_at(step)
-        if measured is not None and (measured.last_full, len(measured.factors)) == (self.last_full, self.orders):
+        if measured is not None and (self.full[-1:], self.orders) == ((measured.last_full,), len(measured.factors)):
             return measured.factors + (0.0,) * (forecast.order - self.orders)
         distance = self.distance(step)
-        return tuple(distance**i / factorial(i) for i in range(1, forecast.order + 1))
+        if forecast.hermite is not None:
+            return hermite(distance, forecast.order, forecast.hermite)
+        return taylor(distance, forecast.order)
+
+    def in_forecast(self, step: int, forecast: Forecast, total: int | None) -> Iterator[tuple[Port, float]]:
+        """The factor of each cached value in a forecast of ``step``, by its input."""
+        series, factors = forecast.chebyshev, self.factors(step, forecast)
+        share = 0.0
+        if series is not None:
+            share = series.share
+            values = series.factors(step, self.full, not_none(total, "the number of steps"))
+            for i, value in enumerate(values):
+                yield Port(PortKind.SUM_FACTOR, i), share * value
+        yield FORECAST_START, 1 - share
+        for port, factor in zip(FORECAST_FACTORS, factors, strict=False):
+            yield port, (1 - share) * factor
+
+    def in_full(self, step: int, forecast: Forecast, total: int | None) -> Iterator[tuple[Port, float]]:
+        """The numbers with which a full step updates what it keeps, by their inputs; the state is that before it."""
+        yield FORECAST_GAP, self.distance(step)
+        yield FORECAST_ORDERS, self.after(step, forecast).orders
+        if forecast.chebyshev is not None:
+            yield SUMMED, len(self.full)
+            values = forecast.chebyshev.values(step, not_none(total, "the number of steps"))
+            for i, value in enumerate(values):
+                yield Port(PortKind.SUM_WEIGHT, i), value
 
     def after(self, step: int, forecast: Forecast) -> ForecastState:
         """The state after a full step: one order more, once differences are being built."""
-        built = self.last_full is not None and step >= forecast.first
-        return ForecastState(step, min(forecast.order, self.orders + 1) if built else 0)
+        built = bool(self.full) and step >= forecast.first
+        orders = min(forecast.order, self.orders + 1) if built else 0
+        earlier = self.full if forecast.chebyshev is not None or len(self.full) < forecast.least else ()
+        return ForecastState((*earlier, step), orders)

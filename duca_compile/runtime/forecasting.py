@@ -1,18 +1,25 @@
-"""What forecasts need from the host: the factor of each difference, and how many differences are built."""
+"""What forecasts need from the host: the factor of each cached value, and how full steps update these values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
-from duca_compile.core.ports import FORECAST_FACTORS, FORECAST_GAP, FORECAST_ORDERS, FULL_ROWS, Port
+from duca_compile.core.ports import FORECAST_GAP, FULL_ROWS, PROBE_CHANGE, RATE, SUMMED, Port, PortKind
 from duca_compile.core.tensors import Array
 from duca_compile.policies.base import Forecast
 from duca_compile.runtime.cache_state import CacheState
 from duca_compile.runtime.forecast_state import ForecastState
 
 REMEMBERED = 256  # steps of each program whose numbers are remembered
-NUMBERS = (FORECAST_GAP, FORECAST_ORDERS, *FORECAST_FACTORS, FULL_ROWS)
+_OF_FORECASTS = (PortKind.FACTOR, PortKind.SUM_FACTOR)
+_COMBINING = (FORECAST_GAP, SUMMED, FULL_ROWS, PROBE_CHANGE, RATE)
+
+
+def compares_caches(ports: Collection[Port]) -> bool:
+    """Whether a variant with these inputs and outputs compares new values with old ones, which must then exist."""
+    return any(port in ports for port in _COMBINING)
 
 
 @dataclass(frozen=True)
@@ -31,13 +38,22 @@ class ForecastInputs:
     rows: int = 1
     _known: dict[tuple[object, ...], dict[Port, Array]] = field(default_factory=dict)  # the same in most requests
 
+    @cached_property
+    def _extrapolates(self) -> bool:
+        return any(port.kind in _OF_FORECASTS for port in self.numbers)
+
     @property
     def needed(self) -> bool:
         """Whether there are any."""
         return bool(self.numbers or self.zero_caches)
 
     def values(
-        self, forecast: Forecast | None, state: CacheState, step: int, rows: Sequence[bool] | None = None
+        self,
+        forecast: Forecast | None,
+        state: CacheState,
+        step: int,
+        total: int | None,
+        rows: Sequence[bool] | None = None,
     ) -> dict[Port, Array]:
         """The numbers for ``step``; records a full step in ``state``, and creates the caches that are missing.
 
@@ -47,6 +63,7 @@ class ForecastInputs:
             forecast: how the policy forecasts, if it does.
             state: of the pass.
             step: the step, counted from 0.
+            total: the number of steps of the request, if it is known.
             rows: which batch rows a full step is for, where they differ.
         """
         if missing := self.zero_caches.keys() - state.caches.keys():
@@ -55,32 +72,34 @@ class ForecastInputs:
             return {}
         full = (True,) * self.rows if rows is None or self.rows == 1 else tuple(rows)
         before = state.forecasts or (ForecastState(),) * self.rows
-        if forecast is not None and FORECAST_FACTORS[0] not in self.numbers:
+        if forecast is not None and not self._extrapolates:
             before = before if step - state.last_step <= 1 else (ForecastState(),) * self.rows
             state.forecasts = tuple(
                 old.after(step, forecast) if is_full else old for old, is_full in zip(before, full, strict=True)
             )
-        key = step, full, before, state.forecasts
+        key = step, total, full, before, state.forecasts
         values = self._known.get(key)
         if values is None:
             if len(self._known) >= REMEMBERED:
                 self._known.clear()
-            values = self._known[key] = self._make(forecast, step, full, before, state.forecasts)
+            values = self._known[key] = self._make(forecast, step, total, full, before)
         return values
+
+    def forget(self) -> None:
+        """Forgets the numbers that it remembers: another policy follows."""
+        self._known.clear()
 
     def _make(
         self,
         forecast: Forecast | None,
         step: int,
+        total: int | None,
         full: tuple[float, ...],
         before: tuple[ForecastState, ...],
-        after: tuple[ForecastState, ...],
     ) -> dict[Port, Array]:
         numbers: dict[Port, tuple[float, ...]] = {FULL_ROWS: full}
-        if forecast is not None and FORECAST_FACTORS[0] in self.numbers:
-            factors = [state.factors(step, forecast) for state in before]
-            numbers |= zip(FORECAST_FACTORS, zip(*factors, strict=True), strict=False)
-        elif forecast is not None:
-            numbers[FORECAST_GAP] = tuple(state.distance(step) for state in before)
-            numbers[FORECAST_ORDERS] = tuple(state.orders for state in after)
+        if forecast is not None:
+            numbers_of = ForecastState.in_forecast if self._extrapolates else ForecastState.in_full
+            by_row = [dict(numbers_of(state, step, forecast, total)) for state in before]
+            numbers |= {port: tuple(row[port] for row in by_row) for port in by_row[0]}
         return {port: make(numbers[port]) for port, make in self.numbers.items()}

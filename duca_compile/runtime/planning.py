@@ -10,9 +10,11 @@ from duca_compile.core.ports import Port, PortKind
 from duca_compile.core.steps import CacheKinds, Probe, Step, StepKind, Verify
 from duca_compile.core.variants import (
     Action,
+    Boundary,
     Changes,
     ForecastVariant,
     FullVariant,
+    Keeps,
     PartialVariant,
     PredictVariant,
     ProbeVariant,
@@ -36,7 +38,7 @@ def plan_step(facts: Facts, policy: Policy, step: Step) -> tuple[VariantSpec, di
     counts = _token_counts(facts, policy, step) if step.kind is StepKind.PARTIAL else {}
     leading = sum(branch.block < step.leading_full for branch in facts.branches)
     measure = policy.measure if isinstance(policy, AdaptivePolicy) else None
-    after = measure if isinstance(measure, Probe) else None
+    after = measure if isinstance(measure, Probe) and measure.of != "latent" else None
     scores, keeps = _scores(policy), _kept_between(policy, step)
     match step.kind:
         case StepKind.FULL:
@@ -47,8 +49,7 @@ def plan_step(facts: Facts, policy: Policy, step: Step) -> tuple[VariantSpec, di
         case StepKind.REUSE:
             return ReuseVariant(leading, keeps, scores if leading else None, after), counts
         case StepKind.SKIP:
-            change = isinstance(policy, AdaptivePolicy) and policy.change
-            return SkipVariant(leading, keeps, scores if leading else None, after, change), counts
+            return SkipVariant(leading, keeps, scores if leading else None, after, policy.restores), counts
         case StepKind.FORECAST:
             verify = measure if isinstance(measure, Verify) and step.verified else None
             return ForecastVariant(_series(policy.forecast), leading, verify, after, _by_row(policy)), counts
@@ -67,16 +68,16 @@ def probe_spec(policy: Policy) -> ProbeVariant | None:
     return ProbeVariant(policy.measure, _series(policy.forecast).order, _by_row(policy))
 
 
-def _kept_of_full(policy: Policy, step: Step) -> CacheKinds | Series | Changes:
+def _kept_of_full(policy: Policy, step: Step) -> Keeps:
     if policy.predictor is not None:
         return CacheKinds.END
     if not policy.caches:
         return CacheKinds.NOTHING
     if policy.forecast is not None:
         return _series(policy.forecast)
-    if not isinstance(policy, AdaptivePolicy):
-        return step.kept
-    return Changes() if policy.change else CacheKinds.BRANCHES
+    if policy.restores != "end":
+        return Changes() if policy.restores == "change" else Boundary()
+    return CacheKinds.BRANCHES if isinstance(policy, AdaptivePolicy) else step.kept
 
 
 def _kept_between(policy: Policy, step: Step) -> CacheKinds:
@@ -88,7 +89,11 @@ def _kept_between(policy: Policy, step: Step) -> CacheKinds:
 def _series(forecast: Forecast | None) -> Series:
     if forecast is None:
         raise PolicyError("a policy with forecast steps must say how they extrapolate: its `forecast` is None")
-    return Series(forecast.order, "end" if forecast.lite else "inputs" if forecast.relational else "branches")
+    sums = 0 if forecast.chebyshev is None else forecast.chebyshev.sums
+    of: Literal["branches", "inputs", "end"] = (
+        "end" if forecast.lite else "inputs" if forecast.relational else "branches"
+    )
+    return Series(forecast.order, of, sums, forecast.high_pass)
 
 
 def _by_row(policy: Policy) -> bool:

@@ -20,6 +20,7 @@ from duca_compile.core.ports import Port, PortKind
 from duca_compile.core.steps import CacheKinds
 from duca_compile.core.variants import (
     Action,
+    Boundary,
     Changes,
     ForecastVariant,
     FullVariant,
@@ -34,12 +35,14 @@ from duca_compile.core.variants import (
 from duca_compile.errors import InternalError
 from duca_compile.passes.base import Draft, Pass, VariantDraft
 from duca_compile.passes.caching.forecast import Forecast
+from duca_compile.passes.caching.output import RestoreOutput
 from duca_compile.passes.caching.partial import RecomputeTokens
 from duca_compile.passes.caching.probe import ResumeFromProbe
 from duca_compile.passes.caching.residual import AddChanges
 from duca_compile.passes.caching.reuse import ReuseBranches
 from duca_compile.passes.caching.rows import KeepRows
 from duca_compile.passes.caching.skip import SkipBlocks
+from duca_compile.passes.exact.boundary import EmitBoundary
 from duca_compile.passes.exact.changes import EmitChanges
 from duca_compile.passes.exact.clean import Clean
 from duca_compile.passes.exact.dead_code import RemoveDeadCode
@@ -49,6 +52,7 @@ from duca_compile.passes.exact.emit import EmitCaches
 from duca_compile.passes.exact.hoist import FEW, Hoist, row_layout
 from duca_compile.passes.exact.probe import EmitProbe
 from duca_compile.passes.exact.scores import EmitScores
+from duca_compile.passes.exact.sums import EmitSums
 from duca_compile.passes.exact.verification import VerifyForecast
 from duca_compile.passes.exact.write_last import WriteLast
 from duca_compile.passes.pipeline import PREPARE, run_passes
@@ -402,6 +406,66 @@ class TestCaching:
         EmitCaches().apply(draft)
         assert self.unchanged(EmitDifferences(), draft)
 
+    def test_sums_of_the_end_are_returned_beside_differences_or_alone(self) -> None:
+        _, facts = self.model
+        for order, kept in ((0, []), (1, ["stream_end", "stream_end_d1"])):
+            draft = self.of(FullVariant(Series(order, "end", sums=3)))
+            EmitCaches().apply(draft)
+            EmitDifferences().apply(draft)
+            assert self.apply(EmitSums(), draft)
+            returned = self.returned(draft)
+            assert list(returned) == ["output_0", *kept, "stream_sum_0", "stream_sum_1", "stream_sum_2"]
+            for i in range(3):
+                total = node(draft.graph, returned[f"stream_sum_{i}"])
+                old, end, weight = total.args
+                assert (end.name, weight.name) == (facts.stream_end, f"forecast_weight_{i}")
+                assert (op_name(old), old.args[1].name) == ("where", f"cache_stream_sum_{i}")
+
+    @pytest.mark.parametrize("spec", [FullVariant(), FullVariant(Series(2)), SkipVariant()])
+    def test_no_sums_are_asked_for(self, spec: VariantSpec) -> None:
+        assert self.unchanged(EmitSums(), self.of(spec))
+
+    def test_a_forecast_from_sums_reads_nothing_else_but_its_factors(self) -> None:
+        _, facts = self.model
+        draft = self.of(ForecastVariant(Series(0, "end", sums=2)))
+        head = self.readers(draft, facts.stream_end)
+        known = {n.name for n in draft.graph.nodes if n.op == "placeholder"}
+        assert self.apply(Forecast(), draft)
+        new = {n.name for n in draft.graph.nodes if n.op == "placeholder"} - known
+        assert new == {f"{name}_{i}" for name in ("cache_stream_sum", "forecast_sum_factor") for i in range(2)}
+        assert self.readers(draft, facts.stream_end) == set()
+        (total,) = [n for n in draft.graph.nodes if op_name(n) == "addcmul"]
+        assert {user.name for user in total.users} == head
+
+    def test_what_the_model_was_given_and_yields_is_returned(self) -> None:
+        _, facts = self.model
+        draft = self.of(FullVariant(Boundary()))
+        assert self.unchanged(EmitCaches(), draft)
+        assert self.apply(EmitBoundary(), draft)
+        returned = self.returned(draft)
+        assert list(returned) == ["output_0", "boundary_latent", "boundary_output", "boundary_rate"]
+        copies = [node(draft.graph, returned[name]) for name in ("boundary_latent", "boundary_output")]
+        assert [(op_name(n), n.args[0].name) for n in copies] == [
+            ("clone", facts.latent),
+            ("clone", returned["output_0"]),
+        ]
+
+    def test_a_skipped_model_yields_the_latent_and_the_cached_change(self) -> None:
+        _, facts = self.model
+        draft = self.of(SkipVariant(restores="output"))
+        assert self.unchanged(SkipBlocks(), draft)
+        assert self.unchanged(AddChanges(), draft)
+        assert self.apply(RestoreOutput(), draft)
+        restored = node(draft.graph, self.returned(draft)["output_0"])
+        latent, change = restored.args
+        assert (op_name(restored), latent.name) == ("add", facts.latent)
+        assert [n.name for n in change.args] == ["cache_boundary_output", "cache_boundary_latent"]
+
+    @pytest.mark.parametrize("spec", [FullVariant(), SkipVariant(), SkipVariant(restores="change")])
+    def test_no_boundary_is_asked_for(self, spec: VariantSpec) -> None:
+        assert self.unchanged(EmitBoundary(), self.of(spec))
+        assert self.unchanged(RestoreOutput(), self.of(spec))
+
     def test_a_forecast_replaces_the_core_and_keeps_the_gate(self) -> None:
         _, facts = self.model
         draft = self.of(ForecastVariant(Series(2), leading=2))
@@ -552,13 +616,13 @@ class TestCaching:
         ends = [[n.name for n in node(draft.graph, name).args] for name in list(self.returned(draft).values())[1:]]
         assert ends == [[adds[1], facts.branches[0].stream], [adds[5], adds[1]]]
 
-    @pytest.mark.parametrize("spec", [FullVariant(), SkipVariant(change=True)])
+    @pytest.mark.parametrize("spec", [FullVariant(), SkipVariant(restores="change")])
     def test_no_change_is_asked_for(self, spec: VariantSpec) -> None:
         assert self.unchanged(EmitChanges(), self.of(spec))
 
     def test_a_cached_change_is_added_to_the_start(self) -> None:
         _, facts = self.model
-        draft = self.of(SkipVariant(change=True))
+        draft = self.of(SkipVariant(restores="change"))
         head = self.readers(draft, facts.stream_end)
         assert self.unchanged(SkipBlocks(), draft)
         assert self.apply(AddChanges(), draft)
@@ -659,7 +723,8 @@ def test_scores_equal_their_formulas(kind: str, mask: Tensor | None, scale: floa
 
 def test_passes_are_frozen_options() -> None:
     every: Sequence[type[Pass[Any]]] = [
-        Clean, Deduplicate, RemoveDeadCode, Hoist, EmitProbe, EmitCaches, EmitChanges, EmitDifferences, KeepRows,
+        Clean, Deduplicate, RemoveDeadCode, Hoist, EmitProbe, EmitBoundary, EmitCaches, EmitChanges, EmitDifferences,
+        EmitSums, KeepRows, RestoreOutput,
         EmitScores, VerifyForecast, RecomputeTokens, Forecast, ReuseBranches, SkipBlocks, AddChanges, ResumeFromProbe,
     ]  # fmt: skip
     for each in every:

@@ -1,4 +1,4 @@
-"""Replaces cached values by their Taylor forecast from the last full steps (TaylorSeer, arXiv 2503.06923)."""
+"""Replaces cached values by their forecast from the last full steps (TaylorSeer, arXiv 2503.06923)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class Forecast(CachingPass):
     """Replaces branch outputs, or the ends of streams if only these are cached, by D_0 plus the sum of all f_i * D_i.
 
     D_i is the cached difference of order i. The factors f_i are inputs, so no step distance is built into the graph.
-    In a Taylor series f_i is x^i / i!, where x is the number of steps since the caches were filled.
+    In a Taylor series f_i is x^i / i!, where x is the number of steps since the caches were filled. Where full steps
+    keep weighted sums S_m, it is the sum of all a_m * S_m instead, plus f_0 * D_0 + f_1 * D_1 + ... if they keep both.
     """
 
     def apply(self, draft: VariantDraft) -> bool:
@@ -35,9 +36,12 @@ class Forecast(CachingPass):
         series = SeriesBuilder(draft, spec.series.order)
         for slot, value in values.items():
             like = value.meta["val"]
-            start = draft.input(slot, like)
+            start = None if spec.series.sums else draft.input(slot, like)
             with draft.graph.inserting_before(value):
-                total = series.sum_from(start, slot, like)
+                if start is None:
+                    total = series.sum_of_sums(slot, spec.series.sums, like)
+                else:
+                    total = series.sum_from(start, slot, like)
             total.meta["val"] = like
             value.replace_all_uses_with(total)
         return True

@@ -19,7 +19,7 @@ class AddChanges(CachingPass):
     """The end of a stream is its start in this step plus what the blocks added to it at the last full step."""
 
     def apply(self, draft: VariantDraft) -> bool:
-        if not isinstance(draft.spec, SkipVariant) or not draft.spec.change:
+        if not isinstance(draft.spec, SkipVariant) or draft.spec.restores != "change":
             return False
         ports = {index: Port(PortKind.CHANGE, index) for index in range(len(draft.facts.branches))}
         new = {i: ends for i, ends in stretches(draft).items() if draft.find_input(ports[i]) is None}

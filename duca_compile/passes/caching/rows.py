@@ -18,7 +18,9 @@ aten = torch.ops.aten
 class KeepRows(CachingPass):
     """Each cache that a full step returns has new values in the batch rows of ``full_rows`` and old ones elsewhere."""
 
-    requires = frozenset({"caches_emitted", "changes_emitted", "differences_emitted"})
+    requires = frozenset(
+        {"boundary_emitted", "caches_emitted", "changes_emitted", "differences_emitted", "sums_emitted"}
+    )
 
     def apply(self, draft: VariantDraft) -> bool:
         output = draft.graph.output_node()

@@ -11,7 +11,7 @@ from duca_compile.passes.base import CachingPass, VariantDraft
 @dataclass(frozen=True)
 class SkipBlocks(CachingPass):
     def apply(self, draft: VariantDraft) -> bool:
-        if not isinstance(draft.spec, SkipVariant) or draft.spec.change:
+        if not isinstance(draft.spec, SkipVariant) or draft.spec.restores != "end":
             return False
         ends = {port: end for port, name in draft.facts.ends.items() if (end := draft.node(name)).users}
         for port, end in ends.items():

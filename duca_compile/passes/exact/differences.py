@@ -10,6 +10,7 @@ from torch import fx
 from duca_compile.core.ports import FORECAST_GAP, FORECAST_ORDERS
 from duca_compile.core.variants import Action, FullVariant, Series
 from duca_compile.passes.base import ExactPass, VariantDraft, returned
+from duca_compile.passes.filters import high_passed
 from duca_compile.passes.numbers import broadcast, number_input
 
 aten = torch.ops.aten
@@ -21,7 +22,8 @@ class EmitDifferences(ExactPass[VariantDraft]):
 
     All orders are divided by the gap between these two steps, as published, even if earlier gaps differ. Orders that
     need more full steps than there have been are zero, whatever the old values are, so one variant serves every full
-    step. Of the emitted branch inputs only the first has differences, and only if a probe forecasts it.
+    step. The end's first difference may go through a filter; higher orders follow from it, so they do too. Of the
+    emitted branch inputs only the first has differences, and only if a probe forecasts it.
     """
 
     requires = frozenset({"caches_emitted"})
@@ -51,6 +53,9 @@ class EmitDifferences(ExactPass[VariantDraft]):
                 with draft.graph.inserting_before(draft.graph.output_node()):
                     change = draft.graph.call_function(aten.sub.Tensor, (now, old))
                     slope = draft.graph.call_function(aten.div.Tensor, (change, gap))
+                    if i == 0 and spec.keeps.high_pass is not None:
+                        slope.meta["val"] = like
+                        slope = high_passed(draft, slope, spec.keeps.high_pass)
                     now = draft.graph.call_function(aten.where.ScalarOther, (allowed[i], slope, 0.0))
                 now.meta["val"] = like
                 draft.add_result(slot.difference(i + 1), now)

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 
 from duca_compile.core.ports import Port
 from duca_compile.core.steps import CacheKinds
-from duca_compile.core.variants import Action, Changes, ForecastVariant, PredictVariant, ProbeVariant, SkipVariant
+from duca_compile.core.variants import (
+    Action,
+    Boundary,
+    Changes,
+    ForecastVariant,
+    PredictVariant,
+    ProbeVariant,
+    SkipVariant,
+)
 from duca_compile.passes.base import ExactPass, VariantDraft
 
 
@@ -16,7 +24,7 @@ class EmitCaches(ExactPass[VariantDraft]):
 
     Only those that later steps read are returned, as the spec says. If features are forecast, these are either the
     branches or the ends, whichever the forecasts read, and the branches' inputs if their movement scales the forecasts.
-    If the change of the streams is cached, nothing is returned here.
+    If only changes or sums are cached, nothing is returned here.
     """
 
     ensures = frozenset({"caches_emitted"})
@@ -32,12 +40,14 @@ class EmitCaches(ExactPass[VariantDraft]):
 def _wanted(draft: VariantDraft) -> dict[Port, str]:
     """The caches to return, and the nodes that they hold."""
     spec, computed = draft.spec, draft.branches(Action.COMPUTE)
-    if isinstance(spec, ForecastVariant | PredictVariant | ProbeVariant) or isinstance(spec.keeps, Changes):
+    if isinstance(spec, ForecastVariant | PredictVariant | ProbeVariant) or isinstance(spec.keeps, Changes | Boundary):
         return {}
     outputs = {branch.slot: branch.core for branch in computed}
     end = dict(draft.facts.ends)
     if isinstance(spec.keeps, CacheKinds):
         restored = isinstance(spec, SkipVariant)
         return (outputs if spec.keeps.branches else {}) | (end if spec.keeps.end and not restored else {})
+    if not spec.keeps.differences:
+        return {}
     inputs = {branch.input_slot: branch.input for branch in computed}
     return {"branches": outputs, "inputs": outputs | inputs, "end": end}[spec.keeps.of]

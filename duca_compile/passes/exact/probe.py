@@ -9,12 +9,13 @@ from torch import fx
 
 from duca_compile.core.fx_utils import op_name
 from duca_compile.core.ir import Branch, Role
-from duca_compile.core.ports import PROBE_CHANGE, PROBE_SEEN, PROBE_STREAM
+from duca_compile.core.ports import PROBE_CHANGE, PROBE_SEEN, PROBE_STREAM, RATE
 from duca_compile.core.steps import Probe
 from duca_compile.core.variants import ProbeVariant
 from duca_compile.errors import PolicyError
 from duca_compile.frontend.operators import carried_value
 from duca_compile.passes.base import ExactPass, VariantDraft
+from duca_compile.passes.filters import noise_filtered
 from duca_compile.passes.numbers import ratio, row_norm, row_numbers
 from duca_compile.passes.series import SeriesBuilder
 
@@ -48,9 +49,14 @@ class EmitProbe(ExactPass[VariantDraft]):
         probe = draft.spec.probe
         if probe.of == "forecast":
             return self._against_forecast(draft, draft.spec.order)
+        if probe.of == "latent":
+            return self._latent(draft)
         stream = carried_value(probed_stream(draft, probe)[1])
         seen = _modulated(draft) if probe.of == "modulated" else None
         call, output = draft.graph.call_function, draft.graph.output_node()
+        if seen is not None and probe.filter is not None:
+            with draft.graph.inserting_before(output):
+                seen = noise_filtered(draft, seen, probe.filter)
         like = stream.meta["val"] if seen is None else seen.meta["val"]
         before = draft.input(PROBE_SEEN, like)
         with draft.graph.inserting_before(output):
@@ -62,6 +68,19 @@ class EmitProbe(ExactPass[VariantDraft]):
         change.meta["val"] = row_numbers(seen)
         output.args = ((change, seen, stream),)
         draft.results[:] = [PROBE_CHANGE, PROBE_SEEN, PROBE_STREAM]
+        return True
+
+    def _latent(self, draft: VariantDraft) -> bool:
+        """The change is |x - x'| r for each batch row: x is the latent, x' that of the last step, r a cached rate."""
+        latent, call = draft.node(draft.facts.latent), draft.graph.call_function
+        like = latent.meta["val"]
+        before, rate = draft.input(PROBE_SEEN, like), draft.input(RATE, row_numbers(latent))
+        with draft.graph.inserting_before(draft.graph.output_node()):
+            moved = row_norm(draft, call(aten.sub.Tensor, (latent, before)), like, 1)
+            change, seen = call(aten.mul.Tensor, (moved, rate)), call(aten.clone.default, (latent,))
+        change.meta["val"], seen.meta["val"] = row_numbers(latent), like
+        draft.graph.output_node().args = ((change, seen),)
+        draft.results[:] = [PROBE_CHANGE, PROBE_SEEN]
         return True
 
     def _against_forecast(self, draft: VariantDraft, order: int) -> bool:

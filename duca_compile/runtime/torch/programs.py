@@ -14,13 +14,13 @@ from duca_compile.core.fx_utils import port_of
 from duca_compile.core.ir import Facts, Variance
 from duca_compile.core.lock import COMPILING
 from duca_compile.core.once import Once
-from duca_compile.core.ports import CACHES, FORECAST_GAP, FULL_ROWS
+from duca_compile.core.ports import CACHES, NUMBERS
 from duca_compile.core.steps import Step, StepKind
-from duca_compile.core.variants import Action, ProbeVariant, Variant, VariantFunction, VariantSpec
+from duca_compile.core.variants import Action, Variant, VariantFunction, VariantSpec
 from duca_compile.policies.base import Policy
 from duca_compile.policies.end_only import EndOnly
 from duca_compile.runtime.dispatcher import Program, StepPlan
-from duca_compile.runtime.forecasting import NUMBERS, ForecastInputs
+from duca_compile.runtime.forecasting import ForecastInputs, compares_caches
 from duca_compile.runtime.planning import (
     check_rows,
     check_selection,
@@ -57,16 +57,26 @@ class Programs:
     """
 
     def __init__(self, facts: Facts, policy: Policy, builder: Builder, said: Once | None = None) -> None:
-        check_selection(facts, policy)
-        check_rows(facts, policy)
-        self._facts, self._policy, self._builder = facts, policy, builder
-        self._said = said or Once()
+        self._facts, self._builder, self._said = facts, builder, said or Once()
         self._rows: dict[frozenset[str] | None, Rows] = {}
-        self._plans: dict[Step, StepPlan] = {}
-        self._probe_plan: StepPlan | None = None
         self.by_spec: dict[VariantSpec, tuple[Variant, Program]] = {}
         self._selectable = [b for b in facts.branches if b.pointwise]
         self._position = {b.index: i for i, b in enumerate(self._selectable)}
+        self.use(policy)
+
+    def use(self, policy: Policy) -> None:
+        """Plans the steps of this policy from now on. What was built is kept.
+
+        Raises:
+            PolicyError: this graph cannot serve the policy.
+        """
+        check_selection(self._facts, policy)
+        check_rows(self._facts, policy)
+        self._policy = policy
+        self._plans: dict[Step, StepPlan] = {}
+        self._probe_plan: StepPlan | None = None
+        for _, program in self.by_spec.values():
+            program.forecast.forget()
 
     @property
     def batch(self) -> int:
@@ -148,9 +158,9 @@ class Programs:
 
 def _forecast_inputs(variant: Variant) -> ForecastInputs:
     kinds = {port_of(n): n.meta["val"] for n in variant.module.graph.find_nodes(op="placeholder")}
-    numbers = {port: partial(_number, kinds[port]) for port in NUMBERS if port in kinds}
+    numbers = {port: partial(_number, like) for port, like in kinds.items() if port.kind in NUMBERS}
     caches = {port: partial(_zeros, like) for port, like in kinds.items() if port.kind in CACHES}
-    compares = isinstance(variant.spec, ProbeVariant) or numbers.keys() & {FORECAST_GAP, FULL_ROWS}
+    compares = compares_caches((*kinds, *variant.outputs))
     rows = max((kinds[port].numel() for port in numbers), default=1)
     return ForecastInputs(numbers, caches if compares else {}, rows)
 

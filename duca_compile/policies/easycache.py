@@ -1,0 +1,74 @@
+"""EasyCache (arXiv 2507.02860): the latent's own change says when the model's output must be computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+
+from duca_compile.core.steps import Probe, Restores, Step, StepKind
+from duca_compile.errors import PolicyError
+from duca_compile.policies.adaptive import AdaptivePolicy, DecidePer, Decider, check_per
+from duca_compile.policies.checks import check_number, check_whole
+from duca_compile.policies.gate import GateDecider
+
+
+@dataclass(frozen=True)
+class EasyCache(AdaptivePolicy):
+    """A step is cheap as long as the output, judged by how far the latent has moved, has changed little.
+
+    Between the last two full steps, the output moved k times as far as the latent. So a move of the latent x from one
+    step to the next changes the output v by about k mean |x - x_before| / mean |v|, relative to the output of the last
+    full step. These changes add up. A cheap step runs nothing of the model: its output is x plus v - x of the last full
+    step. The output must have the latent's shape. Source: arXiv 2507.02860.
+
+    Attributes:
+        threshold: a step is full if the sum of changes is at least this.
+        first_full_steps: how many steps at the start are full, at least 2.
+        last_full: whether the last step is full, if the number of steps is known.
+        decide_per: who decides. "batch": all batch rows together, by the largest change. "row": each row for itself.
+            "pair": rows i and i + batch / 2 together, the two halves of guidance.
+
+    Raises:
+        PolicyError: an invalid parameter. When steps are planned: the output has another shape than the latent.
+    """
+
+    threshold: float = 0.05
+    first_full_steps: int = 5
+    last_full: bool = True
+    decide_per: DecidePer = "batch"
+
+    def __post_init__(self) -> None:
+        check_number("threshold", self.threshold, least=0)
+        check_whole("first_full_steps", self.first_full_steps, least=2)
+        check_per(self.decide_per)
+        if not isinstance(self.last_full, bool):
+            raise PolicyError(f"last_full={self.last_full!r} is invalid: it must be True or False")
+
+    @property
+    def name(self) -> str:
+        return f"EasyCache (threshold {self.threshold:g})"
+
+    @property
+    def restores(self) -> Restores:
+        return "output"
+
+    @property
+    def measure(self) -> Probe:
+        return Probe("latent")
+
+    @property
+    def per(self) -> DecidePer:
+        return self.decide_per
+
+    @property
+    def choices(self) -> tuple[Step, ...]:
+        return Step(StepKind.FULL), Step(StepKind.SKIP)
+
+    def decider(self, total: int | None) -> Decider:
+        return GateDecider(StepKind.SKIP, self.threshold, total, self.first_full_steps, self.last_full)
+
+    def steps(self, total: int | None) -> Iterator[Step]:
+        decider = self.decider(total)
+        for index in count() if total is None else range(total):
+            yield decider.decide(index, decider.propose(index), None)
