@@ -115,6 +115,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
     _warned: Once
     _careful: bool  # whether a step's results once differed from the model's, so that captures run all checks
     _unverified: _EagerRun | None  # that of the last capture, until a step was compared with it
+    _captures_of: OptimizedModel | None  # another drop-in of the source, whose captures this one uses
 
     def __new__(cls, model: nn.Module, *_: Any) -> OptimizedModel:
         source = type(model)
@@ -138,7 +139,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
         self.__dict__.update(callee=callee, method=method)
         self.__dict__.update(_backend=backend, _requests=requests, _bind=Binder(callee, timestep))
         self.__dict__.update(_compiled=CaptureCache(callee, self._capture))
-        self.__dict__.update(_warned=Once(), _careful=False, _unverified=None)
+        self.__dict__.update(_warned=Once(), _careful=False, _unverified=None, _captures_of=None)
         self.training = model.training
         self._set_forward()
 
@@ -312,7 +313,21 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
             if state is not None:
                 state.put_back()
 
+    def with_policy(self, policy: Policy, requests: Requests) -> OptimizedModel:
+        """A drop-in of the same source for another policy. It uses this one's captures, and what they compiled.
+
+        Args:
+            policy: the other policy, without a trained predictor.
+            requests: made for that policy.
+        """
+        options = self.timestep_name, self.cache_options, self.method
+        other = OptimizedModel(self.source, policy, self._backend, requests, *options)
+        other.__dict__["_captures_of"] = self
+        return other
+
     def _capture(self, call: Call, known: Mapping[str, str]) -> Compiled:
+        if self._captures_of is not None:
+            return self._captures_of._compiled.find_revalidated(call).with_policy(self.policy)
         with self._source_context():
             captured, facts, prologue = analyze_call(self.callee, call, self.timestep_name, known, self._careful)
         self.__dict__["_unverified"] = None if self._careful else _EagerRun(call.tensors, captured.eager_results)

@@ -19,20 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from duca_compile.api import optimize
+from duca_compile.core.colors import COLORS
 from duca_compile.core.files import atomic_write
 from duca_compile.drop_in import OptimizedModel
 from duca_compile.errors import UsageError
 from duca_compile.policies import Calibrated, Policy, StepKind, Uncached
 from duca_compile.policies.named import POLICIES
 
-COLORS = {
-    StepKind.FULL: "#c0392b",
-    StepKind.PARTIAL: "#f1c40f",
-    StepKind.REUSE: "#5dade2",
-    StepKind.SKIP: "#58b368",
-    StepKind.FORECAST: "#9b59b6",
-    StepKind.PREDICT: "#2c3e50",
-}
 CALIBRATED, CALIBRATED_STEPS = "calibrated", 50
 RUNS = 3  # of each loop: one that compiles, and two that are timed
 

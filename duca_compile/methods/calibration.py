@@ -8,7 +8,7 @@ the loop, is smallest. Both follow from the inner products of h at any two steps
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from duca_compile.errors import UsageError
 from duca_compile.methods.recording import Recorder, SampleLoop
-from duca_compile.policies.base import FittedFactors
+from duca_compile.policies.base import FittedFactors, Series
 from duca_compile.policies.calibrated import Calibrated
 from duca_compile.policies.checks import check_full_steps, check_whole
 
@@ -71,6 +71,12 @@ class Calibration:
     def __init__(self, recorded: Sequence[_Products]) -> None:
         self._recorded, self.steps = recorded, len(recorded[0].inner)
 
+    def settings(self) -> tuple[Series, ...]:
+        """The policies that ``tune`` tries: of two orders, with fewer and fewer full steps."""
+        searches = [_Search(self._recorded, order) for order in (1, 2)]
+        counts = range(2, max(3, self.steps // 2 + 1))
+        return tuple(tuple(reversed(search.policies(counts))) for search in searches)
+
     def policy(self, full_steps: int | Iterable[int], max_order: int = 2) -> Calibrated:
         """The policy with the smallest error on the measured loops.
 
@@ -122,7 +128,14 @@ class _Search:
             chosen = self._checked([*full_steps])
         else:
             check_whole("full_steps", full_steps, least=1, most=self._steps)
-            chosen = self._placed(int(full_steps))
+            (chosen,) = self._placed(range(int(full_steps), int(full_steps) + 1))
+        return self._with_full(chosen)
+
+    def policies(self, counts: range) -> list[Calibrated]:
+        """The policy for each number of full steps in ``counts``."""
+        return [self._with_full(chosen) for chosen in self._placed(counts)]
+
+    def _with_full(self, chosen: tuple[int, ...]) -> Calibrated:
         measured: list[FittedFactors | None] = []
         total = 0.0
         for step in range(self._steps):
@@ -140,17 +153,18 @@ class _Search:
         check_full_steps(full_steps, most=self._steps - 1)
         return tuple(sorted({int(step) for step in full_steps}))
 
-    def _placed(self, count: int) -> tuple[int, ...]:
-        """The ``count`` full steps with the smallest error, by beam search from the start of the loop."""
+    def _placed(self, counts: range) -> Iterator[tuple[int, ...]]:
+        """For each number of full steps, those with the smallest error, by beam search from the start of the loop."""
         beam: list[tuple[float, tuple[int, ...]]] = [(0.0, (0,))]
-        for placed in range(1, count):
+        for placed in range(1, counts.stop):
+            if placed in counts:
+                yield min((error + self._sums(full)[-1], full) for error, full in beam)[1]
             by_last: dict[int, list[tuple[float, tuple[int, ...]]]] = {}
-            for error, full in beam:
+            for error, full in beam if placed + 1 < counts.stop else ():
                 sums = self._sums(full)
-                for step in range(full[-1] + 1, self._steps - (count - 1 - placed)):
+                for step in range(full[-1] + 1, self._steps - max(0, counts.start - 1 - placed)):
                     by_last.setdefault(step, []).append((error + sums[step], (*full, step)))
             beam = [schedule for schedules in by_last.values() for schedule in sorted(schedules)[:_BEAM]]
-        return min((error + self._sums(full)[-1], full) for error, full in beam)[1]
 
     def _sums(self, full: tuple[int, ...]) -> Array:
         """For each step, the sum of the errors of the steps between the last full one and it, (steps + 1,)."""

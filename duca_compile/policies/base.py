@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 from duca_compile.core.steps import Step
 from duca_compile.errors import PolicyError
@@ -123,6 +123,9 @@ class Forecast:
         return self.measured[step] if step < len(self.measured) else None
 
 
+Series: TypeAlias = "tuple[Policy, ...]"  # settings of one method that differ in how much they cache
+
+
 class Policy(ABC):
     """A caching method: which kind of step runs when.
 
@@ -155,6 +158,17 @@ class Policy(ABC):
     def predictor(self) -> Predictor | None:
         """The trained network of predict steps; None if there are none. With it, only the stream's end is cached."""
         return None
+
+    @classmethod
+    def settings(cls, steps: int) -> tuple[Series, ...]:
+        """The settings that ``tune`` tries in loops of ``steps`` steps.
+
+        Returns:
+            Series of policies, each from the one that stays closest to the uncached loop to the fastest. None at all,
+            unless a policy overrides this.
+        """
+        del steps
+        return ()
 
     @abstractmethod
     def steps(self, total: int | None) -> Iterator[Step]:
