@@ -29,6 +29,8 @@ _NAMES = {
     "explanation": ("Explanation", "explain"),
     "export.artifact": ("save",),
     "methods.calibration": ("Calibration", "calibrate"),
+    "methods.tuning.tuned": ("Tuned",),
+    "methods.tuning.tuner": ("tune",),
     "methods.training": ("TrainingSettings", "prediction_error", "train_predictor"),
     "policies": (
         "FORA",

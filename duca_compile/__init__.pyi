@@ -17,6 +17,8 @@ from duca_compile.explanation import Explanation, explain
 from duca_compile.export.artifact import save
 from duca_compile.methods.calibration import Calibration, calibrate
 from duca_compile.methods.training import TrainingSettings, prediction_error, train_predictor
+from duca_compile.methods.tuning.tuned import Tuned
+from duca_compile.methods.tuning.tuner import tune
 from duca_compile.policies import (
     FORA,
     RFC,
@@ -70,6 +72,7 @@ __all__ = [
     "TaylorSeer",
     "ToCa",
     "TrainingSettings",
+    "Tuned",
     "Uncached",
     "UsageError",
     "calibrate",
@@ -81,4 +84,5 @@ __all__ = [
     "restore",
     "save",
     "train_predictor",
+    "tune",
 ]

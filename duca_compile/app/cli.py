@@ -25,6 +25,7 @@ from duca_compile.artifact.inspection import describe
 from duca_compile.artifact.loader import load
 from duca_compile.artifact.manifest import read_manifest
 from duca_compile.artifact.model import Artifact
+from duca_compile.core.files import check_writable
 from duca_compile.core.tables import FigureTable
 from duca_compile.errors import DucaError, UsageError, first_line, missing_package
 from duca_compile.policies import StepKind
@@ -81,7 +82,7 @@ def demo(
 
     try:
         chosen = demonstration.make_policies(policy, interval, steps)
-        demonstration.check_writable(out)
+        check_writable(out, "choose another --out")
         model = demonstration.DemoModel.load(_device(device))
         with _progress() as progress:
 

@@ -6,7 +6,6 @@ import inspect
 import json
 import math
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -263,19 +262,6 @@ def compare(
         for loop, on_step in turns.items():
             loop.run(on_step)
     return [loop.result() for loop in turns]
-
-
-def check_writable(path: Path) -> None:
-    """Raises UsageError if a file could not be written to ``path`` later, when the work is done."""
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; name a file, such as {path / 'demo.png'}")
-    if not path.parent.is_dir():
-        raise UsageError(f"cannot write {path}: there is no folder {path.parent}; create it first")
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}; choose another --out") from error
 
 
 def draw(runs: list[Run], class_names: tuple[str, ...], path: Path) -> None:
