@@ -22,7 +22,8 @@ from duca_compile.core.colors import COLORS
 from duca_compile.core.files import atomic_write
 from duca_compile.drop_in import OptimizedModel
 from duca_compile.errors import UsageError
-from duca_compile.policies import Calibrated, Policy, StepKind, Uncached
+from duca_compile.policies import Policy, StepKind, Uncached
+from duca_compile.policies.files import load_policy
 from duca_compile.policies.named import POLICIES
 
 CALIBRATED, CALIBRATED_STEPS = "calibrated", 50
@@ -139,8 +140,8 @@ def make_policy(name: str, interval: int | None) -> Policy:
     """The policy with this name.
 
     Args:
-        name: of a policy, or the path of a JSON file that ``calibrate`` wrote. "calibrated" is that of the embedded
-            model, for ``CALIBRATED_STEPS`` steps.
+        name: of a policy, or the path of a JSON file that ``tune`` or ``calibrate`` wrote. "calibrated" is that of the
+            embedded model, for ``CALIBRATED_STEPS`` steps.
         interval: number of steps from one full step to the next; None for the policy's default.
 
     Raises:
@@ -148,11 +149,11 @@ def make_policy(name: str, interval: int | None) -> Policy:
     """
     if name == CALIBRATED or name.endswith(".json"):
         if interval is not None:
-            raise UsageError(f"policy={name!r} has no interval: it lists its full steps; leave --interval out")
+            raise UsageError(f"policy={name!r} has no interval: the file says all; leave --interval out")
         with resources.as_file(
             resources.files("duca_compile") / "app" / "data" / "demo" / "calibrated.json"
         ) as embedded:
-            return Calibrated.load(embedded if name == CALIBRATED else name)
+            return load_policy(embedded if name == CALIBRATED else name)
     if name not in POLICIES:
         raise UsageError(f"policy={name!r} is unknown; choose one of {sorted({CALIBRATED, *POLICIES})}")
     make: Callable[..., Policy] = POLICIES[name]

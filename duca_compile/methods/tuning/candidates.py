@@ -136,5 +136,6 @@ class Costs:
             alike = [step.flops / report.uncached_flops for step in report.steps if step.kind is kind]
             taken = trial.step_seconds.get(kind.letter)
             if alike and taken is not None and kind is not StepKind.FULL:
-                beyond = max(0.0, taken / trial.full_seconds - sum(alike) / len(alike))
+                full = max(trial.full_seconds, trial.step_seconds.get(StepKind.FULL.letter, 0.0))
+                beyond = max(0.0, taken / full - sum(alike) / len(alike))
                 self._beyond[kind] = min(beyond, self._beyond.get(kind, beyond))

@@ -26,6 +26,9 @@ FINALISTS = 3  # settings that are run on the calls that judge; the first of the
 ROUNDS = 3  # timings of each finalist at least, in turn with the uncached loop
 RACE = 0.7  # share of the time for trials on the first call, where several choose
 REFRESH = 8  # trials after which the uncached loop is timed again
+REFRESH_NOISY = 2  # the same on a machine whose uncached times differ by more than NOISY
+NOISY = 1.1
+SLACK = 1.1  # estimates are taken for this much too low before they rule a setting out
 
 Tell = Callable[[str, float], None]  # shows what is done, and how much of the phase is
 Phase = Callable[[float], Tell]  # starts a phase of this size
@@ -103,6 +106,8 @@ class Search:
         self.trials: list[Trial] = []
         self.cut_short = False
         self._run_trials = 0
+        times = [run.warm_seconds for run in bench.uncached]
+        self._refresh = REFRESH_NOISY if max(times) > NOISY * min(times) else REFRESH
 
     def race(self) -> list[Trial]:
         """Tries settings.
@@ -179,7 +184,9 @@ class Search:
         least = self._least_speedup
         if not self._wish.wants_speed:
             least = max([least, *(t.speedup for t in self.trials if self._wish.shortfall(_outcome([t]), MARGIN) <= 0)])
-        open_ = [place for place in range(arm.low + 1, arm.high) if self._costs.speedup(arm.series[place]) >= least]
+        open_ = [
+            place for place in range(arm.low + 1, arm.high) if self._costs.speedup(arm.series[place]) * SLACK >= least
+        ]
         if not open_:
             if not arm.trials and arm.series:
                 self._leave_out(arm.series, least)
@@ -210,7 +217,7 @@ class Search:
         return trial
 
     def _made(self, policy: Policy, number: int) -> Trial | None:
-        if self._run_trials % REFRESH == REFRESH - 1:
+        if self._run_trials % self._refresh == self._refresh - 1:
             self._bench.time_uncached(number)
         self._run_trials += 1
         try:

@@ -27,12 +27,12 @@ class Wishes(TypedDict, total=False):
         min_metric: the least value of ``metric``, on average over calls.
     """
 
-    speedup: float
-    max_seconds: float
-    min_psnr: float
-    max_cache_bytes: int
+    speedup: float | None
+    max_seconds: float | None
+    min_psnr: float | None
+    max_cache_bytes: int | None
     metric: str | Callable[[Any, Any], float]
-    min_metric: float
+    min_metric: float | None
 
 
 @dataclass(frozen=True)
