@@ -45,7 +45,7 @@ pre { background: var(--soft); padding: .8rem 1rem; overflow-x: auto; }
 .schedule i { flex: 1; min-width: 1px; } .key { margin-right: 1rem; white-space: nowrap; }
 .key i { display: inline-block; width: .8rem; height: .8rem; margin-right: .3rem; }
 figure { display: inline-block; margin: .4rem .6rem .4rem 0; vertical-align: top; max-width: 18rem; }
-figure img { display: block; max-width: 100%; height: auto; image-rendering: $rendering; }
+figure img { display: block; margin-bottom: 2px; max-width: 100%; height: auto; image-rendering: $rendering; }
 figcaption { font-size: .85rem; overflow-wrap: anywhere; }
 .pareto { width: 100%; max-width: 46rem; background: white; }
 </style>
@@ -104,7 +104,8 @@ def page(tuned: Findings) -> str:
         judged=_table(names, ([each.policy.name, *judged_cells(each, wish)] for each in tuned.judged)),
         tried=escape(
             f"Each point is one setting on the call {how.labels[how.choosing[0]]}. The line joins those that no other "
-            "beats in both; finalists have names."
+            "beats in both; finalists have names, and dashes show the wish. Results equal to the uncached ones "
+            "have no place in it."
         ),
         metric=escape(wish.metric_name),
         pareto=_pareto(tuned, tried),
@@ -223,10 +224,9 @@ def _pareto(tuned: Findings, trials: Sequence[Trial]) -> str:
             axes.annotate(
                 trial.policy.name, (trial.speedup, trial.quality), (5, 5), textcoords="offset points", fontsize=8
             )
-    if wish.wants_speed and tuned.conditions.uncached_seconds:
-        axes.axvline(
-            wish.least_speedup(tuned.conditions.uncached_seconds), color="#c0392b", linestyle="--", linewidth=1
-        )
+    if wish.wants_speed:
+        least = wish.least_speedup(tuned.conditions.uncached_seconds)
+        axes.axvline(least, color="#c0392b", linestyle="--", linewidth=1)
     if wish.min_quality is not None:
         axes.axhline(wish.min_quality, color="#c0392b", linestyle="--", linewidth=1)
     axes.set_xlabel("speed-up over the uncached loop")
@@ -300,15 +300,16 @@ def _side_by_side(tuned: Findings) -> str:
         for a, b in zip(one, other, strict=True)
     ]
     largest = max(float(np.abs(a - b).max()) for a, b in pairs) or 1.0
-    parts = [f"<p>Differences are shown on one scale: white is {largest:.3g} of the range of a pixel.</p>"]
+    parts = [
+        f"<p>Below each picture is its difference to the uncached one, on one scale: white is {largest:.3g} of the range of a pixel.</p>"
+    ]
     for place, wanted in enumerate(plain):
         label = how.labels[how.judging[place]]
         parts.append(f"<h3>Call {escape(label)}</h3><div>{_figure(_sheet(wanted), 'uncached')}")
         for each, results in zip(tuned.judged, cached, strict=True):
-            quality = tuned.wish.quality_text(each.qualities[place])
-            parts.append(_figure(_sheet(results[place]), f"{each.policy.name}: {quality}"))
             maps = [_difference(a, b, largest) for a, b in zip(results[place], wanted, strict=True)]
-            parts.append(_figure(_sheet(maps), "its difference to uncached"))
+            quality = tuned.wish.quality_text(each.qualities[place])
+            parts.append(_figure(_sheet(results[place]), f"{each.policy.name}: {quality}", _sheet(maps)))
         parts.append("</div>")
     return "".join(parts)
 
@@ -329,12 +330,19 @@ def _sheet(shown: Sequence[Array]) -> Array:
     return np.concatenate([np.concatenate(row, axis=1) for row in rows], axis=0)
 
 
-def _figure(picture: Array, caption: str) -> str:
+def _figure(picture: Array, caption: str, difference: Array | None = None) -> str:
+    text = escape(caption)
+    shown = _image(picture, text)
+    if difference is not None:
+        shown += _image(difference, f"the difference of {text} to uncached")
+    return f"<figure>{shown}<figcaption>{text}</figcaption></figure>"
+
+
+def _image(picture: Array, text: str) -> str:
     from matplotlib.image import imsave
 
     buffer = io.BytesIO()
     imsave(buffer, picture, format="png")
     source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
     width = max(picture.shape[1], _LEAST_SIDE * 2)
-    text = escape(caption)
-    return f'<figure><img width="{width}" alt="{text}" src="{source}"><figcaption>{text}</figcaption></figure>'
+    return f'<img width="{width}" alt="{text}" src="{source}">'

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from duca_compile.core.files import atomic_write
+from duca_compile.core.steps import StepKind
 from duca_compile.errors import UsageError
 from duca_compile.policies import Policy
 from duca_compile.policies.files import as_fields
@@ -47,7 +48,14 @@ class Trial:
 
     @property
     def speedup(self) -> float:
-        return self.uncached_seconds / self.seconds
+        """Over the uncached loop; no more than 1 if all steps were full, since any difference is chance then."""
+        speedup = self.uncached_seconds / self.seconds
+        return speedup if cached(self.letters) else min(1.0, speedup)
+
+
+def cached(letters: str) -> bool:
+    """Whether any of these steps is not full."""
+    return any(letter != StepKind.FULL.letter for letter in letters)
 
 
 _FIELDS = {field.name for field in fields(Trial)} - {"policy"}

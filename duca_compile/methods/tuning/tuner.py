@@ -22,7 +22,7 @@ from duca_compile.methods.tuning.candidates import CALIBRATED, Candidates, calib
 from duca_compile.methods.tuning.measuring import Bench
 from duca_compile.methods.tuning.results import Conditions
 from duca_compile.methods.tuning.search import FINALISTS, Phase, Search, Tell, judge
-from duca_compile.methods.tuning.trials import Journal
+from duca_compile.methods.tuning.trials import Journal, cached
 from duca_compile.methods.tuning.tuned import Tuned
 from duca_compile.methods.tuning.wishes import Wishes, read_wish
 from duca_compile.methods.tuning.workload import SampleCall, Workload
@@ -109,7 +109,7 @@ def tune(
         time.perf_counter() - started, search.cut_short,
     )  # fmt: skip
     uncached = tuple(bench.uncached[number].result for number in judging)
-    met = wish.shortfall(judged[0].outcome) <= 0
+    met = wish.shortfall(judged[0].outcome) <= 0 and (wish.wants_speed or cached(judged[0].letters))
     tuned = Tuned(
         finalists[0], met, tuple(judged), tuple(search.trials), candidates.left_out, wish, conditions, uncached
     )

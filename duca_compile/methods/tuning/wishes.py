@@ -68,9 +68,8 @@ class Wish:
         return self.speedup is not None or self.max_seconds is not None
 
     def least_speedup(self, uncached_seconds: float) -> float:
-        """The speed-up that any answer must have; better than none where only quality is asked for."""
-        least = max(self.speedup or 0.0, uncached_seconds / self.max_seconds if self.max_seconds else 0.0)
-        return least if self.wants_speed else 1.0
+        """The speed-up that a setting must have to be worth trying."""
+        return max(1.0, self.speedup or 0.0, uncached_seconds / self.max_seconds if self.max_seconds else 0.0)
 
     def shortfall(self, found: Outcome, margin: float = 0.0) -> float:
         """By which share of a bound the outcome misses it, for the bound that is missed most; 0 or less if none is.
@@ -89,10 +88,12 @@ class Wish:
         return max(missed)
 
     def rank(self, found: Outcome, margin: float = MARGIN) -> tuple[float, ...]:
-        """A key that sorts outcomes from the best to the worst."""
+        """A key that sorts outcomes from the best to the worst: what gains no time comes after what does."""
         missed = self.shortfall(found, margin)
         if missed > 0:
-            return 1.0, missed
+            return 2.0, missed
+        if found.speedup <= 1:
+            return 1.0, -found.speedup
         return 0.0, -(found.quality if self.wants_speed else found.speedup)
 
     @property
