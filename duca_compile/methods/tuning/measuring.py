@@ -50,10 +50,7 @@ class Run:
     @cached_property
     def step_seconds(self) -> dict[StepKind, float]:
         """Seconds of a call of the model of each kind, without what compiles at the first."""
-        times: dict[StepKind, list[float]] = defaultdict(list)
-        for executed, seconds in zip(self.history, self.steps, strict=False):
-            times[executed.kind].append(seconds)
-        return {kind: statistics.median(each) if len(each) >= _SURE else min(each) for kind, each in times.items()}
+        return quiet([executed.kind for executed in self.history], self.steps)
 
     @property
     def warm_seconds(self) -> float:
@@ -273,3 +270,11 @@ def _synchronize() -> None:
 def _sample(values: list[Array]) -> list[float]:
     flat = values[0].reshape(-1)
     return [float(value) for value in flat[:: max(1, len(flat) // 16)][:16]]
+
+
+def quiet(kinds: Iterable[StepKind], seconds: Iterable[float]) -> dict[StepKind, float]:
+    """What a step of each kind takes, given the kind and the time of each; the first of a kind may have compiled."""
+    times: dict[StepKind, list[float]] = defaultdict(list)
+    for kind, each in zip(kinds, seconds, strict=False):
+        times[kind].append(each)
+    return {kind: statistics.median(each) if len(each) >= _SURE else min(each) for kind, each in times.items()}

@@ -300,9 +300,8 @@ def _side_by_side(tuned: Findings) -> str:
         for a, b in zip(one, other, strict=True)
     ]
     largest = max(float(np.abs(a - b).max()) for a, b in pairs) or 1.0
-    parts = [
-        f"<p>Below each picture is its difference to the uncached one, on one scale: white is {largest:.3g} of the range of a pixel.</p>"
-    ]
+    scale = f"white is {largest:.3g} of the range of a pixel"
+    parts = [f"<p>Below each picture is its difference to the uncached one, on one scale: {scale}.</p>"]
     for place, wanted in enumerate(plain):
         label = how.labels[how.judging[place]]
         parts.append(f"<h3>Call {escape(label)}</h3><div>{_figure(_sheet(wanted), 'uncached')}")
