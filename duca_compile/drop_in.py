@@ -313,18 +313,6 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
             if state is not None:
                 state.put_back()
 
-    def with_policy(self, policy: Policy, requests: Requests) -> OptimizedModel:
-        """A drop-in of the same source for another policy. It uses this one's captures, and what they compiled.
-
-        Args:
-            policy: the other policy, without a trained predictor.
-            requests: made for that policy.
-        """
-        options = self.timestep_name, self.cache_options, self.method
-        other = OptimizedModel(self.source, policy, self._backend, requests, *options)
-        other.__dict__["_captures_of"] = self
-        return other
-
     def _capture(self, call: Call, known: Mapping[str, str]) -> Compiled:
         if self._captures_of is not None:
             return self._captures_of._compiled.find_revalidated(call).with_policy(self.policy)
@@ -367,6 +355,20 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
             "an optimized model cannot be pickled or saved as a whole, since it holds compiled code; "
             "save duca_compile.restore(model), or its state_dict(), and optimize the model that is loaded"
         )
+
+
+def sharing_captures(model: OptimizedModel, policy: Policy, requests: Requests) -> OptimizedModel:
+    """A drop-in of the same source for another policy. It uses the captures of ``model``, and what they compiled.
+
+    Args:
+        model: whose captures are used.
+        policy: the other policy, without a trained predictor.
+        requests: made for that policy.
+    """
+    options = model.timestep_name, model.cache_options, model.method
+    other = OptimizedModel(model.source, policy, model._backend, requests, *options)
+    other.__dict__["_captures_of"] = model
+    return other
 
 
 @contextmanager

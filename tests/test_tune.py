@@ -416,7 +416,7 @@ def test_a_policy_of_ones_own_is_tried_but_not_written(tmp_path: Path) -> None:
         pass
 
     assert Own.__name__ not in known()
-    with pytest.raises(UsageError, match="Own is no policy of duca_compile"):
+    with pytest.raises(UsageError, match="Own is no policy of duca_compile, or has a predictor"):
         save_policy(Own(2), tmp_path / "own.json", {})
     assert not list(tmp_path.iterdir())
 

@@ -48,7 +48,12 @@ def calibrate(model: nn.Module, sample: SampleLoop, *, loops: int = 1, timestep:
         PolicyError: the number of loops is invalid.
     """
     check_whole("loops", loops, least=1)
-    recorder, recorded = Recorder(model, sample, timestep, whole=False), list[_Products]()
+    return calibration_of(Recorder(model, sample, timestep, whole=False), loops)
+
+
+def calibration_of(recorder: Recorder, loops: int) -> Calibration:
+    """The measurements of the first ``loops`` loops of a recorder. Raises what ``calibrate`` raises."""
+    recorded = list[_Products]()
     for number in range(loops):
         for recorded_pass in recorder.passes(number):
             if len(recorded_pass.steps) == recorder.steps:

@@ -16,6 +16,7 @@ from duca_compile.core.variants import Variant, VariantFunction
 from duca_compile.drop_in import OptimizedModel, check_plain
 from duca_compile.errors import UsageError
 from duca_compile.policies import TaylorSeer
+from duca_compile.runtime.loops import LoopSchedule
 from duca_compile.runtime.session import Requests
 
 SampleLoop = Callable[[Any, int], Any]  # sample(drop_in, number) runs one denoising loop
@@ -59,13 +60,21 @@ class Recorder(EagerBackend):
         sample: runs one denoising loop.
         timestep: name of the timestep argument; needed only if the graph does not show it.
         whole: whether inputs and outputs are recorded, too.
+        schedule: knows the steps, if the model belongs to a pipeline.
 
     Attributes:
         steps: the number of steps of the last loop.
         model_name: class name of the model.
     """
 
-    def __init__(self, model: nn.Module, sample: SampleLoop, timestep: str | None = None, whole: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sample: SampleLoop,
+        timestep: str | None = None,
+        whole: bool = True,
+        schedule: LoopSchedule | None = None,
+    ) -> None:
         check_plain(model)
         self._whole, self.steps = whole, 0
         self.model_name = type(model).__name__
@@ -73,7 +82,7 @@ class Recorder(EagerBackend):
         policy = TaylorSeer(
             1, max_order=0, first_full_steps=1, lite=True
         )  # only full steps, which keep the end of the stream
-        self._model = OptimizedModel(model, policy, self, Requests(policy, None), timestep, CacheOptions())
+        self._model = OptimizedModel(model, policy, self, Requests(policy, None, schedule), timestep, CacheOptions())
 
     def compile(self, variant: Variant, cuts: frozenset[str] = frozenset()) -> VariantFunction:
         run = super().compile(variant, cuts)

@@ -27,16 +27,19 @@ def as_fields(policy: Policy) -> dict[str, Any]:
     """A policy of the package in JSON's types: the name of its class, and the values of its fields.
 
     Raises:
-        UsageError: it is of another class, or its fields hold more than JSON can.
+        UsageError: it is of another class, or has a trained predictor.
     """
     name = type(policy).__name__
-    if known().get(name) is not type(policy) or not is_dataclass(policy):
-        raise UsageError(f"{policy.name} cannot be written to a JSON file: {name} is no policy of duca_compile")
-    try:
-        given = {field.name: msgspec.to_builtins(getattr(policy, field.name)) for field in fields(policy)}
-    except TypeError as error:
-        raise UsageError(f"{policy.name} cannot be written to a JSON file: {error}") from error
-    return {"policy": name, "fields": given}
+    if not in_package(policy) or not is_dataclass(policy):
+        raise UsageError(
+            f"{policy.name} cannot be written to a JSON file: {name} is no policy of duca_compile, or has a predictor"
+        )
+    return {"policy": name, "fields": {f.name: msgspec.to_builtins(getattr(policy, f.name)) for f in fields(policy)}}
+
+
+def in_package(policy: Policy) -> bool:
+    """Whether a JSON file can hold the policy: it is of the package, and numbers and names are all that it has."""
+    return known().get(type(policy).__name__) is type(policy) and policy.predictor is None
 
 
 def from_fields(written: Mapping[str, Any]) -> Policy:

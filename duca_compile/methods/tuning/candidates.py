@@ -10,7 +10,8 @@ from torch import nn
 from duca_compile.core.steps import StepKind
 from duca_compile.errors import DucaError, PolicyError
 from duca_compile.explanation import Explanation, ScheduleReport
-from duca_compile.methods.calibration import calibrate
+from duca_compile.methods.calibration import calibration_of
+from duca_compile.methods.recording import Recorder
 from duca_compile.methods.tuning.trials import Trial
 from duca_compile.methods.tuning.workload import Workload
 from duca_compile.policies import Policy
@@ -100,7 +101,8 @@ def calibrated_series(workload: Workload, choosing: Sequence[int], timestep: str
 
     try:
         loops = min(CALIBRATION_LOOPS, len(choosing))
-        return [*calibrate(model, sample, loops=loops, timestep=timestep).settings()], ""
+        recorder = Recorder(model, sample, timestep, whole=False, schedule=workload.schedule())
+        return [*calibration_of(recorder, loops).settings()], ""
     except DucaError as error:
         return [], str(error)
 

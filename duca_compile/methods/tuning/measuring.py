@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from duca_compile.backends.base import Backend
 from duca_compile.compiler.budget import CacheOptions
 from duca_compile.core.steps import StepKind
-from duca_compile.drop_in import OptimizedModel
+from duca_compile.drop_in import OptimizedModel, sharing_captures
 from duca_compile.errors import UsageError
 from duca_compile.explanation import Explanation
 from duca_compile.methods.tuning.quality import REPEATS, Array, apart, arrays, check_results, peak_of, psnr, value_of
@@ -229,7 +229,7 @@ class PolicyLoop:
     def __init__(self, bench: Bench, policy: Policy) -> None:
         self._bench, self.policy = bench, policy
         self._requests = bench.workload.requests(policy, bench.steps)
-        self._drop_ins = {name: plain.with_policy(policy, self._requests) for name, plain in bench._plain.items()}
+        self._drop_ins = {name: sharing_captures(plain, policy, self._requests) for name, plain in bench._plain.items()}
 
     def run(self, number: int) -> Run:
         return self._bench._run(self._drop_ins, self._requests, number)

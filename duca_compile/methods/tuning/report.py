@@ -20,6 +20,7 @@ from duca_compile.methods.tuning.quality import Array, arrays
 from duca_compile.methods.tuning.results import Findings, best_first, judged_cells, trial_cells
 from duca_compile.methods.tuning.trials import Trial
 from duca_compile.policies import Calibrated, Policy
+from duca_compile.policies.files import in_package
 
 _KINDS = {kind.letter: kind for kind in StepKind}
 _METHODS = {"RelationalFeatureCaching": "RFC", "Calibrated": "calibrated", "ResidualGate": "residual gate"}
@@ -127,23 +128,18 @@ def to_paste(tuned: Findings) -> str:
     name = "pipe" if how.is_pipeline else "model"
     steps = "" if how.is_pipeline else f", num_inference_steps={how.steps}"
     backend = "" if how.backend == "inductor" else f', backend="{how.backend}"'
+    if not in_package(policy):
+        return f"{name} = duca_compile.optimize({name}, tuned.policy{backend}{steps})  # {policy.name}"
     lines = ["import duca_compile", "", f'{name} = duca_compile.optimize({name}, "tuned.json"{backend}{steps})']
     if not isinstance(policy, Calibrated):
-        lines += [
-            "",
-            "# or, without the file:",
-            f"{name} = duca_compile.optimize({name}, {_code(policy)}{backend}{steps})",
-        ]
+        code = f"{name} = duca_compile.optimize({name}, {_code(policy)}{backend}{steps})"
+        lines += ["", "# or, without the file:", code]
     return "\n".join(lines)
 
 
 def _code(policy: Policy) -> str:
     """The expression that makes the policy, with the parameters that are not the default."""
-    text, default = repr(policy), None
-    try:
-        default = type(policy)()
-    except TypeError:
-        return f"duca_compile.{text}"
+    default = type(policy)()
     values = {name: value for name, value in vars(policy).items() if getattr(default, name, None) != value}
     return f"duca_compile.{type(policy).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
 

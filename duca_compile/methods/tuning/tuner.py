@@ -28,6 +28,7 @@ from duca_compile.methods.tuning.wishes import Wishes, read_wish
 from duca_compile.methods.tuning.workload import SampleCall, Workload
 from duca_compile.policies import Policy
 from duca_compile.policies.checks import check_number, check_whole
+from duca_compile.policies.files import in_package
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -67,7 +68,8 @@ def tune(
         seed: of the random numbers that the first call starts with; each further call has the next.
         minutes: how long trials may take, besides the uncached runs before them and the judging after them.
         folder: where results so far are kept, so that the same tuning goes on after an interruption, also with another
-            wish; and where ``tuned.json`` and ``report.html`` are written at the end. None keeps nothing.
+            wish; and where ``report.html`` and ``tuned.json`` are written at the end, the latter unless the policy is
+            your own or has a predictor. None keeps nothing.
         wishes: one or more of ``speedup``, ``max_seconds``, ``min_psnr``, ``max_cache_bytes``, ``metric`` and
             ``min_metric``; see ``Wishes``.
 
@@ -114,8 +116,9 @@ def tune(
         finalists[0], met, tuple(judged), tuple(search.trials), candidates.left_out, wish, conditions, uncached
     )
     if where is not None:
-        tuned.save(where / POLICY_FILE)
         tuned.report(where / PAGE)
+        if in_package(tuned.policy):
+            tuned.save(where / POLICY_FILE)
     return tuned
 
 

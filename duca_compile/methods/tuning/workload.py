@@ -69,9 +69,11 @@ class Workload:
 
     def requests(self, policy: Policy, steps: int | None) -> Requests:
         """Requests of a policy, whose steps are known or are the pipeline's."""
-        if self._pipe is None:
-            return Requests(policy, steps)
-        return Requests(policy, None, PipelineSchedule(self._pipe))
+        return Requests(policy, steps if self._pipe is None else None, self.schedule())
+
+    def schedule(self) -> PipelineSchedule | None:
+        """What knows the steps of a pipeline; None for a model."""
+        return None if self._pipe is None else PipelineSchedule(self._pipe)
 
     def run(self, drop_ins: Mapping[str, nn.Module], number: int) -> Any:
         """What a call returns with these in place of the models; the target stays as it was."""
