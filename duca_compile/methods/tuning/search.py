@@ -122,8 +122,7 @@ class Search:
         while arms:
             arms = [arm for arm in arms if self._advance(arm)]
             arms = [arm for arm in arms if arm.trials and arm.low + 1 < arm.high]
-            arms.sort(key=lambda arm: min(map(self._rank_of_one, arm.trials)))
-            arms = arms[: max(2, math.ceil(len(arms) / 2))]
+            arms = sorted(arms, key=self._promise, reverse=True)[: max(2, math.ceil(len(arms) / 2))]
         self._deadline = self._last
         if not self.trials:
             self._try_closest()
@@ -175,6 +174,14 @@ class Search:
         least = self._wish.min_quality or 0.0
         return trial.quality >= least + MARGIN * abs(least)
 
+    def _promise(self, arm: Arm) -> float:
+        """An arm's quality at the speed that is needed, or its speed at that quality; where it is unknown, a bound."""
+        enough = [self._value(trial) for trial in arm.trials if self._enough(trial)]
+        return max(enough) if enough else min(map(self._value, arm.trials))
+
+    def _value(self, trial: Trial) -> float:
+        return trial.quality if self._wish.wants_speed else trial.speedup
+
     @property
     def _least_speedup(self) -> float:
         return self._wish.least_speedup(self._bench.seconds)
@@ -191,8 +198,10 @@ class Search:
             if not arm.trials and arm.series:
                 self._leave_out(arm.series, least)
             return None
-        known = self._wish.wants_speed and arm.series[open_[0]].fixed
-        return open_[0] if known else open_[len(open_) // 2]
+        if not self._wish.wants_speed or not arm.series[open_[0]].fixed:
+            return open_[len(open_) // 2]
+        fast = (place for place in open_ if self._costs.speedup(arm.series[place]) >= least * (1 + MARGIN))
+        return next(fast, open_[-1])
 
     def _leave_out(self, series: tuple[Candidate, ...], least: float) -> None:
         fastest = max(map(self._costs.speedup, series))
@@ -268,11 +277,16 @@ class Search:
 
 def _outcome(trials: Sequence[Trial]) -> Outcome:
     return Outcome(
-        statistics.mean(trial.quality for trial in trials),
+        mean_quality([trial.quality for trial in trials]),
         statistics.median(trial.speedup for trial in trials),
         statistics.median(trial.seconds for trial in trials),
         max(trial.cache_bytes for trial in trials),
     )
+
+
+def mean_quality(values: Sequence[float]) -> float:
+    """The mean; minus infinity if a result had no quality at all."""
+    return -math.inf if -math.inf in values else statistics.mean(values)
 
 
 def judge(bench: Bench, finalists: Sequence[Policy], judging: Sequence[int], phase: Phase) -> list[Judged]:
@@ -297,6 +311,6 @@ def _judged(bench: Bench, policy: Policy, judging: Sequence[int], runs: Sequence
     qualities = tuple(bench.quality(result, number) for result, number in zip(results, judging, strict=True))
     speedups = tuple(plain / run.seconds for plain, run in runs)
     seconds, last = statistics.median(run.seconds for _, run in runs), runs[-1][1]
-    outcome = Outcome(statistics.mean(qualities), statistics.median(speedups), seconds, last.cache_bytes)
+    outcome = Outcome(mean_quality(qualities), statistics.median(speedups), seconds, last.cache_bytes)
     letters = "".join(kind.letter for kind in last.kinds)
     return Judged(policy, outcome, qualities, speedups, letters, results)
