@@ -28,7 +28,19 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import duca_compile
-from duca_compile import FORA, Calibrated, DisCa, DuCa, PolicyError, TaylorSeer, Tuned, UsageError, calibrate, tune
+from duca_compile import (
+    FORA,
+    Calibrated,
+    DisCa,
+    DuCa,
+    PolicyError,
+    TaylorSeer,
+    Tuned,
+    UsageError,
+    calibrate,
+    published,
+    tune,
+)
 from duca_compile.app import demo
 from duca_compile.app.cli import app
 from duca_compile.compiler import captures
@@ -36,7 +48,7 @@ from duca_compile.methods.tuning import tuner
 from duca_compile.methods.tuning.candidates import Candidate, Candidates, named_series
 from duca_compile.methods.tuning.measuring import Bench, Run, quiet
 from duca_compile.methods.tuning.quality import arrays, peak_of, psnr, value_of
-from duca_compile.methods.tuning.report import page, pictures
+from duca_compile.methods.tuning.report import expression, page, pictures
 from duca_compile.methods.tuning.search import Search
 from duca_compile.methods.tuning.trials import FILE, Journal, Trial
 from duca_compile.methods.tuning.wishes import Outcome, Wish, read_wish
@@ -379,6 +391,13 @@ def test_settings_are_series_that_cache_more_and_more(steps: int) -> None:
         full = [sum(step.kind is StepKind.FULL for step in policy.steps(steps)) for policy in series]
         assert full == sorted(full, reverse=True)
         assert all(from_fields(json.loads(json.dumps(as_fields(policy)))) == policy for policy in series)
+
+
+def test_the_code_to_paste_makes_the_policy() -> None:
+    policies = [policy for series in named_series(None, 28) for policy in series]
+    for policy in [*policies, published("duca", "dit"), published("speca", "flux")]:
+        assert eval(expression(policy), {"duca_compile": duca_compile}) == policy
+    assert expression(FORA(2)) == "duca_compile.FORA(interval=2)"
 
 
 def test_calibrated_settings_are_those_of_each_number_of_full_steps() -> None:

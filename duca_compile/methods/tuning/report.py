@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, fields
 from html import escape
 from pathlib import Path
 from string import Template
@@ -22,6 +24,7 @@ from duca_compile.methods.tuning.trials import Trial
 from duca_compile.policies import Calibrated, Policy
 from duca_compile.policies.files import in_package
 
+_CLASS = re.compile(r"\b[A-Z]\w*(?=\()")
 _KINDS = {kind.letter: kind for kind in StepKind}
 _METHODS = {"RelationalFeatureCaching": "RFC", "Calibrated": "calibrated", "ResidualGate": "residual gate"}
 _CALLS = 4  # calls whose pictures are shown
@@ -132,16 +135,20 @@ def to_paste(tuned: Findings) -> str:
         return f"{name} = duca_compile.optimize({name}, tuned.policy{backend}{steps})  # {policy.name}"
     lines = ["import duca_compile", "", f'{name} = duca_compile.optimize({name}, "tuned.json"{backend}{steps})']
     if not isinstance(policy, Calibrated):
-        code = f"{name} = duca_compile.optimize({name}, {_code(policy)}{backend}{steps})"
-        lines += ["", "# or, without the file:", code]
+        code = expression(policy)
+        lines += ["", "# or, without the file:", f"{name} = duca_compile.optimize({name}, {code}{backend}{steps})"]
     return "\n".join(lines)
 
 
-def _code(policy: Policy) -> str:
-    """The expression that makes the policy, with the parameters that are not the default."""
-    default = type(policy)()
-    values = {name: value for name, value in vars(policy).items() if getattr(default, name, None) != value}
-    return f"duca_compile.{type(policy).__name__}({', '.join(f'{name}={value!r}' for name, value in values.items())})"
+def expression(policy: Policy) -> str:
+    """The Python that makes a policy of the package, with the parameters that are not the default."""
+    given = []
+    for each in fields(policy):  # type: ignore[arg-type]
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        if getattr(policy, each.name) != default:
+            given.append(f"{each.name}={getattr(policy, each.name)!r}")
+    code = f"{type(policy).__name__}({', '.join(given)})"
+    return _CLASS.sub(r"duca_compile.\g<0>", code)
 
 
 def _table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
