@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
 
 from duca_compile.core.steps import StepKind
-from duca_compile.errors import DucaError, PolicyError
+from duca_compile.errors import DucaError, PolicyError, first_line
 from duca_compile.explanation import Explanation, ScheduleReport
 from duca_compile.methods.calibration import calibration_of
-from duca_compile.methods.recording import Recorder
+from duca_compile.methods.recording import Recorder, SampleLoop
+from duca_compile.methods.tuning.measuring import Bench
 from duca_compile.methods.tuning.trials import Trial
-from duca_compile.methods.tuning.workload import Workload
 from duca_compile.policies import Policy
 from duca_compile.policies.base import Series
 from duca_compile.policies.named import POLICIES
+from duca_compile.runtime.loops import LoopSchedule
 
-CALIBRATION_LOOPS = 2  # at most: more prompts change the factors little
+MEASURED_LOOPS = 2  # at most: more prompts change what is measured little
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ class Candidates:
 def named_series(given: Sequence[str | Policy] | None, steps: int) -> list[Series]:
     """The series of the methods with these names, and each policy object on its own; of all methods for None.
 
+    Names of methods that must be measured first have none.
+
     Raises:
         PolicyError: a name is unknown.
     """
@@ -76,35 +79,59 @@ def named_series(given: Sequence[str | Policy] | None, steps: int) -> list[Serie
     for each in given:
         if isinstance(each, Policy):
             found.append((each,))
-        elif each != CALIBRATED:
+        elif each not in MEASURED:
             if each not in POLICIES:
-                raise PolicyError(f"policies names {each!r}; the names are {sorted({CALIBRATED, *POLICIES})}")
+                raise PolicyError(f"policies names {each!r}; the names are {sorted({*MEASURED, *POLICIES})}")
             found += POLICIES[each].settings(steps)
     return found
 
 
-CALIBRATED = "calibrated"
+@dataclass(frozen=True)
+class Loops:
+    """Uncached loops of the model that settings are measured on.
 
-
-def calibrated_series(workload: Workload, choosing: Sequence[int], timestep: str | None) -> tuple[list[Series], str]:
-    """Calibrated forecasts, measured on the calls that choose.
-
-    Returns:
-        The series; and why there are none, or nothing.
+    Attributes:
+        model: the model.
+        sample: runs one of them.
+        count: how many there are.
+        timestep: name of the timestep argument, where the graph does not show it.
+        schedule: what knows the steps of a pipeline.
     """
-    if len(workload.models) > 1:
-        return [], "only loops of one model can be calibrated"
-    ((name, model),) = workload.models.items()
 
-    def sample(drop_in: nn.Module, number: int) -> object:
-        return workload.run({name: drop_in}, choosing[number])
+    model: nn.Module
+    sample: SampleLoop
+    count: int
+    timestep: str | None
+    schedule: LoopSchedule | None
 
-    try:
-        loops = min(CALIBRATION_LOOPS, len(choosing))
-        recorder = Recorder(model, sample, timestep, whole=False, schedule=workload.schedule())
-        return [*calibration_of(recorder, loops).settings()], ""
-    except DucaError as error:
-        return [], str(error)
+
+def _calibrated(loops: Loops) -> tuple[Series, ...]:
+    recorder = Recorder(loops.model, loops.sample, loops.timestep, whole=False, schedule=loops.schedule)
+    return calibration_of(recorder, loops.count).settings()
+
+
+MEASURED: dict[str, Callable[[Loops], tuple[Series, ...]]] = {"calibrated": _calibrated}  # by loops of the model
+
+
+def add_measured(
+    candidates: Candidates, names: Iterable[str], bench: Bench, choosing: Sequence[int], timestep: str | None
+) -> None:
+    """Adds the settings of methods that are measured on the calls that choose; where that fails, the reason."""
+    workload = bench.workload
+    for method in names:
+        if len(workload.models) > 1:
+            candidates.left_out[method] = "only loops of one model can be measured"
+            continue
+        ((name, model),) = workload.models.items()
+
+        def sample(drop_in: nn.Module, number: int, name: str = name) -> object:
+            return workload.run({name: drop_in}, choosing[number])
+
+        loops = Loops(model, sample, min(MEASURED_LOOPS, len(choosing)), timestep, workload.schedule())
+        try:
+            candidates.add(MEASURED[method](loops), bench.explanation, bench.steps)
+        except DucaError as error:
+            candidates.left_out[method] = first_line(error)
 
 
 class Costs:

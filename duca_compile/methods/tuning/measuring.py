@@ -156,7 +156,7 @@ class Bench:
         """Times a call uncached again, since load on the machine may have changed."""
         self.uncached[number] = self.run_uncached(number)
 
-    @property
+    @cached_property
     def explanation(self) -> Explanation:
         """What the compiler found in the kind of call that has the most FLOPs."""
         found = [compiled for model in self._plain.values() for compiled in model._compiled.values()]

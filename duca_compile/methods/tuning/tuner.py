@@ -18,7 +18,7 @@ from duca_compile.backends.make import make_backend
 from duca_compile.core.files import check_writable
 from duca_compile.errors import PolicyError, UsageError
 from duca_compile.integrations.diffusers import is_pipeline
-from duca_compile.methods.tuning.candidates import CALIBRATED, Candidates, calibrated_series, named_series
+from duca_compile.methods.tuning.candidates import MEASURED, Candidates, add_measured, named_series
 from duca_compile.methods.tuning.measuring import Bench
 from duca_compile.methods.tuning.results import Conditions
 from duca_compile.methods.tuning.search import FINALISTS, Phase, Search, Tell, judge
@@ -97,7 +97,7 @@ def tune(
             for done in bench.measure_uncached():
                 tell("uncached calls", done)
             tell("calibrating", 0)
-            candidates = _candidates(bench, workload, choosing, policies, timestep)
+            candidates = _candidates(bench, choosing, policies, timestep)
             journal = Journal(where, _identity(bench, workload, backend, seed), bench.signature())
             search = Search(bench, wish, candidates, journal, choosing, minutes * 60, phase(minutes * 60))
             ranked = search.race()
@@ -143,22 +143,15 @@ def _folder(given: str | os.PathLike[str] | None) -> Path | None:
 
 
 def _candidates(
-    bench: Bench,
-    workload: Workload,
-    choosing: Sequence[int],
-    policies: Sequence[str | Policy] | None,
-    timestep: str | None,
+    bench: Bench, choosing: Sequence[int], policies: Sequence[str | Policy] | None, timestep: str | None
 ) -> Candidates:
-    candidates, explanation = Candidates(), bench.explanation
-    if policies is None or CALIBRATED in policies:
-        series, reason = calibrated_series(workload, choosing, timestep)
-        candidates.add(series, explanation, bench.steps)
-        if reason:
-            candidates.left_out["calibrated forecasts"] = reason
-    candidates.add(named_series(policies, bench.steps), explanation, bench.steps)
+    candidates = Candidates()
+    measured = [name for name in MEASURED if policies is None or name in policies]
+    add_measured(candidates, measured, bench, choosing, timestep)
+    candidates.add(named_series(policies, bench.steps), bench.explanation, bench.steps)
     if not candidates.series:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in candidates.left_out.items())
-        raise PolicyError(f"no setting fits {workload.name} with {bench.steps} steps ({reasons})")
+        raise PolicyError(f"no setting fits {bench.workload.name} with {bench.steps} steps ({reasons})")
     return candidates
 
 
