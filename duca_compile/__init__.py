@@ -30,6 +30,8 @@ _NAMES = {
     "export.artifact": ("save",),
     "methods.calibration": ("Calibration", "calibrate"),
     "methods.ratios": ("residual_ratios",),
+    "methods.tuning.tuned": ("Tuned",),
+    "methods.tuning.tuner": ("tune",),
     "methods.training": ("TrainingSettings", "prediction_error", "train_predictor"),
     "policies": (
         "FORA",

@@ -18,6 +18,8 @@ from duca_compile.export.artifact import save
 from duca_compile.methods.calibration import Calibration, calibrate
 from duca_compile.methods.ratios import residual_ratios
 from duca_compile.methods.training import TrainingSettings, prediction_error, train_predictor
+from duca_compile.methods.tuning.tuned import Tuned
+from duca_compile.methods.tuning.tuner import tune
 from duca_compile.policies import (
     FORA,
     RFC,
@@ -83,6 +85,7 @@ __all__ = [
     "TaylorSeer",
     "ToCa",
     "TrainingSettings",
+    "Tuned",
     "Uncached",
     "UsageError",
     "calibrate",
@@ -95,4 +98,5 @@ __all__ = [
     "restore",
     "save",
     "train_predictor",
+    "tune",
 ]

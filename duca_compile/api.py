@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from duca_compile.runtime.session import Requests
 
 def optimize(
     model: Any,
-    policy: str | Policy = "duca",
+    policy: str | os.PathLike[str] | Policy = "duca",
     backend: str = "inductor",
     num_inference_steps: int | None = None,
     *,
@@ -41,8 +42,8 @@ def optimize(
     Args:
         model: a Diffusion Transformer in eval mode, that is any nn.Module that takes a latent and a timestep; or a
             diffusers pipeline, whose components named ``transformer...`` are replaced.
-        policy: "duca", "toca", "fora", "taylorseer", "rfc", "speca", "gate", "none", or a Policy object such as
-            ``DuCa(interval=5, fresh_ratio=0.1)``.
+        policy: "duca", "toca", "fora", "taylorseer", "rfc", "speca", "gate", "none"; or a Policy object such as
+            ``DuCa(interval=5, fresh_ratio=0.1)``; or the path of a JSON file that ``tune`` or ``calibrate`` made.
         backend: "inductor" (the compiler of torch.compile), "openvino" (on a CPU) or "eager".
         num_inference_steps: the number of steps of a request, which some schedules need. Not for a pipeline.
         timestep: the name of the timestep argument, where the graph does not show it.
@@ -64,7 +65,7 @@ def optimize(
 
     Raises:
         UsageError: ``model`` is neither an nn.Module nor a pipeline with a transformer, is in training mode or
-            optimized already, or the backend is unknown.
+            optimized already, the backend is unknown, or a file holds no policy.
         BackendError: the backend's package is not installed.
         PolicyError: the policy is unknown, or cannot plan without ``num_inference_steps``. At the first call: the
             policy does not fit the model, or the budget is too small; the message says what the smallest would be.

@@ -116,6 +116,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
     _warned: Once
     _careful: bool  # whether a step's results once differed from the model's, so that captures run all checks
     _unverified: _EagerRun | None  # that of the last capture, until a step was compared with it
+    _captures_of: OptimizedModel | None  # another drop-in of the source, whose captures this one uses
 
     def __new__(cls, model: nn.Module, *_: Any) -> OptimizedModel:
         source = type(model)
@@ -140,7 +141,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
         self.__dict__.update(callee=callee, method=method, latent_name=latent)
         self.__dict__.update(_backend=backend, _requests=requests, _bind=Binder(callee, timestep))
         self.__dict__.update(_compiled=CaptureCache(callee, self._capture))
-        self.__dict__.update(_warned=Once(), _careful=False, _unverified=None)
+        self.__dict__.update(_warned=Once(), _careful=False, _unverified=None, _captures_of=None)
         self.training = model.training
         self._set_forward()
 
@@ -315,6 +316,8 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
                 state.put_back()
 
     def _capture(self, call: Call, known: Mapping[str, str]) -> Compiled:
+        if self._captures_of is not None:
+            return self._captures_of._compiled.find_revalidated(call).with_policy(self.policy)
         with self._source_context():
             captured, facts, prologue = analyze_call(
                 self.callee,
@@ -372,6 +375,20 @@ def _with_writes_made(captured: CapturedGraph, call: Call, output: Any) -> Any:
     for write, value in zip(captured.writes, values, strict=True):
         write.put(call.given, value)
     return result
+
+
+def sharing_captures(model: OptimizedModel, policy: Policy, requests: Requests) -> OptimizedModel:
+    """A drop-in of the same source for another policy. It uses the captures of ``model``, and what they compiled.
+
+    Args:
+        model: whose captures are used.
+        policy: the other policy, without a trained predictor.
+        requests: made for that policy.
+    """
+    options = model.timestep_name, model.cache_options, model.method, model.latent_name
+    other = OptimizedModel(model.source, policy, model._backend, requests, *options)
+    other.__dict__["_captures_of"] = model
+    return other
 
 
 @contextmanager

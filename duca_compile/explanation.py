@@ -6,7 +6,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -144,6 +144,7 @@ class Explanation:
     captured: CapturedGraph
     facts: Facts
     policy: Policy | None
+    _variants: dict[VariantSpec, Variant] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def branches(self) -> tuple[Branch, ...]:
@@ -199,11 +200,13 @@ class Explanation:
         check_rows(self.facts, chosen)
         captured = with_predictor(self.captured, self.facts, chosen.predictor)
         variants: dict[VariantSpec, Variant] = {}
+        known = self._variants if chosen.predictor is None else variants  # a predictor changes the graph
 
         def variant(spec: VariantSpec) -> Variant:
-            if spec not in variants:
-                variants[spec] = build_variant(captured, self.facts, spec)
-            return variants[spec]
+            if spec not in known:
+                known[spec] = build_variant(captured, self.facts, spec)
+            variants[spec] = known[spec]
+            return known[spec]
 
         probe = probe_spec(chosen)
         probe_flops = 0.0 if probe is None else variant(probe).flops({})

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from duca_compile import FORA, RFC, DuCa, ResidualGate, SpeCa, TaylorSeer, ToCa, UsageError
 from duca_compile.app import demo
 from duca_compile.app.cli import app
+from duca_compile.core.files import check_writable
 from duca_compile.explanation import KIND_STYLES
 from duca_compile.policies import StepKind
 
@@ -69,7 +70,7 @@ def test_a_read_only_folder_is_refused_before_any_work(tmp_path: Path, monkeypat
 
     monkeypatch.setattr("tempfile.NamedTemporaryFile", refuse)
     with pytest.raises(UsageError, match=r"cannot write .*demo.png: Permission denied; choose another --out"):
-        demo.check_writable(tmp_path / "demo.png")
+        check_writable(tmp_path / "demo.png", "choose another --out")
 
 
 def test_the_seed_alone_decides_the_noise(embedded: demo.DemoModel) -> None:

@@ -26,6 +26,7 @@ from duca_compile.artifact.inspection import describe
 from duca_compile.artifact.loader import load
 from duca_compile.artifact.manifest import read_manifest
 from duca_compile.artifact.model import Artifact
+from duca_compile.core.files import check_writable
 from duca_compile.core.tables import FigureTable
 from duca_compile.errors import DucaError, UsageError, first_line, missing_package
 from duca_compile.policies import StepKind
@@ -41,7 +42,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 console = Console()
 LOOP_SEED = 1_000_000  # of the noise to learn from; the demo is unlikely to start from the same
 Steps = Annotated[int, typer.Option(min=1, help="Number of denoising steps.")]
-POLICY_NAMES = f"{', '.join(POLICIES)} or calibrated; or the path of a calibrated policy."
+POLICY_NAMES = f"{', '.join(POLICIES)} or calibrated; or the path of a tuned or calibrated policy."
 PolicyOption = Annotated[str, typer.Option(help=POLICY_NAMES)]
 Interval = Annotated[int | None, typer.Option(min=1, help="Number of steps from one full step to the next.")]
 Target = Annotated[
@@ -90,7 +91,7 @@ def demo(
 
     try:
         chosen = demonstration.make_policies(policy, interval, steps)
-        demonstration.check_writable(out)
+        check_writable(out, "choose another --out")
         model = demonstration.DemoModel.load(_device(device))
         with _progress() as progress:
 
@@ -225,6 +226,51 @@ def calibrate(
     console.print(f"full steps: {', '.join(map(str, policy.full_steps))} of {len(policy.measured)}")
     console.print(f"relative error of the forecasts: {policy.error:.4f}")
     console.print(f"policy: {out}", soft_wrap=True)
+
+
+@app.command()
+def tune(
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            help="package.module:function that returns (pipe, calls) or (model, sample). Default: the embedded model."
+        ),
+    ] = None,
+    speedup: Annotated[float | None, typer.Option(help="Wish: how many times as fast as uncached.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Wish: the most seconds of a call.")] = None,
+    min_psnr: Annotated[float | None, typer.Option(help="Wish: the least PSNR to uncached results, in dB.")] = None,
+    max_cache_bytes: Annotated[int | None, typer.Option(help="Wish: the most bytes that caches hold.")] = None,
+    calls: Annotated[int, typer.Option(help="Number of calls: sample(drop_in, 0), sample(drop_in, 1), ...")] = 2,
+    steps: LoopSteps = 50,
+    backend: Annotated[str, typer.Option(help="inductor, openvino or eager.")] = "inductor",
+    minutes: Annotated[float, typer.Option(min=0.0, help="How long settings may be tried.")] = 10.0,
+    out: Annotated[
+        Path, typer.Option(help="Folder of tuned.json, report.html and the trials so far, from which it goes on.")
+    ] = Path("tuning"),
+) -> None:
+    """Find the policy that meets a wish, by trying settings of all methods here; exits with 1 if none does."""
+    from duca_compile.methods.tuning.tuner import PAGE, POLICY_FILE
+    from duca_compile.methods.tuning.tuner import tune as tuned_for
+
+    try:
+        made, other = _embedded_loops("cpu", steps) if target is None else _load_target(target)
+        tuned = tuned_for(
+            made,
+            *((range(calls), other) if callable(other) else (other,)),
+            backend=backend,
+            minutes=minutes,
+            folder=out,
+            speedup=speedup,
+            max_seconds=max_seconds,
+            min_psnr=min_psnr,
+            max_cache_bytes=max_cache_bytes,
+        )
+    except DucaError as error:
+        _fail(error)
+    console.print(tuned)
+    console.print(f"policy: {out / POLICY_FILE}; report: {out / PAGE}", soft_wrap=True)
+    if not tuned.met:
+        raise typer.Exit(1)
 
 
 def _embedded_loops(device: str, steps: int) -> tuple[nn.Module, Callable[[nn.Module, int], Any]]:

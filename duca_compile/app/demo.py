@@ -6,7 +6,6 @@ import inspect
 import json
 import math
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -19,20 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from duca_compile.api import optimize
+from duca_compile.core.colors import COLORS
 from duca_compile.core.files import atomic_write
 from duca_compile.drop_in import OptimizedModel
 from duca_compile.errors import UsageError
-from duca_compile.policies import Calibrated, Policy, StepKind, Uncached
+from duca_compile.policies import Policy, StepKind, Uncached
+from duca_compile.policies.files import load_policy
 from duca_compile.policies.named import POLICIES
 
-COLORS = {
-    StepKind.FULL: "#c0392b",
-    StepKind.PARTIAL: "#f1c40f",
-    StepKind.REUSE: "#5dade2",
-    StepKind.SKIP: "#58b368",
-    StepKind.FORECAST: "#9b59b6",
-    StepKind.PREDICT: "#2c3e50",
-}
 CALIBRATED, CALIBRATED_STEPS = "calibrated", 50
 RUNS = 3  # of each loop: one that compiles, and two that are timed
 
@@ -147,8 +140,8 @@ def make_policy(name: str, interval: int | None) -> Policy:
     """The policy with this name.
 
     Args:
-        name: of a policy, or the path of a JSON file that ``calibrate`` wrote. "calibrated" is that of the embedded
-            model, for ``CALIBRATED_STEPS`` steps.
+        name: of a policy, or the path of a JSON file that ``tune`` or ``calibrate`` wrote. "calibrated" is that of the
+            embedded model, for ``CALIBRATED_STEPS`` steps.
         interval: number of steps from one full step to the next; None for the policy's default.
 
     Raises:
@@ -156,11 +149,11 @@ def make_policy(name: str, interval: int | None) -> Policy:
     """
     if name == CALIBRATED or name.endswith(".json"):
         if interval is not None:
-            raise UsageError(f"policy={name!r} has no interval: it lists its full steps; leave --interval out")
+            raise UsageError(f"policy={name!r} has no interval: the file says all; leave --interval out")
         with resources.as_file(
             resources.files("duca_compile") / "app" / "data" / "demo" / "calibrated.json"
         ) as embedded:
-            return Calibrated.load(embedded if name == CALIBRATED else name)
+            return load_policy(embedded if name == CALIBRATED else name)
     if name not in POLICIES:
         raise UsageError(f"policy={name!r} is unknown; choose one of {sorted({CALIBRATED, *POLICIES})}")
     make: Callable[..., Policy] = POLICIES[name]
@@ -270,19 +263,6 @@ def compare(
         for loop, on_step in turns.items():
             loop.run(on_step)
     return [loop.result() for loop in turns]
-
-
-def check_writable(path: Path) -> None:
-    """Raises UsageError if a file could not be written to ``path`` later, when the work is done."""
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; name a file, such as {path / 'demo.png'}")
-    if not path.parent.is_dir():
-        raise UsageError(f"cannot write {path}: there is no folder {path.parent}; create it first")
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}; choose another --out") from error
 
 
 def draw(runs: list[Run], class_names: tuple[str, ...], path: Path) -> None:

@@ -200,7 +200,11 @@ def _is_mean(
             ones = operands[i].clone()
             ones[part] = 1
             result = operator([*operands[:i], ones, *operands[i + 1 :]])[first]
-            if result is not None and _is_one(result) and not _is_one(not_none(results[first], "a result on which operands have effect")):
+            if (
+                result is not None
+                and _is_one(result)
+                and not _is_one(not_none(results[first], "a result on which operands have effect"))
+            ):
                 return True
     return False
 

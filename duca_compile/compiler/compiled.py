@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from dataclasses import replace
@@ -18,6 +19,7 @@ from duca_compile.core.ir import CapturedGraph, Facts
 from duca_compile.core.once import Once
 from duca_compile.core.tensors import TensorVersions
 from duca_compile.core.variants import Variant, VariantFunction, VariantSpec
+from duca_compile.errors import InternalError
 from duca_compile.frontend.offloading import fetch
 from duca_compile.frontend.opaque import opaque
 from duca_compile.frontend.snapshot import kind
@@ -49,12 +51,19 @@ class _Variants:
     ) -> None:
         self.captured, self._facts, self._backend, self._cache_dtype = captured, facts, backend, cache_dtype
         self._modules = [prologue.module]
+        self._built: dict[VariantSpec, tuple[Variant, VariantFunction]] = {}
         self._compiled: list[HoldsWeights] = []
         self._cuts = frozenset({facts.branches[0].stream, *(branch.add for branch in facts.branches)})
         if captured.guards is not None:
             self._modules.append(captured.guards.module)
 
     def build(self, spec: VariantSpec) -> tuple[Variant, VariantFunction]:
+        """The variant and what runs it; made once, however many policies need it."""
+        if spec not in self._built:
+            self._built[spec] = self._made(spec)
+        return self._built[spec]
+
+    def _made(self, spec: VariantSpec) -> tuple[Variant, VariantFunction]:
         started = perf_counter()
         variant = build_variant(self.captured, self._facts, spec, cache_dtype=self._cache_dtype)
         nodes, seconds = len(variant.module.graph.nodes), perf_counter() - started
@@ -116,19 +125,29 @@ class Compiled:
         names = {id(tensor): name for name, tensor in live.items()}
         # A trace may name the model's weights differently. Every other attribute is a constant of the graph.
         self._weights = {name: names[id(t)] for name, t in captured.attributes.items() if id(t) in names}
-        self._prologue, self._precomputes = prologue, not backend.exact
-        self.programs = Programs(facts, policy, self._variants, said)
-        self.dispatcher = Dispatcher(self.programs, policy, prologue, self._precomputes)
+        self._prologue, self._exact, self._said = prologue, backend.exact, said
+        self._plan_for(policy)
+
+    def _plan_for(self, policy: Policy) -> None:
+        self.programs = Programs(self.facts, policy, self._variants, self._said)
+        self.dispatcher = Dispatcher(self.programs, policy, self._prologue, not self._exact)
         self.used = 0  # the number of the model's call that used it last
+
+    def with_policy(self, policy: Policy) -> Compiled:
+        """The same capture for another policy; what both need is compiled once.
+
+        Raises:
+            PolicyError: this graph cannot serve the policy.
+        """
+        if policy.predictor is not None:
+            raise InternalError("a predictor changes the graph, so its policy needs a capture of its own")
+        other = copy.copy(self)
+        other._plan_for(policy)
+        return other
 
     @property
     def captured(self) -> CapturedGraph:
         return self._variants.captured
-
-    def use(self, policy: Policy) -> None:
-        """Runs another policy from now on, which needs no other predictor. Variants that both need are kept."""
-        self.programs.use(policy)
-        self.dispatcher = Dispatcher(self.programs, policy, self._prologue, self._precomputes)
 
     def guards_hold(self, tensors: tuple[Tensor, ...], anew: bool = False) -> bool:
         """Whether it is valid for a call with these tensors, given the values that forward reads in Python, if any.

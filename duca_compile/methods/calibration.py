@@ -8,8 +8,9 @@ the loop, is smallest. Both follow from the inner products of h at any two steps
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from duca_compile.errors import PolicyError, UsageError, not_none
 from duca_compile.methods.recording import Recorder, SampleLoop
 from duca_compile.methods.search import ClosedLoopSearch, shortest_path
 from duca_compile.methods.trials import Trials
-from duca_compile.policies.base import FittedFactors
+from duca_compile.policies.base import FittedFactors, Series
 from duca_compile.policies.calibrated import Calibrated
 from duca_compile.policies.checks import check_full_steps, check_number, check_whole
 
@@ -53,7 +54,14 @@ def calibrate(
         PolicyError: the number of loops is invalid.
     """
     check_whole("loops", loops, least=1)
-    recorder, recorded = Recorder(model, sample, timestep, whole=False, latent=latent), list[_Products]()
+    recorder = Recorder(model, sample, timestep, whole=False, latent=latent)
+    trials = partial(Trials, model, sample, timestep=timestep, latent=latent)
+    return calibration_of(recorder, loops, lambda number: trials(number=number, steps=recorder.steps))
+
+
+def calibration_of(recorder: Recorder, loops: int, trials: Callable[[int], Trials] | None = None) -> Calibration:
+    """The measurements of the first ``loops`` loops of a recorder. Raises what ``calibrate`` raises."""
+    recorded = list[_Products]()
     for number in range(loops):
         for recorded_pass in recorder.passes(number):
             if len(recorded_pass.steps) == recorder.steps:
@@ -63,7 +71,7 @@ def calibrate(
     lengths = {len(products.inner) for products in recorded}
     if len(lengths) > 1:
         raise UsageError(f"sample() must run loops of the same length; these have {sorted(lengths)} steps")
-    return Calibration(recorded, lambda number: Trials(model, sample, number, recorder.steps, timestep))
+    return Calibration(recorded, trials)
 
 
 class Calibration:
@@ -75,6 +83,12 @@ class Calibration:
 
     def __init__(self, recorded: Sequence[_Products], trials: Callable[[int], Trials] | None = None) -> None:
         self._recorded, self._trials, self.steps = recorded, trials, len(recorded[0].inner)
+
+    def settings(self) -> tuple[Series, ...]:
+        """The policies that ``tune`` tries: of two orders, with fewer and fewer full steps."""
+        searches = [_Search(self._recorded, order) for order in (1, 2)]
+        counts = range(2, max(3, self.steps // 2 + 1))
+        return tuple(tuple(reversed(search.policies(counts))) for search in searches)
 
     def policy(self, full_steps: int | Iterable[int], max_order: int = 2) -> Calibrated:
         """The policy with the smallest error on the measured loops.
@@ -207,7 +221,14 @@ class _Search:
             chosen = self._checked([*full_steps])
         else:
             check_whole("full_steps", full_steps, least=1, most=self._steps)
-            chosen = self._placed(int(full_steps))
+            (chosen,) = self._placed(range(int(full_steps), int(full_steps) + 1))
+        return self._with_full(chosen)
+
+    def policies(self, counts: range) -> list[Calibrated]:
+        """The policy for each number of full steps in ``counts``."""
+        return [self._with_full(chosen) for chosen in self._placed(counts)]
+
+    def _with_full(self, chosen: tuple[int, ...]) -> Calibrated:
         measured: list[FittedFactors | None] = []
         total = 0.0
         for step in range(self._steps):
@@ -259,17 +280,18 @@ class _Search:
         check_full_steps(full_steps, most=self._steps - 1)
         return tuple(sorted({int(step) for step in full_steps}))
 
-    def _placed(self, count: int) -> tuple[int, ...]:
-        """The ``count`` full steps with the smallest error, by beam search from the start of the loop."""
+    def _placed(self, counts: range) -> Iterator[tuple[int, ...]]:
+        """For each number of full steps, those with the smallest error, by beam search from the start of the loop."""
         beam: list[tuple[float, tuple[int, ...]]] = [(0.0, (0,))]
-        for placed in range(1, count):
+        for placed in range(1, counts.stop):
+            if placed in counts:
+                yield min((error + self._sums(full)[-1], full) for error, full in beam)[1]
             by_last: dict[int, list[tuple[float, tuple[int, ...]]]] = {}
-            for error, full in beam:
+            for error, full in beam if placed + 1 < counts.stop else ():
                 sums = self._sums(full)
-                for step in range(full[-1] + 1, self._steps - (count - 1 - placed)):
+                for step in range(full[-1] + 1, self._steps - max(0, counts.start - 1 - placed)):
                     by_last.setdefault(step, []).append((error + sums[step], (*full, step)))
             beam = [schedule for schedules in by_last.values() for schedule in sorted(schedules)[:_BEAM]]
-        return min((error + self._sums(full)[-1], full) for error, full in beam)[1]
 
     def _sums(self, full: tuple[int, ...]) -> Array:
         """For each step, the sum of the errors of the steps between the last full one and it, (steps + 1,)."""

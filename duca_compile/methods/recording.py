@@ -17,6 +17,7 @@ from duca_compile.core.variants import Variant, VariantFunction
 from duca_compile.drop_in import OptimizedModel, check_plain
 from duca_compile.errors import UsageError
 from duca_compile.policies import Policy, TaylorSeer, Uncached
+from duca_compile.runtime.loops import LoopSchedule
 from duca_compile.runtime.session import Requests
 
 SampleLoop = Callable[[Any, int], Any]  # sample(drop_in, number) runs one denoising loop
@@ -85,6 +86,7 @@ class Recorder(EagerBackend):
         whole: whether inputs and outputs are recorded, too.
         latent: name of the argument that is denoised; needed only if the graph does not show it.
         keeps: "end", the end of the residual stream; or "changes", what the blocks add to each stream.
+        schedule: knows the steps, if the model belongs to a pipeline.
 
     Attributes:
         steps: the number of steps of the last loop.
@@ -99,13 +101,14 @@ class Recorder(EagerBackend):
         whole: bool = True,
         latent: str | None = None,
         keeps: Literal["end", "changes"] = "end",
+        schedule: LoopSchedule | None = None,
     ) -> None:
         check_plain(model)
         self._whole, self.steps = whole, 0
         self.model_name = type(model).__name__
         self._sample, self._calls = sample, list[tuple[Variant, RecordedCall]]()
         policy = _ONLY_FULL[keeps]
-        requests = Requests(policy, None)
+        requests = Requests(policy, None, schedule)
         self._model = OptimizedModel(model, policy, self, requests, timestep, CacheOptions(), latent=latent)
 
     def compile(self, variant: Variant, cuts: frozenset[str] = frozenset()) -> VariantFunction:

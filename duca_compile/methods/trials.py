@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from duca_compile.backends.eager import EagerBackend
 from duca_compile.compiler.budget import CacheOptions
-from duca_compile.drop_in import OptimizedModel
+from duca_compile.drop_in import OptimizedModel, sharing_captures
 from duca_compile.errors import UsageError
 from duca_compile.methods.recording import SampleLoop
 from duca_compile.policies.base import Policy
@@ -23,28 +23,35 @@ class Trials:
         number: of the loop.
         steps: how many steps it has.
         timestep: name of the timestep argument; needed only if the graph does not show it.
+        latent: name of the argument that is denoised; needed only if the graph does not show it.
 
     Raises:
         UsageError: ``sample`` returns no tensor.
     """
 
-    def __init__(self, model: nn.Module, sample: SampleLoop, number: int, steps: int, timestep: str | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sample: SampleLoop,
+        number: int,
+        steps: int,
+        timestep: str | None = None,
+        latent: str | None = None,
+    ) -> None:
         self._model, self._sample, self._number, self._steps = model, sample, number, steps
-        self._timestep = timestep
-        self._optimized: OptimizedModel | None = None
+        self._timestep, self._latent = timestep, latent
+        self._first: OptimizedModel | None = None  # whose captures all later ones use
         self._wanted = self._result(model)
 
     def loss(self, policy: Policy) -> float:
         """The mean squared difference of the final latents."""
         requests = Requests(policy, self._steps)
-        if self._optimized is None:
+        if self._first is None:
             options = requests, self._timestep, CacheOptions()
-            self._optimized = OptimizedModel(self._model, policy, EagerBackend(), *options)
+            drop_in = self._first = OptimizedModel(self._model, policy, EagerBackend(), *options, latent=self._latent)
         else:
-            self._optimized.__dict__.update(policy=policy, _requests=requests)
-            for compiled in self._optimized._compiled.values():
-                compiled.use(policy)
-        found = self._result(self._optimized)
+            drop_in = sharing_captures(self._first, policy, requests)
+        found = self._result(drop_in)
         return float((found - self._wanted).square().mean())
 
     def _result(self, drop_in: nn.Module) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 from duca_compile.core.steps import HighPass, Restores, Step
 from duca_compile.errors import PolicyError
@@ -133,6 +133,9 @@ class Forecast:
         return self.measured[step] if step < len(self.measured) else None
 
 
+Series: TypeAlias = "tuple[Policy, ...]"  # settings of one method that differ in how much they cache
+
+
 class Policy(ABC):
     """A caching method: which kind of step runs when.
 
@@ -170,6 +173,17 @@ class Policy(ABC):
     def restores(self) -> Restores:
         """What skip steps take from the cache."""
         return "end"
+
+    @classmethod
+    def settings(cls, steps: int) -> tuple[Series, ...]:
+        """The settings that ``tune`` tries in loops of ``steps`` steps.
+
+        Returns:
+            Series of policies, each from the one that stays closest to the uncached loop to the fastest. None at all,
+            unless a policy overrides this.
+        """
+        del steps
+        return ()
 
     @abstractmethod
     def steps(self, total: int | None) -> Iterator[Step]:

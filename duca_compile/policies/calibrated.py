@@ -64,7 +64,8 @@ class Calibrated(Policy):
 
     @property
     def name(self) -> str:
-        return f"calibrated ({len(self.full_steps)} of {len(self.measured)} full)"
+        order = "" if self.max_order == 2 else f", order {self.max_order}"
+        return f"calibrated ({len(self.full_steps)} of {len(self.measured)} full{order})"
 
     @property
     def forecast(self) -> Forecast:

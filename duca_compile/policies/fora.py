@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from duca_compile.core.steps import Step, StepKind
-from duca_compile.policies.base import Policy
-from duca_compile.policies.schedule import Interval
+from duca_compile.policies.base import Policy, Series
+from duca_compile.policies.schedule import Interval, intervals
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,10 @@ class FORA(Policy):
 
     def __post_init__(self) -> None:
         self._interval  # noqa: B018 - raises PolicyError now
+
+    @classmethod
+    def settings(cls, steps: int) -> tuple[Series, ...]:
+        return (tuple(cls(interval) for interval in intervals(steps)),)
 
     @property
     def name(self) -> str:

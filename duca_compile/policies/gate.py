@@ -10,7 +10,7 @@ from typing import Literal
 from duca_compile.core.steps import Probe, Restores, Step, StepKind
 from duca_compile.errors import PolicyError
 from duca_compile.policies.adaptive import AdaptivePolicy, DecidePer, Decider, check_per
-from duca_compile.policies.base import Forecast
+from duca_compile.policies.base import Forecast, Series
 from duca_compile.policies.checks import check_number, check_whole
 
 _KINDS = {"change": StepKind.SKIP, "branches": StepKind.REUSE, "forecast": StepKind.FORECAST}
@@ -69,6 +69,12 @@ class ResidualGate(AdaptivePolicy):
             if not isinstance(value, bool):
                 raise PolicyError(f"{name}={value!r} is invalid: it must be True or False")
         check_per(self.decide_per)
+
+    @classmethod
+    def settings(cls, steps: int) -> tuple[Series, ...]:
+        as_teacache = tuple(cls(threshold) for threshold in (0.03, 0.06, 0.1, 0.2, 0.4, 0.8))
+        as_first_block = tuple(cls(t, "first_block", accumulate=False) for t in (0.02, 0.05, 0.1, 0.2, 0.4))
+        return as_teacache, as_first_block
 
     @property
     def name(self) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from duca_compile.errors import PolicyError
 from duca_compile.policies import (
     FORA,
@@ -19,6 +21,7 @@ from duca_compile.policies import (
     ToCa,
     Uncached,
 )
+from duca_compile.policies.files import load_policy
 
 POLICIES: dict[str, type[Policy]] = {
     "duca": DuCa,
@@ -38,14 +41,20 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 
-def resolve_policy(policy: str | Policy) -> Policy:
-    """The policy with this name, with its default parameters; a policy object is returned unchanged.
+def resolve_policy(policy: str | os.PathLike[str] | Policy) -> Policy:
+    """The policy with this name, with its default parameters, or the one in this file; an object is returned unchanged.
 
     Raises:
         PolicyError: the name is unknown, or the object is not a policy.
+        UsageError: a path, which ends in ``.json``, that holds no policy.
     """
     if isinstance(policy, Policy):
         return policy
+    if isinstance(policy, os.PathLike) or (isinstance(policy, str) and policy.endswith(".json")):
+        return load_policy(policy)
     if not isinstance(policy, str) or policy.lower() not in POLICIES:
-        raise PolicyError(f"policy={policy!r} is unknown; pass a Policy object or one of {sorted(POLICIES)}")
+        raise PolicyError(
+            f"policy={policy!r} is unknown; pass a Policy object, the path of a .json file, or one of "
+            f"{sorted(POLICIES)}"
+        )
     return POLICIES[policy.lower()]()

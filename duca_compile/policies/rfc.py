@@ -8,7 +8,7 @@ from itertools import count
 
 from duca_compile.core.steps import Probe, Step, StepKind
 from duca_compile.policies.adaptive import AdaptivePolicy, DecidePer, Decider, check_per
-from duca_compile.policies.base import Forecast
+from duca_compile.policies.base import Forecast, Series
 from duca_compile.policies.checks import check_number, check_whole
 
 
@@ -41,6 +41,10 @@ class RelationalFeatureCaching(AdaptivePolicy):
         check_whole("max_order", self.max_order, least=1, most=4)
         check_whole("first_full_steps", self.first_full_steps, least=1)
         check_per(self.decide_per)
+
+    @classmethod
+    def settings(cls, steps: int) -> tuple[Series, ...]:
+        return (tuple(cls(threshold) for threshold in (0.02, 0.05, 0.1, 0.2, 0.4, 0.8)),)
 
     @property
     def name(self) -> str:

@@ -34,6 +34,12 @@ class Linear:
 
 
 UNIT = Linear(1.0)
+_INTERVALS = (2, 3, 4, 5, 6, 7, 8, 10, 12)
+
+
+def intervals(steps: int) -> tuple[int, ...]:
+    """The intervals worth trying in loops of this many steps, each of which leaves two full steps at least."""
+    return tuple(interval for interval in _INTERVALS if interval < steps)
 
 
 @dataclass(frozen=True)

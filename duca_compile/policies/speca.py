@@ -10,7 +10,7 @@ from typing import Literal
 from duca_compile.core.steps import Step, StepKind, Verify
 from duca_compile.errors import PolicyError
 from duca_compile.policies.adaptive import AdaptivePolicy, DecidePer, Decider, check_per
-from duca_compile.policies.base import Forecast
+from duca_compile.policies.base import Forecast, Series
 from duca_compile.policies.checks import check_number, check_whole
 
 
@@ -70,6 +70,10 @@ class SpeCa(AdaptivePolicy):
             raise PolicyError(f"verify_of={self.verify_of!r} is unknown; choose 'stream' or 'branch'")
         if self.compat == "released" and self.decide_per != "batch":
             raise PolicyError("compat='released' takes one error for the whole batch; set decide_per='batch'")
+
+    @classmethod
+    def settings(cls, steps: int) -> tuple[Series, ...]:
+        return (tuple(cls(base_threshold=error) for error in (0.03, 0.1, 0.3, 1.0, 3.0)),)
 
     @property
     def name(self) -> str:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from duca_compile.core.steps import Step, StepKind
 from duca_compile.errors import PolicyError
-from duca_compile.policies.base import Forecast, Policy
+from duca_compile.policies.base import Forecast, Policy, Series
 from duca_compile.policies.checks import check_whole
-from duca_compile.policies.schedule import full_after_start
+from duca_compile.policies.schedule import full_after_start, intervals
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ class TaylorSeer(Policy):
                 f"relational={self.relational!r} is invalid: it must be True or False, and needs branches "
                 "(lite=False) and a direction (max_order of at least 1)"
             )
+
+    @classmethod
+    def settings(cls, steps: int) -> tuple[Series, ...]:
+        forms = [(order, lite) for lite in (True, False) for order in (1, 2)]
+        return tuple(tuple(cls(n, order, lite=lite) for n in intervals(steps)) for order, lite in forms)
 
     @property
     def name(self) -> str:

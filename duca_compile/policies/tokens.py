@@ -9,9 +9,9 @@ from typing import ClassVar
 
 from duca_compile.core.steps import Step, StepKind
 from duca_compile.errors import InternalError, PolicyError
-from duca_compile.policies.base import Policy, Selection, SelectionKind, TokenQuery
+from duca_compile.policies.base import Policy, Selection, SelectionKind, Series, TokenQuery
 from duca_compile.policies.checks import check_number
-from duca_compile.policies.schedule import UNIT, Interval, Linear, Moment
+from duca_compile.policies.schedule import UNIT, Interval, Linear, Moment, intervals
 
 _POINTWISE = ("mlp", "cross_attention")
 
@@ -60,6 +60,10 @@ class TokenCaching(Policy):
                 raise PolicyError(f"kind_factor names {kind!r}; only {_POINTWISE} can be recomputed in part")
             check_number(f"kind_factor[{kind!r}]", factor, least=0)
         check_number("text_factor", self.text_factor, least=0)
+
+    @classmethod
+    def settings(cls, steps: int) -> tuple[Series, ...]:
+        return (tuple(cls(interval) for interval in intervals(steps)),)
 
     @property
     def _interval(self) -> Interval:

@@ -57,26 +57,16 @@ class Programs:
     """
 
     def __init__(self, facts: Facts, policy: Policy, builder: Builder, said: Once | None = None) -> None:
-        self._facts, self._builder, self._said = facts, builder, said or Once()
+        check_selection(facts, policy)
+        check_rows(facts, policy)
+        self._facts, self._policy, self._builder = facts, policy, builder
+        self._said = said or Once()
         self._rows: dict[frozenset[str] | None, Rows] = {}
+        self._plans: dict[Step, StepPlan] = {}
+        self._probe_plan: StepPlan | None = None
         self.by_spec: dict[VariantSpec, tuple[Variant, Program]] = {}
         self._selectable = [b for b in facts.branches if b.pointwise]
         self._position = {b.index: i for i, b in enumerate(self._selectable)}
-        self.use(policy)
-
-    def use(self, policy: Policy) -> None:
-        """Plans the steps of this policy from now on. What was built is kept.
-
-        Raises:
-            PolicyError: this graph cannot serve the policy.
-        """
-        check_selection(self._facts, policy)
-        check_rows(self._facts, policy)
-        self._policy = policy
-        self._plans: dict[Step, StepPlan] = {}
-        self._probe_plan: StepPlan | None = None
-        for _, program in self.by_spec.values():
-            program.forecast.forget()
 
     @property
     def batch(self) -> int:
