@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,10 @@ class EmojiPipeline(FluxPipeline):  # type: ignore[misc]
 
 
 class ClipsPipeline(WanPipeline):  # type: ignore[misc]
-    """WanPipeline for the video model, with prompts read by MiniLM instead of T5."""
+    """WanPipeline for the video model, with prompts read by MiniLM instead of T5.
+
+    Use guidance by the null prompt at ``guidance_scale=3.0``.
+    """
 
     prompts: Prompts
 
@@ -69,7 +73,7 @@ class ClipsPipeline(WanPipeline):  # type: ignore[misc]
         return features.to(device or self._execution_device, dtype or self.transformer.dtype)
 
     def __call__(self, *args: Any, height: int = 32, width: int = 32, num_frames: int = 12, **options: Any) -> Any:
-        """Calls WanPipeline, which makes one frame more than it is asked for where no frames share a latent."""
+        """Calls WanPipeline, which, where each frame has its own latent, makes one frame more than it is asked for."""
         return super().__call__(*args, height=height, width=width, num_frames=num_frames - 1, **options)
 
 
@@ -113,8 +117,14 @@ def _emoji(folder: Path) -> EmojiPipeline:
     return pipeline
 
 
+def _is_due(record: logging.LogRecord) -> bool:
+    """Whether a message of WanPipeline is not the one about frames that are no multiple of one."""
+    return "has to be divisible by 1." not in record.getMessage()
+
+
 def _clips(folder: Path) -> ClipsPipeline:
     about = json.loads((folder / "pipeline.json").read_text())
+    logging.getLogger(WanPipeline.__module__).addFilter(_is_due)
     pipeline = ClipsPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**about["scheduler"]),
         vae=PixelVideos(**about["vae"]),

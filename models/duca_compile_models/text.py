@@ -50,9 +50,7 @@ class Encoder:
             Features of each token, float32 (prompts, TOKENS, WIDTH) with zeros behind the end of a prompt, and their
             mean scaled to unit variance, float32 (prompts, WIDTH).
         """
-        read = self.tokenizer(
-            prompts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
-        )
+        read = self.tokenizer(prompts, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
         mask = read["attention_mask"].unsqueeze(-1)
         features = self.model(**read).last_hidden_state * mask
         mean = features.sum(1) / mask.sum(1)

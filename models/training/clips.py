@@ -8,8 +8,6 @@ checkpoint, --start continues from the exported weights of an earlier run in the
 
 from __future__ import annotations
 
-import argparse
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,17 +19,17 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from clips_data import FRAMES, prompts, render, sentence  # noqa: E402
-from duca_compile_models.text import WIDTH, Encoder  # noqa: E402
-from trainer import NULL_SHARE, Batch, Stage, Task, Trainer, repeat_blocks  # noqa: E402
+from clips_data import prompts, render, sentence
+from duca_compile_models.text import WIDTH, Encoder
+from trainer import NULL_SHARE, Batch, Stage, Task, begin, parser, repeat_blocks, train
 
 SIDE = 32  # pixels
 SCALE = 1.4  # brings the pixels to about unit variance: latent = pixel * scale
 REPEATS = 2  # of each block, when the model grows
 PATCH = (2, 4, 4)
 STAGES = [
-    Stage(grown=False, side=16, samples=60_000, batch=64),
-    Stage(grown=True, side=16, samples=40_000, batch=64, muon_lr=3e-3, adam_lr=1.5e-3),
+    Stage(grown=False, side=16, samples=60_000, batch=32),
+    Stage(grown=True, side=16, samples=40_000, batch=32, muon_lr=3e-3, adam_lr=1.5e-3),
     Stage(grown=True, side=32, samples=60_000, batch=16, muon_lr=2e-3, adam_lr=1e-3, decay=True),
 ]
 
@@ -95,18 +93,9 @@ def encoded(cache: Path) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/clips"))
-    parser.add_argument("--start", type=Path, help="exported weights to continue from")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=math.inf)
-    parser.add_argument("--save-every", type=float, default=3.0, help="minutes between checkpoints")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
-    Trainer(ClipsTask(encoded(args.out / "prompts.pt")), args.out, STAGES, args.start).run(args.minutes, args.save_every)
+    args = parser(__doc__, Path("runs/clips")).parse_args()
+    begin(args)
+    train(ClipsTask(encoded(args.out / "prompts.pt")), STAGES, args)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ weights of an earlier run in the last stage.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -20,16 +19,16 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from duca_compile_models.text import WIDTH  # noqa: E402
-from emoji_data import Emoji  # noqa: E402
-from trainer import NULL_SHARE, Batch, Stage, Task, Trainer, repeat_blocks  # noqa: E402
+from duca_compile_models.text import WIDTH
+from emoji_data import Emoji
+from trainer import NULL_SHARE, Batch, Stage, Task, begin, parser, repeat_blocks, train
 
 SIDE = 32  # pixels
 SHIFT, SCALE = 0.45, 1.7  # bring the pixels to about zero mean and unit variance: latent = (pixel - shift) * scale
 REPEATS = 3  # of each single block, when the model grows
 STAGES = [
-    Stage(grown=False, side=16, samples=60_000, batch=64),
-    Stage(grown=True, side=16, samples=60_000, batch=64, muon_lr=3e-3, adam_lr=1.5e-3),
+    Stage(grown=False, side=16, samples=60_000, batch=32),
+    Stage(grown=True, side=16, samples=60_000, batch=32, muon_lr=3e-3, adam_lr=1.5e-3),
     Stage(grown=True, side=32, samples=80_000, batch=32, muon_lr=2e-3, adam_lr=1e-3, decay=True),
 ]
 
@@ -85,20 +84,11 @@ class EmojiTask(Task):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("data"), help="where the Debian packages were unpacked")
-    parser.add_argument("--out", type=Path, default=Path("runs/emoji"))
-    parser.add_argument("--start", type=Path, help="exported weights to continue from")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--minutes", type=float, default=math.inf)
-    parser.add_argument("--save-every", type=float, default=3.0, help="minutes between checkpoints")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
-    task = EmojiTask(Emoji(args.out / "data.npz", args.data))
-    Trainer(task, args.out, STAGES, args.start).run(args.minutes, args.save_every)
+    options = parser(__doc__, Path("runs/emoji"))
+    options.add_argument("--data", type=Path, default=Path("data"), help="where the Debian packages were unpacked")
+    args = options.parse_args()
+    begin(args)
+    train(EmojiTask(Emoji(args.out / "data.npz", args.data)), STAGES, args)
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def annotations(folder: Path) -> dict[str, tuple[str, tuple[str, ...]]]:
 
 
 def glyphs(path: Path) -> Iterator[tuple[str, Image.Image]]:
-    """Each character, or sequence that the font joins to one glyph, with its bitmap; variation selectors are left out."""
+    """Each character, or sequence that the font joins to one glyph, and its bitmap; without variation selectors."""
     from fontTools.ttLib import TTFont
 
     font = TTFont(path)
@@ -196,7 +196,7 @@ class Emoji:
         cache.with_suffix(".tmp").rename(cache)
 
     def draw(self, size: int, side: int) -> tuple[Tensor, Tensor]:
-        """Random pictures in [-1, 1], float32 (size, 3, side, side), and the index of a prompt of each, int64 (size,)."""
+        """Random pictures in [-1, 1], float32 (size, 3, side, side), and a prompt of each by number, int64 (size,)."""
         pick = torch.multinomial(self.weights, size, replacement=True)
         prompt = self.owner[pick] + (torch.rand(size) ** 2 * self.count[pick]).long()  # the plain name most often
         window = 64

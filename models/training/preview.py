@@ -1,12 +1,13 @@
 """Draws samples of a training that is under way, from the averaged weights of its last checkpoint.
 
-    python models/training/preview.py emoji --out runs/emoji
-    python models/training/preview.py clips --out runs/clips
+python models/training/preview.py emoji --out runs/emoji
+python models/training/preview.py clips --out runs/clips
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,8 @@ import numpy as np
 import torch
 from clips_data import FRAMES, prompts, sentence
 from PIL import Image
-from trainer import Batch, Task
 from torch import Tensor
+from trainer import Batch, Task
 
 EMOJI = (
     "red heart",
@@ -53,7 +54,7 @@ def sample(task: Task, saved: dict[str, Tensor], grown: bool, noise: Tensor, ask
     model = task.build(grown).eval()
     model.load_state_dict(saved)
     times = torch.linspace(1, 0, 21)
-    for now, after in zip(times, times[1:], strict=False):
+    for now, after in itertools.pairwise(times):
         time = now.expand(len(noise))
         free = task.velocity(model, noise, time, null)
         noise = noise + (after - now) * (free + 3.0 * (task.velocity(model, noise, time, asked) - free))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -77,9 +78,7 @@ class Task(ABC):
         """The prediction of the model for ``noisy`` at ``time``, float32 (batch,) from 0, clean, to 1, noise."""
 
 
-def repeat_blocks(
-    state: dict[str, Tensor], stacks: dict[str, int], outputs: Iterable[str]
-) -> dict[str, Tensor]:
+def repeat_blocks(state: dict[str, Tensor], stacks: dict[str, int], outputs: Iterable[str]) -> dict[str, Tensor]:
     """Repeats each block of some stacks in place, and divides what it adds to the residual stream by the repeats.
 
     Args:
@@ -155,6 +154,11 @@ class Trainer:
         elif start is not None:
             self._warm(start)
 
+    def advance(self) -> None:
+        """Goes on to the next stage, whether or not this one has seen all its samples."""
+        self._next()
+        self.save()
+
     def _enter(self, index: int, model: nn.Module) -> None:
         self.stage, self.seen, self.model = index, 0, model
         self.average = {k: v.clone() for k, v in model.state_dict().items()}
@@ -227,7 +231,7 @@ class Trainer:
         state = self.model.state_dict()
         torch._foreach_lerp_([self.average[k] for k in state], list(state.values()), 1 - decay)
 
-    def run(self, minutes: float, save_every: float) -> None:
+    def run(self, minutes: float = math.inf, save_every: float = 3.0) -> None:
         """Trains until all stages are done, or until the time is over; saves every ``save_every`` minutes."""
         deadline, saved = time.monotonic() + 60 * minutes, time.monotonic()
         smooth = math.nan
@@ -238,7 +242,9 @@ class Trainer:
                 if time.monotonic() - saved > 60 * save_every:
                     saved = time.monotonic()
                     self.log.append((self.stage, self.seen, smooth))
-                    print(f"{time.strftime('%H:%M:%S')} stage {self.stage} seen {self.seen} loss {smooth:.4f}", flush=True)
+                    print(
+                        f"{time.strftime('%H:%M:%S')} stage {self.stage} seen {self.seen} loss {smooth:.4f}", flush=True
+                    )
                     self.save()
             self.save()
             if self.seen < self.stages[self.stage].samples or self.stage + 1 == len(self.stages):
@@ -248,7 +254,7 @@ class Trainer:
 
 def lr_factor(stage: Stage, seen: int) -> float:
     """The share of the stage's learning rates after ``seen`` samples: warm-up, then constant or falling to zero."""
-    warmup = min(1.0, (seen + stage.batch) / (stage.batch * 50))
+    warmup = min(1.0, (seen + stage.batch) / (stage.batch * 30))
     return warmup * (min(1.0, 2 * (1 - seen / stage.samples)) if stage.decay else 1.0)
 
 
@@ -259,3 +265,31 @@ def export(folder: Path, model: Any, weights: dict[str, Tensor]) -> None:
     os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
     config = {k: v for k, v in dict(model.config).items() if not k.startswith("_")}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def parser(description: str | None, out: Path) -> argparse.ArgumentParser:
+    """The options that both trainings have."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--out", type=Path, default=out, help="folder of the checkpoint and of prepared data")
+    options.add_argument("--start", type=Path, help="exported weights to continue from, if there is no checkpoint")
+    options.add_argument("--advance", action="store_true", help="go on to the next stage now")
+    options.add_argument("--threads", type=int, default=1)
+    options.add_argument("--minutes", type=float, default=math.inf, help="stop after so long; start again to continue")
+    options.add_argument("--save-every", type=float, default=3.0, help="minutes between checkpoints")
+    options.add_argument("--seed", type=int, default=0)
+    return options
+
+
+def begin(args: argparse.Namespace) -> None:
+    """Prepares torch and the folder for these options."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+
+def train(task: Task, stages: list[Stage], args: argparse.Namespace) -> None:
+    """Trains with the options of ``parser``."""
+    trainer = Trainer(task, args.out, stages, args.start)
+    if args.advance:
+        trainer.advance()
+    trainer.run(args.minutes, args.save_every)
