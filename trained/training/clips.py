@@ -1,6 +1,6 @@
 """Trains the video model, a small Wan that draws moving shapes from a sentence, on a CPU.
 
-    python models/training/clips.py --out runs/clips
+    python trained/training/clips.py --out runs/clips
 
 A run that was stopped resumes from its last checkpoint when it is started again with the same --out; without a
 checkpoint, --start continues from the exported weights of an earlier run in the last stage.

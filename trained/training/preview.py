@@ -1,7 +1,7 @@
 """Draws samples of a training that is under way, from the averaged weights of its last checkpoint.
 
-python models/training/preview.py emoji --out runs/emoji
-python models/training/preview.py clips --out runs/clips
+python trained/training/preview.py emoji --out runs/emoji
+python trained/training/preview.py clips --out runs/clips
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Writes the newest averaged weights of a training into the package, with all that its pipeline reads.
 
-python models/training/publish.py emoji --out runs/emoji
-python models/training/publish.py clips --out runs/clips
+python trained/training/publish.py emoji --out runs/emoji
+python trained/training/publish.py clips --out runs/clips
 """
 
 from __future__ import annotations

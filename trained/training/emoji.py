@@ -1,6 +1,6 @@
 """Trains the text-to-image model, a small FLUX that draws emoji from their names, on a CPU.
 
-    python models/training/emoji.py --data data --out runs/emoji
+    python trained/training/emoji.py --data data --out runs/emoji
 
 ``--data`` is where the Debian packages of emoji_data.py were unpacked. A run that was stopped resumes from its last
 checkpoint when it is started again with the same --out; without a checkpoint, --start continues from the exported
