@@ -8,7 +8,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 
-class _Pixels(ModelMixin, ConfigMixin):
+class _Pixels(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Its one parameter is never used: pipelines read the dtype and device of a model from its parameters."""
 
     config_name = "config.json"
@@ -25,7 +25,7 @@ class _Pixels(ModelMixin, ConfigMixin):
 class PixelImages(_Pixels):
     """Stands in for AutoencoderKL in FluxPipeline, which scales the latents itself."""
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self, scaling_factor: float = 1.0, shift_factor: float = 0.0, block_out_channels: tuple[int, ...] = (1,)
     ) -> None:
@@ -36,7 +36,7 @@ class PixelImages(_Pixels):
 class PixelVideos(_Pixels):
     """Stands in for AutoencoderKLWan in WanPipeline, which scales the latents itself."""
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         latents_mean: tuple[float, ...] = (0.0, 0.0, 0.0),

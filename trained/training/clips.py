@@ -28,8 +28,8 @@ SCALE = 1.4  # brings the pixels to about unit variance: latent = pixel * scale
 REPEATS = 2  # of each block, when the model grows
 PATCH = (2, 4, 4)
 STAGES = [
-    Stage(grown=False, side=16, samples=60_000, batch=32),
-    Stage(grown=True, side=16, samples=40_000, batch=32, muon_lr=3e-3, adam_lr=1.5e-3),
+    Stage(grown=False, side=16, samples=24_000, batch=32),
+    Stage(grown=True, side=16, samples=24_000, batch=32, muon_lr=3e-3, adam_lr=1.5e-3),
     Stage(grown=True, side=32, samples=60_000, batch=16, muon_lr=2e-3, adam_lr=1e-3, decay=True),
 ]
 

@@ -27,8 +27,8 @@ SIDE = 32  # pixels
 SHIFT, SCALE = 0.45, 1.7  # bring the pixels to about zero mean and unit variance: latent = (pixel - shift) * scale
 REPEATS = 3  # of each single block, when the model grows
 STAGES = [
-    Stage(grown=False, side=16, samples=60_000, batch=32),
-    Stage(grown=True, side=16, samples=60_000, batch=32, muon_lr=3e-3, adam_lr=1.5e-3),
+    Stage(grown=False, side=16, samples=24_000, batch=32),
+    Stage(grown=True, side=16, samples=24_000, batch=32, muon_lr=3e-3, adam_lr=1.5e-3),
     Stage(grown=True, side=32, samples=80_000, batch=32, muon_lr=2e-3, adam_lr=1e-3, decay=True),
 ]
 
