@@ -9,7 +9,7 @@ import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +273,7 @@ def parser(description: str | None, out: Path) -> argparse.ArgumentParser:
     options.add_argument("--out", type=Path, default=out, help="folder of the checkpoint and of prepared data")
     options.add_argument("--start", type=Path, help="exported weights to continue from, if there is no checkpoint")
     options.add_argument("--advance", action="store_true", help="go on to the next stage now")
+    options.add_argument("--scale", type=float, default=1.0, help="share of each stage's samples that is trained")
     options.add_argument("--threads", type=int, default=1)
     options.add_argument("--minutes", type=float, default=math.inf, help="stop after so long; start again to continue")
     options.add_argument("--save-every", type=float, default=3.0, help="minutes between checkpoints")
@@ -289,6 +290,7 @@ def begin(args: argparse.Namespace) -> None:
 
 def train(task: Task, stages: list[Stage], args: argparse.Namespace) -> None:
     """Trains with the options of ``parser``."""
+    stages = [replace(stage, samples=round(args.scale * stage.samples)) for stage in stages]
     trainer = Trainer(task, args.out, stages, args.start)
     if args.advance:
         trainer.advance()
