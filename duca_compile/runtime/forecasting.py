@@ -85,10 +85,6 @@ class ForecastInputs:
             values = self._known[key] = self._make(forecast, step, total, full, before)
         return values
 
-    def forget(self) -> None:
-        """Forgets the numbers that it remembers: another policy follows."""
-        self._known.clear()
-
     def _make(
         self,
         forecast: Forecast | None,
