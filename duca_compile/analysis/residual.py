@@ -176,11 +176,10 @@ def _cached(known: _Graph, cores: dict[fx.Node, _Core]) -> set[fx.Node]:
 
 
 def _read_in_partial_steps(core: _Core) -> list[fx.Node]:
-    """What the recomputed tokens of a branch are computed from, besides their stream."""
+    """What the recomputed tokens of a branch are computed from, besides their stream and tokens joined with it."""
+    reading = [] if core.places is None else [n for n in core.inside if op_name(n) not in CONCATENATIONS]
     inside = set(core.inside)
-    return (
-        [] if core.places is None else [each for n in core.inside for each in n.all_input_nodes if each not in inside]
-    )
+    return [each for node in reading for each in node.all_input_nodes if each not in inside]
 
 
 def _ends(graph: fx.Graph, cached: list[fx.Node]) -> dict[Port, str]:

@@ -146,7 +146,7 @@ def test_parallel_branches_read_the_same_stream() -> None:
     assert attention.add != mlp.add
 
 
-def test_the_main_stream_is_the_one_with_the_most_flops() -> None:
+def test_every_stream_that_the_output_reads_is_cached() -> None:
     def forward(self: nn.Module, x: Tensor, timestep: Tensor) -> Tensor:
         side = self.small(x)
         side = side + self.light(side)
@@ -156,9 +156,31 @@ def test_the_main_stream_is_the_one_with_the_most_flops() -> None:
 
     children = {"small": nn.Linear(8, 4), "light": nn.Linear(4, 4), "heavy": nn.Linear(8, 8)}
     facts = analysed(module(forward, **children), x=torch.randn(2, 4, 8), timestep=torch.ones(2))[1]
-    (branch,) = facts.branches
-    assert branch.shape == (2, 4, 8)
-    assert branch.flops == 2 * 2 * 4 * 8 * 8
+    assert [(b.shape, b.flops) for b in facts.branches] == [
+        ((2, 4, 4), 2 * 2 * 4 * 4 * 4),
+        ((2, 4, 8), 2 * 2 * 4 * 8 * 8),
+    ]
+    assert list(map(str, facts.ends)) == ["stream_end_0", "stream_end"]
+
+
+def test_what_only_cached_attention_reads_needs_no_cache() -> None:
+    """Even where it is longer than the latent's tokens."""
+
+    def forward(self: nn.Module, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        text = text + timestep.sin()[:, None, None] * self.text(text * x.mean(1, keepdim=True))
+        text = text + self.text_again(text)
+        both = torch.cat([x, text], 1)[:, None]
+        x = x + self.out(functional.scaled_dot_product_attention(x[:, None], both, both)[:, 0])
+        return x + self.mlp(x)
+
+    children = {name: nn.Linear(8, 8) for name in ("text", "text_again", "out", "mlp")}
+    call = {"x": torch.randn(2, 4, 8), "timestep": torch.ones(2), "text": torch.randn(2, 50, 8)}
+    facts = analysed(module(forward, **children), **call)[1]
+    assert {branch.shape for branch in facts.branches} == {(2, 4, 8)}
+    assert {(stream.role.value, stream.branches, stream.cached) for stream in facts.streams} == {
+        ("text", 2, False),
+        ("main", 2, True),
+    }
 
 
 class JointBlock(models.UngatedBlock):
