@@ -196,3 +196,38 @@ def test_a_method_that_runs_blocks_without_forward_is_told_of_once(caplog: pytes
 def test_a_method_that_is_not_there_is_refused() -> None:
     with pytest.raises(UsageError, match=r"method='sample': Model has no method of that name"):
         duca_compile.optimize(Model().eval(), "duca", method="sample")
+
+
+class Convolved(Model):
+    """Nothing but convolutions in its branches, so partial steps compute all of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.ModuleList(nn.Conv1d(WIDTH, WIDTH, 3, padding=1) for _ in range(3))
+
+    def decode(self, x: Tensor, t: Tensor) -> Tensor:
+        x = x + self.time(waves(t))[:, None]
+        for mix in self.mix:
+            x = x + mix(x.transpose(1, 2)).transpose(1, 2)
+        return x
+
+
+def test_partial_steps_that_save_nothing_are_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    optimized = duca_compile.optimize(Convolved().eval(), DuCa(interval=3), "eager", STEPS)
+    loop(optimized)
+    assert letters(optimized).count("P") > 1
+    said = [text for record in caplog.records if "next to nothing" in (text := record.getMessage())]
+    assert len(said) == 1
+    assert "a partial step has 100% of a full step's FLOPs" in said[0]
+    assert "FORA" in said[0]
+    report = duca_compile.explain(optimized, torch.randn(2, 16, 8), torch.ones(2)).schedule()
+    assert " ".join(said[0].split()) in " ".join(str(report).split())
+
+
+def test_partial_steps_that_save_much_are_not_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    optimized = duca_compile.optimize(Model().eval(), DuCa(interval=3, fresh_ratio=0.5), "eager", STEPS)
+    loop(optimized)
+    assert "P" in letters(optimized)
+    assert "next to nothing" not in caplog.text
+    report = duca_compile.explain(optimized, torch.randn(2, 16, 8), torch.ones(2)).schedule()
+    assert "next to nothing" not in str(report)

@@ -14,6 +14,7 @@ from torch import fx
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from duca_compile.analysis.tokens import observed
 from duca_compile.core.fx_utils import op_name, source_line
 from duca_compile.errors import first_line
 from duca_compile.frontend.opaque import opaque, site_flops
@@ -92,6 +93,9 @@ def _by_formula(node: fx.Node, unknown: dict[fx.Node, str]) -> int:
     operator = operator_of(node)
     formula: Callable[..., int] | None = None if operator is None else flop_registry.get(operator.overloadpacket)
     if formula is None:
+        behaviour = observed(node)
+        if behaviour is not None and not any(None in links for links in behaviour.links.values()):
+            return 0  # elementwise
         path = operator_name(node).replace("::", ".")
         unknown[node] = f"register a formula, @torch.utils.flop_counter.register_flop_formula(torch.ops.{path})"
         return 0

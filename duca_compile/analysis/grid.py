@@ -27,7 +27,7 @@ def token_grids(graph: fx.Graph, branches: Iterable[Branch]) -> Mapping[int, tup
             first.setdefault(branch.tokens, branch)
     found: dict[int, tuple[int, ...]] = {}
     for tokens, branch in first.items():
-        if len(branch.layout.grid) > 1:
+        if len(branch.layout.grid) in (2, 3):
             found[tokens] = branch.layout.grid
             continue
         stream = nodes[branch.stream]

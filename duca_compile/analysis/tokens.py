@@ -174,8 +174,7 @@ def _observed_place(node: fx.Node, result: int, behaviour: Behaviour, places: Ma
 def _check_observed(node: fx.Node, behaviour: Behaviour, place: Place, places: Mapping[str, Place]) -> None:
     """Raises Mixing where operands outside of the stream may say something of its tokens that cannot be gathered."""
     for operand in tensor_operands(node):
-        kind = operand.meta["val"].dtype
-        if operand.name not in places and not (kind.is_floating_point or kind.is_complex or kind is torch.bool):
+        if operand.name not in places and operand.meta["val"].dtype in (torch.int32, torch.int64):
             raise Mixing(node, f"integers ({operand.name}) may tell it where tokens are")
     for operand, own in _observed_operands(node, behaviour, place, places).items():
         if set(_axes(own)) != set(_axes(place)):

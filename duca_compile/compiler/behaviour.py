@@ -189,24 +189,25 @@ def _is_mean(
     """
     first = min((j for _, j in links), default=0)
     able = [i for i, operand in enumerate(operands) if (i, first) in links and operand.is_floating_point()]
-    for i in able:
-        if None not in links[i, first][:-1]:
-            continue
-        parts: list[Any] = [...] if len(able) > 1 else []
-        parts += [
-            (slice(None),) * d + (s,) for d, size in enumerate(operands[i].shape) if size in (2, 3) for s in range(size)
-        ]
-        for part in parts:
-            ones = operands[i].clone()
-            ones[part] = 1
-            result = operator([*operands[:i], ones, *operands[i + 1 :]])[first]
-            if (
-                result is not None
-                and _is_one(result)
-                and not _is_one(not_none(results[first], "a result on which operands have effect"))
-            ):
-                return True
-    return False
+    if not able or _is_one(not_none(results[first], "a result on which operands have effect")):
+        return False
+
+    def is_mean_of(i: int, part: Any) -> bool:
+        ones = operands[i].clone()
+        ones[part] = 1
+        return _is_one(not_none(operator([*operands[:i], ones, *operands[i + 1 :]])[first], "the same result"))
+
+    mixed = [i for i in able if None in links[i, first][:-1]]
+    return any(is_mean_of(i, part) for i in mixed for part in _parts(operands[i], alone=len(able) == 1))
+
+
+def _parts(operand: Tensor, alone: bool) -> Iterator[Any]:
+    """Indices of what may be the values of an attention: the operand, or a part where it is packed with others."""
+    if not alone:
+        yield ...
+    for dim, size in enumerate(operand.shape):
+        if size in (2, 3):  # keys and values, or queries too
+            yield from ((slice(None),) * dim + (at,) for at in range(size))
 
 
 def _is_one(result: Tensor) -> bool:

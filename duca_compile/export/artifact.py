@@ -311,8 +311,8 @@ def _branches(traced: Traced) -> tuple[manifest.Branch, ...]:
     odd = next((one for one, other in pairs if one.pointwise and one.tokens != other.tokens), None)
     if odd is not None:
         raise ExportError(
-            f"the tokens of {odd.path or 'the stream'}, {odd.layout}, are the rows of the batch, so their number is "
-            "not open; export with one batch size (dynamic_batch=False)"
+            f"the tokens of {odd.path or 'the stream'}, {odd.layout}, are the batch's rows, so their number must be "
+            "known; export with one batch size (dynamic_batch=False)"
         )
     return tuple(
         manifest.Branch(

@@ -72,7 +72,8 @@ POINTWISE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]]
     "channels reversed": (lambda x, o: x.flip(-1), (1,)),
     "one value per token, flattened": (lambda x, o: (x.flatten(0, 1) * o).view(B, N, C), (B * N, 1)),
     "batch moved": (lambda x, o: (x.transpose(0, 1) * o).exp().transpose(0, 1), (N, 1, 1)),
-    "heads in front": (lambda x, o: (x.view(B, N, 2, 4).permute(2, 0, 1, 3) * o).permute(1, 2, 0, 3).flatten(2), (N, 1)),
+    "heads in front": (
+        lambda x, o: (x.view(B, N, 2, 4).permute(2, 0, 1, 3) * o).permute(1, 2, 0, 3).flatten(2), (N, 1)),
     "heads merged with the batch": (
         lambda x, o: torch.bmm(x.view(B, N, 2, 4).transpose(1, 2).flatten(0, 1), o)
         .view(B, 2, N, 4).transpose(1, 2).flatten(2), (2 * B, 4, 4)),

@@ -187,14 +187,11 @@ class Gather:
 
     def _rows_first(self, tokens: fx.Node, shape: Sequence[int], place: Place) -> fx.Node:
         """The chosen tokens of a value of the stream as (rows, k, channels)."""
-        spans = [span for dim in place for span in dim if span.axis <= ROWS or span.axis == self._layout.lead]
-        sizes = [-1 if span.axis == self._layout.lead else span.size for span in spans]
-        channels = shape[len(place) - 1]
-        if not spans or spans[0].axis == self._layout.lead:
-            tokens = self._reshaped(tokens, None, [*sizes, channels])
-            if len(sizes) > 1:
-                return self._permuted(tokens, [1, 0, 2])
-        return self._reshaped(tokens, None, [self._index.rows, -1, channels])
+        lead, rows, channels = self._layout.lead, self._index.rows, shape[-1]
+        order = [span.axis for dim in place for span in dim if span.axis in (ROWS, lead)]
+        if order == [lead, ROWS]:
+            return self._permuted(self._reshaped(tokens, None, [-1, rows, channels]), [1, 0, 2])
+        return self._reshaped(tokens, None, [rows, -1, channels])
 
     def _position(self, axes: Sequence[int]) -> fx.Node:
         """Where the chosen tokens are along a dimension of the stream that enumerates these axes."""
