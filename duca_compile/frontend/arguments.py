@@ -30,15 +30,15 @@ class _Step(NamedTuple):
 
 
 class Write(NamedTuple):
-    """A value that forward put into a container among its arguments, under a key; at its end where that is None."""
+    """A value that forward put into a container among its arguments."""
 
     path: tuple[_Step, ...]  # leads from the arguments to the container
-    key: _Step | None
+    key: _Step
+    appends: bool  # whether it follows what a list held
 
     @property
     def label(self) -> str:
-        (_, name), *steps = self.path
-        steps += [] if self.key is None else [self.key]
+        (_, name), *steps = *self.path, self.key
         return str(name) + "".join(f".{key}" if is_attribute else f"[{key!r}]" for is_attribute, key in steps)
 
     def put(self, arguments: Mapping[str, Any], value: Any) -> None:
@@ -46,7 +46,7 @@ class Write(NamedTuple):
         container: Any = arguments
         for is_attribute, key in self.path:
             container = vars(container)[key] if is_attribute else container[key]
-        if self.key is None:
+        if self.appends:
             container.append(value)
         elif self.key.is_attribute:
             vars(container)[self.key.key] = value
@@ -73,7 +73,12 @@ class Containers:
 
     def writes(self) -> list[tuple[Write, Any]]:
         """What was added or replaced, with the values; removing values is allowed."""
-        return [(Write(path, key), value) for path, *known in self._known for key, value in _added(*known)]
+        found = []
+        for path, container, before in self._known:
+            for key, value in _added(container, before):
+                appends = isinstance(container, list) and key.key not in before
+                found.append((Write(path, key, appends), value))
+        return found
 
     def written(self) -> str | None:
         """The place of a value that was added or replaced, if any."""
@@ -98,8 +103,8 @@ def _held(value: Any) -> dict[Any, Any] | None:
     return None if own is None else dict(own)
 
 
-def _added(container: Any, before: dict[Any, Any]) -> list[tuple[_Step | None, Any]]:
-    """The values of a container that it did not hold before, with their keys; None where they follow what it held."""
+def _added(container: Any, before: dict[Any, Any]) -> list[tuple[_Step, Any]]:
+    """The values of a container that it did not hold before, with their keys."""
     now = _held(container) or {}
     if not isinstance(container, list):
         is_attribute = attributes(container) is not None
@@ -107,7 +112,7 @@ def _added(container: Any, before: dict[Any, Any]) -> list[tuple[_Step | None, A
         return [(_Step(is_attribute, key), now[key]) for key in new if not _is_default(container, key, before)]
     if len(now) >= len(before):
         places = [place for place, value in now.items() if before.get(place, MISSING) is not value]
-        return [(_Step(False, place) if place in before else None, now[place]) for place in places]
+        return [(_Step(False, place), now[place]) for place in places]
     rest = iter(before.values())
     return [(_Step(False, i), each) for i, each in now.items() if not any(each is other for other in rest)]
 

@@ -266,7 +266,7 @@ PUTS: dict[str, tuple[Any, Callable[[Any], object], str | None]] = {
     "cleared": ({"a": [1]}, lambda x: x.clear(), None),
     "a value again": ({"a": 1}, lambda x: x.update(a=1), None),
     "appended": ([1], lambda x: x.append(2), "given[1]"),
-    "moved": ([1, 2], lambda x: x.reverse(), "given[1]"),
+    "moved": ([1, 2], lambda x: x.reverse(), "given[0]"),
     "set": ({"a": 1}, lambda x: x.__setitem__("b", 1), "given['b']"),
     "replaced": ({"a": (1, {"b": [1]})}, lambda x: x["a"][1]["b"].__setitem__(0, 2), "given['a'][1]['b'][0]"),
 }
