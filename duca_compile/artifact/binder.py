@@ -79,9 +79,9 @@ class Binder:
 def content_hash(value: Any) -> str:
     """The hash of the type, the shape and the values of an array, or of a torch tensor, which gives the same."""
     array = _contiguous(value)
-    if not isinstance(array, np.ndarray):
-        array = array.cpu().numpy()
-    kind = f"{array.dtype} {array.shape}".encode()
+    kind = f"{array.dtype} {tuple(array.shape)}".removeprefix("torch.").encode()
+    if not isinstance(array, np.ndarray):  # numpy lacks some of torch's types, but not their bytes
+        array = array.cpu().reshape(-1).view(sys.modules["torch"].uint8).numpy()
     return sha256(kind + array.tobytes()).hexdigest()
 
 

@@ -157,8 +157,12 @@ class _Runner:
     def _where(self, inputs: Sequence[Tensor]) -> str:
         """Where the values begin to differ, if that can be told."""
         translation = self.written.translations.get(self.graph.name)
-        if translation is None:
+        try:
+            return "" if translation is None else self._first_wrong(translation, inputs)
+        except ExportError:  # the engine fuses what it cannot run by itself
             return ""
+
+    def _first_wrong(self, translation: Translation, inputs: Sequence[Tensor]) -> str:
         narrow, wide = (translation.values(inputs, kind) for kind in (fx.Interpreter, _Wide))
         with translation.with_outputs(narrow) as (file, names):
             specs = [TensorSpec(name, _dtype(narrow[node]), tuple(narrow[node].shape)) for name, node in names.items()]
