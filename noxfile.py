@@ -58,7 +58,7 @@ def versions(session: nox.Session, each: Versions) -> None:
     report = ROOT / ".nox" / f"{each.name}.xml"
     try:
         wanted = (f"torch=={each.torch}", f"diffusers=={each.diffusers}")
-        session.install("--quiet", "--no-compile", *wanted, *TESTS, "-e", ".")
+        session.install("--quiet", "--no-compile", *wanted, *TESTS, "-e", ".[export]")
         installed = json.loads(str(session.run("python", "-c", _LIST, *SHOWN, silent=True)).splitlines()[-1])
         command = ("python", "-m", "pytest", "--quiet", f"--junitxml={report}", *(session.posargs or CORE))
         session.run(
