@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -58,7 +58,7 @@ def versions(session: nox.Session, each: Versions) -> None:
     report = ROOT / ".nox" / f"{each.name}.xml"
     try:
         wanted = (f"torch=={each.torch}", f"diffusers=={each.diffusers}")
-        session.install("--quiet", "--no-compile", *wanted, *TESTS, "-e", ".")
+        session.install("--quiet", "--no-compile", *wanted, *TESTS, "-e", ".[export]")
         installed = json.loads(str(session.run("python", "-c", _LIST, *SHOWN, silent=True)).splitlines()[-1])
         command = ("python", "-m", "pytest", "--quiet", f"--junitxml={report}", *(session.posargs or CORE))
         session.run(
@@ -95,9 +95,11 @@ def _record(name: str, installed: dict[str, str], report: Path) -> int:
 
 
 def page() -> str:
-    """The page of versions with the table of the results."""
+    """The page of versions with the table of the results; what was not run says so."""
     columns = ("python", *SHOWN, "passed", "failed", "skipped")
-    rows = [columns, ("---",) * len(columns)]
-    rows += [tuple(str(result[column]) for column in columns) for result in json.loads(RESULTS.read_text()).values()]
+    rows, results = [columns, ("---",) * len(columns)], json.loads(RESULTS.read_text())
+    for each in MATRIX:
+        result = {"passed": "not run yet"} | asdict(each) | results.get(each.name, {})
+        rows.append(tuple(str(result.get(column, "")) for column in columns))
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return TABLE.sub(lambda match: f"{match[1]}\n{table}\n\n{match[2]}", PAGE.read_text())
