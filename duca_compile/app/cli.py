@@ -189,10 +189,7 @@ def calibrate(
     max_order: Annotated[int, typer.Option(min=1, max=4, help="Highest order of difference used.")] = 2,
     loops: Annotated[int, typer.Option(min=1, help="Number of denoising loops to measure.")] = 1,
     search: Annotated[
-        str,
-        typer.Option(
-            help="How full steps are placed: by fitted errors (errors), by the shortest path (path), or by loops."
-        ),
+        str, typer.Option(help="How full steps are placed: errors (fitted), path (the shortest) or loops (run).")
     ] = "errors",
     iterations: Annotated[int, typer.Option(min=0, help="Loops that the annealing of --search loops tries.")] = 200,
     steps: LoopSteps = 50,
