@@ -8,7 +8,6 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
+SEARCHES = ("errors", "path", "loops")  # how full steps are placed
 LOOP_SEED = 1_000_000  # of the noise to learn from; the demo is unlikely to start from the same
 Steps = Annotated[int, typer.Option(min=1, help="Number of denoising steps.")]
 POLICY_NAMES = f"{', '.join(POLICIES)} or calibrated; or the path of a tuned or calibrated policy."
@@ -58,14 +58,6 @@ LoopTarget = Annotated[
 LoopSteps = Annotated[int, typer.Option(min=2, help="Number of denoising steps of a loop of the embedded model.")]
 Folder = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="Folder of an artifact.")]
 Device = Annotated[str, typer.Option(help="Device of the model: cpu, cuda, cuda:1, ...")]
-
-
-class ScheduleSearch(StrEnum):
-    """How ``calibrate`` places full steps."""
-
-    ERRORS = "errors"
-    PATH = "path"
-    LOOPS = "loops"
 
 
 @app.callback()
@@ -198,9 +190,8 @@ def calibrate(
     max_order: Annotated[int, typer.Option(min=1, max=4, help="Highest order of difference used.")] = 2,
     loops: Annotated[int, typer.Option(min=1, help="Number of denoising loops to measure.")] = 1,
     search: Annotated[
-        ScheduleSearch,
-        typer.Option(help="How to place full steps: by fitted errors, by the shortest path, or by running loops."),
-    ] = ScheduleSearch.ERRORS,
+        str, typer.Option(help="How full steps are placed: errors (fitted), path (the shortest) or loops (run).")
+    ] = "errors",
     iterations: Annotated[int, typer.Option(min=0, help="Loops that the annealing of --search loops tries.")] = 200,
     steps: LoopSteps = 50,
     out: Annotated[Path, typer.Option(help="Path of the policy.")] = Path("calibrated.json"),
@@ -210,16 +201,17 @@ def calibrate(
     from duca_compile.methods.calibration import calibrate as calibrated
 
     try:
+        if search not in SEARCHES:
+            raise UsageError(f"search={search!r} is unknown; choose one of {SEARCHES}")
         model, sample = _embedded_loops(device, steps) if target is None else _load_target(target)
         with console.status("measuring"):
             measured = calibrated(model, sample, loops=loops)
-            match search:
-                case ScheduleSearch.ERRORS:
-                    policy = measured.policy(full_steps, max_order)
-                case ScheduleSearch.PATH:
-                    policy = measured.policy_by_path(full_steps)
-                case ScheduleSearch.LOOPS:
-                    policy = measured.policy_by_loops(full_steps, max_order, iterations=iterations)
+            if search == "path":
+                policy = measured.policy_by_path(full_steps)
+            elif search == "loops":
+                policy = measured.policy_by_loops(full_steps, max_order, iterations=iterations)
+            else:
+                policy = measured.policy(full_steps, max_order)
         policy.save(out)
     except DucaError as error:
         _fail(error)

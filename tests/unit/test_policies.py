@@ -242,7 +242,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: Selection("norm"), "selection='norm' is unknown"),
     (lambda: DuCa(first="full"), "first='full' is unknown; choose 'partial' or 'skip'"),
     (lambda: published("duca", "flux"), "there are no published settings for duca/flux, only for ['duca/dit', "
-     "'duca/hunyuanvideo', 'duca/pixart', 'fora/dit', "),
+     "'duca/hunyuanvideo', 'duca/pixart', 'easycache/hunyuanvideo', "),
     (lambda: Interval(3, first_full=0), "first_full=0 is invalid"),
     (lambda: Interval(3, descending=True, first_full=2), "first_full=2 is invalid with descending=True"),
     (lambda: Selection("random", grid=(16,)), "grid=(16,) is invalid: it is (height, width) or "),
