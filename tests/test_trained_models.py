@@ -107,6 +107,7 @@ def test_the_same_noise_gives_the_same_picture_and_another_prompt_another(pipeli
     assert (once - other).abs().mean() > 0.01
 
 
+@pytest.mark.slow
 def test_their_pipelines_can_be_optimized(pipeline: Any) -> None:
     prompt = two_prompts(pipeline)[:1]
     plain = draw(pipeline, prompt, 4)
