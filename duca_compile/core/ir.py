@@ -288,6 +288,11 @@ class Facts:
         return self.ends[STREAM_END]
 
     @property
+    def other_end(self) -> Branch | None:
+        """A branch behind which the outputs read a stream, besides that of the last end; None if there is none."""
+        return next((self.branches[int(port.of)] for port in self.ends if port is not STREAM_END), None)
+
+    @property
     def first(self) -> Branch:
         """The first branch whose tokens are the latent's: its input shows earliest how far the latent has moved."""
         return next((b for b in self.branches if b.role is not Role.TEXT), self.branches[0])

@@ -25,6 +25,7 @@ class Verify:
 # What skip steps take from the cache: the end of the stream; what the blocks added to each stream, for its start; or
 # the change from the latent to the model's output, for the latent.
 Restores = Literal["end", "change", "output"]
+Transform = Literal["dct", "fft"]  # of a filter over tokens
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class HighPass:
         grid: the layout of the tokens, (height, width); None where the graph shows it.
     """
 
-    transform: Literal["dct", "fft"]
+    transform: Transform
     cutoff: float
     grid: tuple[int, ...] | None = None
 

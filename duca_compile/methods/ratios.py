@@ -16,7 +16,7 @@ _TINY = 1e-30  # replaces a zero divisor
 
 
 def residual_ratios(
-    model: nn.Module, sample: SampleLoop, *, loops: int = 1, timestep: str | None = None
+    model: nn.Module, sample: SampleLoop, *, loops: int = 1, timestep: str | None = None, latent: str | None = None
 ) -> tuple[float, ...]:
     """The ratios for ``MagCache``, from the model's own uncached denoising loop.
 
@@ -28,6 +28,7 @@ def residual_ratios(
         sample: ``sample(drop_in, number)`` runs one denoising loop with ``drop_in`` in place of the model.
         loops: how many loops to measure.
         timestep: name of the timestep argument; needed only if the graph does not show it.
+        latent: name of the argument that is denoised; needed only if the graph does not show it.
 
     Returns:
         One ratio for each step of a loop.
@@ -38,7 +39,12 @@ def residual_ratios(
         PolicyError: the number of loops is invalid.
     """
     check_whole("loops", loops, least=1)
-    recorder, measured = Recorder(model, sample, timestep, whole=False, keeps="changes"), list[list[float]]()
+    return ratios_of(Recorder(model, sample, timestep, whole=False, latent=latent, keeps="changes"), loops)
+
+
+def ratios_of(recorder: Recorder, loops: int) -> tuple[float, ...]:
+    """The ratios of the first ``loops`` loops of a recorder of changes. Raises what ``residual_ratios`` raises."""
+    measured = list[list[float]]()
     for number in range(loops):
         for recorded in recorder.passes(number):
             if len(recorded.steps) == recorder.steps:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from duca_compile.core.fx_utils import op_name, value_shape
+from duca_compile.core.ir import ROWS, Branch
 from duca_compile.core.steps import HighPass, NoiseFilter
 from duca_compile.errors import PolicyError
 from duca_compile.frontend.operators import argument
@@ -19,6 +20,15 @@ aten = torch.ops.aten
 
 _LEAST = 1e-16  # added to divisors, as released
 _SMALLEST = 1e-6  # the noise level is at least this, and at most 1 less this, as released
+
+
+def _check_layout(branch: Branch, what: str) -> None:
+    """Raises PolicyError unless the stream of the branch is (rows, tokens, channels)."""
+    if branch.layout.dims != ((ROWS,), (1,), ()):
+        raise PolicyError(
+            f"{what} filters streams of (batch, tokens, channels), and that of {branch.path or 'the model'} is "
+            f"{branch.layout}; use another policy"
+        )
 
 
 def grid_of(draft: VariantDraft, value: Tensor, given: tuple[int, ...] | None, what: str) -> tuple[int, ...]:
@@ -71,6 +81,7 @@ def noise_filtered(draft: VariantDraft, value: fx.Node, chosen: NoiseFilter) -> 
     Raises:
         PolicyError: the grid is not known, or timesteps differ by token.
     """
+    _check_layout(draft.facts.first, "SeaCache")
     like = value.meta["val"]
     grid = grid_of(draft, like, chosen.grid, "SeaCache")
     level = _noise_level(draft, like, chosen.pure_noise)
@@ -131,8 +142,14 @@ def high_passed(draft: VariantDraft, value: fx.Node, chosen: HighPass) -> fx.Nod
     """``value``, such as the end of the stream, with the low frequencies of the latent's tokens taken out.
 
     Raises:
-        PolicyError: it is not known which tokens are the latent's, or how they lie.
+        PolicyError: it is not known which tokens are the latent's, or how they lie, or outputs read several streams.
     """
+    _check_layout(draft.facts.branches[-1], "FreqCa")
+    if (other := draft.facts.other_end) is not None:
+        raise PolicyError(
+            "FreqCa filters the end of one stream, and the model's results also read the stream behind "
+            f"{other.path or 'the model'} at {other.source}; use another policy, such as HiCache(lite=True)"
+        )
     like, call = value.meta["val"], draft.graph.call_function
     start, count = _latent_tokens(draft)
     part = value

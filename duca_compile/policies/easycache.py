@@ -9,6 +9,7 @@ from itertools import count
 from duca_compile.core.steps import Probe, Restores, Step, StepKind
 from duca_compile.errors import PolicyError
 from duca_compile.policies.adaptive import AdaptivePolicy, DecidePer, Decider, check_per
+from duca_compile.policies.base import Series
 from duca_compile.policies.checks import check_number, check_whole
 from duca_compile.policies.gate import GateDecider
 
@@ -44,6 +45,10 @@ class EasyCache(AdaptivePolicy):
         check_per(self.decide_per)
         if not isinstance(self.last_full, bool):
             raise PolicyError(f"last_full={self.last_full!r} is invalid: it must be True or False")
+
+    @classmethod
+    def settings(cls, steps: int) -> tuple[Series, ...]:
+        return (tuple(cls(threshold) for threshold in (0.02, 0.05, 0.1, 0.2, 0.4)),)
 
     @property
     def name(self) -> str:

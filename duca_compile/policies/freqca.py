@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
-from duca_compile.core.steps import HighPass, Step, StepKind
+from duca_compile.core.steps import HighPass, Step, StepKind, Transform
 from duca_compile.errors import PolicyError
-from duca_compile.policies.base import Forecast, Policy
+from duca_compile.policies.base import Forecast, Policy, Series
 from duca_compile.policies.checks import check_number, check_whole
-from duca_compile.policies.schedule import full_after_start
+from duca_compile.policies.schedule import full_after_start, intervals
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class FreqCa(Policy):
     interval: int = 6
     scale: float = 0.71
     first_full_steps: int = 3
-    transform: Literal["dct", "fft"] = "dct"
+    transform: Transform = "dct"
     cutoff: float = 0.1
     grid: tuple[int, ...] | None = None
 
@@ -48,13 +48,17 @@ class FreqCa(Policy):
         check_number("cutoff", self.cutoff, least=0, most=1)
         if not self.scale:
             raise PolicyError("scale=0 is invalid: it must be above 0")
-        if self.transform not in ("dct", "fft"):
+        if self.transform not in get_args(Transform):
             raise PolicyError(f"transform={self.transform!r} is unknown; choose 'dct' or 'fft'")
         if self.grid is not None:
             if self.transform == "fft" or len(self.grid) != 2:
                 raise PolicyError(f"grid={self.grid!r} is invalid: it is (height, width), for transform='dct'")
             for i, size in enumerate(self.grid):
                 check_whole(f"grid[{i}]", size, least=1)
+
+    @classmethod
+    def settings(cls, steps: int) -> tuple[Series, ...]:
+        return tuple(tuple(cls(n, transform=transform) for n in intervals(steps)) for transform in get_args(Transform))
 
     @property
     def name(self) -> str:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from duca_compile.core.steps import Step, StepKind
 from duca_compile.errors import PolicyError
-from duca_compile.policies.base import Forecast, Policy
+from duca_compile.policies.base import Forecast, Policy, Series
 from duca_compile.policies.checks import check_number, check_whole
-from duca_compile.policies.schedule import full_after_start
+from duca_compile.policies.schedule import full_after_start, intervals
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,10 @@ class HiCache(Policy):
             raise PolicyError("scale=0 is invalid: it must be above 0; FORA reuses features as they are")
         if not isinstance(self.lite, bool):
             raise PolicyError(f"lite={self.lite!r} is invalid: it must be True or False")
+
+    @classmethod
+    def settings(cls, steps: int) -> tuple[Series, ...]:
+        return tuple(tuple(cls(n, lite=lite) for n in intervals(steps)) for lite in (True, False))
 
     @property
     def name(self) -> str:

@@ -9,6 +9,7 @@ from itertools import count
 from duca_compile.core.steps import NoiseFilter, Probe, Restores, Step, StepKind
 from duca_compile.errors import PolicyError
 from duca_compile.policies.adaptive import AdaptivePolicy, DecidePer, Decider, check_per
+from duca_compile.policies.base import Series
 from duca_compile.policies.checks import check_number, check_whole
 from duca_compile.policies.gate import GateDecider
 
@@ -62,6 +63,11 @@ class SeaCache(AdaptivePolicy):
                 raise PolicyError(f"grid={self.grid!r} is invalid: it is (height, width) or (frames, height, width)")
             for i, size in enumerate(self.grid):
                 check_whole(f"grid[{i}]", size, least=1)
+
+    @classmethod
+    def settings(cls, steps: int) -> tuple[Series, ...]:
+        thresholds = (0.05, 0.1, 0.2, 0.3, 0.6, 1.0)
+        return tuple(tuple(cls(threshold, pure_noise) for threshold in thresholds) for pure_noise in (1000.0, 1.0))
 
     @property
     def name(self) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from duca_compile.core.steps import Step, StepKind
-from duca_compile.policies.base import Forecast, Policy
+from duca_compile.policies.base import Forecast, Policy, Series
 from duca_compile.policies.checks import check_number, check_whole, known_total
 from duca_compile.policies.factors import Chebyshev
 
@@ -49,6 +49,11 @@ class Spectrum(Policy):
     @property
     def _series(self) -> Chebyshev:
         return Chebyshev(self.degree, self.ridge, self.share)
+
+    @classmethod
+    def settings(cls, steps: int) -> tuple[Series, ...]:
+        firsts = [first for first in (3, 5) if first < steps]
+        return tuple(tuple(cls(growth, first) for growth in (0.0, 0.75, 1.5, 3.0)) for first in firsts)
 
     @property
     def name(self) -> str:

@@ -196,7 +196,8 @@ def check_selection(facts: Facts, policy: Policy) -> None:
 
 
 def check_rows(facts: Facts, policy: Policy) -> None:
-    """Raises PolicyError if batch rows are to decide for themselves but some values do not have these rows."""
+    """Raises PolicyError if values are to be measured, or to decide, by batch row and some do not have these rows."""
+    _check_measured_rows(facts, policy)
     if not isinstance(policy, AdaptivePolicy) or policy.per == "batch":
         return
     odd = next((b for b in facts.branches if b.shape[0] != facts.batch or _rows_are_behind(b)), None)
@@ -210,6 +211,20 @@ def check_rows(facts: Facts, policy: Policy) -> None:
             "use decide_per='batch'"
         )
     check_pairs(policy, facts.batch)
+
+
+def _check_measured_rows(facts: Facts, policy: Policy) -> None:
+    """Raises PolicyError if norms of each batch row are needed of a stream whose first dimension is not the batch."""
+    measure = policy.measure if isinstance(policy, AdaptivePolicy) else None
+    inside = isinstance(measure, Verify) or (isinstance(measure, Probe) and measure.of != "latent")
+    if not inside and not (policy.forecast is not None and policy.forecast.relational):
+        return
+    odd = next((b for b in facts.branches if not b.layout.rows_first and b.shape[0] != facts.batch), None)
+    if odd is not None:
+        raise PolicyError(
+            f"{policy.name} measures each batch row, and the stream of {odd.path or 'the model'} is {odd.layout}; use "
+            "a policy whose steps are known before the loop, such as DuCa or TaylorSeer"
+        )
 
 
 def _rows_are_behind(branch: Branch) -> bool:

@@ -11,10 +11,11 @@ from duca_compile.core.steps import StepKind
 from duca_compile.errors import DucaError, PolicyError, first_line
 from duca_compile.explanation import Explanation, ScheduleReport
 from duca_compile.methods.calibration import calibration_of
+from duca_compile.methods.ratios import ratios_of
 from duca_compile.methods.recording import Recorder, SampleLoop
 from duca_compile.methods.tuning.measuring import Bench
 from duca_compile.methods.tuning.trials import Trial
-from duca_compile.policies import Policy
+from duca_compile.policies import MagCache, Policy
 from duca_compile.policies.base import Series
 from duca_compile.policies.named import POLICIES
 from duca_compile.runtime.loops import LoopSchedule
@@ -110,7 +111,19 @@ def _calibrated(loops: Loops) -> tuple[Series, ...]:
     return calibration_of(recorder, loops.count).settings()
 
 
-MEASURED: dict[str, Callable[[Loops], tuple[Series, ...]]] = {"calibrated": _calibrated}  # by loops of the model
+def _magcache(loops: Loops) -> tuple[Series, ...]:
+    recorder = Recorder(
+        loops.model, loops.sample, loops.timestep, whole=False, keeps="changes", schedule=loops.schedule
+    )
+    ratios = ratios_of(recorder, loops.count)
+    pairs = zip((0.03, 0.06, 0.12, 0.24, 0.5), (2, 3, 4, 6, 8), strict=True)
+    return (tuple(MagCache(ratios, threshold, most) for threshold, most in pairs),)
+
+
+MEASURED: dict[str, Callable[[Loops], tuple[Series, ...]]] = {  # by loops of the model
+    "calibrated": _calibrated,
+    "magcache": _magcache,
+}
 
 
 def add_measured(

@@ -62,7 +62,7 @@ def tune(
             keyword arguments; without a generator among them, it gets one with a seed. With ``sample``, anything.
         sample: ``sample(target, call)`` runs one denoising loop with what it is given in place of the model, and
             returns the result. A model needs it.
-        policies: what to try instead of all: names, "calibrated" among them, or Policy objects.
+        policies: what to try instead of all: names, "calibrated" and "magcache" among them, or Policy objects.
         backend: "inductor", "openvino" or "eager".
         timestep: the name of the timestep argument, where the graph does not show it.
         seed: of the random numbers that the first call starts with; each further call has the next.

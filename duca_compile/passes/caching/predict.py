@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from duca_compile.analysis.closure import ancestors
 from duca_compile.core.fx_utils import op_name
-from duca_compile.core.ir import Branch, CapturedGraph, Facts
+from duca_compile.core.ir import ROWS, Branch, CapturedGraph, Facts
 from duca_compile.core.ports import STREAM_END, hoisted
 from duca_compile.core.variants import PredictVariant
 from duca_compile.errors import PolicyError
@@ -112,17 +112,13 @@ def last_blocks(facts: Facts) -> tuple[Branch, ...]:
     if len(tail) == len(facts.branches):
         raise PolicyError(f"a predictor replaces all blocks but the last {DEPTH}, and this model has no others")
     end = facts.branches[-1]
-    if len(facts.ends) > 1:
-        port = next(port for port in facts.ends if port is not STREAM_END)
-        other = facts.branches[int(port.of)]
+    if (other := facts.other_end) is not None:
         raise PolicyError(
             "a predictor gives the end of one stream, and the model's results also read the stream behind "
             f"{other.path or 'the model'} at {other.source}; use another policy"
         )
-    if len(end.shape) != 3:
-        raise PolicyError(
-            f"a predictor needs a stream of (batch, tokens, channels); this one has the shape {end.shape}"
-        )
+    if end.layout.dims != ((ROWS,), (1,), ()):
+        raise PolicyError(f"a predictor needs a stream of (batch, tokens, channels); this one is {end.layout}")
     return tail
 
 
