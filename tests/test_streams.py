@@ -320,9 +320,7 @@ def test_a_stream_that_its_start_is_mixed_into_is_cached_as_by_hand(name: str) -
 
 @pytest.mark.slow
 def test_streams_that_are_mixed_are_cached_as_by_hand() -> None:
-    facts = check(TwoCopies())
-    assert len({branch.core for branch in facts.branches}) == len(facts.branches)
-    assert len(facts.ends) == 2
+    assert len(check(TwoCopies()).ends) == 2
 
 
 @pytest.mark.slow

@@ -108,10 +108,6 @@ def last_blocks(facts: Facts) -> tuple[Branch, ...]:
         PolicyError: there is no earlier block to replace, the stream is not (batch, tokens, channels), or the model's
             results read more than its end.
     """
-    tail = tuple(b for b in facts.branches if b.block >= facts.blocks - DEPTH)
-    if len(tail) == len(facts.branches):
-        raise PolicyError(f"a predictor replaces all blocks but the last {DEPTH}, and this model has no others")
-    end = facts.branches[-1]
     if len(facts.ends) > 1:
         port = next(port for port in facts.ends if port is not STREAM_END)
         other = facts.branches[int(port.of)]
@@ -119,6 +115,10 @@ def last_blocks(facts: Facts) -> tuple[Branch, ...]:
             "a predictor gives the end of one stream, and the model's results also read the stream behind "
             f"{other.path or 'the model'} at {other.source}; use another policy"
         )
+    tail = tuple(b for b in facts.branches if b.block >= facts.blocks - DEPTH)
+    if len(tail) == len(facts.branches):
+        raise PolicyError(f"a predictor replaces all blocks but the last {DEPTH}, and this model has no others")
+    end = facts.branches[-1]
     if len(end.shape) != 3:
         raise PolicyError(
             f"a predictor needs a stream of (batch, tokens, channels); this one has the shape {end.shape}"
