@@ -246,7 +246,7 @@ def test_a_product_within_the_sum_is_no_sum(names: Names) -> None:
         return torch.baddbmm(x, result, torch.eye(x.shape[2]).expand(len(x), -1, -1))
 
     with pytest.raises(duca_compile.StructureError, match="no residual branch found"):
-        kinds(names, lambda b, x, one, two: added(added(x, b.attention(x)), b.mlp(x)))
+        kinds(names, lambda b, x, one, two: one * two * added(added(x, b.attention(x)), b.mlp(x)))
 
 
 def test_a_mixing_layer_with_a_sum_of_its_own(names: Names) -> None:

@@ -299,7 +299,7 @@ def _without_long_skips(candidates: list[_Residual], known: _Graph) -> list[_Res
 
     An addition that spans two or more residuals in a row from the same start is such a skip; one that spans a single
     residual is the branch itself (AuraFlow: x + mlp(norm(x + attention(x)))). One that spans a row of residuals after
-    an embedding, x + network(x), is a skip as well if it is alone or they do most of its work, as in an hourglass.
+    an embedding, x + network(x), is a skip as well if it is alone.
     """
     sums = {each.add for each in candidates}
     alone = {chain[0].add for chain in _chains(candidates, known) if len(chain) == 1}
@@ -313,7 +313,7 @@ def _without_long_skips(candidates: list[_Residual], known: _Graph) -> list[_Res
             node, passed = inner[0].add, passed + 1
         inside = [r for r in candidates if r is not outer and r.add in outer.body]
         rows = [row for row in _chains(inside, known) if len(row) > 1]
-        return passed > 1 or (bool(rows) and (outer.add in alone or 2 * sum(map(_work, rows)) > outer.flops))
+        return passed > 1 or (bool(rows) and outer.add in alone)
 
     short = [each for each in candidates if not skips(each)]
     inside = set[fx.Node]().union(*(each.body for each in short))

@@ -108,15 +108,15 @@ def last_blocks(facts: Facts) -> tuple[Branch, ...]:
         PolicyError: there is no earlier block to replace, the stream is not (batch, tokens, channels), or the model's
             results read more than its end.
     """
-    tail = tuple(b for b in facts.branches if b.block >= facts.blocks - DEPTH)
-    if len(tail) == len(facts.branches):
-        raise PolicyError(f"a predictor replaces all blocks but the last {DEPTH}, and this model has no others")
-    end = facts.branches[-1]
     if (other := facts.other_end) is not None:
         raise PolicyError(
             "a predictor gives the end of one stream, and the model's results also read the stream behind "
             f"{other.path or 'the model'} at {other.source}; use another policy"
         )
+    tail = tuple(b for b in facts.branches if b.block >= facts.blocks - DEPTH)
+    if len(tail) == len(facts.branches):
+        raise PolicyError(f"a predictor replaces all blocks but the last {DEPTH}, and this model has no others")
+    end = facts.branches[-1]
     if end.layout.dims != ((ROWS,), (1,), ()):
         raise PolicyError(f"a predictor needs a stream of (batch, tokens, channels); this one is {end.layout}")
     return tail
