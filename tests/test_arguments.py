@@ -189,7 +189,7 @@ class Multihead(Base):
         x = self.enter(x) + self.time(waves(t))[:, None]
         for block, attention in zip(self.blocks, self.attention, strict=True):
             h = functional.layer_norm(x, x.shape[-1:])
-            x = x + attention(h, h, h)[0]
+            x = x + attention(h, h, h, need_weights=False)[0]
             x = x + block.mlp(functional.layer_norm(x, x.shape[-1:]))
         return self.leave(x)
 

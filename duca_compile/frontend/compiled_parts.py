@@ -41,6 +41,11 @@ def compiled_function(frame: FrameType | None) -> Callable[..., Any] | None:
     return None
 
 
+def wrapped_forward(model: nn.Module) -> Callable[..., Any] | None:
+    """The forward of the first submodule that torch.compile has wrapped, if any."""
+    return next((part._orig_mod.forward for part in model.modules() if isinstance(part, CompiledModule)), None)
+
+
 def described(function: Callable[..., Any]) -> str:
     """What a compiled function is called, and where it is."""
     owner = getattr(function, "__self__", None)

@@ -34,7 +34,7 @@ from duca_compile.frontend.activations import Activations, is_library, line_of, 
 from duca_compile.frontend.arguments import Containers, Write, check_kinds, check_results, noting, with_other_tensors
 from duca_compile.frontend.binder import Call
 from duca_compile.frontend.capture import live_tensors, warm
-from duca_compile.frontend.compiled_parts import described
+from duca_compile.frontend.compiled_parts import described, wrapped_forward
 from duca_compile.frontend.fast_paths import NESTED
 from duca_compile.frontend.snapshot import (
     MISSING,
@@ -354,10 +354,11 @@ def _first_run(model: nn.Module, call: Call, before: ModelState) -> SideEffects:
     activations = Activations(call.tensors)
     try:
         results = _run(model, call, activations)
-        if activations.compiled is not None:
+        compiled = activations.compiled or wrapped_forward(model)
+        if compiled is not None:
             _warn(
                 model,
-                f"{described(activations.compiled)} is compiled by torch.compile. Steps run what it is compiled from: "
+                f"{described(compiled)} is compiled by torch.compile. Steps run what it is compiled from: "
                 'they equal the model\'s under torch.compiler.set_stance("force_eager"), and can differ from those of '
                 "its compiled code in rounding",
             )
