@@ -71,7 +71,7 @@ class SeaCache(AdaptivePolicy):
 
     @property
     def name(self) -> str:
-        return f"SeaCache (threshold {self.threshold:g})"
+        return f"SeaCache (threshold {self.threshold:g}, pure noise {self.pure_noise:g})"
 
     @property
     def restores(self) -> Restores:

@@ -52,8 +52,9 @@ class Spectrum(Policy):
 
     @classmethod
     def settings(cls, steps: int) -> tuple[Series, ...]:
-        firsts = [first for first in (3, 5) if first < steps]
-        return tuple(tuple(cls(growth, first) for growth in (0.0, 0.75, 1.5, 3.0)) for first in firsts)
+        del steps
+        shares = 1.0, 0.5  # the paper's weight of the series, and the one that the authors advise
+        return tuple(tuple(cls(growth, share=share) for growth in (0.25, 0.75, 1.5, 3.0)) for share in shares)
 
     @property
     def name(self) -> str:
