@@ -118,7 +118,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
     _unverified: _EagerRun | None  # that of the last capture, until a step was compared with it
     _captures_of: OptimizedModel | None  # another drop-in of the source, whose captures this one uses
 
-    def __new__(cls, model: nn.Module, *_: Any) -> OptimizedModel:
+    def __new__(cls, model: nn.Module, *_: Any, **__: Any) -> OptimizedModel:
         source = type(model)
         names = {"source_type": source, "__module__": source.__module__}
         return super().__new__(cast(type[OptimizedModel], _EqualToSource(cls.__name__, (cls,), names)))

@@ -14,6 +14,8 @@ import duca_compile
 from duca_compile import DuCa, Uncached
 
 FOLDER = Path(duca_compile_models.__file__).parent
+PUBLISHED = all((FOLDER / name / "model.safetensors").exists() for name in ("emoji", "clips"))
+pytestmark = pytest.mark.skipif(not PUBLISHED, reason="the weights are not published yet")
 WHITE = 0.9  # of the weakest channel, in [0, 1]; what is darker is the picture and not its ground
 COLOURS = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}
 

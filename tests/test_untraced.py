@@ -152,6 +152,8 @@ def test_a_kernel_in_the_own_forward_is_refused_with_line_and_reason() -> None:
 class Object:
     """What torch cannot look into."""
 
+    __slots__ = ("value",)
+
 
 class Returns(models.DiT):
     def forward(self, x: Tensor, timestep: Tensor, text: Tensor) -> tuple[Tensor, Object]:

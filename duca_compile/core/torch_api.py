@@ -17,8 +17,14 @@ RUN_WITH = ("2.9", "2.14")  # the oldest and the newest torch that the tests wer
 # By part, with the names that it needs: a module, and after the colon what is in it.
 PRIVATE = {
     "capturing a model": (
+        "torch:_addmm_activation",
+        "torch:_native_multi_head_attention",
+        "torch:_transformer_encoder_layer_fwd",
+        "torch._C:_disabled_torch_function_impl",
         "torch._C:_functorch.peek_interpreter_stack",
         "torch._dynamo:OptimizedModule",
+        "torch._dynamo:config",
+        "torch._dynamo:eval_frame",
         "torch._higher_order_ops.wrap:wrap_with_autocast",
         "torch._ops:HigherOrderOperator",
         "torch._ops:OpOverload",

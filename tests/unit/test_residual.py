@@ -169,9 +169,9 @@ def test_what_only_cached_attention_reads_needs_no_cache() -> None:
     def forward(self: nn.Module, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
         text = text + timestep.sin()[:, None, None] * self.text(text * x.mean(1, keepdim=True))
         text = text + self.text_again(text)
+        x = x + self.mlp(x)
         both = torch.cat([x, text], 1)[:, None]
-        x = x + self.out(functional.scaled_dot_product_attention(x[:, None], both, both)[:, 0])
-        return x + self.mlp(x)
+        return x + self.out(functional.scaled_dot_product_attention(x[:, None], both, both)[:, 0])
 
     children = {name: nn.Linear(8, 8) for name in ("text", "text_again", "out", "mlp")}
     call = {"x": torch.randn(2, 4, 8), "timestep": torch.ones(2), "text": torch.randn(2, 50, 8)}
