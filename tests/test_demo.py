@@ -1,6 +1,7 @@
 """The embedded model and the demo on it."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib import resources
@@ -17,6 +18,7 @@ from duca_compile.app.cli import app
 from duca_compile.core.files import check_writable
 from duca_compile.explanation import KIND_STYLES
 from duca_compile.policies import StepKind
+from duca_compile.policies.named import POLICIES
 
 
 @pytest.fixture(scope="module")
