@@ -17,6 +17,6 @@ def test_the_table_has_lines_of_models_of_the_zoo_and_none_differs() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", [name for name in ZOO if name in rows()])
 def test_a_model_exports_as_the_table_says(name: str, tmp_path: Path) -> None:
-    assert exported(ZOO[name], tmp_path).row == rows().get(name), SAY
+    assert exported(ZOO[name], tmp_path).row == rows()[name], SAY
