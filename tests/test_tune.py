@@ -274,7 +274,7 @@ def test_a_file_of_a_missed_wish_says_so(tmp_path: Path, caplog: pytest.LogCaptu
     assert "the wish that it was tuned for was not met" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["DiT", pytest.param("FLUX", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["DiT", pytest.param("FLUX", marks=pytest.mark.exhaustive)])
 def test_a_pipeline_is_tuned_and_left_as_it_was(name: str, tmp_path: Path) -> None:
     pipe, case = make(name), CASES[name]
     original = pipe.transformer
@@ -655,7 +655,7 @@ def test_the_page_in_a_browser(tuned: Tuned, tmp_path: Path) -> None:
     assert imread(shot).std() > 0.05
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_embedded_model_is_tuned(tmp_path: Path) -> None:
     arguments = ["tune", "--steps", "8", "--backend", "eager", "--max-seconds", "1000", "--minutes", "0.5"]
     done = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path)])
