@@ -135,6 +135,11 @@ class TokenLayout:
         return next((axis for axis, size in enumerate(self.grid, 1) if size > 1), 1)
 
     @property
+    def is_sequence(self) -> bool:
+        """Whether values are (batch, tokens, channels)."""
+        return self.dims == ((ROWS,), (1,), ())
+
+    @property
     def rows_first(self) -> bool:
         """Whether the first dimension is the batch's."""
         return self.dims[0] == (ROWS,)

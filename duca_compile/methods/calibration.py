@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from duca_compile.errors import PolicyError, UsageError, not_none
+from duca_compile.errors import PolicyError, not_none
 from duca_compile.methods.recording import Recorder, SampleLoop
 from duca_compile.methods.search import ClosedLoopSearch, shortest_path
 from duca_compile.methods.trials import Trials
@@ -61,16 +61,7 @@ def calibrate(
 
 def calibration_of(recorder: Recorder, loops: int, trials: Callable[[int], Trials] | None = None) -> Calibration:
     """The measurements of the first ``loops`` loops of a recorder. Raises what ``calibrate`` raises."""
-    recorded = list[_Products]()
-    for number in range(loops):
-        for recorded_pass in recorder.passes(number):
-            if len(recorded_pass.steps) == recorder.steps:
-                recorded.append(_Products.of([call.hidden for call in recorded_pass.calls]))
-    if not recorded:
-        raise UsageError("no guidance pass runs at every step of the loop, so forecasts cannot be measured")
-    lengths = {len(products.inner) for products in recorded}
-    if len(lengths) > 1:
-        raise UsageError(f"sample() must run loops of the same length; these have {sorted(lengths)} steps")
+    recorded = recorder.measured(loops, lambda each: _Products.of([call.hidden for call in each.calls]), "forecasts")
     return Calibration(recorded, trials)
 
 

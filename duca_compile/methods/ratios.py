@@ -8,7 +8,6 @@ from itertools import pairwise
 import numpy as np
 from torch import Tensor, nn
 
-from duca_compile.errors import UsageError
 from duca_compile.methods.recording import Recorder, SampleLoop
 from duca_compile.policies.checks import check_whole
 
@@ -44,16 +43,7 @@ def residual_ratios(
 
 def ratios_of(recorder: Recorder, loops: int) -> tuple[float, ...]:
     """The ratios of the first ``loops`` loops of a recorder of changes. Raises what ``residual_ratios`` raises."""
-    measured = list[list[float]]()
-    for number in range(loops):
-        for recorded in recorder.passes(number):
-            if len(recorded.steps) == recorder.steps:
-                measured.append(_ratios([[*call.kept.values()] for call in recorded.calls]))
-    if not measured:
-        raise UsageError("no guidance pass runs at every step of the loop, so ratios cannot be measured")
-    lengths = {len(ratios) for ratios in measured}
-    if len(lengths) > 1:
-        raise UsageError(f"sample() must run loops of the same length; these have {sorted(lengths)} steps")
+    measured = recorder.measured(loops, lambda each: _ratios([[*call.kept.values()] for call in each.calls]), "ratios")
     return tuple(np.mean(measured, axis=0).tolist())
 
 

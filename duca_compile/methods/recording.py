@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from duca_compile.policies import Policy, TaylorSeer, Uncached
 from duca_compile.runtime.loops import LoopSchedule
 from duca_compile.runtime.session import Requests
 
+T = TypeVar("T")
 SampleLoop = Callable[[Any, int], Any]  # sample(drop_in, number) runs one denoising loop
 
 
@@ -126,6 +127,25 @@ class Recorder(EagerBackend):
             return results
 
         return recorded
+
+    def measured(self, loops: int, measure: Callable[[RecordedPass], T], what: str) -> list[T]:
+        """What ``measure`` gives for each guidance pass that runs at every step of one of the first ``loops`` loops.
+
+        Raises:
+            UsageError: what ``passes`` raises; loops differ in length; or there is no such pass, so ``what`` cannot be
+                measured.
+        """
+        found, lengths = list[T](), set[int]()
+        for number in range(loops):
+            for each in self.passes(number):
+                if len(each.steps) == self.steps:
+                    found.append(measure(each))
+                    lengths.add(self.steps)
+        if not found:
+            raise UsageError(f"no guidance pass runs at every step of the loop, so {what} cannot be measured")
+        if len(lengths) > 1:
+            raise UsageError(f"sample() must run loops of the same length; these have {sorted(lengths)} steps")
+        return found
 
     def passes(self, number: int) -> list[RecordedPass]:
         """Runs the loop of this number.

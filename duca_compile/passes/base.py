@@ -22,7 +22,7 @@ from duca_compile.core.variants import (
     ProbeVariant,
     VariantSpec,
 )
-from duca_compile.errors import InternalError
+from duca_compile.errors import InternalError, PolicyError
 
 
 def returned(graph: fx.Graph) -> tuple[fx.Node, ...]:
@@ -31,6 +31,15 @@ def returned(graph: fx.Graph) -> tuple[fx.Node, ...]:
     if not isinstance(results, tuple) or not all(isinstance(node, fx.Node) for node in results):
         raise InternalError(f"a graph must return a tuple of nodes, not {results!r}")
     return cast("tuple[fx.Node, ...]", results)
+
+
+def check_one_end(facts: Facts, what: str, instead: str = "") -> None:
+    """Raises PolicyError if the outputs read several streams; ``what`` says who needs the end of a single one."""
+    if (other := facts.other_end) is not None:
+        raise PolicyError(
+            f"{what} the end of one stream, and the model's results also read the stream behind "
+            f"{other.path or 'the model'} at {other.source}; use another policy{instead}"
+        )
 
 
 @dataclass

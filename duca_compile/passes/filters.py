@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, fx
 
 from duca_compile.core.fx_utils import op_name, value_shape
-from duca_compile.core.ir import ROWS, Branch
+from duca_compile.core.ir import Branch
 from duca_compile.core.steps import HighPass, NoiseFilter
 from duca_compile.errors import PolicyError
 from duca_compile.frontend.operators import argument
-from duca_compile.passes.base import VariantDraft
+from duca_compile.passes.base import VariantDraft, check_one_end
 from duca_compile.passes.numbers import precise, widened
 
 aten = torch.ops.aten
@@ -24,7 +24,7 @@ _SMALLEST = 1e-6  # the noise level is at least this, and at most 1 less this, a
 
 def _check_layout(branch: Branch, what: str) -> None:
     """Raises PolicyError unless the stream of the branch is (rows, tokens, channels)."""
-    if branch.layout.dims != ((ROWS,), (1,), ()):
+    if not branch.layout.is_sequence:
         raise PolicyError(
             f"{what} filters streams of (batch, tokens, channels), and that of {branch.path or 'the model'} is "
             f"{branch.layout}; use another policy"
@@ -145,11 +145,7 @@ def high_passed(draft: VariantDraft, value: fx.Node, chosen: HighPass) -> fx.Nod
         PolicyError: it is not known which tokens are the latent's, or how they lie, or outputs read several streams.
     """
     _check_layout(draft.facts.branches[-1], "FreqCa")
-    if (other := draft.facts.other_end) is not None:
-        raise PolicyError(
-            "FreqCa filters the end of one stream, and the model's results also read the stream behind "
-            f"{other.path or 'the model'} at {other.source}; use another policy, such as HiCache(lite=True)"
-        )
+    check_one_end(draft.facts, "FreqCa filters", ", such as HiCache(lite=True)")
     like, call = value.meta["val"], draft.graph.call_function
     start, count = _latent_tokens(draft)
     part = value

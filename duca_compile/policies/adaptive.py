@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from itertools import count
 from typing import Literal
 
 from duca_compile.core.steps import Probe, Step, Verify
@@ -62,6 +63,12 @@ class AdaptivePolicy(Policy):
     def planned(self, total: int | None) -> Iterator[Step]:
         """The same as ``steps``: caches are kept until the last step has been decided."""
         return self.steps(total)
+
+    def steps(self, total: int | None) -> Iterator[Step]:
+        """What its decider decides if nothing is measured."""
+        decider = self.decider(total)
+        for index in count() if total is None else range(total):
+            yield decider.decide(index, decider.propose(index), None)
 
     @abstractmethod
     def decider(self, total: int | None) -> Decider:

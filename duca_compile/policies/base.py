@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias, get_args
 
 from duca_compile.core.steps import HighPass, Restores, Step
 from duca_compile.errors import PolicyError
-from duca_compile.policies.checks import check_number, check_whole
+from duca_compile.policies.checks import check_flag, check_grid, check_number, check_whole
 from duca_compile.policies.factors import Chebyshev
 from duca_compile.policies.liveness import kept_until_last, with_liveness
 from duca_compile.policies.predictor import Predictor
@@ -76,13 +76,8 @@ class Selection:
         check_number("patch_bonus", self.patch_bonus, least=0)
         check_whole("patch", self.patch, least=1)
         check_whole("seed", self.seed, least=0)
-        if self.grid is not None:
-            if len(self.grid) not in (2, 3):
-                raise PolicyError(f"grid={self.grid!r} is invalid: it is (height, width) or (frames, height, width)")
-            for i, size in enumerate(self.grid):
-                check_whole(f"grid[{i}]", size, least=1)
-        if not isinstance(self.paired, bool):
-            raise PolicyError(f"paired={self.paired!r} is invalid: it must be True or False")
+        check_grid(self.grid)
+        check_flag("paired", self.paired)
         if self.shared is None:
             object.__setattr__(self, "shared", self.kind == "random")
 

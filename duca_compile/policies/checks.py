@@ -29,6 +29,22 @@ def check_number(name: str, value: Any, least: float = -inf, most: float = inf) 
         raise PolicyError(f"{name}={value!r} is invalid: it must be a finite number{limits}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    """Raises PolicyError unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise PolicyError(f"{name}={value!r} is invalid: it must be True or False")
+
+
+def check_grid(grid: Sequence[int] | None) -> None:
+    """Raises PolicyError unless ``grid`` is the layout of an image's or a video's tokens, or None."""
+    if grid is None:
+        return
+    if len(grid) not in (2, 3):
+        raise PolicyError(f"grid={grid!r} is invalid: it is (height, width) or (frames, height, width)")
+    for i, size in enumerate(grid):
+        check_whole(f"grid[{i}]", size, least=1)
+
+
 def check_full_steps(full_steps: Sequence[int], most: float = inf) -> None:
     """Raises PolicyError unless these are step numbers from 0 to ``most``, with step 0 among them."""
     for index, step in enumerate(full_steps):

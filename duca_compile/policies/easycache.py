@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
 
-from duca_compile.core.steps import Probe, Restores, Step, StepKind
-from duca_compile.errors import PolicyError
-from duca_compile.policies.adaptive import AdaptivePolicy, DecidePer, Decider, check_per
+from duca_compile.core.steps import Probe, Restores
+from duca_compile.policies.adaptive import DecidePer
 from duca_compile.policies.base import Series
-from duca_compile.policies.checks import check_number, check_whole
-from duca_compile.policies.gate import GateDecider
+from duca_compile.policies.gate import SkipGate
 
 
 @dataclass(frozen=True)
-class EasyCache(AdaptivePolicy):
+class EasyCache(SkipGate):
     """A step is cheap as long as the output, judged by how far the latent has moved, has changed little.
 
     Between the last two full steps, the output moved k times as far as the latent. So a move of the latent x from one
@@ -40,11 +36,7 @@ class EasyCache(AdaptivePolicy):
     decide_per: DecidePer = "batch"
 
     def __post_init__(self) -> None:
-        check_number("threshold", self.threshold, least=0)
-        check_whole("first_full_steps", self.first_full_steps, least=2)
-        check_per(self.decide_per)
-        if not isinstance(self.last_full, bool):
-            raise PolicyError(f"last_full={self.last_full!r} is invalid: it must be True or False")
+        self._check(least_full=2)
 
     @classmethod
     def settings(cls, steps: int) -> tuple[Series, ...]:
@@ -61,19 +53,3 @@ class EasyCache(AdaptivePolicy):
     @property
     def measure(self) -> Probe:
         return Probe("latent")
-
-    @property
-    def per(self) -> DecidePer:
-        return self.decide_per
-
-    @property
-    def choices(self) -> tuple[Step, ...]:
-        return Step(StepKind.FULL), Step(StepKind.SKIP)
-
-    def decider(self, total: int | None) -> Decider:
-        return GateDecider(StepKind.SKIP, self.threshold, total, self.first_full_steps, self.last_full)
-
-    def steps(self, total: int | None) -> Iterator[Step]:
-        decider = self.decider(total)
-        for index in count() if total is None else range(total):
-            yield decider.decide(index, decider.propose(index), None)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import count
 from typing import Literal
 
 from duca_compile.core.steps import Probe, Restores, Step, StepKind
 from duca_compile.errors import PolicyError
 from duca_compile.policies.adaptive import AdaptivePolicy, DecidePer, Decider, check_per
 from duca_compile.policies.base import Forecast, Series
-from duca_compile.policies.checks import check_number, check_whole
+from duca_compile.policies.checks import check_flag, check_number, check_whole
 
 _KINDS = {"change": StepKind.SKIP, "branches": StepKind.REUSE, "forecast": StepKind.FORECAST}
 
@@ -65,9 +64,8 @@ class ResidualGate(AdaptivePolicy):
         check_whole("max_order", self.max_order, least=0, most=4)
         if self.max_cached_steps is not None:
             check_whole("max_cached_steps", self.max_cached_steps, least=1)
-        for name, value in (("accumulate", self.accumulate), ("last_full", self.last_full)):
-            if not isinstance(value, bool):
-                raise PolicyError(f"{name}={value!r} is invalid: it must be True or False")
+        check_flag("accumulate", self.accumulate)
+        check_flag("last_full", self.last_full)
         check_per(self.decide_per)
 
     @classmethod
@@ -104,11 +102,6 @@ class ResidualGate(AdaptivePolicy):
         cheap, limit = _KINDS[self.cached], self.max_cached_steps
         return GateDecider(cheap, self.threshold, total, 1, self.last_full, limit, self.accumulate, self.rescaled)
 
-    def steps(self, total: int | None) -> Iterator[Step]:
-        decider = self.decider(total)
-        for index in count() if total is None else range(total):
-            yield decider.decide(index, decider.propose(index), None)
-
     def rescaled(self, change: float) -> float:
         """The value of the polynomial ``coefficients`` at ``change``."""
         if not self.coefficients:
@@ -117,6 +110,36 @@ class ResidualGate(AdaptivePolicy):
         for coefficient in self.coefficients:
             value = value * change + coefficient
         return value
+
+
+class SkipGate(AdaptivePolicy):
+    """A gate whose changes add up, and whose cheap steps run no block.
+
+    Subclasses are dataclasses with these fields, and say what is measured.
+    """
+
+    threshold: float
+    first_full_steps: int
+    last_full: bool
+    decide_per: DecidePer
+
+    def _check(self, least_full: int) -> None:
+        """Raises PolicyError if a field is invalid; at least so many steps must be full at the start."""
+        check_number("threshold", self.threshold, least=0)
+        check_whole("first_full_steps", self.first_full_steps, least=least_full)
+        check_per(self.decide_per)
+        check_flag("last_full", self.last_full)
+
+    @property
+    def per(self) -> DecidePer:
+        return self.decide_per
+
+    @property
+    def choices(self) -> tuple[Step, ...]:
+        return Step(StepKind.FULL), Step(StepKind.SKIP)
+
+    def decider(self, total: int | None) -> Decider:
+        return GateDecider(StepKind.SKIP, self.threshold, total, self.first_full_steps, self.last_full)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from duca_compile.core.steps import Step, StepKind
 from duca_compile.errors import PolicyError
 from duca_compile.policies.base import Forecast, Policy, Series
-from duca_compile.policies.checks import check_number, check_whole
+from duca_compile.policies.checks import check_flag, check_number, check_whole
 from duca_compile.policies.schedule import full_after_start, intervals
 
 
@@ -46,8 +46,7 @@ class HiCache(Policy):
         check_whole("first_full_steps", self.first_full_steps, least=1)
         if not self.scale:
             raise PolicyError("scale=0 is invalid: it must be above 0; FORA reuses features as they are")
-        if not isinstance(self.lite, bool):
-            raise PolicyError(f"lite={self.lite!r} is invalid: it must be True or False")
+        check_flag("lite", self.lite)
 
     @classmethod
     def settings(cls, steps: int) -> tuple[Series, ...]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
 
 from duca_compile.core.steps import Probe, Step, StepKind
 from duca_compile.policies.adaptive import AdaptivePolicy, DecidePer, Decider, check_per
@@ -68,11 +66,6 @@ class RelationalFeatureCaching(AdaptivePolicy):
 
     def decider(self, total: int | None) -> Decider:
         return _ErrorSum(self)
-
-    def steps(self, total: int | None) -> Iterator[Step]:
-        decider = self.decider(total)
-        for index in count() if total is None else range(total):
-            yield decider.propose(index)
 
 
 class _ErrorSum(Decider):

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
 
-from duca_compile.core.steps import NoiseFilter, Probe, Restores, Step, StepKind
+from duca_compile.core.steps import NoiseFilter, Probe, Restores
 from duca_compile.errors import PolicyError
-from duca_compile.policies.adaptive import AdaptivePolicy, DecidePer, Decider, check_per
+from duca_compile.policies.adaptive import DecidePer
 from duca_compile.policies.base import Series
-from duca_compile.policies.checks import check_number, check_whole
-from duca_compile.policies.gate import GateDecider
+from duca_compile.policies.checks import check_grid, check_number
+from duca_compile.policies.gate import SkipGate
 
 
 @dataclass(frozen=True)
-class SeaCache(AdaptivePolicy):
+class SeaCache(SkipGate):
     """A step is cheap as long as the filtered input of the first block has changed little since the last full step.
 
     The input, after norm and modulation, goes through a Wiener filter over the grid of its tokens. At high noise levels
@@ -49,20 +47,12 @@ class SeaCache(AdaptivePolicy):
     decide_per: DecidePer = "batch"
 
     def __post_init__(self) -> None:
-        check_number("threshold", self.threshold, least=0)
+        self._check(least_full=1)
         check_number("pure_noise", self.pure_noise, least=0)
         check_number("exponent", self.exponent, least=0)
-        check_whole("first_full_steps", self.first_full_steps, least=1)
-        check_per(self.decide_per)
         if not self.pure_noise:
             raise PolicyError("pure_noise=0 is invalid: it is the timestep that stands for pure noise, such as 1000")
-        if not isinstance(self.last_full, bool):
-            raise PolicyError(f"last_full={self.last_full!r} is invalid: it must be True or False")
-        if self.grid is not None:
-            if len(self.grid) not in (2, 3):
-                raise PolicyError(f"grid={self.grid!r} is invalid: it is (height, width) or (frames, height, width)")
-            for i, size in enumerate(self.grid):
-                check_whole(f"grid[{i}]", size, least=1)
+        check_grid(self.grid)
 
     @classmethod
     def settings(cls, steps: int) -> tuple[Series, ...]:
@@ -80,19 +70,3 @@ class SeaCache(AdaptivePolicy):
     @property
     def measure(self) -> Probe:
         return Probe("modulated", filter=NoiseFilter(self.exponent, self.pure_noise, self.grid))
-
-    @property
-    def per(self) -> DecidePer:
-        return self.decide_per
-
-    @property
-    def choices(self) -> tuple[Step, ...]:
-        return Step(StepKind.FULL), Step(StepKind.SKIP)
-
-    def decider(self, total: int | None) -> Decider:
-        return GateDecider(StepKind.SKIP, self.threshold, total, self.first_full_steps, self.last_full)
-
-    def steps(self, total: int | None) -> Iterator[Step]:
-        decider = self.decider(total)
-        for index in count() if total is None else range(total):
-            yield decider.decide(index, decider.propose(index), None)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from duca_compile.core.steps import Step, StepKind
 from duca_compile.errors import PolicyError
 from duca_compile.policies.base import Forecast, Policy, Series
-from duca_compile.policies.checks import check_whole
+from duca_compile.policies.checks import check_flag, check_whole
 from duca_compile.policies.schedule import full_after_start, intervals
 
 
@@ -45,8 +45,7 @@ class TaylorSeer(Policy):
         check_whole("interval", self.interval, least=1)
         check_whole("max_order", self.max_order, least=0, most=4)
         check_whole("first_full_steps", self.first_full_steps, least=1)
-        if not isinstance(self.lite, bool):
-            raise PolicyError(f"lite={self.lite!r} is invalid: it must be True or False")
+        check_flag("lite", self.lite)
         if not isinstance(self.relational, bool) or (self.relational and (self.lite or self.max_order == 0)):
             raise PolicyError(
                 f"relational={self.relational!r} is invalid: it must be True or False, and needs branches "

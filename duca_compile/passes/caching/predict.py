@@ -10,12 +10,12 @@ from torch import Tensor, fx, nn
 
 from duca_compile.analysis.closure import ancestors
 from duca_compile.core.fx_utils import op_name
-from duca_compile.core.ir import ROWS, Branch, CapturedGraph, Facts
+from duca_compile.core.ir import Branch, CapturedGraph, Facts
 from duca_compile.core.ports import STREAM_END, hoisted
 from duca_compile.core.variants import PredictVariant
 from duca_compile.errors import PolicyError
 from duca_compile.frontend.operators import carried_value
-from duca_compile.passes.base import CachingPass, VariantDraft
+from duca_compile.passes.base import CachingPass, VariantDraft, check_one_end
 from duca_compile.policies.predictor import FUSE, Predictor
 
 aten = torch.ops.aten
@@ -108,16 +108,12 @@ def last_blocks(facts: Facts) -> tuple[Branch, ...]:
         PolicyError: there is no earlier block to replace, the stream is not (batch, tokens, channels), or the model's
             results read more than its end.
     """
-    if (other := facts.other_end) is not None:
-        raise PolicyError(
-            "a predictor gives the end of one stream, and the model's results also read the stream behind "
-            f"{other.path or 'the model'} at {other.source}; use another policy"
-        )
+    check_one_end(facts, "a predictor gives")
     tail = tuple(b for b in facts.branches if b.block >= facts.blocks - DEPTH)
     if len(tail) == len(facts.branches):
         raise PolicyError(f"a predictor replaces all blocks but the last {DEPTH}, and this model has no others")
     end = facts.branches[-1]
-    if end.layout.dims != ((ROWS,), (1,), ()):
+    if not end.layout.is_sequence:
         raise PolicyError(f"a predictor needs a stream of (batch, tokens, channels); this one is {end.layout}")
     return tail
 

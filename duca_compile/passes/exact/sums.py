@@ -8,8 +8,7 @@ import torch
 
 from duca_compile.core.ports import SUMMED, Port, PortKind
 from duca_compile.core.variants import FullVariant, Series
-from duca_compile.errors import PolicyError
-from duca_compile.passes.base import ExactPass, VariantDraft
+from duca_compile.passes.base import ExactPass, VariantDraft, check_one_end
 from duca_compile.passes.numbers import broadcast, number_input, precise, widened
 
 aten = torch.ops.aten
@@ -31,11 +30,7 @@ class EmitSums(ExactPass[VariantDraft]):
         sums = [port for i in range(spec.keeps.sums) if (port := Port(PortKind.SUM, i)) not in draft.results]
         if not sums:
             return False
-        if (other := draft.facts.other_end) is not None:
-            raise PolicyError(
-                "Spectrum sums up the end of one stream, and the model's results also read the stream behind "
-                f"{other.path or 'the model'} at {other.source}; use another policy, such as HiCache(lite=True)"
-            )
+        check_one_end(draft.facts, "Spectrum sums up", ", such as HiCache(lite=True)")
         end, call = draft.node(draft.facts.stream_end), draft.graph.call_function
         like = end.meta["val"].to(precise(end.meta["val"]))
         summed = broadcast(draft, number_input(draft, SUMMED, like), like)
