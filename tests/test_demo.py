@@ -80,6 +80,7 @@ def test_the_seed_alone_decides_the_noise(embedded: demo.DemoModel) -> None:
     assert not torch.equal(embedded.noise(3), embedded.noise(4))
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_picture_and_prints_the_tables(tmp_path: Path) -> None:
     picture = tmp_path / "out.png"
     arguments = [

@@ -271,6 +271,7 @@ def test_models_of_half_precision(tmp_path: Path) -> None:
     assert all(output.dtype is torch.bfloat16 and output.isfinite().all() for output in found)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_variants_agree_and_are_one_graph_each(
     model: nn.Module, trained: Path, monkeypatch: pytest.MonkeyPatch

@@ -192,7 +192,11 @@ def test_rows_decide_for_themselves(policy: Any) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "policy", [pytest.param(SeaCache(0.4), id="SeaCache"), pytest.param(EasyCache(0.3, 2), id="EasyCache")]
+    "policy",
+    [
+        pytest.param(SeaCache(0.4), id="SeaCache"),
+        pytest.param(EasyCache(0.3, 2), id="EasyCache", marks=pytest.mark.slow),
+    ],
 )
 def test_an_artifact_decides_alike(policy: Policy, tmp_path: Path) -> None:
     fast = optimized(policy, DIT.model, STEPS)

@@ -49,7 +49,7 @@ def close(left: list[Tensor], right: list[Tensor]) -> bool:
 @pytest.mark.parametrize(
     "policy",
     [
-        FORA(3),
+        pytest.param(FORA(3), marks=pytest.mark.slow),
         VARYING,
         DuCa(interval=3, fresh_ratio=0.25, selection="v_norm"),
     ],
@@ -70,6 +70,7 @@ def test_compiled_variants_agree_with_eager_ones_and_compile_once(
     assert len(compilations) == len(specs)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_repeats_from_block_to_block_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[list[int]] = []

@@ -256,6 +256,7 @@ def test_weights_under_names_of_the_trace_are_replaced_too(log: Log) -> None:
     assert log.captures() == 0
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_code_sees_new_weights_too(log: Log) -> None:
     model = tiny()

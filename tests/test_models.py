@@ -78,7 +78,12 @@ class Run:
         return duca_compile.Explanation(self.entry.name, self.compiled.captured, self.compiled.facts, POLICY)
 
 
-@pytest.fixture(scope="module", params=ZOO)
+SLOW = {"CogVideoX longer", "HiDream", "HunyuanVideo-1.5", "Z-Image"}  # to capture, and much like others here
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in ZOO]
+)
 def run(request: pytest.FixtureRequest) -> Run:
     torch.manual_seed(0)
     entry = ZOO[request.param]

@@ -139,11 +139,7 @@ def test_names_change_nothing_under_inductor(plain: tuple[Policy, list[list[Tens
     assert kinds(optimized) == steps
 
 
-@pytest.mark.parametrize(
-    "plain",
-    ["gate", *(pytest.param(name, marks=pytest.mark.slow) for name in POLICIES if name != "gate")],
-    indirect=True,
-)
+@pytest.mark.slow
 def test_names_change_nothing_in_an_artifact(
     plain: tuple[Policy, list[list[Tensor]], list[Any]], tmp_path: Path
 ) -> None:

@@ -147,7 +147,7 @@ def test_what_cannot_be_searched_is_refused() -> None:
 @pytest.mark.parametrize("search", ["path", "loops"])
 def test_the_command_searches(search: str, tmp_path: Path) -> None:
     out = tmp_path / "calibrated.json"
-    arguments = ["calibrate", "--steps", "8", "--full-steps", "4", "--search", search, "--iterations", "2"]
+    arguments = ["calibrate", "--steps", "8", "--full-steps", "5", "--search", search, "--iterations", "2"]
     done = CliRunner().invoke(app, [*arguments, "--out", str(out)])
     assert done.exit_code == 0, done.output
-    assert len(Calibrated.load(out).full_steps) == 4
+    assert len(Calibrated.load(out).full_steps) == 5

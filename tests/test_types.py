@@ -74,7 +74,10 @@ def in_slow(chosen: bool, *values: object) -> Any:
     ],
 )
 def test_steps_in_half_precision_are_as_planned(model: str, name: str, dtype: torch.dtype) -> None:
-    """Full steps are the model's own, bit for bit; caches of features are of their type, and as large as announced."""
+    """Full steps are the model's own, bit for bit; caches of features are of their type, and as large as announced.
+
+    Sums that Spectrum fits by are in float32.
+    """
     case, policy = case_of(model, dtype), POLICIES.get(name, ENTROPY)
     optimized = case.shared.optimized(policy, STEPS)
     plan = case.explained(policy).schedule(policy, STEPS)
@@ -91,7 +94,7 @@ def test_steps_in_half_precision_are_as_planned(model: str, name: str, dtype: to
         types |= {cache.dtype for cache in kept(optimized) if cache.dim() > 1}
         assert all(cache.dtype is torch.float32 for cache in kept(optimized) if cache.dim() == 1)  # numbers of rows
         most = max(most, held(optimized))
-    assert types == {dtype}
+    assert types == ({dtype, torch.float32} if name.startswith("Spectrum") else {dtype})
     assert (kept(optimized), plan.cache_bytes) == ([], optimized.cache_bytes)
     assert abs(most - plan.cache_bytes) <= 0.01 * plan.cache_bytes
     kinds = [done.kind for done in optimized.history]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from enum import Enum
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -54,10 +55,21 @@ def _is_container(value: Any, seen: set[int]) -> bool:
     cls = type(value)
     if isinstance(value, _OTHERS) or callable(value) or id(value) in seen:
         return False
-    if not cls.__flags__ & _HEAP_TYPE or not hasattr(value, "__dict__"):
+    if _base(cls) is None:
         return False
     seen.add(id(value))
     return all(type(each) in LEAVES or _is_container(each, seen) for each in _held(vars(value).values()))
+
+
+def _base(cls: type) -> type | None:
+    """The class whose ``__new__`` makes objects of ``cls``; None if they may hold more than their ``__dict__`` does."""
+    base, own = cls, []
+    while base.__flags__ & _HEAP_TYPE and base.__base__ is not None:
+        own.append(base)
+        base = base.__base__
+    slots = any(vars(each).get("__slots__") for each in cls.__mro__)
+    plain = base is SimpleNamespace or (base is object and bool(own) and cls.__dictoffset__ != 0)
+    return base if plain and not slots else None
 
 
 def _held(values: Iterable[Any]) -> Iterator[Any]:
@@ -75,6 +87,8 @@ def _flatten_with_keys(value: Any) -> tuple[list[tuple[Any, Any]], tuple[str, ..
 
 
 def _rebuilt(cls: type, values: Iterable[Any], names: tuple[str, ...]) -> Any:
-    value: Any = object.__new__(cls)
+    base = _base(cls)
+    assert base is not None
+    value: Any = base.__new__(cls)
     vars(value).update(zip(names, values, strict=True))
     return value

@@ -906,9 +906,32 @@ def replaces() -> Results:
     return given(lambda info, y: info["a"].__setitem__(1, y), lambda: {"a": [torch.ones(()), torch.ones(())]})
 
 
+class Gain:
+    def __init__(self, gain: Tensor) -> None:
+        self.gain = gain
+
+
+class Slotted(Gain):
+    __slots__ = ("offset",)
+
+    def __init__(self, gain: Tensor, offset: Tensor) -> None:
+        super().__init__(gain)
+        self.offset = offset
+
+
 @feature("arguments", "an object of a class of its own")
 def object_argument() -> Results:
+    return given(lambda info, y: info.gain * y, lambda: Gain(torch.ones(())))
+
+
+@feature("arguments", "a namespace")
+def namespace_argument() -> Results:
     return given(lambda info, y: info.gain * y, lambda: types.SimpleNamespace(gain=torch.ones(())))
+
+
+@feature("arguments", "an object with slots", Outcome.REFUSED, says="the argument info of Takes.forward is a Slotted")
+def slots_argument() -> Results:
+    return given(lambda info, y: info.gain * y, lambda: Slotted(torch.ones(()), torch.ones(())))
 
 
 @feature("arguments", "a set", Outcome.REFUSED, says="the argument info of Takes.forward is a set")

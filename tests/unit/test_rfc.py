@@ -242,7 +242,11 @@ def test_constant_inputs_are_forecast_as_they_are() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("policy", [RFC(0.02), TaylorSeer(4, 1, relational=True)], ids=["decided", "interval"])
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(RFC(0.02), marks=pytest.mark.slow), TaylorSeer(4, 1, relational=True)],
+    ids=["decided", "interval"],
+)
 def test_compiled_variants_agree_and_are_one_graph_each(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
 
