@@ -7,7 +7,7 @@ import functools
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from operator import is_
@@ -36,18 +36,19 @@ from duca_compile.compiler.compiled import Compiled
 from duca_compile.core.ir import CapturedGraph
 from duca_compile.core.once import Once
 from duca_compile.core.steps import StepKind
-from duca_compile.errors import UsageError
+from duca_compile.errors import CaptureError, StructureError, UsageError
 from duca_compile.frontend import casts, offloading
 from duca_compile.frontend.binder import Binder, Call
 from duca_compile.frontend.capture import live_tensors
 from duca_compile.frontend.methods import FORWARD, calls_forward, runs_blocks, with_step
 from duca_compile.frontend.side_effects import ModelState
 from duca_compile.frontend.trace_check import COMPILED_TOLERANCE, MAX_ULPS, relative_distance, ulp_distance
+from duca_compile.frontend.wrappers import WrapperError, networks, standing_in
 from duca_compile.policies import Policy
 from duca_compile.runtime.dispatcher import StepPlan
 from duca_compile.runtime.planning import not_recomputed
 from duca_compile.runtime.request import Request
-from duca_compile.runtime.session import HasSessions, Requests, current_pass
+from duca_compile.runtime.session import HasSessions, Requests, current_pass, named_pass
 
 log = logging.getLogger("duca_compile")
 
@@ -93,6 +94,17 @@ class _EagerRun(NamedTuple):
         return not exact and relative_distance(self.results, leaves) <= COMPILED_TOLERANCE
 
 
+class _Around(NamedTuple):
+    """A wrapper's networks, optimized, by their names; and why the wrapper's own forward is no graph."""
+
+    parts: dict[str, OptimizedModel]
+    reason: WrapperError
+
+    def fit(self, callee: nn.Module) -> bool:
+        """Whether these are still the wrapper's networks."""
+        return all(callee._modules.get(name) is part.source for name, part in self.parts.items())
+
+
 class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
     """A drop-in for the model it was made from; see ``optimize``.
 
@@ -117,6 +129,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
     _careful: bool  # whether a step's results once differed from the model's, so that captures run all checks
     _unverified: _EagerRun | None  # that of the last capture, until a step was compared with it
     _captures_of: OptimizedModel | None  # another drop-in of the source, whose captures this one uses
+    _around: _Around | None  # where the source is a wrapper that no graph holds: what is cached instead
 
     def __new__(cls, model: nn.Module, *_: Any, **__: Any) -> OptimizedModel:
         source = type(model)
@@ -141,7 +154,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
         self.__dict__.update(callee=callee, method=method, latent_name=latent)
         self.__dict__.update(_backend=backend, _requests=requests, _bind=Binder(callee, timestep))
         self.__dict__.update(_compiled=CaptureCache(callee, self._capture))
-        self.__dict__.update(_warned=Once(), _careful=False, _unverified=None, _captures_of=None)
+        self.__dict__.update(_warned=Once(), _careful=False, _unverified=None, _captures_of=None, _around=None)
         self.training = model.training
         self._set_forward()
 
@@ -243,8 +256,56 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
         check_model(source)
         if offloading.has_hooks(source):
             args, kwargs = offloading.before_call(source, args, kwargs)
-            return offloading.after_call(source, self._run(self._bind(args, kwargs)))
-        return self._run(self._bind(args, kwargs))
+            return offloading.after_call(source, self._step(self._bind(args, kwargs)))
+        return self._step(self._bind(args, kwargs))
+
+    def _step(self, call: Call) -> Any:
+        if self._around is None:
+            try:
+                return self._run(call)
+            except WrapperError as error:
+                self._go_around(error)
+        return self._run_around(call)
+
+    def _go_around(self, reason: WrapperError) -> None:
+        """Optimizes the networks of a wrapper, whose own forward will run as it is."""
+        names = networks(self.callee)
+        if not names:
+            raise reason
+        self.__dict__["_around"] = _Around({name: self._part(self.callee._modules[name]) for name in names}, reason)
+
+    def _part(self, network: nn.Module | None) -> OptimizedModel:
+        assert network is not None
+        timestep = self.timestep_name if _takes(network.forward, self.timestep_name) else None
+        latent = self.latent_name if _takes(network.forward, self.latent_name) else None
+        options = timestep, self.cache_options, FORWARD, latent
+        return OptimizedModel(network, self.policy, self._backend, self._requests, *options)
+
+    def _run_around(self, call: Call) -> Any:
+        """Runs a wrapper's forward with its networks optimized."""
+        around = self._around
+        if around is None or not around.fit(self.callee):
+            self.__dict__["_around"] = None
+            return self._step(call)
+        if torch.is_grad_enabled():
+            check_no_gradients(call.tensors)
+        check_no_transform()
+        called = current_pass(self)
+        with torch.no_grad(), standing_in(self.callee, around.parts) as wrapper, ExitStack() as passes:
+            if called is not None:
+                for part in around.parts.values():
+                    passes.enter_context(named_pass(part, called.name, called.options))
+            try:
+                output = wrapper(**call.arguments)
+            except (CaptureError, StructureError) as error:
+                if any(part._compiled.values() for part in around.parts.values()):
+                    raise
+                self.__dict__["_around"] = None
+                raise around.reason from error
+        if self._warned.first("wrapper"):
+            names = " and ".join(around.parts)
+            log.info("%s runs as it is, and %s is cached: %s", type(self.source).__name__, names, around.reason)
+        return output
 
     def _run(self, call: Call) -> Any:
         if records := torch.is_grad_enabled():
@@ -398,8 +459,8 @@ def _outside_of_modes(captured: CapturedGraph) -> Iterator[None]:
         yield
 
 
-def _takes(function: Callable[..., Any], name: str) -> bool:
-    """Whether the function accepts an argument of that name."""
+def _takes(function: Callable[..., Any], name: str | None) -> bool:
+    """Whether the function accepts an argument of that name; None is no name."""
     parameters = inspect.signature(function).parameters.values()
     return any(each.name == name or each.kind is each.VAR_KEYWORD for each in parameters)
 

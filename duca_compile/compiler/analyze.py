@@ -18,7 +18,7 @@ from duca_compile.compiler.verification import verified
 from duca_compile.core.ir import CapturedGraph, Facts
 from duca_compile.core.lock import COMPILING
 from duca_compile.core.ports import Port, argument
-from duca_compile.errors import CaptureError, StructureError
+from duca_compile.errors import StructureError
 from duca_compile.frontend import casts, fast_paths
 from duca_compile.frontend.arguments import Write, with_writes
 from duca_compile.frontend.binder import Call
@@ -26,6 +26,7 @@ from duca_compile.frontend.capture import capture
 from duca_compile.frontend.compiled_parts import uncompiled
 from duca_compile.frontend.opaque import READS_CHANGING_VALUES
 from duca_compile.frontend.side_effects import WritesToArguments, track_side_effects
+from duca_compile.frontend.wrappers import HiddenStructureError, ReadsStepError, holds_most, networks
 from duca_compile.passes.base import Draft, Pass
 from duca_compile.passes.pipeline import prepare
 from duca_compile.runtime.dispatcher import Hoister
@@ -60,6 +61,7 @@ def analyze_call(
     Raises:
         CaptureError: the model cannot be captured.
         StructureError: its graph has nothing to cache.
+        WrapperError: one of these, of a model that may be a wrapper.
         UsageError: hooks of the model reuse features already, or ``timestep`` or ``latent`` is no argument of the call.
     """
     check_caching(model)
@@ -101,7 +103,7 @@ def _analyzed(
         def captured_with(operators: Mapping[str, str]) -> tuple[CapturedGraph, Facts]:
             graph = capture(model, call, {**known, **effects.operators, **operators}, run, careful)
             graph = replace(prepare(graph, options.passes), writes=writes)
-            return graph, _facts(graph, options, call)
+            return graph, _facts(model, graph, options, call)
 
         captured, facts = captured_with({})
         if readers := changing_reads(model, captured, facts):
@@ -115,7 +117,7 @@ def _analyzed(
             return captured, verified(captured, facts, step_values(captured, facts, prologue, values)), prologue
 
 
-def _facts(captured: CapturedGraph, options: _Options, call: Call) -> Facts:
+def _facts(model: nn.Module, captured: CapturedGraph, options: _Options, call: Call) -> Facts:
     """Runs the analyses. Where an opaque submodule hides the model's structure, the error says so."""
     with casts.without_autocast(captured):
         observe(captured, dict(zip(captured.inputs, call.tensors, strict=True)))
@@ -126,7 +128,8 @@ def _facts(captured: CapturedGraph, options: _Options, call: Call) -> Facts:
             raise
         site = max(captured.opaque, key=lambda each: each.flops)
         hidden = f"The inside of {site.path} is hidden: it {site.reason}, so it runs as one opaque operator."
-        raise StructureError(f"{error} {hidden}") from error
+        kind = HiddenStructureError if holds_most(model, site.path) else StructureError
+        raise kind(f"{error} {hidden}") from error
 
 
 def step_values(
@@ -142,14 +145,19 @@ def changing_reads(model: nn.Module, captured: CapturedGraph, facts: Facts) -> d
     """The submodules that read values in Python that change from step to step, with the reasons to make them opaque.
 
     Raises:
-        CaptureError: the model's own forward reads such a value; names the line.
+        ReadsStepError: the model's own forward reads such a value, or that of a submodule with most of the weights;
+            names the line.
     """
     reads = {name: captured.guarded_inputs[name] for name in facts.changing if name in captured.guarded_inputs}
     for name, read in reads.items():
-        if "" in read.paths:
-            raise CaptureError(
-                f"{type(model).__name__}.forward reads a value that depends on {name!r} at {read.source}. It changes "
+        hiding = [path for path in sorted(read.paths) if not path or holds_most(model, path)]
+        if hiding:
+            reader = type(model.get_submodule(hiding[0])).__name__
+            parts = " and ".join(f"{each!r}" for each in networks(model))
+            around = f" optimize() runs it as it is, and caches {parts}: explain or save that instead." if parts else ""
+            raise ReadsStepError(
+                f"{reader}.forward reads a value that depends on {name!r} at {read.source}. It changes "
                 "from step to step, so no graph can be specialized to it. Compute it before the loop and pass it "
-                "as an argument, or move that line to a submodule, which then runs as one opaque operator."
+                f"as an argument, or move that line to a submodule, which then runs as one opaque operator.{around}"
             )
     return {path: READS_CHANGING_VALUES for read in reads.values() for path in read.paths}

@@ -87,8 +87,7 @@ def _flatten_with_keys(value: Any) -> tuple[list[tuple[Any, Any]], tuple[str, ..
 
 
 def _rebuilt(cls: type, values: Iterable[Any], names: tuple[str, ...]) -> Any:
-    base = _base(cls)
-    assert base is not None
+    base: Any = _base(cls)
     value: Any = base.__new__(cls)
     vars(value).update(zip(names, values, strict=True))
     return value
