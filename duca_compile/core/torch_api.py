@@ -32,6 +32,7 @@ PRIVATE = {
         "torch._subclasses:FakeTensorMode",
         "torch._subclasses.functional_tensor:FunctionalTensor",
         "torch.autograd.forward_ad:_current_level",
+        "torch.fx.experimental.proxy_tensor:get_proxy_mode",
         "torch.fx.experimental.proxy_tensor:make_fx",
         "torch.utils._python_dispatch:TorchDispatchMode",
         "torch.utils._python_dispatch:is_traceable_wrapper_subclass",

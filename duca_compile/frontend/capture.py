@@ -358,6 +358,9 @@ class _Lowering:
             if getattr(node.target, "__module__", None) == _TRANSFORMS:
                 error = RuntimeError(f"it transforms a function (vmap), at {source_line(node)}")
                 raise Untraceable(module_path(node), error)
+            if isinstance(node.target, torch._ops.HigherOrderOperator):
+                called = TypeError(f"it calls {node.target.__name__}, which runs a function, at {source_line(node)}")
+                raise Untraceable(module_path(node), called)
             if node.op == "placeholder":
                 self._copy_input(node)
             elif node.op != "output":

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -126,11 +126,13 @@ class DataAsDetach(TorchFunctionMode):
 
 
 class _NoteReads(TorchFunctionMode):
-    """Puts a node into the trace for each value that Python reads."""
+    """Puts a node into the trace for each value that Python reads; refuses operators that run functions."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if isinstance(func, torch._ops.HigherOrderOperator) and get_proxy_mode() is not None:  # not in an operator
+            raise TypeError(f"it calls {func.__name__}, which runs a function")
         if func in _READERS:
             for tensor in args:
                 if isinstance(tensor, Tensor):

@@ -16,8 +16,9 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from duca_compile.core.fx_utils import int_operand
 from duca_compile.core.lock import COMPILING
@@ -59,6 +60,29 @@ class ResultLayout(NamedTuple):
         return tensor if tensor.stride() == self.stride else self.empty(tensor.device).copy_(tensor)
 
 
+class _Flops(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts FLOPs by torch's formulas. torch's own counter fails on operators that run functions."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        formula = flop_registry.get(getattr(func, "_overloadpacket", func))
+        if formula is None and isinstance(func, torch._ops.OpOverload):
+            with self:
+                parts = func.decompose(*args, **kwargs)  # in inference mode, composite operators come here
+            if parts is not NotImplemented:
+                return parts
+        results = func(*args, **kwargs)
+        if formula is not None:
+            self.total += int(formula(*args, **kwargs, out_val=results))
+        return results
+
+
 class CallSite:
     """One call of a module in the trace: its other arguments, and the layout of its results."""
 
@@ -98,7 +122,7 @@ class CallSite:
     def _first_run(self, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> list[Tensor]:
         """Runs the module for the trace, and notes what its results look like."""
         versions, random = list(map(version, tensors)), torch.get_rng_state()
-        with FlopCounterMode(display=False) as counter:
+        with _Flops() as flops:
             outputs, self.out_spec = tree_flatten(self._forward(*args, **kwargs))
         self._draws = not torch.equal(random, torch.get_rng_state())
         if versions != list(map(version, tensors)):
@@ -106,7 +130,7 @@ class CallSite:
         if not all(isinstance(output, Tensor | None) for output in outputs):
             raise CaptureError(f"{self._says} It returns something that is neither a tensor nor None.")
         self.tensor_places = [i for i, output in enumerate(outputs) if output is not None]
-        self.flops = int(counter.get_total_flops()) or self._guessed_flops
+        self.flops = flops.total or self._guessed_flops
         results = self._unaliased(outputs, tensors)
         self.out_layouts = [ResultLayout(result.shape, result.stride(), result.dtype) for result in results]
         return results

@@ -304,6 +304,99 @@ def own_kernel() -> Results:
     return [duca_compile.optimize(model, "none", "eager")(**call)], [model(**call)]
 
 
+class Flexible(nn.Module):
+    """flex_attention with a bias that is learnt, in a submodule of the block or in the block itself."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(models.WIDTH, 3 * models.WIDTH), nn.Linear(models.WIDTH, models.WIDTH)
+            self.bias = nn.Parameter(torch.randn(models.HEADS))
+
+        def forward(self, x: Tensor) -> Tensor:
+            from torch.nn.attention.flex_attention import flex_attention
+
+            def score(value: Tensor, _: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+                return value + self.bias[head] * (row - column)
+
+            parts = self.qkv(x).unflatten(-1, (3, models.HEADS, -1)).permute(2, 0, 3, 1, 4)
+            mixed: Any = flex_attention(*parts, score_mod=score)
+            found: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+            return found
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.mlp = self.Attention(), models.mlp()
+
+    def forward(self, x: Tensor, condition: Tensor, text: Tensor) -> Tensor:
+        x = x + self.attention(x)
+        found: Tensor = x + self.mlp(x)
+        return found
+
+
+class FlexibleInside(Flexible):
+    def forward(self, x: Tensor, condition: Tensor, text: Tensor) -> Tensor:
+        x = x + Flexible.Attention.forward(self.attention, x)
+        found: Tensor = x + self.mlp(x)
+        return found
+
+
+class Conditional(Flexible):
+    def forward(self, x: Tensor, condition: Tensor, text: Tensor) -> Tensor:
+        x = x + torch.cond(x.sum() > 0, lambda x: x * 2, lambda x: x * 3, (x,))
+        found: Tensor = x + self.mlp(x)
+        return found
+
+
+@torch.no_grad()
+def with_blocks(block: type[nn.Module]) -> Results:
+    torch.manual_seed(0)
+    model, call = models.build(block), models.example()
+    optimized = duca_compile.optimize(model, "none", "eager")
+    return results(optimized, call, "timestep"), results(model, call, "timestep")
+
+
+@feature("torch", "flex_attention in a submodule", note="it runs as an opaque operator")
+def flex_attention_in_a_submodule() -> Results:
+    return with_blocks(Flexible)
+
+
+@feature(
+    "torch", "flex_attention in a block's own forward", Outcome.REFUSED, says="it calls flex_attention, which runs"
+)
+def flex_attention_in_a_block() -> Results:
+    return with_blocks(FlexibleInside)
+
+
+@feature("torch", "torch.cond in a block's own forward", Outcome.REFUSED, says="it calls cond, which runs a function")
+def cond() -> Results:
+    return with_blocks(Conditional)
+
+
+@feature("diffusers", "WanAnimate2, which fills a cache of its own class and attends by flex_attention")
+@torch.no_grad()
+def wan_animate_2() -> Results:
+    from diffusers.models.transformers import transformer_wan_animate_2 as wan
+
+    torch.manual_seed(0)
+    sizes = {"in_dim": 12, "dim": 48, "ffn_dim": 96, "freq_dim": 32, "text_dim": 16, "out_dim": 4}
+    model = wan.WanAnimate2Transformer3DModel(text_len=8, num_heads=2, num_layers=2, use_img_emb=False, **sizes).eval()
+    latent, condition, text = torch.randn(4, 2, 4, 4), torch.randn(8, 2, 4, 4), torch.randn(5, 16)
+    grid = torch.tensor([[2, 2, 2]])
+
+    def run(run_model: Any) -> list[Tensor]:
+        cache = wan.WanAnimate2KVCache(2)
+        common = {"encoder_hidden_states": [text], "condition_latents": [condition], "kv_cache": cache, "seq_len": 8}
+        run_model([latent], torch.tensor([1.0]), kv_cache_mode="extract", offset_grid_sizes=grid, **common)
+        rest = {"reference_grid_sizes": grid, "origin_len": 5, "origin_area": [64, 64], "return_dict": False}
+        return [
+            run_model([latent], torch.tensor([900.0 - 100 * step]), kv_cache_mode="cached", **common, **rest)[0][0]
+            for step in range(STEPS)
+        ]
+
+    return run(duca_compile.optimize(model, "none", "eager")), run(model)
+
+
 @feature("diffusers", "perturbed attention (a processor that writes to a view)", note="runs as one operator")
 @torch.no_grad()
 def perturbed() -> Results:
