@@ -2,7 +2,8 @@
 
 One combination: ``nox -s "versions(oldest)"``. With ``-- tests/unit`` or the like, these tests run instead, and nothing
 is written. Each combination is installed into an environment of its own, of several gigabytes where torch comes with
-CUDA, which is deleted afterwards. A Python that is not installed is skipped.
+CUDA, which is deleted afterwards. A Python that is not installed is skipped. ``nox -s pipelines`` is short, and part of
+``.ci/run``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ CORE = (
     "tests/test_optimize.py",
     "tests/test_errors.py",
 )
+QUIET = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 SHOWN = ("torch", "diffusers", "numpy", "msgspec", "safetensors")  # packages whose versions are recorded
+OLDEST_DIFFUSERS = "0.36.0"
+OLD_PIPELINES = {"diffusers": OLDEST_DIFFUSERS, "transformers": "4.57.6"}  # with transformers 5, it cannot import some
+UNPINNED = (*OLD_PIPELINES, "huggingface_hub", "tokenizers")  # what these need other versions of
 TABLE = re.compile(r"(<!-- versions -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -41,13 +46,13 @@ class Versions:
 
 
 MATRIX = (
-    Versions("oldest", "3.10", "2.9.1", diffusers="0.36.0"),
+    Versions("oldest", "3.10", "2.9.1", diffusers=OLDEST_DIFFUSERS),
     Versions("torch-2.10", "3.11", "2.10.0"),
     Versions("torch-2.11", "3.11", "2.11.0"),
     Versions("torch-2.12", "3.12", "2.12.1"),
     Versions("torch-2.13", "3.11", "2.13.0"),
     Versions("newest", "3.13", "2.14.1"),
-    Versions("oldest-diffusers", "3.11", "2.13.0", diffusers="0.36.0"),
+    Versions("oldest-diffusers", "3.11", "2.13.0", diffusers=OLDEST_DIFFUSERS),
 )
 
 
@@ -61,16 +66,26 @@ def versions(session: nox.Session, each: Versions) -> None:
         session.install("--quiet", "--no-compile", *wanted, *TESTS, "-e", ".[export]")
         installed = json.loads(str(session.run("python", "-c", _LIST, *SHOWN, silent=True)).splitlines()[-1])
         command = ("python", "-m", "pytest", "--quiet", f"--junitxml={report}", *(session.posargs or CORE))
-        session.run(
-            *command,
-            success_codes=[0] if session.posargs else [0, 1],
-            env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        )
+        session.run(*command, success_codes=[0] if session.posargs else [0, 1], env=QUIET)
     finally:
         shutil.rmtree(session.virtualenv.location, ignore_errors=True)
     failed = 0 if session.posargs else _record(each.name, installed, report)
     if failed:
         session.error(f"{failed} tests failed")
+
+
+@nox.session(venv_backend="venv")
+def pipelines(session: nox.Session) -> None:
+    """Runs whole pipelines with the oldest diffusers; all else is as in ``constraints.txt``."""
+    pinned = (ROOT / "constraints.txt").read_text().splitlines()
+    others = Path(session.create_tmp()) / "constraints.txt"
+    others.write_text("\n".join(line for line in pinned if not line.startswith(tuple(f"{n}==" for n in UNPINNED))))
+    wanted = (f"{name}=={version}" for name, version in OLD_PIPELINES.items())
+    try:
+        session.install("--quiet", "--no-compile", "-c", str(others), *wanted, *TESTS, "-e", ".")
+        session.run("python", "-m", "pytest", "--quiet", "tests/test_pipeline.py", env=QUIET)
+    finally:
+        shutil.rmtree(session.virtualenv.location, ignore_errors=True)
 
 
 _LIST = """
