@@ -25,7 +25,21 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import duca_compile
-from duca_compile import FORA, DuCa, Policy, Selection, TaylorSeer, ToCa, published
+from duca_compile import (
+    FORA,
+    DuCa,
+    EasyCache,
+    FreqCa,
+    HiCache,
+    MagCache,
+    Policy,
+    SeaCache,
+    Selection,
+    Spectrum,
+    TaylorSeer,
+    ToCa,
+    published,
+)
 from duca_compile.app.demo import DemoModel
 from duca_compile.artifact.manifest import read_manifest
 from tests.artifacts import BLOCKED, ROOT, distance, export, loop, optimized, tiny_dit, without_torch
@@ -170,6 +184,13 @@ POLICIES = [
     TaylorSeer(interval=4, max_order=2),
     TaylorSeer(interval=4, max_order=1, lite=True),
     FORA(3),
+    Spectrum(first_full_steps=3, share=0.5),
+    HiCache(interval=4),
+    FreqCa(interval=4, transform="fft", cutoff=0.4),
+    FreqCa(interval=4),
+    MagCache((1.0, *[1.03] * (DDIM_STEPS - 1)), threshold=0.2),
+    SeaCache(),
+    EasyCache(),
     duca_compile.Uncached(),
 ]
 

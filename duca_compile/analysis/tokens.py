@@ -111,7 +111,7 @@ def _length(dim: Iterable[Span]) -> int:
 
 def _others(size: int) -> tuple[Span, ...]:
     """A dimension of ``size`` that holds neither rows nor tokens."""
-    return (Span(OTHER, size),) if size > 1 else ()
+    return (Span(OTHER, size),) if size != 1 else ()
 
 
 def _resized(node: fx.Node, dims: Iterable[tuple[Span, ...]]) -> Place:
@@ -552,6 +552,8 @@ def _taken(factors: list[Span], size: int) -> int | None:
     while len(factors) > 1 and factors[1].axis == OTHER:
         factors[:2] = [Span(OTHER, factors[0].size * factors[1].size)]
     whole = factors[0].size
+    if not whole:
+        return None
     if size % whole == 0:
         return factors.pop(0).size
     if whole % size:

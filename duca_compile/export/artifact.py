@@ -310,9 +310,9 @@ def _branches(traced: Traced) -> tuple[manifest.Branch, ...]:
     pairs = list(zip(traced.one.facts.branches, traced.other.facts.branches, strict=True))
     odd = next((one for one, other in pairs if one.pointwise and one.tokens != other.tokens), None)
     if odd is not None:
-        raise ExportError(
+        raise BatchError(
             f"the tokens of {odd.path or 'the stream'}, {odd.layout}, are the batch's rows, so their number must be "
-            "known; export with one batch size (dynamic_batch=False)"
+            "known"
         )
     return tuple(
         manifest.Branch(

@@ -20,6 +20,7 @@ from duca_compile.artifact.manifest import BATCH, Size, TensorSpec
 from duca_compile.core.fx_utils import add_placeholder, copy_graph
 from duca_compile.core.ports import Port, argument
 from duca_compile.errors import ExportError, InternalError
+from duca_compile.export.fold import fold_constants
 from duca_compile.export.reasons import describe, reason
 from duca_compile.passes.base import returned
 
@@ -166,9 +167,11 @@ def open_graph(name: str, one: Seen, other: Seen) -> OpenGraph:
     _drop_no_op_squeezes(graph)
     in_place = _functionalize(graph, names, one.outputs)
     graph.lint()
+    module = fx.GraphModule(one.module, graph)
+    fold_constants(module)
     return OpenGraph(
         name=name,
-        module=fx.GraphModule(one.module, graph),
+        module=module,
         inputs=specs,
         outputs=tuple(_spec(fit, a, b, result) for result, a, b in outputs),
         in_place=in_place,

@@ -17,6 +17,7 @@ from duca_compile.compiler.analyze import analyze_call
 from duca_compile.compiler.budget import CacheOptions
 from duca_compile.compiler.checks import check_model
 from duca_compile.compiler.precompute import make_rows
+from duca_compile.core.fx_utils import source_line
 from duca_compile.core.ir import CapturedGraph, Facts
 from duca_compile.core.ports import argument, argument_name
 from duca_compile.core.steps import Step, StepKind
@@ -25,6 +26,7 @@ from duca_compile.drop_in import WARM_UP_HORIZON, OptimizedModel
 from duca_compile.errors import CaptureError, ExportError, UsageError
 from duca_compile.export.batch import BatchError, Fit, NoBatchError, OpenGraph, Seen, open_graph
 from duca_compile.frontend.binder import Binder, Call
+from duca_compile.frontend.opaque import opaque, site_of
 from duca_compile.passes.caching.predict import with_predictor
 from duca_compile.passes.pipeline import FOR_EXPORT, build_variant
 from duca_compile.policies.adaptive import AdaptivePolicy
@@ -205,10 +207,11 @@ class Traced:
             self.model, call, self._timestep, self._latent, exact=False, passes=FOR_EXPORT
         )
         name = type(self.model).__name__
-        if graph.opaque:
+        for node in graph.graph.find_nodes(op="call_function", target=opaque):
+            site = site_of(node)
             raise ExportError(
-                f"{name}.{graph.opaque[0].path} {graph.opaque[0].reason}, so it runs outside of the graph; a model "
-                "with such a submodule cannot be exported"
+                f"{name}.{site.path}, called at {source_line(node)}, {site.reason}, so it runs outside of the graph; "
+                "a model with such a submodule cannot be exported"
             )
         if graph.fetched:
             raise ExportError(

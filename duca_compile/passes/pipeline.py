@@ -34,6 +34,7 @@ from duca_compile.passes.exact.dead_code import RemoveDeadCode
 from duca_compile.passes.exact.deduplicate import Deduplicate
 from duca_compile.passes.exact.differences import EmitDifferences
 from duca_compile.passes.exact.emit import EmitCaches
+from duca_compile.passes.exact.empties import Empties
 from duca_compile.passes.exact.hoist import Hoist, invariant_graph
 from duca_compile.passes.exact.probe import EmitProbe
 from duca_compile.passes.exact.relate import EmitRelations
@@ -44,10 +45,17 @@ from duca_compile.passes.exact.verification import VerifyForecast
 from duca_compile.passes.exact.write_last import WriteLast
 from duca_compile.passes.portable.logical_select import LogicalSelect
 from duca_compile.passes.portable.real_pairs import RealPairs
+from duca_compile.passes.portable.whole_copies import WholeCopies
 
-PREPARE: tuple[Pass[Draft], ...] = (Clean(), StaticShapes(), Deduplicate(), RemoveDeadCode())
+PREPARE: tuple[Pass[Draft], ...] = (Clean(), StaticShapes(), Empties(), Deduplicate(), RemoveDeadCode())
 # Once for each capture that is exported, before the analyses.
-FOR_EXPORT: tuple[Pass[Draft], ...] = (RealPairs(), LogicalSelect(), Deduplicate(), RemoveDeadCode())
+FOR_EXPORT: tuple[Pass[Draft], ...] = (
+    RealPairs(),
+    LogicalSelect(),
+    WholeCopies(),
+    Deduplicate(),
+    RemoveDeadCode(),
+)
 # Results are emitted before values are replaced, so that a replacement also reaches what is returned. Partial
 # branches come first of the replacements: their bodies are copied from the nodes that reuse leaves dead.
 REWRITE: tuple[Pass[VariantDraft], ...] = (

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
+
+_PLACES = re.compile(r"^(Exception from |FrontEnd API failed|Model wasn't fully|Summary:|-- Conversion is failed)")
+_CHECKS = re.compile(r"Check '.*?' failed at \S+:\s*")  # in OpenVINO's own sources
+_LONGEST = 400  # characters of a message
+
+
+def reason(error: BaseException) -> str:
+    """What a message of OpenVINO says, on one line, without the places in its sources that come first."""
+    lines = [_CHECKS.sub("", line.strip()) for line in str(error).splitlines() if not _PLACES.match(line.strip())]
+    text = " ".join(" ".join(lines).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
 
 
 def cpu_options(threads: int | None) -> dict[str, Any]:

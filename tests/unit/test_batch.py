@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -54,6 +55,37 @@ def test_sizes_become_multiples_of_the_batch_and_a_constant() -> None:
 def test_a_graph_without_the_batch_stays_as_it_is() -> None:
     found = opened(lambda graph, x, batch: graph.call_function(aten.mul.Tensor, (x, 2.0)))
     assert [n.op for n in found.module.graph.nodes] == ["placeholder", "call_function", "output"]
+
+
+def frequencies(graph: fx.Graph, x: fx.Node, batch: int) -> fx.Node:
+    """Adds frequencies of sines, and what looks like them but depends on the batch, or is written to, or is drawn."""
+
+    def call(shape: list[int], target: torch._ops.OpOverload, *args: Any) -> fx.Node:
+        node: fx.Node = graph.call_function(target, args)
+        node.meta["val"] = torch.empty(shape, device="meta")
+        return node
+
+    places = call([4], aten.mul.Tensor, call([4], aten.arange.default, 4), -0.1)
+    constant = call([4], aten.exp.default, places)
+    of_rows = call([batch, 1], aten.exp.default, call([batch, 1], aten.full.default, [batch, 1], 0.5))
+    filled = call([4], aten.fill_.Scalar, call([4], aten.zeros.default, [4]), 3.0)
+    result = x
+    for term in (constant, of_rows, filled, call([4], aten.rand.default, [4])):
+        result = call([batch, 4], aten.add.Tensor, result, term)
+    return result
+
+
+def test_small_numbers_that_depend_on_nothing_are_computed_at_export() -> None:
+    found = opened(frequencies)
+    left = [str(n.target) for n in found.module.graph.nodes if n.op == "call_function"]
+    assert "aten.arange.default" not in left
+    assert {"aten.full.default", "aten.fill_.Scalar", "aten.rand.default"} < set(left)
+    for batch in (1, 2, 5):
+        torch.manual_seed(0)
+        (result,) = found.module(torch.zeros(batch, 4))
+        torch.manual_seed(0)
+        expected = (torch.arange(4) * -0.1).exp() + torch.full((1,), 0.5).exp() + 3.0 + torch.rand(4)
+        assert torch.equal(result, expected.expand(batch, 4))
 
 
 def with_constant(batch: int, constant: Tensor) -> Seen:

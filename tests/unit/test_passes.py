@@ -49,6 +49,7 @@ from duca_compile.passes.exact.dead_code import RemoveDeadCode
 from duca_compile.passes.exact.deduplicate import Deduplicate
 from duca_compile.passes.exact.differences import EmitDifferences
 from duca_compile.passes.exact.emit import EmitCaches
+from duca_compile.passes.exact.empties import Empties
 from duca_compile.passes.exact.hoist import FEW, Hoist, row_layout
 from duca_compile.passes.exact.probe import EmitProbe
 from duca_compile.passes.exact.scores import EmitScores
@@ -719,6 +720,26 @@ def test_scores_equal_their_formulas(kind: str, mask: Tensor | None, scale: floa
         bias = torch.zeros(()) if mask is None else mask if mask.is_floating_point() else torch.log(mask.float())
         expected = torch.softmax(logits + bias, -1).sum(2).mean(1)
     torch.testing.assert_close(got, expected, rtol=0, atol=2e-6)
+
+
+EMPTY: dict[str, Callable[..., Tensor]] = {
+    "a slice": lambda self, x: torch.cat([x[..., :8], x[..., 8:] * 2], -1),
+    "no indices": lambda self, x: torch.cat([x[self.none], x]),
+    "a split": lambda self, x: torch.cat([part + 1 for part in x.split([5, 0, 3], -1)], -1),
+    "all parts": lambda self, x: x + torch.cat([x[:0], x[2:]]).sum(),
+}
+
+
+@pytest.mark.parametrize("name", EMPTY)
+def test_what_is_empty_is_made_from_nothing_and_joined_to_nothing(name: str) -> None:
+    x = torch.randn(2, 4, 8)
+    captured = raw(module(EMPTY[name], none=torch.zeros(0, dtype=torch.long)), x=x)
+    draft = Draft(copy_graph(captured.graph))
+    run_passes(draft, (Empties(), RemoveDeadCode()))
+    assert Empties().apply(draft) is False
+    empty = [n for n in draft.graph.nodes if isinstance(n.meta.get("val"), Tensor) and not n.meta["val"].numel()]
+    assert [op_name(n) for n in empty] == (["zeros"] if name == "all parts" else [])
+    assert torch.equal(to_module(captured, draft.graph)(x)[0], to_module(captured, captured.graph)(x)[0])
 
 
 def test_passes_are_frozen_options() -> None:

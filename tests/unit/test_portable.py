@@ -16,6 +16,7 @@ from duca_compile.passes.exact.dead_code import RemoveDeadCode
 from duca_compile.passes.pipeline import prepare, run_passes
 from duca_compile.passes.portable.logical_select import LogicalSelect
 from duca_compile.passes.portable.real_pairs import RealPairs
+from duca_compile.passes.portable.whole_copies import WholeCopies
 
 X = torch.randn(2, 4, 3, 8)
 ANGLES = torch.randn(4, 4)
@@ -145,3 +146,18 @@ def test_a_choice_of_numbers_stays() -> None:
     )
     assert not changed
     assert [op_name(n) for n in graph.nodes if n.op == "call_function"][-2:] == ["where", "masked_fill"]
+
+
+def written(self: Any, x: Tensor, row: Tensor) -> Tensor:
+    target = torch.zeros(2, 4, 8)
+    target[:, 1:].copy_(row[:3])
+    target[:1].copy_(x[:1])
+    return target
+
+
+def test_a_copy_takes_a_tensor_of_its_target_s_shape() -> None:
+    graph, changed, (difference,) = rewritten(WholeCopies(), module(written), x=X[:, :, 0], row=X[0, :, 1])
+    copies = [n for n in graph.nodes if op_name(n) == "copy"]
+    assert changed
+    assert [[op_name(n.args[1]) for n in copies], not difference.any()] == [["expand", "slice"], True]
+    assert all(n.args[1].meta["val"].shape == n.meta["val"].shape for n in copies)

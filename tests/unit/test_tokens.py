@@ -32,6 +32,8 @@ POINTWISE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], tuple[int, ...]]]
     "select a channel": (lambda x, o: x * x.select(-1, 3).unsqueeze(-1), (1,)),
     "unbind heads": (lambda x, o: (lambda a, b: F.linear(a - b, ONES[:, :4]))(*x.view(B, N, 2, 4).unbind(2)), (1,)),
     "slice channels": (lambda x, o: x * x[..., 2:3], (1,)),
+    "a slice without channels": (lambda x, o: torch.cat([x * 2, x[..., C:].neg()], -1), (1,)),
+    "a slice without tokens": (lambda x, o: torch.cat([x[:, :N] * 2, x[:, N:] + 1], 1), (1,)),
     "layer norm": (lambda x, o: F.layer_norm(x, (C,)), (1,)),
     "rms norm": (lambda x, o: F.rms_norm(x, (C,)), (1,)),
     "softmax over channels": (lambda x, o: x.softmax(-1), (1,)),

@@ -10,8 +10,8 @@ import numpy as np
 from duca_compile.artifact.engines.base import GraphFunction, Options, is_for_host, map_pool
 from duca_compile.artifact.manifest import File, Graph, Manifest, inside
 from duca_compile.core.tensors import Array
-from duca_compile.errors import ArtifactError, BackendError, DucaError, first_line, missing_package
-from duca_compile.runtime.openvino import InferRequests, cpu_options
+from duca_compile.errors import ArtifactError, BackendError, DucaError, missing_package
+from duca_compile.runtime.openvino import InferRequests, cpu_options, reason
 
 with missing_package("openvino"):
     import openvino
@@ -47,7 +47,7 @@ class OpenVINOEngine:
         try:
             compiled = self._core.compile_model(model, "CPU", self._options)
         except RuntimeError as error:
-            raise BackendError(f"OpenVINO cannot compile {path}: {first_line(error)}") from error
+            raise BackendError(f"OpenVINO cannot compile {path}: {reason(error)}") from error
         return _Function(compiled, graph, weights)
 
     def _read(self, path: Path) -> tuple[Any, dict[str, Any]]:
@@ -63,7 +63,7 @@ class OpenVINOEngine:
         except DucaError:
             raise
         except Exception as error:  # the readers of ONNX raise whatever a wrong file leads to
-            raise ArtifactError(f"OpenVINO cannot read {path}: {first_line(error)}") from error
+            raise ArtifactError(f"OpenVINO cannot read {path}: {reason(error)}") from error
 
     def zeros(self, shape: tuple[int, ...], dtype: str) -> Array:
         return np.zeros(shape, _numpy(dtype))
