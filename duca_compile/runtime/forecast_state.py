@@ -40,13 +40,19 @@ class ForecastState(NamedTuple):
         Those that were fitted to the model, if the full steps are the ones that they were fitted for; else those of the
         method's polynomials.
         """
-        measured = forecast.measured_at(step)
-        if measured is not None and (self.full[-1:], self.orders) == ((measured.last_full,), len(measured.factors)):
-            return measured.factors + (0.0,) * (forecast.order - self.orders)
+        if (fitted := self.fitted(step, forecast)) is not None:
+            return fitted + (0.0,) * (forecast.order - self.orders)
         distance = self.distance(step)
         if forecast.hermite is not None:
             return hermite(distance, forecast.order, forecast.hermite)
         return taylor(distance, forecast.order)
+
+    def fitted(self, step: int, forecast: Forecast) -> tuple[float, ...] | None:
+        """The factors that were fitted for these full steps; None if they were fitted for others, or not at all."""
+        measured = forecast.measured_at(step)
+        if measured is None or (self.full[-1:], self.orders) != ((measured.last_full,), len(measured.factors)):
+            return None
+        return measured.factors
 
     def in_forecast(self, step: int, forecast: Forecast, total: int | None) -> Iterator[tuple[Port, float]]:
         """The factor of each cached value in a forecast of ``step``, by its input."""
