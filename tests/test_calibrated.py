@@ -136,10 +136,12 @@ def test_its_error_is_that_of_the_forecasts_of_the_loop() -> None:
 def test_measured_factors_hold_behind_their_own_full_steps_alone() -> None:
     measured = (None, FittedFactors(0, ()), None, FittedFactors(2, (1.5,)), FittedFactors(2, (2.5,)), None)
     forecast = Forecast(2, lite=True, first=0, measured=measured)
-    assert ForecastState((2,), 1).factors(4, forecast) == (2.5, 0.0)
-    assert ForecastState((1,), 1).factors(4, forecast) == (3.0, 4.5), "another full step"
+    assert ForecastState((0, 2), 1).factors(4, forecast) == (2.5, 0.0)
+    assert ForecastState((0, 1), 1).factors(4, forecast) == (3.0, 4.5), "another full step"
+    assert ForecastState((1, 2), 1).factors(4, forecast) == (2.0, 2.0), "another full step before it"
     assert ForecastState((2,), 0).factors(4, forecast) == (2.0, 2.0), "fewer differences"
-    assert ForecastState((2,), 1).factors(7, forecast) == (5.0, 12.5), "a step beyond"
+    assert ForecastState((0, 2), 1).factors(7, forecast) == (5.0, 12.5), "a step beyond"
+    assert ForecastState((0,), 0).after(2, forecast) == ((0, 2), 1)
 
 
 def dit_loop(model: Any, number: int) -> list[Tensor]:

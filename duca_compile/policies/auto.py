@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import repeat
+from itertools import pairwise, repeat
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from duca_compile.policies.fitting import BEAM, Array, Fitting, Products
 DEFAULT_ERROR = 0.12
 FEWEST_STEPS = 10  # shorter loops are full: they are of models trained for few steps, which differ too much
 MOST_FULL = 0.9  # the largest share of full steps; with more, forecasts are not worth their memory
-TOLERANCE = 1.5  # times the error that was asked for: beyond, what was learnt does not hold
+TOLERANCE = 1.25  # times the error that was asked for: beyond, what was learnt does not hold
 _USUAL_STEPS = 50  # longer loops have a narrower beam, so that the search takes about as long
 
 FULL = Step(StepKind.FULL)
@@ -74,11 +74,17 @@ class Check:
         step: the full step.
         forecast: what would have been forecast in its place.
         expected: the squared relative error that this forecast had in the loops that were learnt from.
+        before: the sum of those of the forecast steps between this full step and the one before it.
     """
 
     step: int
     forecast: FittedFactors
     expected: float
+    before: float
+
+    def later(self, steps: int) -> Check:
+        """The same, so many steps later."""
+        return replace(self, step=self.step + steps, forecast=self.forecast.later(steps))
 
 
 @dataclass(frozen=True)
@@ -182,6 +188,11 @@ class Auto(Policy):
         if known_total("what policy='auto' learns depends", total) >= FEWEST_STEPS:
             yield FORECAST
 
+    def known_of(self, steps: int, latent: tuple[int, ...]) -> tuple[Learnt, ...]:
+        """What is known of requests of so many steps with a pass whose latent has this shape."""
+        alike = (each for each in self.known if each.kind.steps == steps)
+        return tuple(each for each in alike if any(one.latent == latent for one in each.kind.passes))
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the policy and what it knows to a JSON file, atomically; ``optimize(pipe, path)`` reads it.
 
@@ -221,19 +232,26 @@ def learnt_from(
     steps = len(passes[0].end.squares)
     fitting = Fitting([each.end for each in passes], order, max(1, min(BEAM, BEAM * _USUAL_STEPS // steps)))
     outputs = [each.output for each in passes]
+    ran = np.isfinite(np.stack([each.squares for each in outputs]))
+    ends = np.cumsum([len(loop) for loop in loops])
+    of_loop = [slice(end - len(loop), end) for end, loop in zip(ends, loops, strict=True)]
     for chosen in fitting.placed(range(1, int(MOST_FULL * steps) + 1)):
         errors = fitting.errors_of(outputs, chosen)
         forecasts = [step for step in range(steps) if step not in chosen]
-        worst = _largest(errors[:, forecasts].sum(1) / steps, loops)
-        if worst <= error:
-            expected = errors.mean(0)
-            checks = [Check(step, fitting.forecast(step, chosen), float(expected[step])) for step in chosen if step]
-            return fitting.with_full(chosen).measured, tuple(checks), worst
+        worst = max(_mean(errors[rows], ran[rows])[forecasts].sum() for rows in of_loop)
+        if worst <= steps * error**2:
+            expected = _mean(errors, ran)
+            checks = tuple(
+                Check(
+                    step, fitting.forecast(step, chosen), float(expected[step]), float(expected[last + 1 : step].sum())
+                )
+                for last, step in pairwise(chosen)
+            )
+            return fitting.with_full(chosen).measured, checks, float(np.sqrt(worst / steps))
     return (None,) * steps, (), 0.0
 
 
-def _largest(squares: Array, loops: Sequence[Sequence[PassProducts]]) -> float:
-    """The largest root of the mean over the passes of a loop."""
-    bounds = np.cumsum([0, *map(len, loops)])
-    means = np.add.reduceat(squares, bounds[:-1]) / np.diff(bounds)
-    return float(np.sqrt(means.max()))
+def _mean(errors: Array, ran: Array) -> Array:
+    """For each step, the mean over the passes that ran."""
+    mean: Array = errors.sum(0) / ran.sum(0).clip(1)
+    return mean

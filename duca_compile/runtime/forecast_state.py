@@ -23,7 +23,7 @@ class ForecastState(NamedTuple):
     """The full steps of one guidance pass, and how many differences of each cache are built.
 
     Attributes:
-        full: the full steps so far; only the last one, if forecasts need no others.
+        full: the full steps so far; only the last ones, if forecasts need no others.
         orders: the highest order of difference that is built; higher ones are zero.
     """
 
@@ -50,9 +50,10 @@ class ForecastState(NamedTuple):
     def fitted(self, step: int, forecast: Forecast) -> tuple[float, ...] | None:
         """The factors that were fitted for these full steps; None if they were fitted for others, or not at all."""
         measured = forecast.measured_at(step)
-        if measured is None or (self.full[-1:], self.orders) != ((measured.last_full,), len(measured.factors)):
+        if measured is None or self.orders != len(measured.factors):
             return None
-        return measured.factors
+        wanted = [full for full in range(step) if forecast.measured[full] is None][-self.orders - 1 :]
+        return measured.factors if self.full[-self.orders - 1 :] == tuple(wanted) else None
 
     def in_forecast(self, step: int, forecast: Forecast, total: int | None) -> Iterator[tuple[Port, float]]:
         """The factor of each cached value in a forecast of ``step``, by its input."""
@@ -82,4 +83,6 @@ class ForecastState(NamedTuple):
         built = bool(self.full) and step >= forecast.first
         orders = min(forecast.order, self.orders + 1) if built else 0
         earlier = self.full if forecast.chebyshev is not None or len(self.full) < forecast.least else ()
+        if forecast.measured:
+            earlier = self.full[-forecast.order :]
         return ForecastState((*earlier, step), orders)

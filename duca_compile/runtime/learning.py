@@ -36,6 +36,7 @@ SAMPLED = 1 << 18  # values of a feature that are recorded at each step of a pas
 LEAST_SAMPLED = 1 << 10  # fewer say too little
 MAX_RECORDED = 8  # passes of a request that are recorded; more, such as tiles, follow what these teach
 MAX_LOOPS = 3  # loops of one kind that are learnt from together: the latest ones
+LEAST_COMPARED = 3  # full steps that tell how much forecasts err in what is left of the request
 _ROUNDING = 1e-10  # of a squared relative error; below, nothing is said of forecasts
 _MIB = 2**20
 
@@ -171,9 +172,7 @@ class Learner:
             passes = [loop[number].passes for loop in loops]
             factors, found, error = learnt_from(passes, self.error, self._policy.max_order)
             measured += [None if each is None else each.later(stretch.start) for each in factors]
-            checks += [
-                Check(each.step + stretch.start, each.forecast.later(stretch.start), each.expected) for each in found
-            ]
+            checks += [each.later(stretch.start) for each in found]
             worst = max(worst, error)
         return Learnt(kind, tuple(measured), tuple(checks), worst)
 
@@ -200,8 +199,8 @@ class Lesson:
         self.forecast: Forecast | None = None  # how forecast steps extrapolate, once that is known
         self._streams: dict[Hashable, _Stream] = {}
         self._samples: Samples | None = None
-        self._found = self._expected = 0.0  # sums of squared errors, at the full steps that were compared
-        self.reason: Reason = "learning"  # why steps are full now
+        self._found: dict[int, list[float]] = {}  # squared errors of forecasts, by the full step and pass
+        self.reason: Reason = ""  # why steps are full now, other than by what was learnt
         self._bytes = 0
         self._asked = 0  # the last step that was asked for
         if total < FEWEST_STEPS:
@@ -236,15 +235,16 @@ class Lesson:
     def _begin(self, kind: RequestKind) -> None:
         self._kind, self._learnt = kind, self._learner.find(kind)
         if self._learnt is None:
+            self.reason = "learning"
             needed = sum(stream.bytes for stream in self._streams.values()) * self._total
             log.info(
-                "auto: the first request of %s is computed in full and learnt from; its samples take %.1f MiB",
+                "auto: a request of %s is computed in full and learnt from; the samples take %.1f MiB",
                 *(kind, needed / _MIB),
             )
         elif not self._learnt.caches:
             self._do_not_cache()
         else:
-            self.reason, self.forecast = "", self._learner.forecast(self._learnt)
+            self.forecast = self._learner.forecast(self._learnt)
             for stream in self._streams.values():
                 stream.ends.clear()
 
@@ -298,31 +298,47 @@ class Lesson:
             return None
         terms = zip(in_terms_of(last, check.forecast.factors).tolist(), stream.outputs[-count:], strict=True)
         found = samples.error([*terms], output)
-        self._found += found
-        self._expected += check.expected
+        self._found.setdefault(step, []).append(found)
         return sqrt(found)
 
     def _watch(self, index: int) -> None:
-        """Computes the rest in full if the errors so far are beyond what may be."""
+        """Before a step, or after the last one: if the error is beyond what it may be, the rest is full."""
         learnt = self._learnt
         if learnt is None or self.reason:
             return
-        ratio = sqrt((self._found + _ROUNDING) / (self._expected + _ROUNDING))
-        error = ratio * max(learnt.error, sqrt(_ROUNDING))
+        error = self._expected_error(learnt)
         if error <= TOLERANCE * self._learner.error:  # false for NaN
             return
         log.warning(
-            "auto: before step %d of a request of %s, forecasts err %.1f times as much as learnt, which would lead to "
-            "an error of %.3f, and error=%g was asked for: the rest of it is computed in full, and the next request of "
-            "this kind is learnt from, too",
-            *(index, learnt.kind, ratio, error, self._learner.error),
+            "auto: before step %d of a request of %s, its forecasts lead to an error of %.3f, where %.3f was learnt "
+            "(error=%g was asked for): %sthe next request of this kind is learnt from, too",
+            *(index, learnt.kind, error, learnt.error, self._learner.error),
+            "" if index >= self._total else "the other steps are full, and ",
         )
         self.reason = "drift"
         self._streams.clear()
         self._learner.forget(learnt)
 
+    def _expected_error(self, learnt: Learnt) -> float:
+        """The error of the whole loop, from those of the forecasts that full steps were compared with so far.
+
+        Forecasts before a full step err as much more than in the loop that was learnt from as the one in its place; and
+        those still to come, as much more as all of these did on average.
+        """
+        known, seen, ratios = 0.0, 0.0, list[float]()
+        for check in learnt.checks:
+            if check.step in self._found:
+                found = self._found[check.step]
+                ratios.append((sum(found) / len(found) + _ROUNDING) / (check.expected + _ROUNDING))
+                known += check.before * ratios[-1]
+                seen += check.before
+        usual = sum(map(sqrt, ratios)) / len(ratios) if len(ratios) >= LEAST_COMPARED else 1.0
+        left = max(self._total * max(learnt.error**2, _ROUNDING) - seen, 0.0)
+        return sqrt((known + left * usual**2) / self._total)
+
     def close(self) -> None:
-        """Learns from what was recorded, if the request ran to its end."""
+        """At the end of the request: learns from what was recorded, if it is whole."""
+        self._watch(self._total)
         streams, self._streams = [*self._streams.values()], {}
         samples, kind = self._samples, self._kind
         if samples is None or kind is None or self._learnt is not None or self.reason != "learning":
