@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import duca_compile
 from duca_compile import Auto, Calibrated, ExportError, PolicyError, UsageError, calibrate
+from duca_compile.app import demo
 from duca_compile.app.cli import app
 from duca_compile.core.variants import ForecastVariant
 from duca_compile.policies import StepKind
@@ -26,7 +28,7 @@ from duca_compile.policies.fitting import Fitting, differences, in_terms_of
 from duca_compile.runtime.learning import SAMPLED, _Stream, _stretches
 from duca_compile.runtime.torch.samples import TorchSamples, products
 from tests.artifacts import export, loop, tiny_dit
-from tests.pipelines import make, run
+from tests.pipelines import make, quiet, run, wan
 from tests.test_calibrated import apart
 
 STEPS = 16
@@ -109,6 +111,7 @@ def test_the_first_request_is_the_models_own_and_the_next_ones_follow_what_it_ta
     assert fast.learnt().known == (learnt,)
 
 
+@pytest.mark.slow
 def test_its_schedule_is_that_of_a_calibration_with_as_many_full_steps(model: nn.Module) -> None:
     fast = optimized(model, Auto(error=0.01))
     sampled(fast, 0)
@@ -119,6 +122,7 @@ def test_its_schedule_is_that_of_a_calibration_with_as_many_full_steps(model: nn
         assert one == other or (one is not None and other is not None and one.factors == pytest.approx(other.factors))
 
 
+@pytest.mark.slow
 def test_a_smaller_error_takes_more_full_steps(model: nn.Module) -> None:
     counts, found = [], []
     for error in (0.1, 0.01, 0.001):
@@ -131,6 +135,7 @@ def test_a_smaller_error_takes_more_full_steps(model: nn.Module) -> None:
     assert found == sorted(found, reverse=True)
 
 
+@pytest.mark.slow
 def test_the_same_requests_give_the_same_results(model: nn.Module) -> None:
     one, other = optimized(model), optimized(model)
     for number in (3, 4, 5):
@@ -138,6 +143,7 @@ def test_the_same_requests_give_the_same_results(model: nn.Module) -> None:
     assert one.learnt() == other.learnt()
 
 
+@pytest.mark.slow
 def test_each_kind_is_learnt_by_itself(model: nn.Module) -> None:
     fast = optimized(model)
     for kind in ({"rows": 2}, {"rows": 3}, {"passes": 2}):
@@ -149,7 +155,7 @@ def test_each_kind_is_learnt_by_itself(model: nn.Module) -> None:
     assert [len(each.kind.passes) for each in fast.learnt().known] == [1, 1, 2]
 
 
-@pytest.mark.parametrize("steps", [4, 8, FEWEST_STEPS - 1])
+@pytest.mark.parametrize("steps", [4, FEWEST_STEPS - 1])
 def test_short_loops_are_full_and_keep_nothing(steps: int, model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
     fast = optimized(model, steps=steps)
     for number in (0, 1):
@@ -160,6 +166,7 @@ def test_short_loops_are_full_and_keep_nothing(steps: int, model: nn.Module, cap
     assert caplog.text.count(f"loops of {steps} steps are computed in full: forecasts need 10 steps at least") == 1
 
 
+@pytest.mark.slow
 def test_what_cannot_be_forecast_is_full_and_said_to_be(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
     fast = optimized(model, Auto(error=1e-9))
     for number in (0, 1):
@@ -278,6 +285,7 @@ def test_requests_at_once_have_lessons_of_their_own(model: nn.Module) -> None:
     assert torch.equal(sampled(fast, 0), values[0])
 
 
+@pytest.mark.slow
 def test_threads_share_what_was_learnt(model: nn.Module) -> None:
     fast = optimized(model)
     sampled(fast, 0)
@@ -308,7 +316,7 @@ def guided(model: Any, number: int, last: int = STEPS, first: int = 0) -> Tensor
     return latent
 
 
-@pytest.mark.parametrize("last", [STEPS, STEPS - 1, 7])
+@pytest.mark.parametrize("last", [7, *(pytest.param(last, marks=pytest.mark.slow) for last in (STEPS, STEPS - 1))])
 def test_guidance_may_end_before_the_loop_does(last: int, model: nn.Module) -> None:
     fast = optimized(model, Auto(error=0.01))
     for number in range(2):
@@ -318,6 +326,7 @@ def test_guidance_may_end_before_the_loop_does(last: int, model: nn.Module) -> N
     assert apart([guided(fast, 2, last)], [guided(model, 2, last)]) < 0.02
 
 
+@pytest.mark.slow
 def test_guidance_that_joins_late_is_said_to_be_in_the_way(model: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
     fast = optimized(model)
     for number in range(2):
@@ -339,6 +348,7 @@ def test_parts_of_a_loop_with_models_of_their_own_are_learnt_apart() -> None:
     assert _stretches([stream(2, 9)], 10) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SD3", "Wan"])
 def test_a_pipeline_learns_for_each_number_of_steps(name: str) -> None:
     pipe = make(name)
@@ -354,9 +364,26 @@ def test_a_pipeline_learns_for_each_number_of_steps(name: str) -> None:
     assert len(known[0].kind.times) == 10
 
 
+@pytest.mark.slow
+def test_two_experts_of_a_pipeline_are_learnt_apart() -> None:
+    torch.manual_seed(0)
+    pipe = quiet(wan(experts=2))
+    plain = run(pipe, "Wan", steps=12)
+    switch = next(i for i, t in enumerate(pipe.scheduler.timesteps) if t < 875)
+    duca_compile.optimize(pipe, Auto(error=0.5), "eager")
+    assert torch.equal(run(pipe, "Wan", steps=12), plain)
+    found = run(pipe, "Wan", steps=12)
+    (learnt,) = pipe.transformer.learnt().known
+    assert pipe.transformer_2.learnt().known == (learnt,)
+    assert {0, switch} <= {*learnt.policy.full_steps} < {*range(12)}
+    assert {each.step for each in pipe.transformer.history if each.kind is FULL} == {*learnt.policy.full_steps}
+    assert 0 < apart([found], [plain]) < 0.5
+
+
 # Memory
 
 
+@pytest.mark.slow
 def test_caches_may_be_narrow(model: nn.Module) -> None:
     fast = optimized(model, Auto(error=0.02), cache_dtype=torch.bfloat16)
     for number in range(2):
@@ -437,9 +464,6 @@ def test_what_was_learnt_is_saved_and_read(model: nn.Module, tmp_path: Path) -> 
     assert again.learnt().name == "auto"
     for other in (copy.copy(fast), copy.deepcopy(fast)):
         assert torch.equal(sampled(other, 1), wanted)
-    shown = CliRunner().invoke(app, ["explain", "--steps", "16", "--policy", str(tmp_path / "learnt.json")])
-    assert shown.exit_code == 0, shown.output
-    assert "learnt at run time" in shown.output
 
 
 @pytest.mark.parametrize(
@@ -507,6 +531,7 @@ def test_a_warm_up_compiles_forecasts_too(model: nn.Module) -> None:
     assert len(compiled.programs.by_spec) == before
 
 
+@pytest.mark.slow
 def test_explanations_show_what_was_learnt(model: nn.Module) -> None:
     fast = optimized(model)
     call = {"x": torch.zeros(2, 4, 3), "timestep": torch.zeros(2)}
@@ -533,6 +558,115 @@ def test_an_artifact_holds_what_was_learnt(tmp_path: Path) -> None:
     assert isinstance(fast.learnt().known[0].policy, Calibrated)
 
 
+@pytest.mark.slow
+def test_the_command_line_takes_the_name_and_the_file(model: nn.Module, tmp_path: Path) -> None:
+    Auto(0.05).save(tmp_path / "learnt.json")
+    for policy in ("auto", str(tmp_path / "learnt.json")):
+        shown = CliRunner().invoke(app, ["explain", "--steps", "16", "--policy", policy])
+        assert shown.exit_code == 0, shown.output
+        assert "learnt at run time" in shown.output
+    done = CliRunner().invoke(app, ["export", str(tmp_path / "artifact"), "--policy", "auto"])
+    assert done.exit_code == 1
+    assert "has learnt nothing of requests of 50 steps" in " ".join(done.output.split())
+    options = ["--steps", "12", "--backend", "eager", "--policy", "auto", "--out", str(tmp_path / "demo.png")]
+    drawn = CliRunner().invoke(app, ["demo", *options])
+    assert drawn.exit_code == 0, drawn.output
+    assert "auto, 12 steps" in drawn.output
+    assert "uncached, 12 steps" in drawn.output
+    assert "forecast" in drawn.output
+
+
 def test_tuning_does_not_try_it(model: nn.Module) -> None:
     with pytest.raises(PolicyError, match="'auto', which has no settings to try"):
         duca_compile.tune(model, [0], sampled, policies=["auto"], backend="eager", speedup=1.0)
+
+
+# On the trained model in the package
+
+
+class Trained:
+    """The model's loop with guidance in one batch, for some of the classes."""
+
+    def __init__(self) -> None:
+        self.demo = demo.DemoModel.load(torch.device("cpu"))
+
+    def sample(self, model: Any, seed: int, classes: tuple[int, ...] = (0, 1, 2, 3), steps: int = 20) -> Tensor:
+        scheduler = DDIMScheduler(**self.demo.scheduler)
+        scheduler.set_timesteps(steps)
+        latent = self.demo.noise(seed)[: len(classes)]
+        labels = torch.tensor([*classes, *[self.demo.null_class] * len(classes)])
+        with torch.no_grad():
+            for t in scheduler.timesteps:
+                output = model(torch.cat([latent] * 2), timestep=t.expand(len(labels)), class_labels=labels).sample
+                conditional, plain = output.chunk(2)
+                guided = plain + self.demo.guidance_scale * (conditional - plain)
+                latent = scheduler.step(guided, t, latent).prev_sample
+        return latent.clamp(-1, 1)
+
+
+def psnr(one: Tensor, other: Tensor) -> float:
+    return 10 * float(torch.log10(4 / (one - other).square().mean()))
+
+
+@pytest.fixture
+def trained() -> Trained:
+    return Trained()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [20, pytest.param(50, marks=pytest.mark.exhaustive)])
+def test_other_noise_and_classes_stay_above_30_db(steps: int, trained: Trained) -> None:
+    model = trained.demo.transformer
+    fast = optimized(model, steps=steps)
+    trained.sample(fast, 0, steps=steps)
+    for seed, classes in ((1, (0, 1, 2, 3)), (2, (5, 6, 7, 9))):
+        found = trained.sample(fast, seed, classes, steps)
+        full = letters(fast).count("F")
+        assert reasons(fast) == {""}
+        assert full <= 0.4 * steps
+        wanted = trained.sample(model, seed, classes, steps)
+        assert psnr(found, wanted) > 30
+        assert psnr(found, wanted) > psnr(trained.sample(model, seed, classes, full), wanted) + 3, "fewer plain steps"
+
+
+@pytest.mark.slow
+def test_a_fused_adapter_is_noticed_and_learnt(trained: Trained) -> None:
+    model = trained.demo.transformer
+    fast = optimized(model, steps=20)
+    for seed in range(2):
+        trained.sample(fast, seed)
+    generator = torch.Generator().manual_seed(0)
+    for block in model.transformer_blocks:
+        for weight in (block.attn1.to_v.weight, block.ff.net[2].weight):
+            low = torch.randn(weight.shape[0], 4, generator=generator) @ torch.randn(
+                4, weight.shape[1], generator=generator
+            )
+            weight.add_(0.5 * low * weight.norm() / low.norm())
+    trained.sample(fast, 2)
+    assert "drift" in reasons(fast)
+    trained.sample(fast, 3)
+    assert reasons(fast) == {"", "learning"}
+    found = trained.sample(fast, 4)
+    assert reasons(fast) == {""}
+    assert "T" in letters(fast)
+    assert psnr(found, trained.sample(model, 4)) > 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [4, 8])
+def test_short_loops_of_the_trained_model_are_its_own(steps: int, trained: Trained) -> None:
+    fast = optimized(trained.demo.transformer, steps=steps)
+    for seed in range(2):
+        assert torch.equal(
+            trained.sample(fast, seed, steps=steps), trained.sample(trained.demo.transformer, seed, steps=steps)
+        )
+    assert reasons(fast) == {"not worth it"}
+
+
+@pytest.mark.slow
+def test_compiled_requests_learn_and_follow_alike(model: nn.Module) -> None:
+    eager, compiled = optimized(model), optimized(model, backend="inductor")
+    for number in range(3):
+        one, other = sampled(eager, number), sampled(compiled, number)
+        assert apart([other], [one]) < 1e-4
+        assert letters(compiled) == letters(eager)

@@ -16,14 +16,14 @@ from duca_compile.policies.base import FittedFactors, Forecast, Policy
 from duca_compile.policies.calibrated import Calibrated
 from duca_compile.policies.checks import check_number, check_whole, known_total
 from duca_compile.policies.files import save_policy
-from duca_compile.policies.fitting import BEAM, Array, Fitting, Products
+from duca_compile.policies.fitting import Array, Fitting, Products
 
 # Measured on the model in the package: 0.12 keeps loops of 8 to 50 steps of other noise above 30 dB (docs/methods).
 DEFAULT_ERROR = 0.12
 FEWEST_STEPS = 10  # shorter loops are full: they are of models trained for few steps, which differ too much
 MOST_FULL = 0.9  # the largest share of full steps; with more, forecasts are not worth their memory
 TOLERANCE = 1.25  # times the error that was asked for: beyond, what was learnt does not hold
-_USUAL_STEPS = 50  # longer loops have a narrower beam, so that the search takes about as long
+_BEAM = 4  # of the search in loops of up to 50 steps; narrower in longer ones, since a request waits for it
 
 FULL = Step(StepKind.FULL)
 PLAIN = Step(StepKind.FULL, kept=CacheKinds.NOTHING, live=CacheKinds.NOTHING)  # keeps nothing for later steps
@@ -230,7 +230,7 @@ def learnt_from(
     """
     passes = [each for loop in loops for each in loop]
     steps = len(passes[0].end.squares)
-    fitting = Fitting([each.end for each in passes], order, max(1, min(BEAM, BEAM * _USUAL_STEPS // steps)))
+    fitting = Fitting([each.end for each in passes], order, max(1, min(_BEAM, _BEAM * 50 // steps)))
     outputs = [each.output for each in passes]
     ran = np.isfinite(np.stack([each.squares for each in outputs]))
     ends = np.cumsum([len(loop) for loop in loops])

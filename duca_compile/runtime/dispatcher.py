@@ -285,10 +285,12 @@ class Dispatcher:
     ) -> tuple[float, ...]:
         """Shows a full step to the lesson; what it measured. The last step of a request ends the state."""
         error = None
-        if STREAM_END in plan.program.writes and STREAM_END in state.caches:
+        ends = [port for port in plan.program.writes if port.kind is PortKind.STREAM_END and not port.order]
+        if ends:
             room = None if self._budget is None else self._budget - state.most_bytes
             key = self, request.guidance_pass((name, position.pass_index))
-            full = FullStep(key, position.step, state.caches[STREAM_END], outputs[0], room)
+            end = state.caches[STREAM_END if STREAM_END in ends else ends[0]]
+            full = FullStep(key, position.step, end, outputs[0], room)
             error = lesson.observe(not_none(self._samples, "what takes samples"), full)
         if position.step + 1 == request.total:
             state.end()

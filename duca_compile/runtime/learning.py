@@ -36,6 +36,7 @@ SAMPLED = 1 << 18  # values of a feature that are recorded at each step of a pas
 LEAST_SAMPLED = 1 << 10  # fewer say too little
 MAX_RECORDED = 8  # passes of a request that are recorded; more, such as tiles, follow what these teach
 MAX_LOOPS = 3  # loops of one kind that are learnt from together: the latest ones
+MAX_KINDS = 64  # kinds whose loops are remembered
 LEAST_COMPARED = 3  # full steps that tell how much forecasts err in what is left of the request
 _ROUNDING = 1e-10  # of a squared relative error; below, nothing is said of forecasts
 _MIB = 2**20
@@ -151,6 +152,8 @@ class Learner:
                 return
             alike = [known for known in self._loops.get(kind, []) if _bounds(known) == _bounds(loop)]
             loops = self._loops[kind] = [*alike, loop][-MAX_LOOPS:]
+            if len(self._loops) > MAX_KINDS:
+                del self._loops[next(iter(self._loops))]
             learnt = self._known[kind] = self._fitted(kind, loops)
         full = len(learnt.policy.full_steps)
         if learnt.caches:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from duca_compile.policies.fitting import Products
 
-_CHUNK = 1 << 18  # values of each step in one product
+_CHUNK = 1 << 16  # values of each step in one product
 _TINY = 1e-30  # replaces a zero divisor
 
 
