@@ -18,11 +18,10 @@ from duca_compile.policies.checks import check_number, check_whole, known_total
 from duca_compile.policies.files import save_policy
 from duca_compile.policies.fitting import Array, Fitting, Products
 
-# Measured on the model in the package: 0.12 keeps loops of 8 to 50 steps of other noise above 30 dB (docs/methods).
-DEFAULT_ERROR = 0.12
+DEFAULT_ERROR = 0.09  # kept trained models above 30 dB, see docs/methods/auto.md
 FEWEST_STEPS = 10  # shorter loops are full: they are of models trained for few steps, which differ too much
 MOST_FULL = 0.9  # the largest share of full steps; with more, forecasts are not worth their memory
-TOLERANCE = 1.25  # times the error that was asked for: beyond, what was learnt does not hold
+TOLERANCE = 1.5  # times the error that was asked for: beyond, what was learnt does not hold
 _BEAM = 4  # of the search in loops of up to 50 steps; narrower in longer ones, since a request waits for it
 
 FULL = Step(StepKind.FULL)
