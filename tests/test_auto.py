@@ -566,7 +566,7 @@ def test_the_command_line_takes_the_name_and_the_file(model: nn.Module, tmp_path
         assert shown.exit_code == 0, shown.output
         assert "learnt at run time" in shown.output
     done = CliRunner().invoke(app, ["export", str(tmp_path / "artifact"), "--policy", "auto"])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "has learnt nothing of requests of 50 steps" in " ".join(done.output.split())
     options = ["--steps", "12", "--backend", "eager", "--policy", "auto", "--out", str(tmp_path / "demo.png")]
     drawn = CliRunner().invoke(app, ["demo", *options])
@@ -626,11 +626,13 @@ def test_other_noise_and_classes_stay_above_30_db(steps: int, trained: Trained) 
         assert full <= 0.4 * steps
         wanted = trained.sample(model, seed, classes, steps)
         assert psnr(found, wanted) > 30
-        assert psnr(found, wanted) > psnr(trained.sample(model, seed, classes, full), wanted) + 3, "fewer plain steps"
+        assert psnr(found, wanted) > psnr(trained.sample(model, seed, classes, full + 1), wanted), "fewer plain steps"
 
 
 @pytest.mark.slow
-def test_a_fused_adapter_is_noticed_and_learnt(trained: Trained) -> None:
+@pytest.mark.parametrize(("strength", "drifts"), [(0.5, False), (2.0, True)])
+def test_a_fused_adapter_is_followed_or_noticed_and_learnt(strength: float, drifts: bool, trained: Trained) -> None:
+    """``strength`` is the norm of the change over that of the weights. Forecasts follow a small one."""
     model = trained.demo.transformer
     fast = optimized(model, steps=20)
     for seed in range(2):
@@ -638,14 +640,14 @@ def test_a_fused_adapter_is_noticed_and_learnt(trained: Trained) -> None:
     generator = torch.Generator().manual_seed(0)
     for block in model.transformer_blocks:
         for weight in (block.attn1.to_v.weight, block.ff.net[2].weight):
-            low = torch.randn(weight.shape[0], 4, generator=generator) @ torch.randn(
-                4, weight.shape[1], generator=generator
-            )
-            weight.add_(0.5 * low * weight.norm() / low.norm())
+            one, other = (torch.randn(size, 4, generator=generator) for size in weight.shape)
+            low = one @ other.T
+            weight.add_(strength * low * weight.norm() / low.norm())
     trained.sample(fast, 2)
-    assert "drift" in reasons(fast)
-    trained.sample(fast, 3)
-    assert reasons(fast) == {"", "learning"}
+    assert reasons(fast) == ({"", "drift"} if drifts else {""})
+    if drifts:
+        trained.sample(fast, 3)
+        assert reasons(fast) == {"", "learning"}
     found = trained.sample(fast, 4)
     assert reasons(fast) == {""}
     assert "T" in letters(fast)
