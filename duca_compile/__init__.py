@@ -36,6 +36,7 @@ _NAMES = {
     "policies": (
         "FORA",
         "RFC",
+        "Auto",
         "Calibrated",
         "DisCa",
         "DuCa",

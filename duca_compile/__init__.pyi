@@ -23,6 +23,7 @@ from duca_compile.methods.tuning.tuner import tune
 from duca_compile.policies import (
     FORA,
     RFC,
+    Auto,
     Calibrated,
     DisCa,
     DuCa,
@@ -54,6 +55,7 @@ __all__ = [
     "RFC",
     "Artifact",
     "ArtifactError",
+    "Auto",
     "BackendError",
     "Calibrated",
     "Calibration",

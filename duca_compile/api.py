@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -17,6 +18,8 @@ from duca_compile.policies import Policy
 from duca_compile.policies.checks import check_whole
 from duca_compile.policies.named import resolve_policy
 from duca_compile.runtime.session import Requests
+
+log = logging.getLogger("duca_compile")
 
 
 def optimize(
@@ -42,8 +45,10 @@ def optimize(
     Args:
         model: a Diffusion Transformer in eval mode, that is any nn.Module that takes a latent and a timestep; or a
             diffusers pipeline, whose components named ``transformer...`` are replaced.
-        policy: "duca", "toca", "fora", "taylorseer", "rfc", "speca", "gate", "none"; or a Policy object such as
-            ``DuCa(interval=5, fresh_ratio=0.1)``; or the path of a JSON file that ``tune`` or ``calibrate`` made.
+        policy: "duca", which needs to know nothing of the model; "auto", which learns its schedule from the first
+            request of each kind and then keeps a given error; "toca", "fora", "taylorseer", "rfc", "speca", "gate",
+            "none"; or a Policy object such as ``DuCa(interval=5, fresh_ratio=0.1)``; or the path of a JSON file that
+            ``tune`` or ``calibrate`` made, or ``learnt().save``.
         backend: "inductor" (the compiler of torch.compile), "openvino" (on a CPU) or "eager".
         num_inference_steps: the number of steps of a request, which some schedules need. Not for a pipeline.
         timestep: the name of the timestep argument, where the graph does not show it.
@@ -71,6 +76,8 @@ def optimize(
             policy does not fit the model, or the budget is too small; the message says what the smallest would be.
     """
     chosen, engine = resolve_policy(policy), make_backend(backend, strict, mode)
+    if policy == "duca":
+        log.info('policy "duca" knows nothing of the model; policy="auto" learns from its first request')
     options = CacheOptions(cache_dtype, cache_budget_bytes)
     if is_pipeline(model):
         return _optimize_pipeline(model, chosen, engine, num_inference_steps, timestep, latent, options, method)

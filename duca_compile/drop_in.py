@@ -44,7 +44,7 @@ from duca_compile.frontend.methods import FORWARD, calls_forward, runs_blocks, w
 from duca_compile.frontend.side_effects import ModelState
 from duca_compile.frontend.trace_check import COMPILED_TOLERANCE, MAX_ULPS, relative_distance, ulp_distance
 from duca_compile.frontend.wrappers import WrapperError, networks, standing_in
-from duca_compile.policies import Policy
+from duca_compile.policies import Auto, Policy
 from duca_compile.runtime.dispatcher import StepPlan
 from duca_compile.runtime.planning import not_recomputed
 from duca_compile.runtime.request import Request
@@ -363,7 +363,7 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
         check_model(self.source)
         call = self._bind(args, kwargs)
         compiled, requests = self._compiled.find_revalidated(call), self._requests
-        steps = self.policy.planned(requests.total)
+        steps = self.policy.to_compile(requests.total)
         console = Console(stderr=True)
 
         def watch(plans: Sequence[StepPlan]) -> Iterable[StepPlan]:
@@ -375,6 +375,20 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
             compiled.dispatcher.warm_up(requests.new(), call_by_name, islice(steps, WARM_UP_HORIZON), watch)
             if state is not None:
                 state.put_back()
+
+    def learnt(self) -> Auto:
+        """The policy "auto" with what its requests have learnt so far, of all models of the pipeline.
+
+        It can be saved, and passed to ``optimize`` in place of "auto", also in another process; ``known`` lists it by
+        the kind of request.
+
+        Raises:
+            UsageError: the model has another policy.
+        """
+        learner = self._requests.learner
+        if learner is None:
+            raise UsageError(f'{self.policy.name} learns nothing: optimize the model with policy="auto"')
+        return learner.policy()
 
     def _capture(self, call: Call, known: Mapping[str, str]) -> Compiled:
         if self._captures_of is not None:
@@ -395,9 +409,8 @@ class OptimizedModel(nn.Module, HasSessions, metaclass=_EqualToSource):
         if limit is not None and self._warned.first("partial steps"):
             log.warning("%s: %s", type(self.source).__name__, limit)
         policy, dtype = fitted(captured, facts, self.policy, self.cache_options, self._requests.total)
-        return Compiled(
-            captured, facts, prologue, policy, self._backend, live_tensors(self.source), dtype, self._warned
-        )
+        live, budget = live_tensors(self.source), self.cache_options.budget
+        return Compiled(captured, facts, prologue, policy, self._backend, live, dtype, self._warned, budget)
 
     def _source_context(self) -> AbstractContextManager[None]:
         """The source's own ``cache_context``, entered for capturing, which is the only time that the source runs."""

@@ -28,7 +28,7 @@ from duca_compile.integrations.diffusers import is_pipeline
 from duca_compile.passes.caching.predict import predictor_bytes, with_predictor
 from duca_compile.passes.exact.hoist import frontier
 from duca_compile.passes.pipeline import build_variant
-from duca_compile.policies import AdaptivePolicy, Policy, Step, StepKind
+from duca_compile.policies import AdaptivePolicy, Auto, Policy, Step, StepKind
 from duca_compile.policies.named import resolve_policy
 from duca_compile.runtime.planning import check_rows, check_selection, costly_partial, plan_step, probe_spec
 
@@ -78,6 +78,7 @@ class ScheduleReport:
         cache_bytes: bytes of all caches of one guidance pass.
         adaptive: whether the policy decides at run time; ``steps`` are then the cheapest ones that it may choose.
         weight_bytes: bytes of a trained predictor's weights, which all requests share.
+        learns: whether the policy learns its steps from requests; ``steps`` are then those of the first one.
     """
 
     policy: str
@@ -86,6 +87,7 @@ class ScheduleReport:
     cache_bytes: int
     adaptive: bool = False
     weight_bytes: int = 0
+    learns: bool = False
 
     @property
     def full_steps(self) -> int:
@@ -118,6 +120,8 @@ class ScheduleReport:
         yield table
         if self.adaptive:
             yield "decided at run time: these are the fewest full steps possible"
+        if self.learns:
+            yield "learnt at run time: these are the steps of the first request of its kind"
         if (costly := costly_partial(self._mean_share(StepKind.PARTIAL))) is not None:
             yield costly
         yield f"ideal speed-up {self.ideal_speedup:.2f}x (by FLOPs; elementwise work counts as none)"
@@ -137,7 +141,7 @@ class Explanation:
         model: class name of the model.
         captured: its graph.
         facts: what the analyses found.
-        policy: the policy of the optimized model that was explained, or None.
+        policy: the policy of the optimized model that was explained, or None. If it learns, what it knows is in it.
     """
 
     model: str
@@ -195,7 +199,7 @@ class Explanation:
         Raises:
             PolicyError: the policy is unknown, or does not work with this model.
         """
-        chosen = resolve_policy(policy if policy is not None else self.policy or "duca")
+        chosen = self._chosen(policy, num_inference_steps)
         check_selection(self.facts, chosen)
         check_rows(self.facts, chosen)
         captured = with_predictor(self.captured, self.facts, chosen.predictor)
@@ -220,7 +224,16 @@ class Explanation:
         steps = tuple(planned(i, step) for i, step in enumerate(chosen.planned(num_inference_steps)))
         kept = cache_bytes(self.facts, chosen, variants.values())
         adaptive, weights = isinstance(chosen, AdaptivePolicy), predictor_bytes(captured)
-        return ScheduleReport(chosen.name, steps, self.flops, kept, adaptive, weights)
+        return ScheduleReport(chosen.name, steps, self.flops, kept, adaptive, weights, isinstance(chosen, Auto))
+
+    def _chosen(self, policy: str | Policy | None, total: int) -> Policy:
+        """The policy; where it has learnt how to run the call, what it learnt."""
+        chosen = resolve_policy(policy if policy is not None else self.policy or "duca")
+        if not isinstance(chosen, Auto):
+            return chosen
+        latent = next(n for n in self.captured.graph.find_nodes(op="placeholder") if n.name == self.facts.latent)
+        found = chosen.known_of(total, tuple(map(int, latent.meta["val"].shape)))
+        return found[-1].policy if found else chosen
 
     def peak_bytes(self, policy: str | Policy | None = None, num_inference_steps: int = 50) -> int:
         """The most bytes that one guidance pass of a request allocates at once under the eager backend.
@@ -235,7 +248,7 @@ class Explanation:
         Raises:
             PolicyError: the policy is unknown, or does not work with this model.
         """
-        chosen = resolve_policy(policy if policy is not None else self.policy or "duca")
+        chosen = self._chosen(policy, num_inference_steps)
         check_selection(self.facts, chosen)
         check_rows(self.facts, chosen)
         return peak_of_request(self.captured, self.facts, chosen, num_inference_steps)
@@ -337,6 +350,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     source, exact = model, False
     if isinstance(model, OptimizedModel):
         policy, timestep, latent = model.policy, model.timestep_name, model.latent_name
+        policy = model.learnt() if isinstance(policy, Auto) else policy
         source, exact = model.callee, model._backend.exact
     if is_pipeline(source):
         raise UsageError("explain takes one model of a pipeline and a call of it: explain(pipe.transformer, ...)")

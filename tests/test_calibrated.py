@@ -18,10 +18,12 @@ import duca_compile
 from duca_compile import Calibrated, PolicyError, TaylorSeer, UsageError, calibrate
 from duca_compile.app import demo
 from duca_compile.app.cli import app
-from duca_compile.methods.calibration import Calibration, _differences, _Products
+from duca_compile.methods.calibration import Calibration
 from duca_compile.policies import StepKind
 from duca_compile.policies.base import FittedFactors, Forecast
+from duca_compile.policies.fitting import differences
 from duca_compile.runtime.forecast_state import ForecastState
+from duca_compile.runtime.torch.samples import products
 from tests.artifacts import distance, loop, tiny_dit
 from tests.artifacts import export as saved
 from tests.pipelines import CASES, make, patterns, run
@@ -80,9 +82,9 @@ def test_factors_are_those_of_least_squares(seed: int, order: int, passes: int, 
     torch.manual_seed(seed)
     loops = [torch.randn(9, 40).cumsum(0) for _ in range(passes)]
     full = tuple(sorted({0, *data.draw(st.sets(st.integers(1, 7), min_size=1, max_size=4))}))
-    policy = Calibration([_Products.of([*loop]) for loop in loops]).policy(full, order)
+    policy = Calibration([products([*loop]) for loop in loops]).policy(full, order)
     assert policy.full_steps == full
-    assert policy == Calibration([_Products.of([*loop]) for loop in loops]).policy(np.array(full), order)
+    assert policy == Calibration([products([*loop]) for loop in loops]).policy(np.array(full), order)
     for step, each in enumerate(policy.measured):
         if each is None or step < full[1]:
             assert each in (None, FittedFactors(0, ()))
@@ -92,7 +94,7 @@ def test_factors_are_those_of_least_squares(seed: int, order: int, passes: int, 
         for hidden in loops:
             values = hidden.double().numpy()
             weight = 1 / np.linalg.norm(values[step])
-            sides.append(weight * (_differences(last) @ values[[*last]]).T)
+            sides.append(weight * (differences(last) @ values[[*last]]).T)
             wanted.append(weight * (values[step] - values[last[-1]]))
         own, *_ = np.linalg.lstsq(np.concatenate(sides), np.concatenate(wanted), rcond=None)
         assert each.last_full == last[-1]
@@ -101,7 +103,7 @@ def test_factors_are_those_of_least_squares(seed: int, order: int, passes: int, 
 
 def test_differences_are_those_that_full_steps_keep() -> None:
     """By hand: gaps 2 and 3, each order divided by the latest."""
-    first, second = _differences((0, 2, 5))
+    first, second = differences((0, 2, 5))
     assert first.tolist() == pytest.approx([0, -1 / 3, 1 / 3])
     assert second.tolist() == pytest.approx([1 / 6, -1 / 9 - 1 / 6, 1 / 9])
 
@@ -109,7 +111,7 @@ def test_differences_are_those_that_full_steps_keep() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_full_steps_are_where_the_error_is_smallest(seed: int) -> None:
     torch.manual_seed(seed)
-    calibration = Calibration([_Products.of([*torch.randn(8, 30).cumsum(0)])])
+    calibration = Calibration([products([*torch.randn(8, 30).cumsum(0)])])
     chosen = calibration.policy(4, 1)
     others = [calibration.policy((0, *rest), 1) for rest in itertools.combinations(range(1, 8), 3)]
     assert chosen.error == min(other.error for other in others)
@@ -120,12 +122,12 @@ def test_its_error_is_that_of_the_forecasts_of_the_loop() -> None:
     """Where forecasts do not change the latents of later steps: the loop of ``Decay`` is the same in any case."""
     torch.manual_seed(1)
     hidden = torch.randn(6, 50).cumsum(0)
-    policy = Calibration([_Products.of([*hidden])]).policy((0, 2, 3))
+    policy = Calibration([products([*hidden])]).policy((0, 2, 3))
     errors = []
     for step, each in enumerate(policy.measured):
         if each is not None:
             last = tuple(s for s in (0, 2, 3) if s <= step)
-            changes = torch.from_numpy(_differences(last)).float() @ hidden[[*last]] if len(last) > 1 else []
+            changes = torch.from_numpy(differences(last)).float() @ hidden[[*last]] if len(last) > 1 else []
             found = hidden[last[-1]] + sum(f * change for f, change in zip(each.factors, changes, strict=True))
             errors.append(float((found - hidden[step]).norm() / hidden[step].norm()))
     assert policy.error == pytest.approx(np.sqrt(np.square(errors).mean()), rel=1e-5)
@@ -134,10 +136,12 @@ def test_its_error_is_that_of_the_forecasts_of_the_loop() -> None:
 def test_measured_factors_hold_behind_their_own_full_steps_alone() -> None:
     measured = (None, FittedFactors(0, ()), None, FittedFactors(2, (1.5,)), FittedFactors(2, (2.5,)), None)
     forecast = Forecast(2, lite=True, first=0, measured=measured)
-    assert ForecastState((2,), 1).factors(4, forecast) == (2.5, 0.0)
-    assert ForecastState((1,), 1).factors(4, forecast) == (3.0, 4.5), "another full step"
+    assert ForecastState((0, 2), 1).factors(4, forecast) == (2.5, 0.0)
+    assert ForecastState((0, 1), 1).factors(4, forecast) == (3.0, 4.5), "another full step"
+    assert ForecastState((1, 2), 1).factors(4, forecast) == (2.0, 2.0), "another full step before it"
     assert ForecastState((2,), 0).factors(4, forecast) == (2.0, 2.0), "fewer differences"
-    assert ForecastState((2,), 1).factors(7, forecast) == (5.0, 12.5), "a step beyond"
+    assert ForecastState((0, 2), 1).factors(7, forecast) == (5.0, 12.5), "a step beyond"
+    assert ForecastState((0,), 0).after(2, forecast) == ((0, 2), 1)
 
 
 def dit_loop(model: Any, number: int) -> list[Tensor]:

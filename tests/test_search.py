@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 import duca_compile
 from duca_compile import Calibrated, PolicyError, UsageError, calibrate
 from duca_compile.app.cli import app
-from duca_compile.methods.calibration import Calibration, _Products
+from duca_compile.methods.calibration import Calibration
 from duca_compile.methods.search import ClosedLoopSearch, shortest_path
+from duca_compile.runtime.torch.samples import products
 from tests.artifacts import loop, tiny_dit
 
 STEPS = 10
@@ -62,7 +63,7 @@ def test_the_shortest_path_is_the_best_of_all(seed: int, count: int, first: int,
 def test_the_errors_of_lines_are_those_of_the_vectors() -> None:
     torch.manual_seed(0)
     loops = [torch.randn(8, 30).double().cumsum(0) for _ in range(2)]
-    calibration = Calibration([_Products.of([*each]) for each in loops])
+    calibration = Calibration([products([*each]) for each in loops])
     policy = calibration.policy_by_path(4, first_full_steps=2, largest_gap=0.5)
     wanted = shortest_path(sum(table(each) for each in loops), 4, 2, 4)  # type: ignore[arg-type]
     assert policy.full_steps == wanted

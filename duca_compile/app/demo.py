@@ -22,7 +22,7 @@ from duca_compile.core.colors import COLORS
 from duca_compile.core.files import atomic_write
 from duca_compile.drop_in import OptimizedModel
 from duca_compile.errors import UsageError
-from duca_compile.policies import Policy, StepKind, Uncached
+from duca_compile.policies import Auto, Policy, StepKind, Uncached
 from duca_compile.policies.files import load_policy
 from duca_compile.policies.named import POLICIES
 
@@ -251,8 +251,10 @@ def compare(
 
     def compiled(model: OptimizedModel, name: str, steps: int) -> Loop:
         loop = Loop(demo, model, f"{name}, {steps} steps", steps, seed)
-        turns[loop] = watch(loop.name, RUNS * steps)
-        loop.run(turns[loop])
+        first = 2 if isinstance(model.policy, Auto) else 1  # it learns from its first loop, and forecasts in the second
+        turns[loop] = watch(loop.name, (RUNS + first - 1) * steps)
+        for _ in range(first):
+            loop.run(turns[loop])
         return loop
 
     compiled(plain, "uncached", steps)

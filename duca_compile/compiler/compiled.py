@@ -32,6 +32,7 @@ from duca_compile.runtime.request import Request
 from duca_compile.runtime.torch.programs import Programs
 from duca_compile.runtime.torch.prologue import Prologue
 from duca_compile.runtime.torch.rows import Rows
+from duca_compile.runtime.torch.samples import TorchSamples
 
 log = logging.getLogger("duca_compile")
 
@@ -100,7 +101,7 @@ class _Variants:
 class Compiled:
     """One captured call: its graph, its facts, and the dispatcher that runs its variants.
 
-    ``said`` remembers what was logged.
+    ``said`` remembers what was logged; ``budget`` is the most bytes that the caches of one pass may hold.
     """
 
     def __init__(
@@ -113,8 +114,9 @@ class Compiled:
         live: Mapping[str, Tensor],
         cache_dtype: torch.dtype | None = None,
         said: Once | None = None,
+        budget: int | None = None,
     ) -> None:
-        self.facts = facts
+        self.facts, self._budget = facts, budget
         self._guards = [] if captured.guards is None else [captured.guards]
         self._places = _places(self._guards)
         self._held_for: TensorVersions | None = None  # the tensors for which the guards held last
@@ -130,7 +132,8 @@ class Compiled:
 
     def _plan_for(self, policy: Policy) -> None:
         self.programs = Programs(self.facts, policy, self._variants, self._said)
-        self.dispatcher = Dispatcher(self.programs, policy, self._prologue, not self._exact)
+        all_at_once = not self._exact
+        self.dispatcher = Dispatcher(self.programs, policy, self._prologue, all_at_once, TorchSamples(), self._budget)
         self.used = 0  # the number of the model's call that used it last
 
     def with_policy(self, policy: Policy) -> Compiled:

@@ -23,13 +23,14 @@ from duca_compile.core.ports import argument, argument_name
 from duca_compile.core.steps import Step, StepKind
 from duca_compile.core.variants import Action, Variant, VariantSpec
 from duca_compile.drop_in import WARM_UP_HORIZON, OptimizedModel
-from duca_compile.errors import CaptureError, ExportError, UsageError
+from duca_compile.errors import CaptureError, ExportError, PolicyError, UsageError
 from duca_compile.export.batch import BatchError, Fit, NoBatchError, OpenGraph, Seen, open_graph
 from duca_compile.frontend.binder import Binder, Call
 from duca_compile.frontend.opaque import opaque, site_of
 from duca_compile.passes.caching.predict import with_predictor
 from duca_compile.passes.pipeline import FOR_EXPORT, build_variant
 from duca_compile.policies.adaptive import AdaptivePolicy
+from duca_compile.policies.auto import Auto
 from duca_compile.policies.base import Policy
 from duca_compile.policies.checks import check_whole
 from duca_compile.runtime.planning import check_rows, check_selection, plan_step, probe_spec, score_output
@@ -66,7 +67,7 @@ class Traced:
     Captures the model for the call, and again at another batch size to see what depends on it.
 
     Attributes:
-        model, policy: the source model, and the policy.
+        model, policy: the source model, and the policy; what "auto" has learnt, frozen.
         rule: how the policy decides, if it does so while it runs; else None.
         call: the example call.
         variants: the variants that the policy's steps need, by name; filled by ``schedule``.
@@ -98,6 +99,10 @@ class Traced:
         self.call = self._bind((), dict(example))
         capture = self._capture(self.call)
         self.one = self.other = capture
+        if isinstance(self.policy, Auto):
+            self.policy = _frozen(
+                model.learnt(), self._total, tuple(capture.tensors[argument_name(capture.facts.latent)].shape)
+            )
         if dynamic_batch:
             if capture.batch == 1:  # torch treats a size of 1 as a constant
                 self.one = self._resized(capture.batch, 2)
@@ -250,6 +255,27 @@ class Traced:
             return tensor[torch.arange(rows, device=tensor.device) % batch]
 
         return self._bind((), tree_map_only(Tensor, resized, self.call.arguments))
+
+
+def _frozen(policy: Auto, total: int | None, latent: tuple[int, ...]) -> Policy:
+    """What was learnt of one kind of request, as a policy that learns no more."""
+    if total is None:
+        raise PolicyError("what was learnt depends on the number of steps; pass save(..., num_inference_steps=50)")
+    found = {each.policy: each for each in policy.known_of(total, latent)}
+    wanted = f"requests of {total} steps with a latent of {'x'.join(map(str, latent))}"
+    if not found:
+        known = "; ".join(str(each.kind) for each in policy.known) or "nothing"
+        raise ExportError(
+            f'policy="auto" has learnt nothing of {wanted}: run one such request first, or optimize the model with '
+            f"what another process has learnt and saved. Learnt so far: {known}"
+        )
+    if len(found) > 1:
+        raise ExportError(
+            f'policy="auto" has learnt {len(found)} schedules for {wanted}, and an artifact holds one: optimize the '
+            "model with the policy of one of learnt().known. These are for "
+            + "; ".join(str(each.kind) for each in found.values())
+        )
+    return next(iter(found))
 
 
 @dataclass(frozen=True)

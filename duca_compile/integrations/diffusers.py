@@ -66,6 +66,10 @@ class PipelineSchedule:
             self._scheduler = getattr(pipe, "scheduler", None)
         return self._scheduler
 
+    def name(self) -> str:
+        """The class of the scheduler."""
+        return type(self._look_up()).__name__
+
     def run(self) -> Tensor | None:
         timesteps = getattr(self._look_up(), "timesteps", None)
         return timesteps if isinstance(timesteps, Tensor) else None

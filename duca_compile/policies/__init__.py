@@ -2,6 +2,7 @@
 
 from duca_compile.core.steps import Probe, Step, StepKind, Verify
 from duca_compile.policies.adaptive import AdaptivePolicy, Decider
+from duca_compile.policies.auto import Auto
 from duca_compile.policies.base import Forecast, Policy, Selection, TokenQuery
 from duca_compile.policies.calibrated import Calibrated
 from duca_compile.policies.disca import DisCa
@@ -26,6 +27,7 @@ __all__ = [
     "FORA",
     "RFC",
     "AdaptivePolicy",
+    "Auto",
     "Calibrated",
     "Decider",
     "DisCa",

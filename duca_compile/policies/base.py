@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, TypeAlias, get_args
 
 from duca_compile.core.steps import HighPass, Restores, Step
@@ -94,6 +94,10 @@ class FittedFactors:
     last_full: int
     factors: tuple[float, ...]
 
+    def later(self, steps: int) -> FittedFactors:
+        """The same, so many steps later."""
+        return FittedFactors(self.last_full + steps, self.factors)
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -122,6 +126,13 @@ class Forecast:
     chebyshev: Chebyshev | None = None
     high_pass: HighPass | None = None
     least: int = 1
+
+    def __post_init__(self) -> None:
+        self.__dict__["_hash"] = hash(tuple(getattr(self, each.name) for each in fields(self)))
+
+    def __hash__(self) -> int:
+        """Computed once, because every call looks up its numbers by forecast."""
+        return self.__dict__["_hash"]  # type: ignore[no-any-return]
 
     def measured_at(self, step: int) -> FittedFactors | None:
         """The fitted factors of a step; None if there are none."""
@@ -197,6 +208,10 @@ class Policy(ABC):
         With forecasts, all caches are kept until the last step.
         """
         return (with_liveness if self.forecast is None else kept_until_last)(self.steps(total))
+
+    def to_compile(self, total: int | None) -> Iterator[Step]:
+        """Steps that need every variant that a request may need, for a warm-up."""
+        return self.planned(total)
 
     def fresh_tokens(self, step: Step, query: TokenQuery) -> int:
         """How many tokens of a branch a partial step recomputes; 0 reuses the whole branch."""

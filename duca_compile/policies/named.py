@@ -8,6 +8,7 @@ from duca_compile.errors import PolicyError
 from duca_compile.policies import (
     FORA,
     RFC,
+    Auto,
     DuCa,
     EasyCache,
     FreqCa,
@@ -24,6 +25,7 @@ from duca_compile.policies import (
 from duca_compile.policies.files import load_policy
 
 POLICIES: dict[str, type[Policy]] = {
+    "auto": Auto,
     "duca": DuCa,
     "easycache": EasyCache,
     "fora": FORA,

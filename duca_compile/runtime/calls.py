@@ -103,6 +103,11 @@ class GuidancePass:
         self.kind, self._names, self.conditions = call.kind, call.names, TensorVersions.of(call.conditions)
         self._matched = call  # the last call with these very objects
 
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """The shape of the latent of its last call."""
+        return tuple(map(int, self._latent.shape))
+
     def record(self, step: int, call: CallInputs, samples: bool) -> None:
         """Records its call at ``step``; with ``samples``, its latent can be compared with others later."""
         self.move_to(step, call.latent)

@@ -14,6 +14,7 @@ from duca_compile.core.ports import (
     MEASURES,
     PROBE_CHANGE,
     PROBE_SEEN,
+    STREAM_END,
     VERIFY_ERROR,
     WRITTEN,
     Port,
@@ -24,12 +25,13 @@ from duca_compile.core.steps import Probe, Step, StepKind
 from duca_compile.core.tensors import Array, TensorVersions
 from duca_compile.errors import first_line, not_none
 from duca_compile.policies.adaptive import AdaptivePolicy
-from duca_compile.policies.base import Policy
+from duca_compile.policies.base import Forecast, Policy
 from duca_compile.runtime.adaptive import Decisions, merged
 from duca_compile.runtime.arrays import Arrays
 from duca_compile.runtime.cache_state import CacheState, StepInputs
 from duca_compile.runtime.clock import CallPosition
 from duca_compile.runtime.forecasting import ForecastInputs
+from duca_compile.runtime.learning import FullStep, Lesson, Reason, Samples
 from duca_compile.runtime.request import Executed, Request
 from duca_compile.runtime.selection import TokenSelector, TokenSet
 
@@ -216,10 +218,20 @@ class Dispatcher:
         prologue: computes the loop-invariant values.
         precomputes_timesteps: whether the timestep-only values of all known timesteps are computed together. Products
             of another size may round differently.
+        samples: what requests learn with, if the policy learns.
+        budget: the most bytes that caches and samples of one pass may hold; None for no limit.
     """
 
-    def __init__(self, planner: Planner, policy: Policy, prologue: Hoister, precomputes_timesteps: bool) -> None:
-        self.planner = planner
+    def __init__(
+        self,
+        planner: Planner,
+        policy: Policy,
+        prologue: Hoister,
+        precomputes_timesteps: bool,
+        samples: Samples | None = None,
+        budget: int | None = None,
+    ) -> None:
+        self.planner, self._samples, self._budget = planner, samples, budget
         self._policy, self._prologue, self._precomputes_timesteps = policy, prologue, precomputes_timesteps
         self._adaptive = policy if isinstance(policy, AdaptivePolicy) else None
         self._forecast = policy.forecast
@@ -241,19 +253,48 @@ class Dispatcher:
             The model's flat outputs.
         """
         started = perf_counter()
-        state = request.state(self, (name, position.pass_index))
+        state, lesson = request.state(self, (name, position.pass_index)), None
         self._hoist(state, call, position.condition)
         if self._adaptive is not None:
             step = _AdaptiveStep(self, self._adaptive, state, call, request, position)
             outputs, kind, flops, measured, rows = step.run()
         else:
-            plan = self._plan(request.step_at(position.step), position.step, state)
+            step_planned, lesson = request.step_at(position.step), request.lesson
+            plan = self._plan(step_planned, position.step, state, None if lesson is None else lesson.forecast)
             outputs = self._run(plan, state, self._step_inputs(plan, state, call, request, position))
             kind, flops, measured, rows = plan.step.kind, plan.flops, (), ()
+        reason: Reason = "" if lesson is None or kind is not StepKind.FULL else lesson.reason
+        if lesson is not None:
+            measured = self._learn(lesson, request, position, name, state, plan, outputs)
         state.last_step = position.step
         seconds = perf_counter() - started
-        request.history.append(Executed(position.step, position.pass_index, kind, flops, seconds, name, measured, rows))
+        request.history.append(
+            Executed(position.step, position.pass_index, kind, flops, seconds, name, measured, rows, reason)
+        )
         return outputs
+
+    def _learn(
+        self,
+        lesson: Lesson,
+        request: Request,
+        position: CallPosition,
+        name: str | None,
+        state: CacheState,
+        plan: StepPlan,
+        outputs: Sequence[Array],
+    ) -> tuple[float, ...]:
+        """Shows a full step to the lesson; what it measured. The last step of a request ends the state."""
+        error = None
+        ends = [port for port in plan.program.writes if port.kind is PortKind.STREAM_END and not port.order]
+        if ends:
+            room = None if self._budget is None else self._budget - state.most_bytes
+            key = self, request.guidance_pass((name, position.pass_index))
+            end = state.caches[STREAM_END if STREAM_END in ends else ends[0]]
+            full = FullStep(key, position.step, end, outputs[0], room)
+            error = lesson.observe(not_none(self._samples, "what takes samples"), full)
+        if position.step + 1 == request.total:
+            state.end()
+        return () if error is None else (error,)
 
     def warm_up(
         self,
@@ -316,7 +357,9 @@ class Dispatcher:
         if program.timestep_key:
             given.update(self._timestep_values(program.timestep_key, state, call, request, position))
         if program.forecast.needed:
-            given.update(program.forecast.values(self._forecast, state, position.step, request.total, rows))
+            learnt = None if request.lesson is None else request.lesson.forecast
+            forecast = learnt or self._forecast
+            given.update(program.forecast.values(forecast, state, position.step, request.total, rows))
         return given
 
     def _timestep_values(
@@ -360,14 +403,17 @@ class Dispatcher:
             )
         return {}
 
-    def _plan(self, step: Step, index: int, state: CacheState) -> StepPlan:
+    def _plan(self, step: Step, index: int, state: CacheState, learnt: Forecast | None = None) -> StepPlan:
         """The plan of ``step``; that of a full step if the guidance pass is new, missed a step or lacks a cache.
 
-        So is a forecast before which the pass has not had enough full steps.
+        So is a forecast before which the pass has not had enough full steps, or other ones than the ``learnt`` factors
+        are for.
         """
         plan = self.planner.plan(step)
         program = plan.program
         ready = not program.reads or (index - state.last_step <= 1 and state.gather(program).complete)
+        if learnt is not None and step.kind is _FORECAST:
+            ready = ready and bool(state.forecasts) and state.forecasts[0].fitted(index, learnt) is not None
         if ready and (self._least_full == 1 or step.kind is not _FORECAST or self._has_enough(state)):
             return plan
         return self.planner.plan(Step(StepKind.FULL, kept=step.kept, live=step.live))

@@ -23,7 +23,7 @@ class ForecastState(NamedTuple):
     """The full steps of one guidance pass, and how many differences of each cache are built.
 
     Attributes:
-        full: the full steps so far; only the last one, if forecasts need no others.
+        full: the full steps so far; only the last ones, if forecasts need no others.
         orders: the highest order of difference that is built; higher ones are zero.
     """
 
@@ -40,13 +40,20 @@ class ForecastState(NamedTuple):
         Those that were fitted to the model, if the full steps are the ones that they were fitted for; else those of the
         method's polynomials.
         """
-        measured = forecast.measured_at(step)
-        if measured is not None and (self.full[-1:], self.orders) == ((measured.last_full,), len(measured.factors)):
-            return measured.factors + (0.0,) * (forecast.order - self.orders)
+        if (fitted := self.fitted(step, forecast)) is not None:
+            return fitted + (0.0,) * (forecast.order - self.orders)
         distance = self.distance(step)
         if forecast.hermite is not None:
             return hermite(distance, forecast.order, forecast.hermite)
         return taylor(distance, forecast.order)
+
+    def fitted(self, step: int, forecast: Forecast) -> tuple[float, ...] | None:
+        """The factors that were fitted for these full steps; None if they were fitted for others, or not at all."""
+        measured = forecast.measured_at(step)
+        if measured is None or self.orders != len(measured.factors):
+            return None
+        wanted = [full for full in range(step) if forecast.measured[full] is None][-self.orders - 1 :]
+        return measured.factors if self.full[-self.orders - 1 :] == tuple(wanted) else None
 
     def in_forecast(self, step: int, forecast: Forecast, total: int | None) -> Iterator[tuple[Port, float]]:
         """The factor of each cached value in a forecast of ``step``, by its input."""
@@ -76,4 +83,6 @@ class ForecastState(NamedTuple):
         built = bool(self.full) and step >= forecast.first
         orders = min(forecast.order, self.orders + 1) if built else 0
         earlier = self.full if forecast.chebyshev is not None or len(self.full) < forecast.least else ()
+        if forecast.measured:
+            earlier = self.full[-forecast.order :]
         return ForecastState((*earlier, step), orders)

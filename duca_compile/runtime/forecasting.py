@@ -77,7 +77,7 @@ class ForecastInputs:
             state.forecasts = tuple(
                 old.after(step, forecast) if is_full else old for old, is_full in zip(before, full, strict=True)
             )
-        key = step, total, full, before, state.forecasts
+        key = forecast, step, total, full, before, state.forecasts
         values = self._known.get(key)
         if values is None:
             if len(self._known) >= REMEMBERED:

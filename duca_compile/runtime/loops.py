@@ -17,6 +17,9 @@ REMEMBERED_LOOPS = 8
 class LoopSchedule(Protocol):
     """Knows the timesteps of a run of the loop before the run starts, as the scheduler of a pipeline does."""
 
+    def name(self) -> str:
+        """What makes the timesteps: requests with another one have nothing in common."""
+
     def run(self) -> object | None:
         """The current run: another object for each run, or None if it is not known."""
 

@@ -71,7 +71,7 @@ def probe_spec(policy: Policy) -> ProbeVariant | None:
 def _kept_of_full(policy: Policy, step: Step) -> Keeps:
     if policy.predictor is not None:
         return CacheKinds.END
-    if not policy.caches:
+    if not policy.caches or step.kept is CacheKinds.NOTHING:
         return CacheKinds.NOTHING
     if policy.forecast is not None:
         return _series(policy.forecast)

@@ -12,6 +12,7 @@ from duca_compile.core.once import Once
 from duca_compile.core.steps import Step, StepKind
 from duca_compile.core.tensors import Array
 from duca_compile.errors import not_none
+from duca_compile.policies.auto import PassKind, RequestKind
 from duca_compile.policies.base import Policy
 from duca_compile.runtime.cache_state import CacheState
 from duca_compile.runtime.calls import (
@@ -32,6 +33,7 @@ from duca_compile.runtime.clock import (
     StepClock,
     Transition,
 )
+from duca_compile.runtime.learning import Learner, Lesson, Reason
 from duca_compile.runtime.loops import LoopMemory, LoopSchedule, PlannedSteps, schedule_of_view
 
 log = logging.getLogger("duca_compile")
@@ -51,8 +53,11 @@ class Executed(NamedTuple):
         flops: FLOPs of the call.
         seconds: host time; on an accelerator, work may still be queued.
         pass_name: the name that the caller gave the guidance pass.
-        measured: what an adaptive policy measured, one value for each batch row.
+        measured: what an adaptive policy measured, one value for each batch row; under ``Auto``, the relative error
+            that a forecast would have had in place of this full step.
         rows: what ran for each batch row, where rows decide for themselves.
+        reason: under ``Auto``, why the step is full other than by what was learnt: "learning", "drift" or "not worth
+            it"; else empty.
     """
 
     step: int
@@ -63,6 +68,7 @@ class Executed(NamedTuple):
     pass_name: str | None = None
     measured: tuple[float, ...] = ()
     rows: tuple[StepKind, ...] = ()
+    reason: Reason = ""
 
 
 class InputNames(Protocol):
@@ -99,6 +105,7 @@ class Request:
         total: the number of steps of a request, if it is known.
         schedule: knows the timesteps, if the model belongs to a pipeline.
         memory: earlier loops of the same model.
+        learner: what earlier requests have learnt, if the policy learns.
     """
 
     def __init__(
@@ -107,9 +114,13 @@ class Request:
         total: int | None,
         schedule: LoopSchedule | None = None,
         memory: LoopMemory | None = None,
+        learner: Learner | None = None,
     ) -> None:
         self._policy, self._given_total, self._schedule = policy, total, schedule
         self._memory = LoopMemory() if memory is None else memory
+        self._learner = learner
+        self.lesson: Lesson | None = None  # what this request does, if the policy learns
+        self._scheduled: tuple[float, ...] = ()  # the timesteps by the schedule
         self._times: list[float | None] = []  # the timesteps of this request so far
         self.expected_times: tuple[float, ...] = ()  # those that are known when it starts
         self._clock = StepClock(total)
@@ -131,11 +142,17 @@ class Request:
 
     def reset(self) -> None:
         """Drops all caches; the next call starts a new request."""
+        self._end_lesson()
         self._clock.reset()
         self._states.clear()
         self._passes.clear()
         self._openings.clear()
         self._set_aside = None
+
+    def _end_lesson(self) -> None:
+        if self.lesson is not None:
+            self.lesson.close()
+        self.lesson = None
 
     @property
     def total(self) -> int | None:
@@ -144,8 +161,9 @@ class Request:
 
     @property
     def cache_bytes(self) -> int:
-        """The most bytes that the caches of the running (or last) request have held."""
-        return sum(state.most_bytes for states in [*self._states.values()] for state in [*states.values()])
+        """The most bytes that the caches of the running (or last) request have held, with samples to learn from."""
+        recorded = 0 if self.lesson is None else self.lesson.bytes
+        return recorded + sum(state.most_bytes for states in [*self._states.values()] for state in [*states.values()])
 
     def state(self, owner: object, key: PassKey) -> CacheState:
         """The state of ``owner``, a captured shape, for one guidance pass."""
@@ -156,6 +174,10 @@ class Request:
         if state is None:
             state = states[pass_] = CacheState()
         return state
+
+    def guidance_pass(self, key: PassKey) -> GuidancePass | None:
+        """The pass of this name and number."""
+        return self._passes.get(key)
 
     def locate(
         self, names: InputNames, call: Mapping[str, Array], name: str | None = None, step_index: int | None = None
@@ -236,20 +258,31 @@ class Request:
         return None if step is None else ReportedStep(step, by_caller=False)
 
     def _start(self, timestep: Array, first: float | None) -> None:
+        self._end_lesson()
         self._memory.remember(self._times)
         self._times.clear()
         self._states.clear()
         self._passes.clear()
         self.history.clear()
-        self._total, monotone = self._given_total, True
+        self._total, monotone, self._scheduled = self._given_total, True, ()
         if self._schedule is not None and self._run is not None:
             times = list(self._schedule.timesteps(timestep))
-            self._total, monotone = len(times), times in (sorted(times), sorted(times, reverse=True))
+            self._total, self._scheduled = len(times), tuple(times)
+            monotone = times in (sorted(times), sorted(times, reverse=True))
             self.expected_times = () if first is None else self._schedule.as_called(times, timestep, first)
         else:
             self.expected_times = () if first is None else schedule_of_view(timestep) or self._memory.starting_at(first)
         self._clock.expect(self._total, monotone)
         self._steps = self._memory.steps(self._policy, self._total)
+        if self._learner is not None:
+            self.lesson = Lesson(self._learner, not_none(self._total, "the number of steps"))
+
+    def _kind(self) -> RequestKind:
+        """What decides whether this request is like others, once its first step is over."""
+        times = self._scheduled or tuple(time for time in self._times[:2] if time is not None)
+        scheduler = "" if self._schedule is None else self._schedule.name()
+        passes = tuple(PassKind(each.name, each.latent_shape) for each in self._passes.all)
+        return RequestKind(not_none(self._total, "the number of steps"), scheduler, times, passes)
 
     def _note_restart(self, call: CallInputs) -> None:
         """Warns if the timesteps start a request in mid-loop again and again."""
@@ -439,7 +472,7 @@ class Request:
                 self._steps if self._steps is None else len(self._steps),
             )
             return Step(StepKind.FULL)
-        return step
+        return step if self.lesson is None else self.lesson.step(index, self._kind)
 
     def _warn(self, message: str, *values: object) -> None:
         """Logs a warning once."""

@@ -13,7 +13,9 @@ from types import TracebackType
 from typing import Any, cast
 
 from duca_compile.errors import UsageError
+from duca_compile.policies.auto import Auto
 from duca_compile.policies.base import Policy
+from duca_compile.runtime.learning import Learner
 from duca_compile.runtime.loops import LoopMemory, LoopSchedule
 from duca_compile.runtime.request import Executed, Request
 
@@ -27,11 +29,12 @@ class Requests:
     def __init__(self, policy: Policy, total: int | None, schedule: LoopSchedule | None = None) -> None:
         self._policy, self.total, self._schedule = policy, total, schedule
         self._memory = LoopMemory()
+        self.learner = Learner(policy) if isinstance(policy, Auto) else None  # what requests have learnt
         self._local = threading.local()
 
     def new(self) -> Request:
         """A request that no session and no thread has."""
-        return Request(self._policy, self.total, self._schedule, self._memory)
+        return Request(self._policy, self.total, self._schedule, self._memory, self.learner)
 
     def current(self) -> Request:
         """The request that a call in this context belongs to."""
@@ -44,7 +47,9 @@ class Requests:
         return request
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Requests:
-        return Requests(self._policy, self.total, copy.deepcopy(self._schedule, memo))
+        """Requests of their own, which know what was learnt so far."""
+        policy = self._policy if self.learner is None else self.learner.policy()
+        return Requests(policy, self.total, copy.deepcopy(self._schedule, memo))
 
 
 class HasRequest:

@@ -15,7 +15,7 @@ from duca_compile.methods.ratios import ratios_of
 from duca_compile.methods.recording import Recorder, SampleLoop
 from duca_compile.methods.tuning.measuring import Bench
 from duca_compile.methods.tuning.trials import Trial
-from duca_compile.policies import MagCache, Policy
+from duca_compile.policies import Auto, MagCache, Policy
 from duca_compile.policies.base import Series
 from duca_compile.policies.named import POLICIES
 from duca_compile.runtime.loops import LoopSchedule
@@ -72,12 +72,14 @@ def named_series(given: Sequence[str | Policy] | None, steps: int) -> list[Serie
     Names of methods that must be measured first have none.
 
     Raises:
-        PolicyError: a name is unknown.
+        PolicyError: a name is unknown, or "auto".
     """
     if given is None:
         return [series for kind in dict.fromkeys(POLICIES.values()) for series in kind.settings(steps)]
     found: list[Series] = []
     for each in given:
+        if isinstance(each, Auto) or each == "auto":
+            raise PolicyError("policies names 'auto', which has no settings to try: it learns while it runs")
         if isinstance(each, Policy):
             found.append((each,))
         elif each not in MEASURED:
