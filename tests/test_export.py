@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import duca_compile
-from duca_compile import ArtifactError, BackendError, DuCa, ExportError, Linear, OptimizedModel, UsageError
+from duca_compile import FORA, ArtifactError, BackendError, DuCa, ExportError, Linear, OptimizedModel, UsageError
 from duca_compile.app.cli import app
 from duca_compile.artifact.manifest import Manifest, Size, read_manifest
 from duca_compile.artifact.model import Artifact
@@ -232,6 +232,31 @@ def test_changed_labels_are_noticed_though_the_array_is_the_same(artifact: Artif
 def test_calls_of_another_kind_are_refused(artifact: Artifact, change: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         artifact(**example(2) | change)
+
+
+class Scaled(nn.Module):
+    """A model that is told numbers for each image by its place in the batch, as OmniGen is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_dit(layers=1)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, class_labels: Tensor, sizes: dict[int, Any]) -> Tensor:
+        result: Tensor = self.inner(hidden_states, timestep=timestep, class_labels=class_labels).sample
+        return result * sizes[0][1]
+
+
+@pytest.mark.slow
+def test_numbers_may_be_keys_of_what_is_no_tensor(tmp_path: Path) -> None:
+    model = optimized(FORA(3), Scaled().eval())
+    call = example(2) | {"sizes": {0: [1, 0.5]}}
+    duca_compile.save(model, tmp_path / "artifact", call)
+    artifact = duca_compile.load(tmp_path / "artifact", threads=1)
+    assert torch.allclose(artifact(**call), model(**call), rtol=0, atol=1e-5)
+    with pytest.raises(UsageError, match=r"sizes\.0\.1=2: the artifact was exported with 0\.5"):
+        artifact(**call | {"sizes": {0: [1, 2]}})
+    with pytest.raises(ExportError, match="takes tensors in lists, tuples and dictionaries with names"):
+        duca_compile.save(model, tmp_path / "other", call | {"sizes": {0: [1, torch.tensor(0.5)]}})
 
 
 def test_a_missing_argument_is_named(artifact: Artifact) -> None:

@@ -249,11 +249,10 @@ def _signature(traced: Traced) -> manifest.Signature:
     arguments, options = [], dict[str, Any]()
     names = map(argument_name, captured.inputs)
     for keys, leaf in tree_flatten_with_path(call.arguments)[0]:
-        path = tuple(_key(key) for key in keys)
         if isinstance(leaf, torch.Tensor):
-            arguments.append(manifest.Argument(path, next(names)))
+            arguments.append(manifest.Argument(tuple(map(_key, keys)), next(names)))
         else:
-            options[".".join(map(str, path))] = _json(leaf)
+            options[".".join(map(_option_key, keys))] = _json(leaf)
     return manifest.Signature(
         parameters=tuple(call.arguments),
         arguments=tuple(arguments),
@@ -271,7 +270,16 @@ def _key(key: Any) -> str | int:
         return key.key
     if isinstance(key, SequenceKey):
         return key.idx
-    raise ExportError(f"the call has a tensor at {key}; an artifact takes dictionaries, lists and tuples of tensors")
+    raise ExportError(
+        f"the call has an argument at {key}; an artifact takes tensors in lists, tuples and dictionaries with names"
+    )
+
+
+def _option_key(key: Any) -> str:
+    """Also a number that is a key of a dictionary."""
+    if isinstance(key, MappingKey) and type(key.key) is int:
+        return str(key.key)
+    return str(_key(key))
 
 
 def _result(output: OutputLayout) -> Any:

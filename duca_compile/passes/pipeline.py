@@ -46,10 +46,12 @@ from duca_compile.passes.exact.write_last import WriteLast
 from duca_compile.passes.portable.logical_select import LogicalSelect
 from duca_compile.passes.portable.real_pairs import RealPairs
 from duca_compile.passes.portable.whole_copies import WholeCopies
+from duca_compile.passes.portable.zero_memory import ZeroMemory
 
 PREPARE: tuple[Pass[Draft], ...] = (Clean(), StaticShapes(), Empties(), Deduplicate(), RemoveDeadCode())
 # Once for each capture that is exported, before the analyses.
 FOR_EXPORT: tuple[Pass[Draft], ...] = (
+    ZeroMemory(),
     RealPairs(),
     LogicalSelect(),
     WholeCopies(),

@@ -7,6 +7,7 @@ where a token is chosen. Which entries these are is said by hand for each layout
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,6 +16,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F  # noqa: N812
 from tracing import COMPUTE, PARTIAL, REUSE, Runner, caches, distinct_indices
 
+import duca_compile
+from duca_compile import DuCa
 from duca_compile.core.fx_utils import to_module
 from duca_compile.core.variants import Action
 
@@ -282,3 +285,46 @@ def test_chosen_tokens_are_fresh_and_all_others_cached(case: tuple[Form, Runner]
         mask = torch.zeros(rows, tokens, dtype=torch.bool)
         mask[torch.arange(rows)[:, None], index[place]] = True
         assert torch.equal(changed, form.mask(mask))
+
+
+STEPS = 4
+POLICY = DuCa(interval=3, fresh_ratio=0.5)  # full, partial, skip, full
+
+
+def steps(form: Form) -> list[dict[str, Tensor]]:
+    """The calls of a loop: the timestep falls, and the latent moves."""
+    first = call(form, 0)
+    moved = (first["x"] + 0.1 * call(form, step + 1)["x"] for step in range(STEPS))
+    return [{"x": x, "t": torch.full(form.times, 9.0 - step)} for step, x in enumerate(moved)]
+
+
+@torch.no_grad()
+def check_close(found: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() <= 1e-4 * other.norm()
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the artifact takes the batch size")
+@pytest.mark.parametrize("name", FORMS)
+def test_an_artifact_gives_the_values_of_the_eager_steps(name: str, tmp_path: Path) -> None:
+    form = FORMS[name]
+    eager = duca_compile.optimize(form.model().eval(), POLICY, "eager", STEPS)
+    expected = [eager(**each) for each in steps(form)]
+    assert "".join(done.kind.letter for done in eager.history) == "FPSF"
+    duca_compile.save(eager, tmp_path / "artifact", steps(form)[0])
+    artifact = duca_compile.load(tmp_path / "artifact", threads=1)
+    check_close([artifact(**each) for each in steps(form)], expected)
+    assert [done.kind for done in artifact.history] == [done.kind for done in eager.history]
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FORMS)
+def test_compiled_steps_give_the_values_of_the_eager_ones(name: str) -> None:
+    form = FORMS[name]
+    eager, compiled = (
+        duca_compile.optimize(form.model().eval(), POLICY, each, STEPS) for each in ("eager", "inductor")
+    )
+    check_close([compiled(**each) for each in steps(form)], [eager(**each) for each in steps(form)])

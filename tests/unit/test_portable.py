@@ -17,6 +17,7 @@ from duca_compile.passes.pipeline import prepare, run_passes
 from duca_compile.passes.portable.logical_select import LogicalSelect
 from duca_compile.passes.portable.real_pairs import RealPairs
 from duca_compile.passes.portable.whole_copies import WholeCopies
+from duca_compile.passes.portable.zero_memory import ZeroMemory
 
 X = torch.randn(2, 4, 3, 8)
 ANGLES = torch.randn(4, 4)
@@ -53,6 +54,15 @@ def table(angles: Tensor) -> Tensor:
     return torch.polar(torch.ones_like(angles), angles)
 
 
+def written_table(angles: Tensor) -> Tensor:
+    """Row by row, and one row in two parts, as for prompts of several lengths."""
+    written = torch.zeros(4, 4, dtype=angles.dtype)
+    written[0] = angles[1]
+    written[1:, -3:] = angles[:3, :3]
+    written[3, :1] = angles[3, :1]
+    return written
+
+
 Forward = Callable[[Any, Tensor, Tensor], Tensor]
 ROTATIONS: dict[str, Forward] = {
     "polar": lambda self, x, a: torch.view_as_real(pairs(x) * table(a)[None, :, None]).flatten(3),
@@ -73,6 +83,20 @@ ROTATIONS: dict[str, Forward] = {
     "moved dimensions": lambda self, x, a: torch.view_as_real(
         (pairs(x).transpose(1, -2).permute(0, 1, 3, -2) * table(a).t().unbind(0)[1]).repeat(1, 2, 1, 1).flatten(-2)
     ),
+    "gathered positions": lambda self, x, a: torch.view_as_real(
+        pairs(x)
+        * torch.gather(table(a)[None].repeat(2, 1, 1), 1, torch.tensor([3, 1, 0, 2]).view(1, 4, 1).expand(2, 4, 4))[
+            :, :, None
+        ]
+    ),
+    "written to zeros": lambda self, x, a: torch.view_as_real(pairs(x) * written_table(table(a))[:, None]),
+    "written to indices": lambda self, x, a: torch.view_as_real(
+        pairs(x) * table(a).index_put((torch.tensor([2, 0]),), table(a)[1])[:, None]
+    ),
+    "padded": lambda self, x, a: torch.view_as_real(
+        pairs(x) * nn.utils.rnn.pad_sequence([table(a), table(a)[:2]], batch_first=True)[:, :, None]
+    ),
+    "chosen": lambda self, x, a: torch.view_as_real(torch.where(x[..., :4] > 0, pairs(x), table(a)[:, None])),
     "stacked": lambda self, x, a: torch.view_as_real(
         torch.stack([pairs(x), pairs(x) * 2], -1).select(-1, 1).squeeze(-1)[:, 1:] * table(a)[1:, None]
     ),
@@ -161,3 +185,16 @@ def test_a_copy_takes_a_tensor_of_its_target_s_shape() -> None:
     assert changed
     assert [[op_name(n.args[1]) for n in copies], not difference.any()] == [["expand", "slice"], True]
     assert all(n.args[1].meta["val"].shape == n.meta["val"].shape for n in copies)
+
+
+def interleaved(self: Any, x: Tensor) -> Tensor:
+    result = torch.empty_like(x)
+    result[..., 0::2], result[..., 1::2] = x[..., 1::2] * 2, x[..., 0::2]
+    return result
+
+
+def test_memory_that_is_filled_later_is_zero_before() -> None:
+    graph, changed, (difference,) = rewritten(ZeroMemory(), module(interleaved), x=X)
+    assert changed
+    assert next(op_name(n) for n in graph.nodes if n.op == "call_function") == "zeros"
+    assert not difference.any()

@@ -220,6 +220,57 @@ def _flattened(at: _At) -> fx.Node:
     return at.add(aten.flatten.using_ints, at.pair(value), *_from_the_front([first, last], at.rank))
 
 
+def _gathered(at: _At) -> fx.Node:
+    value, dim, index = at.node.args[:3]
+    pair = at.pair(value)
+    indices = at.add(aten.unsqueeze.default, index, -1)
+    both = at.add(aten.expand.default, indices, [*[-1] * at.rank, 2])
+    return at.add(aten.gather.default, pair, _from_the_front(dim, at.rank), both)
+
+
+def _created(at: _At) -> fx.Node:
+    """Zeros."""
+    value = at.node.meta["val"]
+    zeros = at.pairs.graph.call_function(
+        at.node.target,  # type: ignore[arg-type]
+        ([*at.node.args[0], 2],),  # type: ignore[misc]
+        {"dtype": _PARTS[value.dtype], "device": value.device},
+    )
+    zeros.meta = {**at.node.meta, "val": value.new_zeros((*value.shape, 2), dtype=_PARTS[value.dtype])}
+    at.pairs.added.append(zeros)
+    return zeros
+
+
+def _written(at: _At) -> fx.Node | None:
+    """What writes its second operand to its first one, or to a part of it along a dimension."""
+    value, written, *place = at.node.args
+    if not _is_complex(written) or at.node.kwargs:
+        return None
+    if place and isinstance(place[0], int):
+        place[0] = _from_the_front(place[0], at.rank)
+    return at.add(at.node.target, at.pair(value), at.pair(written), *place)  # type: ignore[arg-type]
+
+
+def _written_to_indices(at: _At) -> fx.Node | None:
+    value, indices, written, *more = at.node.args
+    if not _is_complex(written):
+        return None
+    return at.add(at.node.target, at.pair(value), indices, at.pair(written), *more)  # type: ignore[arg-type]
+
+
+def _chosen(at: _At) -> fx.Node | None:
+    mask, one, other = at.node.args
+    if not all(isinstance(each, fx.Node) and _is_complex(each) for each in (one, other)):
+        return None
+    return at.add(aten.where.self, at.add(aten.unsqueeze.default, mask, -1), at.pair(one), at.pair(other))
+
+
+def _padded_sequences(at: _At) -> fx.Node | None:
+    if at.node.kwargs or argument(at.node, "padding_value"):
+        return None
+    return _moved()(at)
+
+
 _COMPLEX: dict[str, Callable[[_At], fx.Node | None]] = {
     "view_as_complex": _view_as_complex,
     "polar": _polar,
@@ -244,7 +295,14 @@ _COMPLEX: dict[str, Callable[[_At], fx.Node | None]] = {
     "index": _moved(),
     "cat": _moved(1),
     "chunk": _moved(2),
+    "copy": _written,
     "flatten": _flattened,
+    "gather": _gathered,
+    "index_put": _written_to_indices,
+    "select_scatter": _written,
+    "slice_scatter": _written,
+    "where": _chosen,
+    "zeros": _created,
     "index_select": _moved(1),
     "select": _moved(1),
     "slice": _moved(1),
@@ -257,6 +315,7 @@ _COMPLEX: dict[str, Callable[[_At], fx.Node | None]] = {
     "unbind": _moved(1),
     "unsqueeze": _moved(1, more=1),
     "expand": _sized(-1),
+    "pad_sequence": _padded_sequences,
     "permute": _permuted,
     "repeat": _sized(1),
     "reshape": _sized(2),
