@@ -71,10 +71,10 @@ def probe_spec(policy: Policy) -> ProbeVariant | None:
 def _kept_of_full(policy: Policy, step: Step) -> Keeps:
     if policy.predictor is not None:
         return CacheKinds.END
-    if not policy.caches or step.kept is CacheKinds.NOTHING:
+    if not policy.caches:
         return CacheKinds.NOTHING
     if policy.forecast is not None:
-        return _series(policy.forecast)
+        return CacheKinds.NOTHING if step.kept is CacheKinds.NOTHING else _series(policy.forecast)
     if policy.restores != "end":
         return Changes() if policy.restores == "change" else Boundary()
     return CacheKinds.BRANCHES if isinstance(policy, AdaptivePolicy) else step.kept
