@@ -32,7 +32,7 @@ HEAD = f"""# What exports
 These models of [the test suite](models.md), with {BLOCKS} block of each kind, were exported with DuCa and loaded in two
 engines; one that has no line was not tried. A loop of {STEPS} steps, with full, partial and skip steps, had to give in
 each engine what the optimized model gives, to a relative error of {CLOSE:g} at each step. `python -m tests.exports`
-writes this table, and the slow tests compare it with what they see.
+writes this table, and the exhaustive tests compare it with what they see.
 
 The test configurations of diffusers' own transformers were tried in the same way, in ONNX Runtime alone: the 66 of its
 repository at commit 58eb52c that do not add quantization, with diffusers 0.42.1 and two batch rows where the
