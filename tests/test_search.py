@@ -144,8 +144,9 @@ def test_what_cannot_be_searched_is_refused() -> None:
         measured.policy_by_path(3, first_full_steps=1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("search", ["path", "loops"])
+@pytest.mark.parametrize(
+    "search", [pytest.param("path", marks=pytest.mark.slow), pytest.param("loops", marks=pytest.mark.exhaustive)]
+)
 def test_the_command_searches(search: str, tmp_path: Path) -> None:
     out = tmp_path / "calibrated.json"
     arguments = ["calibrate", "--steps", "8", "--full-steps", "5", "--search", search, "--iterations", "2"]
