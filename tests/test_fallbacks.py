@@ -167,7 +167,7 @@ def test_others_print_while_a_model_is_captured(monkeypatch: pytest.MonkeyPatch)
     thread = threading.Thread(target=printing)
     thread.start()
     with pytest.raises(CaptureError):
-        duca_compile.optimize(model, "none", "eager")(**models.example())
+        duca_compile.explain(model, **models.example())
     thread.join()
     assert sys.stderr is stream
     lines = stream.getvalue().splitlines()

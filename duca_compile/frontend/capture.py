@@ -21,7 +21,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_map_only
 
-from duca_compile.core.fx_utils import PACKAGE, module_path, source_line
+from duca_compile.core.fx_utils import PACKAGE, module_path, op_name, source_line
 from duca_compile.core.ir import CapturedGraph
 from duca_compile.core.outputs import OutputLayout
 from duca_compile.errors import CaptureError, first_line
@@ -358,9 +358,10 @@ class _Lowering:
             if getattr(node.target, "__module__", None) == _TRANSFORMS:
                 error = RuntimeError(f"it transforms a function (vmap), at {source_line(node)}")
                 raise Untraceable(module_path(node), error)
-            if isinstance(node.target, torch._ops.HigherOrderOperator):
-                called = TypeError(f"it calls {node.target.__name__}, which runs a function, at {source_line(node)}")
-                raise Untraceable(module_path(node), called)
+            if node.op == "get_attr" and isinstance(getattr(self._program.graph_module, node.target), nn.Module):
+                user = next(iter(node.users))
+                called = TypeError(f"it calls {op_name(user)}, which runs a function, at {source_line(user)}")
+                raise Untraceable(module_path(user), called)
             if node.op == "placeholder":
                 self._copy_input(node)
             elif node.op != "output":

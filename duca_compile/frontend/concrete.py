@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.traceback import preserve_node_meta
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from duca_compile.core.fx_utils import module_path, source_line
 from duca_compile.core.guards import ValueGuards, ValueRead
@@ -131,13 +131,21 @@ class _NoteReads(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if isinstance(func, torch._ops.HigherOrderOperator) and get_proxy_mode() is not None:  # not in an operator
+        if get_proxy_mode() is not None and _runs_function(func, args, kwargs):  # and it is not within an operator
             raise TypeError(f"it calls {func.__name__}, which runs a function")
         if func in _READERS:
             for tensor in args:
                 if isinstance(tensor, Tensor):
                     _read(tensor)
         return func(*args, **(kwargs or {}))
+
+
+def _runs_function(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operator is given functions of the model's, as flex_attention is."""
+    if not isinstance(func, torch._ops.HigherOrderOperator):
+        return False
+    leaves = tree_leaves((args, kwargs))
+    return any(callable(leaf) and not isinstance(leaf, torch._ops.OperatorBase) for leaf in leaves)
 
 
 @contextmanager
