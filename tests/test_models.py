@@ -78,7 +78,8 @@ class Run:
         return duca_compile.Explanation(self.entry.name, self.compiled.captured, self.compiled.facts, POLICY)
 
 
-SLOW = {"CogVideoX longer", "HiDream", "HunyuanVideo-1.5", "Lumina2", "OmniGen", "Z-Image"}  # to capture, and much like others here
+# Long to capture, and much like others here.
+SLOW = {"CogVideoX longer", "HiDream", "HunyuanVideo-1.5", "Lumina2", "OmniGen", "Z-Image"}
 
 
 @pytest.fixture(
