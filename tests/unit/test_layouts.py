@@ -304,10 +304,13 @@ def check_close(found: list[Tensor], expected: list[Tensor]) -> None:
         assert (one - other).norm() <= 1e-4 * other.norm()
 
 
+IN_CI = {"(tokens, batch, channels)", "(rows, channels)", "(batch, height, width, channels)"}
+RUN = [pytest.param(name, marks=pytest.mark.slow if name in IN_CI else pytest.mark.exhaustive) for name in FORMS]
+
+
 @torch.no_grad()
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the artifact takes the batch size")
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", RUN)
 def test_an_artifact_gives_the_values_of_the_eager_steps(name: str, tmp_path: Path) -> None:
     form = FORMS[name]
     eager = duca_compile.optimize(form.model().eval(), POLICY, "eager", STEPS)
@@ -320,8 +323,7 @@ def test_an_artifact_gives_the_values_of_the_eager_steps(name: str, tmp_path: Pa
 
 
 @torch.no_grad()
-@pytest.mark.slow
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", RUN)
 def test_compiled_steps_give_the_values_of_the_eager_ones(name: str) -> None:
     form = FORMS[name]
     eager, compiled = (
