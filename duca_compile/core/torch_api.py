@@ -27,6 +27,7 @@ PRIVATE = {
         "torch._dynamo:eval_frame",
         "torch._higher_order_ops.wrap:wrap_with_autocast",
         "torch._ops:HigherOrderOperator",
+        "torch._ops:OperatorBase",
         "torch._ops:OpOverload",
         "torch._subclasses:FakeTensor",
         "torch._subclasses:FakeTensorMode",
