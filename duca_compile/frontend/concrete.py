@@ -131,7 +131,7 @@ class _NoteReads(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if get_proxy_mode() is not None and _runs_function(func, args, kwargs):  # and it is not within an operator
+        if _runs_function(func, args, kwargs) and get_proxy_mode() is not None:  # and it is not within an operator
             raise TypeError(f"it calls {func.__name__}, which runs a function")
         if func in _READERS:
             for tensor in args:

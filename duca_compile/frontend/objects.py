@@ -63,13 +63,11 @@ def _is_container(value: Any, seen: set[int]) -> bool:
 
 def _base(cls: type) -> type | None:
     """The class whose ``__new__`` makes objects of ``cls``; None if they may hold more than their ``__dict__`` does."""
-    base, own = cls, []
+    base = cls
     while base.__flags__ & _HEAP_TYPE and base.__base__ is not None:
-        own.append(base)
         base = base.__base__
     slots = any(vars(each).get("__slots__") for each in cls.__mro__)
-    plain = base is SimpleNamespace or (base is object and bool(own) and cls.__dictoffset__ != 0)
-    return base if plain and not slots else None
+    return base if base in (object, SimpleNamespace) and cls.__dictoffset__ != 0 and not slots else None
 
 
 def _held(values: Iterable[Any]) -> Iterator[Any]:

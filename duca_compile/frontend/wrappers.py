@@ -55,14 +55,14 @@ def _size(module: nn.Module) -> int:
 def standing_in(model: nn.Module, parts: Mapping[str, nn.Module]) -> Iterator[nn.Module]:
     """``model`` with other modules in place of some submodules. What runs sets on it is set on ``model`` in the end."""
     modules = {**model._modules, **parts}
-    before = {**vars(model), "_modules": dict(modules)}
+    attributes, children = {**vars(model), "_modules": modules}, dict(modules)
     view: nn.Module = object.__new__(type(model))
-    vars(view).update(before, _modules=modules)
+    vars(view).update(attributes)
     try:
         yield view
     finally:
-        _write_back(before["_modules"], modules, model._modules)
-        _write_back({**before, "_modules": modules}, vars(view), vars(model))
+        _write_back(children, modules, model._modules)
+        _write_back(attributes, vars(view), vars(model))
 
 
 def _write_back(before: Mapping[str, T], after: Mapping[str, T], into: dict[str, T]) -> None:
